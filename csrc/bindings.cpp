@@ -1,0 +1,366 @@
+// The Python module _core: buffers in, verbs out, the GIL released while they run. The only file that knows pybind11.
+//
+// Python checks arguments and words the errors (_native.py, nlcg.py); everything that could write outside a buffer is
+// checked here again. Nothing is written before every check has passed.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cuda/step_cuda.h"
+#include "buffer.h"
+#include "step_cpu.h"
+
+namespace py = pybind11;
+
+namespace fastnlcg {
+namespace {
+
+using BufferPtr = std::shared_ptr<Buffer>;
+
+std::invalid_argument bad(const std::string& message) { return std::invalid_argument(message); }
+
+DType dtype_from(const std::string& name) {
+  if (name == "float64") return DType::f64;
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  throw py::type_error("dtype " + name + " is not supported; expected float64, float32, bfloat16 or float16");
+}
+
+UpdateRule update_from(const std::string& name) {
+  if (name == "fletcher_reeves") return UpdateRule::fletcher_reeves;
+  if (name == "polak_ribiere") return UpdateRule::polak_ribiere;
+  throw bad("unknown update '" + name + "'");
+}
+
+// One optimizer's native side: the table of segments, the state's buffers, the scalars, the workspace.
+class NativeStep {
+ public:
+  NativeStep(const std::string& state_dtype, std::int64_t n, BufferPtr grad_prev, BufferPtr direction,
+             BufferPtr hessian_diag, BufferPtr param_steps, int groups)
+      : owners_{grad_prev, direction, hessian_diag, param_steps}, groups_(groups < 0 ? 0 : groups) {
+    step_.state.dtype = dtype_from(state_dtype);
+    if (step_.state.dtype != DType::f64 && step_.state.dtype != DType::f32) throw bad("state must be float64 or float32");
+    if (n < 0 || n > std::int64_t{1} << 60) throw bad("n is " + std::to_string(n) + ", expected 0 <= n <= 2^60");
+    step_.state.n = n;
+    step_.state.grad_prev = state_pointer("grad_prev", grad_prev, state_dtype);
+    step_.state.direction = state_pointer("direction", direction, state_dtype);
+    step_.state.hessian_diag = state_pointer("hessian_diag", hessian_diag, state_dtype);
+    if (param_steps) {
+      check("param_steps", *param_steps, "float64");
+      step_.param_steps = static_cast<double*>(param_steps->data());
+      params_ = param_steps->size();
+    } else {
+      step_.param_steps = &own_param_step_;
+      params_ = 1;
+    }
+    scalars_ = {};
+    scalars_.ls_scale = 1.0;
+    scalars_.loss_prev = std::numeric_limits<double>::quiet_NaN();
+    step_.scalars = &scalars_;
+    partials_.resize(static_cast<std::size_t>(partials_needed(n)));
+    step_.partials = partials_.data();
+    for (Group& group : groups_) group = {};
+  }
+  NativeStep(const NativeStep&) = delete;
+  NativeStep& operator=(const NativeStep&) = delete;
+
+  void set_options(const std::string& update, const std::string& restart, std::int64_t restart_every, double eps,
+                   double curvature_eps, bool skip_nonfinite, bool maximize,
+                   std::optional<std::array<double, 4>> line_search) {
+    Options o;
+    o.update = update_from(update);
+    if (restart == "never") {
+      o.restart = Restart::never;
+    } else if (restart == "descent") {
+      o.restart = Restart::descent;
+    } else if (restart == "powell") {
+      o.restart = Restart::powell;
+    } else if (restart == "every" && restart_every > 0) {
+      o.restart = Restart::every;
+    } else {
+      throw bad("unknown restart '" + restart + "' with period " + std::to_string(restart_every));
+    }
+    o.restart_every = static_cast<double>(restart_every);
+    o.eps = eps;
+    o.curvature_eps = curvature_eps;
+    o.skip_nonfinite = skip_nonfinite;
+    o.maximize = maximize;
+    o.line_search = line_search.has_value();
+    if (line_search) {
+      o.increase_threshold = (*line_search)[0];
+      o.flat_threshold = (*line_search)[1];
+      o.decrease = (*line_search)[2];
+      o.increase = (*line_search)[3];
+    }
+    step_.options = o;
+  }
+
+  // (offset, n, group, param, dtype) per segment, in the order in which run() gets their pointers.
+  void set_segments(const std::vector<std::tuple<std::int64_t, std::int64_t, int, int, std::string>>& table) {
+    const Busy busy(*this);
+    std::vector<Segment> segments;
+    std::int64_t end = 0;
+    for (const auto& [offset, n, group, param, dtype_text] : table) {
+      const std::string where = "segment " + std::to_string(segments.size());
+      if (n <= 0 || offset < end || offset > step_.state.n || n > step_.state.n - offset) {
+        throw bad(where + ": [" + std::to_string(offset) + ", +" + std::to_string(n) +
+                  ") is empty, overlaps the one before, or leaves the state of " + std::to_string(step_.state.n));
+      }
+      if (group < 0 || group >= static_cast<int>(groups_.size())) throw bad(where + ": no group " + std::to_string(group));
+      if (param < 0 || param >= params_) throw bad(where + ": no parameter " + std::to_string(param));
+      const DType dtype = dtype_from(dtype_text);
+      if ((dtype == DType::f64) != (step_.state.dtype == DType::f64)) {
+        throw py::type_error(where + ": float64 parameters need float64 state, and no others may have it");
+      }
+      segments.push_back({nullptr, nullptr, offset, n, group, param, dtype});
+      end = offset + n;
+    }
+    segments_ = std::move(segments);
+    step_.segments = segments_.data();
+    step_.n_segments = static_cast<std::int64_t>(segments_.size());
+  }
+
+  void set_threads(int threads) { step_.threads = threads < 1 ? 1 : threads; }
+
+  // True where the parameters changed, false where the step was skipped.
+  bool step(const py::list& p, const py::list& g, const std::vector<double>& lr, const std::vector<double>& weight_decay,
+            bool set_changed, double loss, int threads) {
+    const Busy busy(*this);
+    const CpuVerbs& cpu = cpu_verbs();
+    if (lr.size() != groups_.size() || weight_decay.size() != groups_.size()) throw bad("one lr and weight_decay a group");
+    if (!step_.state.grad_prev || !step_.state.direction) throw bad("a step needs grad_prev and direction");
+    point(p, true);
+    point(g, false);
+    for (std::size_t i = 0; i < groups_.size(); ++i) {
+      groups_[i].lr = lr[i];
+      groups_[i].weight_decay = weight_decay[i];
+    }
+    step_.groups = groups_.data();
+    step_.n_groups = static_cast<std::int64_t>(groups_.size());
+    step_.set_changed = set_changed;
+    step_.loss = loss;
+    set_threads(threads);
+    const double skipped = scalars_.skipped_steps;
+    {
+      py::gil_scoped_release released;
+      cpu.step(step_);
+    }
+    return scalars_.skipped_steps == skipped;
+  }
+
+  std::tuple<double, double, double> state_norms(int threads) {
+    const Busy busy(*this);
+    const CpuVerbs& cpu = cpu_verbs();
+    if (!step_.state.grad_prev || !step_.state.direction) throw bad("norms need grad_prev and direction");
+    for (Segment& segment : segments_) segment.p = nullptr, segment.g = nullptr;
+    step_.groups = groups_.data();
+    set_threads(threads);
+    double gg = 0, dd = 0, gd = 0;
+    py::gil_scoped_release released;
+    cpu.state_norms(step_, &gg, &dd, &gd);
+    return {gg, dd, gd};
+  }
+
+  py::dict scalars() const {
+    py::dict out;
+    each_scalar(scalars_, [&](const char* name, const double& value) { out[name] = value; });
+    return out;
+  }
+  void set_scalars(const py::dict& values) {
+    const Busy busy(*this);
+    Scalars next = scalars_;
+    each_scalar(next, [&](const char* name, double& value) {
+      if (values.contains(name)) value = py::cast<double>(values[name]);
+    });
+    scalars_ = next;
+  }
+  std::vector<double> alpha_prev() const {
+    std::vector<double> out;
+    for (const Group& group : groups_) out.push_back(group.alpha_prev);
+    return out;
+  }
+  void set_alpha_prev(const std::vector<double>& values) {
+    const Busy busy(*this);
+    if (values.size() != groups_.size()) throw bad("one alpha_prev a group");
+    for (std::size_t i = 0; i < groups_.size(); ++i) groups_[i].alpha_prev = values[i];
+  }
+
+  // The parts, for one segment over buffers that this call holds.
+  std::pair<double, double> curvature_sums(const Buffer& g, double alpha_prev, int threads) {
+    const CpuVerbs& cpu = prepare(nullptr, &g, 0, alpha_prev, threads);
+    if (!step_.state.grad_prev || !step_.state.direction || !step_.state.hessian_diag) throw bad("missing state");
+    double ys = 0, shs = 0;
+    py::gil_scoped_release released;
+    cpu.curvature_sums(step_, &ys, &shs);
+    return {ys, shs};
+  }
+  void update_curvature(const Buffer& g, double alpha_prev, double ys, double shs, int threads) {
+    const CpuVerbs& cpu = prepare(nullptr, &g, 0, alpha_prev, threads);
+    if (!step_.state.grad_prev || !step_.state.direction || !step_.state.hessian_diag) throw bad("missing state");
+    py::gil_scoped_release released;
+    cpu.update_curvature(step_, ys, shs);
+  }
+  std::pair<double, double> preconditioned_dots(const Buffer& g, int threads) {
+    const CpuVerbs& cpu = prepare(nullptr, &g, 0, 0, threads);
+    double rz = 0, rz_mid = 0;
+    py::gil_scoped_release released;
+    cpu.preconditioned_dots(step_, &rz, &rz_mid);
+    return {rz, rz_mid};
+  }
+  void update_direction(const Buffer* p, const Buffer& g, double alpha, double beta, int threads) {
+    const CpuVerbs& cpu = prepare(p, &g, alpha, 0, threads);
+    if (!step_.state.direction) throw bad("missing state");
+    py::gil_scoped_release released;
+    cpu.update_direction(step_, beta);
+  }
+
+ private:
+  // One step at a time: a second thread gets an error, not a torn state.
+  struct Busy {
+    explicit Busy(NativeStep& owner) : flag(owner.busy_) {
+      if (flag.exchange(true)) throw std::runtime_error("this optimizer is stepping in another thread");
+    }
+    ~Busy() { flag.store(false); }
+    std::atomic<bool>& flag;
+  };
+
+  static void check(const char* name, const Buffer& buffer, const std::string& dtype) {
+    if (buffer.device() != "cpu") throw bad(std::string(name) + " is on " + buffer.device() + ", expected cpu");
+    if (buffer.dtype() != dtype) {
+      throw py::type_error(std::string(name) + " has dtype " + buffer.dtype() + ", expected " + dtype);
+    }
+    if (!buffer.contiguous()) throw bad(std::string(name) + " is not contiguous");
+    if (buffer.size() > 0 && buffer.data() == nullptr) throw bad(std::string(name) + " has no memory");
+  }
+  void* state_pointer(const char* name, const BufferPtr& buffer, const std::string& dtype) const {
+    if (!buffer) return nullptr;
+    check(name, *buffer, dtype);
+    if (buffer->readonly()) throw bad(std::string(name) + " is read-only");
+    if (buffer->size() != step_.state.n) {
+      throw bad(std::string(name) + " has " + std::to_string(buffer->size()) + " elements, expected " +
+                std::to_string(step_.state.n));
+    }
+    static char nothing;  // an empty buffer may have no memory, and is not an absent one
+    return buffer->data() == nullptr ? &nothing : buffer->data();
+  }
+  void point(const py::list& pointers, bool parameters) {
+    if (pointers.size() != segments_.size()) {
+      throw bad(std::to_string(pointers.size()) + " pointers for " + std::to_string(segments_.size()) + " segments");
+    }
+    for (std::size_t i = 0; i < segments_.size(); ++i) {
+      void* pointer = PyLong_AsVoidPtr(PyList_GET_ITEM(pointers.ptr(), static_cast<Py_ssize_t>(i)));
+      if (pointer == nullptr) {
+        if (PyErr_Occurred()) throw py::error_already_set();
+        throw bad(std::string(parameters ? "parameter" : "gradient") + " of segment " + std::to_string(i) +
+                  " has no memory (a meta or wrapper tensor?)");
+      }
+      (parameters ? segments_[i].p : const_cast<void*&>(segments_[i].g)) = pointer;
+    }
+  }
+  const CpuVerbs& prepare(const Buffer* p, const Buffer* g, double alpha, double alpha_prev, int threads) {
+    const CpuVerbs& cpu = cpu_verbs();
+    if (groups_.size() != 1) throw bad("one group");
+    segments_.clear();
+    const std::int64_t n = step_.state.n;
+    for (const Buffer* buffer : {p, g}) {
+      if (buffer == nullptr) continue;
+      check(buffer == p ? "p" : "g", *buffer, g->dtype());
+      if (buffer->size() != n) throw bad("a buffer of " + std::to_string(buffer->size()) + " beside state of " + std::to_string(n));
+    }
+    if (p != nullptr && p->readonly()) throw bad("p is read-only");
+    if (n > 0) {
+      segments_.push_back({p ? p->data() : nullptr, g->data(), 0, n, 0, 0, dtype_from(g->dtype())});
+      if ((segments_[0].dtype == DType::f64) != (step_.state.dtype == DType::f64)) throw py::type_error("dtype of g and state");
+    }
+    step_.segments = segments_.data();
+    step_.n_segments = static_cast<std::int64_t>(segments_.size());
+    groups_[0] = {0, alpha, alpha_prev, 0};
+    step_.groups = groups_.data();
+    step_.n_groups = 1;
+    set_threads(threads);
+    return cpu;
+  }
+
+  template <class ScalarsT, class F>
+  static void each_scalar(ScalarsT& s, F&& f) {
+    f("step", s.step), f("skipped_steps", s.skipped_steps), f("rz", s.rz), f("gs", s.gs), f("shs", s.shs);
+    f("grad_max", s.grad_max), f("ls_scale", s.ls_scale), f("loss_prev", s.loss_prev);
+    f("beta", s.beta), f("ys", s.ys), f("shs_used", s.shs_used), f("updated", s.updated);
+  }
+
+  std::vector<BufferPtr> owners_;
+  std::vector<Group> groups_;
+  std::vector<Segment> segments_;
+  std::vector<double> partials_;
+  Scalars scalars_;
+  double own_param_step_ = 0;
+  std::int64_t params_ = 0;
+  Step step_ = {};
+  std::atomic<bool> busy_{false};
+};
+
+}  // namespace
+}  // namespace fastnlcg
+
+PYBIND11_MODULE(_core, m) {
+  using namespace fastnlcg;
+  using namespace py::literals;
+
+  py::register_exception_translator([](std::exception_ptr e) {
+    try {
+      if (e) std::rethrow_exception(e);
+    } catch (const PythonError&) {  // already set
+    } catch (const BufferTypeError& error) {
+      PyErr_SetString(PyExc_TypeError,
+                      ("expected an array with the buffer protocol or DLPack, got " + error.type_name).c_str());
+    }
+  });
+
+  m.attr("version") = FASTNLCG_VERSION;
+  m.attr("compiler") = "gcc " __VERSION__;
+  m.def("instruction_sets", [] {
+    const char* names[3];
+    const int count = cpu_instruction_sets(names);
+    return std::vector<std::string>(names, names + count);
+  });
+  m.def("instruction_set", [] { return std::string(cpu_verbs().name); });
+  m.def("max_threads", [] { return omp_get_max_threads(); });
+  m.def("cuda_status", [] {
+    const CudaStatus status = cuda_status();
+    return py::dict("built"_a = status.built, "architectures"_a = status.architectures, "devices"_a = status.devices,
+                    "runtime"_a = status.runtime_version, "driver"_a = status.driver_version, "why_off"_a = status.why_off);
+  });
+
+  py::class_<Buffer, BufferPtr>(m, "Buffer")
+      .def(py::init([](const py::object& owner) { return std::make_shared<Buffer>(owner.ptr()); }))
+      .def_property_readonly("pointer", [](const Buffer& b) { return reinterpret_cast<std::uintptr_t>(b.data()); })
+      .def_property_readonly("size", &Buffer::size)
+      .def_property_readonly("dtype", &Buffer::dtype)
+      .def_property_readonly("device", &Buffer::device)
+      .def_property_readonly("readonly", &Buffer::readonly)
+      .def_property_readonly("contiguous", &Buffer::contiguous);
+
+  py::class_<NativeStep>(m, "Step")
+      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int>(), "state_dtype"_a,
+           "n"_a, "grad_prev"_a, "direction"_a, "hessian_diag"_a, "param_steps"_a, "groups"_a)
+      .def("set_options", &NativeStep::set_options, "update"_a, "restart"_a, "restart_every"_a, "eps"_a,
+           "curvature_eps"_a, "skip_nonfinite"_a, "maximize"_a, "line_search"_a)
+      .def("set_segments", &NativeStep::set_segments)
+      .def("step", &NativeStep::step, "p"_a, "g"_a, "lr"_a, "weight_decay"_a, "set_changed"_a, "loss"_a, "threads"_a)
+      .def("state_norms", &NativeStep::state_norms, "threads"_a)
+      .def_property("scalars", &NativeStep::scalars, &NativeStep::set_scalars)
+      .def_property("alpha_prev", &NativeStep::alpha_prev, &NativeStep::set_alpha_prev)
+      .def("curvature_sums", &NativeStep::curvature_sums, "g"_a, "alpha_prev"_a, "threads"_a)
+      .def("update_curvature", &NativeStep::update_curvature, "g"_a, "alpha_prev"_a, "ys"_a, "shs"_a, "threads"_a)
+      .def("preconditioned_dots", &NativeStep::preconditioned_dots, "g"_a, "threads"_a)
+      .def("update_direction", &NativeStep::update_direction, "p"_a, "g"_a, "alpha"_a, "beta"_a, "threads"_a);
+}

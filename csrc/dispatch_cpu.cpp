@@ -1,0 +1,55 @@
+// Picks the instruction set, once per call: the widest the processor has, or the one FASTNLCG_ISA names.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "step_cpu.h"
+
+namespace fastnlcg {
+namespace {
+
+struct Candidate {
+  const CpuVerbs* verbs;
+  bool present;
+};
+
+const Candidate* candidates() {
+  static const Candidate all[] = {
+      {&kBaseline, true},
+      {&kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&kAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+  };
+  return all;
+}
+
+}  // namespace
+
+int cpu_instruction_sets(const char** names) {
+  int count = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (candidates()[i].present) names[count++] = candidates()[i].verbs->name;
+  }
+  return count;
+}
+
+const CpuVerbs& cpu_verbs() {
+  const char* wanted = std::getenv("FASTNLCG_ISA");
+  if (wanted != nullptr && *wanted != '\0') {
+    for (int i = 0; i < 3; ++i) {
+      const Candidate& candidate = candidates()[i];
+      if (candidate.present && std::strcmp(candidate.verbs->name, wanted) == 0) return *candidate.verbs;
+    }
+    std::string have;
+    const char* names[3];
+    for (int i = 0, n = cpu_instruction_sets(names); i < n; ++i) have += std::string(i ? ", " : "") + names[i];
+    throw std::invalid_argument("FASTNLCG_ISA is '" + std::string(wanted) + "'; this processor has " + have);
+  }
+  for (int i = 2; i > 0; --i) {
+    if (candidates()[i].present) return *candidates()[i].verbs;
+  }
+  return kBaseline;
+}
+
+}  // namespace fastnlcg

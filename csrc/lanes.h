@@ -1,0 +1,224 @@
+// SIMD vectors of the width this file is compiled for, in GCC's vector extensions: arithmetic is written with plain
+// operators, so the functions of nlcg_math.h take a vector wherever they take a float. Loads, stores, conversions of
+// the 16-bit types, and the double-precision accumulators are all there is here; no formula of the method.
+//
+// Included by step_cpu.cpp only, once per instruction set. Everything is in an unnamed namespace: a function compiled
+// for AVX-512 must never be the copy that the linker keeps for the baseline.
+#pragma once
+
+#include <cstdint>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
+#include "step_args.h"
+
+namespace fastnlcg {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define NLCG_INLINE inline __attribute__((always_inline))
+
+// Sixteen consecutive elements are one block: the lanes of a sum. Element i of the flat state always adds to lane
+// i mod 16, whatever the width of the vector that carries it, hence the same bits from every instruction set.
+constexpr int kBlock = 16;
+constexpr int kDoubles = kVectorBytes / 8;          // doubles per vector
+constexpr int kDoubleVectors = kBlock / kDoubles;  // vectors of doubles per block
+
+using Double = double __attribute__((vector_size(kVectorBytes)));
+using Float = float __attribute__((vector_size(kVectorBytes)));
+using HalfFloat = float __attribute__((vector_size(kVectorBytes / 2)));
+using Bits32 = std::uint32_t __attribute__((vector_size(kVectorBytes)));
+using Bits16 = std::uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class S>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = Float;
+};
+template <>
+struct VectorOf<double> {
+  using type = Double;
+};
+template <class S>
+using Vector = typename VectorOf<S>::type;
+template <class S>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(S));
+template <class S>
+constexpr int kVectors = kBlock / kLanes<S>;  // per block
+
+template <class To, class From>
+NLCG_INLINE To bits_of(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+template <class V, class S>
+NLCG_INLINE V broadcast(S x) {
+  return x - V{};  // x - 0, not x + 0: the sign of a zero stays
+}
+
+// ---- 16-bit floats: the same integer arithmetic for one value and for a vector -----------------------------------
+// Written out rather than left to F16C or AVX512-BF16, which the baseline lacks: one rounding on every machine.
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+template <class F, class U>
+NLCG_INLINE F decode_bf16(U u) {
+  return bits_of<F>(static_cast<U>(u << 16));
+}
+
+template <class U, class F>
+NLCG_INLINE U encode_bf16(F x) {  // round to nearest even; a NaN stays one
+  const U u = bits_of<U>(x);
+  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded;
+}
+
+template <class F, class U>
+NLCG_INLINE F decode_f16(U u) {
+  const U sign = (u & 0x8000u) << 16;
+  const U shifted = (u & 0x7fffu) << 13;  // exponent and mantissa in float32's places
+  const U exponent = shifted & 0x0f800000u;
+  const U normal = shifted + (112u << 23);  // rebias 15 -> 127
+  const U special = normal + (112u << 23);  // Inf and NaN: exponent 255
+  // Subnormal: 1.m * 2^-14 - 2^-14, exact and in normal numbers, so that a flush-to-zero mode cannot touch it.
+  const U subnormal = bits_of<U>(static_cast<F>(bits_of<F>(static_cast<U>(normal + (1u << 23))) - 6.103515625e-05f));
+  const U small_or_normal = exponent == 0u ? subnormal : normal;
+  return bits_of<F>(static_cast<U>(sign | (exponent == 0x0f800000u ? special : small_or_normal)));
+}
+
+template <class U, class F>
+NLCG_INLINE U encode_f16(F x) {  // round to nearest even; a NaN stays one
+  const U u = bits_of<U>(x);
+  const U sign = (u >> 16) & 0x8000u;
+  const U magnitude = u & 0x7fffffffu;
+  const U nan_or_inf = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+  // Below 2^-14 the float adder rounds: 0.5 has its last bit where the half's subnormal has its own.
+  const U subnormal = bits_of<U>(static_cast<F>(bits_of<F>(magnitude) + 0.5f)) - 0x3f000000u;
+  const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U finite = magnitude < 0x38800000u ? subnormal : normal;
+  return sign | (magnitude >= 0x47800000u ? nan_or_inf : finite);
+}
+
+// ---- memory <-> vectors of the state's type ----------------------------------------------------------------------
+
+template <class S>
+NLCG_INLINE Vector<S> load(const S* from) {
+  Vector<S> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+template <class S>
+NLCG_INLINE void store(S* to, Vector<S> v) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+
+NLCG_INLINE Bits32 load_16bit(const void* from) {
+  Bits16 v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return __builtin_convertvector(v, Bits32);
+}
+NLCG_INLINE void store_16bit(void* to, Bits32 u) {
+  const Bits16 v = __builtin_convertvector(u, Bits16);
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+NLCG_INLINE Float load(const BFloat16* from) { return decode_bf16<Float>(load_16bit(from)); }
+NLCG_INLINE Float load(const Float16* from) { return decode_f16<Float>(load_16bit(from)); }
+NLCG_INLINE void store(BFloat16* to, Float v) { store_16bit(to, encode_bf16<Bits32>(v)); }
+NLCG_INLINE void store(Float16* to, Float v) { store_16bit(to, encode_f16<Bits32>(v)); }
+
+// One element, for blocks that straddle segments.
+NLCG_INLINE float value_of(float x) { return x; }
+NLCG_INLINE double value_of(double x) { return x; }
+NLCG_INLINE float value_of(BFloat16 x) { return decode_bf16<float>(std::uint32_t{x.bits}); }
+NLCG_INLINE float value_of(Float16 x) { return decode_f16<float>(std::uint32_t{x.bits}); }
+NLCG_INLINE void assign(float& to, float x) { to = x; }
+NLCG_INLINE void assign(double& to, double x) { to = x; }
+NLCG_INLINE void assign(BFloat16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_bf16<std::uint32_t>(x)); }
+NLCG_INLINE void assign(Float16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_f16<std::uint32_t>(x)); }
+
+// ---- sums in double ----------------------------------------------------------------------------------------------
+
+// The lanes of one vector as doubles: two vectors for float, one for double.
+struct Wide2 {
+  Double v[2];
+};
+struct Wide1 {
+  Double v[1];
+};
+
+template <int... I>
+NLCG_INLINE HalfFloat half_of(Float x) {
+  return __builtin_shufflevector(x, x, I...);
+}
+NLCG_INLINE Wide2 widen(Float x) {
+#if defined(__AVX512F__)
+  const HalfFloat low = half_of<0, 1, 2, 3, 4, 5, 6, 7>(x), high = half_of<8, 9, 10, 11, 12, 13, 14, 15>(x);
+#elif defined(__AVX2__)
+  const HalfFloat low = half_of<0, 1, 2, 3>(x), high = half_of<4, 5, 6, 7>(x);
+#else
+  const HalfFloat low = half_of<0, 1>(x), high = half_of<2, 3>(x);
+#endif
+  return {{__builtin_convertvector(low, Double), __builtin_convertvector(high, Double)}};
+}
+NLCG_INLINE Wide1 widen(Double x) { return {{x}}; }
+
+// acc + a * b where a * b is exact (both came from float): an fma then has the bits of multiply and add.
+NLCG_INLINE Double add_exact_product(Double acc, Double a, Double b) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, acc);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, acc);
+#else
+  return acc + a * b;
+#endif
+}
+
+// The sixteen lanes of one sum.
+struct Accumulator {
+  Double lane[kDoubleVectors] = {};
+
+  // lanes of vector k of the block += a * b
+  NLCG_INLINE void add_product(int k, const Wide2& a, const Wide2& b) {
+    lane[2 * k] = add_exact_product(lane[2 * k], a.v[0], b.v[0]);
+    lane[2 * k + 1] = add_exact_product(lane[2 * k + 1], a.v[1], b.v[1]);
+  }
+  NLCG_INLINE void add_product(int k, const Wide1& a, const Wide1& b) { lane[k] += a.v[0] * b.v[0]; }
+
+  // lanes of vector k of the block += (a * b) * c
+  NLCG_INLINE void add_product(int k, const Wide2& a, const Wide2& b, const Wide2& c) {
+    lane[2 * k] += a.v[0] * b.v[0] * c.v[0];
+    lane[2 * k + 1] += a.v[1] * b.v[1] * c.v[1];
+  }
+  NLCG_INLINE void add_product(int k, const Wide1& a, const Wide1& b, const Wide1& c) {
+    lane[k] += a.v[0] * b.v[0] * c.v[0];
+  }
+
+  double total() const {  // a fixed tree: 8, 4, 2, 1
+    double x[kBlock];
+    __builtin_memcpy(x, lane, sizeof(x));
+    for (int width = kBlock / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) x[i] += x[i + width];
+    }
+    return x[0];
+  }
+};
+
+}  // namespace
+}  // namespace fastnlcg

@@ -1,0 +1,138 @@
+// The mathematics of one step of preconditioned nonlinear conjugate gradients: every formula, once.
+//
+// Source: Adya et al., arXiv:1812.02886, Algorithms 1 and 2 and section 3.2.2. With the symbols of the README:
+//
+//     y     = g - g_prev                                  s = alpha_prev * d
+//     h_new = | h + y^2 / ys - (h s)^2 / shs |            ys = sum(y s),  shs = sum(s h s)
+//     z     = -g / (h + eps)                              rz = sum(-g z), rz_mid = sum(g g_prev / (h_old + eps))
+//     beta  = rz_new / rz  or  (rz_new - rz_mid) / rz     clamped to [0, 1]
+//     d_new = z + beta d                                  p_new = p + alpha d_new
+//
+// The first half is per element. `T` is one float or double, or a SIMD vector of them; the CPU's vector code, its tails
+// and the CUDA kernels call the same functions, so an element's bits cannot depend on who computed it. For that reason
+// the project compiles with floating-point contraction off: an fma here and a multiply-add there would differ.
+// The second half is the scalar recurrences between the passes, in double.
+//
+// No loops, no memory, no branches on data beyond selections: those belong to the callers.
+#pragma once
+
+#include "step_args.h"
+
+#ifdef __CUDACC__
+#define NLCG_HD __host__ __device__ __forceinline__
+#else
+#define NLCG_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastnlcg {
+
+// ---- per element -------------------------------------------------------------------------------------------------
+
+// L2 weight decay pulls toward zero: the gradient the method sees.
+template <class T>
+NLCG_HD T decayed_gradient(T g, T weight_decay, T p) {
+  return g + weight_decay * p;
+}
+
+template <class T>
+NLCG_HD T absolute(T x) {
+  return x < T{} ? -x : x;
+}
+
+// min(x, bound), and bound where x is NaN: an overflow inside the curvature update must not reach h.
+template <class T>
+NLCG_HD T at_most(T x, T bound) {
+  return x < bound ? x : bound;
+}
+
+// The last step, s. Also the increment of p: the curvature pair (s, y) then describes the move that was really made.
+template <class T>
+NLCG_HD T scaled_direction(T alpha, T d) {
+  return alpha * d;
+}
+
+// Diagonal BFGS (Algorithm 2; the absolute value is the authors' guard against a negative diagonal).
+// rsqrt_ys = 1/sqrt(ys), rsqrt_shs = 1/sqrt(shs): squaring the quotient instead of dividing the square keeps
+// |g| ~ 1e19 inside float32, and (h s)^2/shs <= h can then not overflow at all. `bound` (a quarter of the largest
+// finite number) acts only where the formula itself would overflow; it keeps h finite, never Inf - Inf.
+template <class T>
+NLCG_HD T bfgs_diagonal(T h, T y, T s, T rsqrt_ys, T rsqrt_shs, T bound) {
+  const T y_scaled = y * rsqrt_ys;
+  const T hs_scaled = h * (s * rsqrt_shs);
+  const T gain = at_most(T(y_scaled * y_scaled), bound);
+  const T loss = at_most(T(hs_scaled * hs_scaled), bound);
+  return at_most(absolute(T(h + gain - loss)), bound);
+}
+
+// z = -g / (h + eps); the paper's s = M^-1 r.
+template <class T>
+NLCG_HD T preconditioned_residual(T g, T h, T eps) {
+  return -g / (h + eps);
+}
+
+template <class T>
+NLCG_HD T residual(T g) {
+  return -g;  // without a preconditioner
+}
+
+template <class T>
+NLCG_HD T conjugate_direction(T z, T beta, T d) {
+  return z + beta * d;
+}
+
+// ---- scalars between the passes ----------------------------------------------------------------------------------
+
+NLCG_HD bool is_finite(double x) { return x - x == 0.0; }
+
+// The curvature gate of the specification; false for NaN.
+NLCG_HD bool curvature_accepted(double ys, double shs, double curvature_eps) {
+  return ys > curvature_eps && shs > curvature_eps;
+}
+
+// Could pass 2 meet a number that is not finite although every gradient is? It divides by h + eps >= eps and sums up
+// to n squares, so it cannot while the largest |g| of this and the previous step, over eps, is this far from overflow:
+// sum <= n * g_max * (g_max / eps). A `true` only costs time: pass 2 is then rehearsed before it may write.
+NLCG_HD bool may_overflow(double grad_max, double grad_prev_max, double eps, double n, double largest) {
+  const double g = grad_max > grad_prev_max ? grad_max : grad_prev_max;
+  const double z = g / eps;
+  return !(z < 0.25 * largest && n * g * z < 0.25 * kLargestDouble);
+}
+
+// beta of Algorithm 1, clamped to [0, 1]; 0 where rz is 0 or the quotient is not finite.
+NLCG_HD double conjugacy(UpdateRule rule, double rz, double rz_new, double rz_mid) {
+  const double beta = (rule == UpdateRule::polak_ribiere ? rz_new - rz_mid : rz_new) / rz;
+  if (rz == 0.0 || !is_finite(beta)) return 0.0;
+  return beta < 0.0 ? 0.0 : (beta > 1.0 ? 1.0 : beta);
+}
+
+// Whether beta must be 0 although the update rule says otherwise. gd = sum(g * d) with the old direction.
+NLCG_HD bool restart_due(const Options& o, double step, double beta, double rz_new, double rz_mid, double gd) {
+  switch (o.restart) {
+    case Restart::descent:
+      return -rz_new + beta * gd >= 0.0;
+    case Restart::powell:
+      return (rz_mid < 0.0 ? -rz_mid : rz_mid) >= 0.2 * rz_new;
+    case Restart::every:  // step and restart_every are whole numbers far below 2^53
+      return step - o.restart_every * static_cast<double>(static_cast<long long>(step / o.restart_every)) == 0.0;
+    case Restart::never:
+      break;
+  }
+  return false;
+}
+
+// Online stochastic line search (section 3.2.2): the new scale. The thresholds are taken relative to |loss_prev|, so
+// that "increased by 2 %" keeps its meaning for a negative loss. A loss_prev of NaN ("none yet") changes nothing.
+NLCG_HD double line_search_scale(const Options& o, double scale, double loss, double loss_prev) {
+  const double magnitude = loss_prev < 0.0 ? -loss_prev : loss_prev;
+  if (loss > loss_prev + o.increase_threshold * magnitude) {
+    const double lower = scale * (1.0 - o.decrease);
+    return lower > kSmallestDouble ? lower : kSmallestDouble;
+  }
+  if (loss < loss_prev + o.flat_threshold * magnitude) {
+    const double higher = scale * (1.0 + o.increase);
+    return higher < 1.0 ? higher : 1.0;
+  }
+  return scale;
+}
+
+}  // namespace fastnlcg

@@ -1,0 +1,102 @@
+// What a step is given: plain structs, shared by the CPU, CUDA and the bindings. No logic.
+//
+// Parameters and gradients lie scattered in memory, one Segment each; the state is flat, and a segment names its place
+// there. One flat buffer is the case of a single segment. Segments are sorted by `offset`, do not overlap, are never
+// empty, and need not cover the state: what no segment covers takes no part in the step.
+#pragma once
+
+#include <cstdint>
+
+namespace fastnlcg {
+
+constexpr double kLargestDouble = 1.7976931348623157e308;
+constexpr double kSmallestDouble = 2.2250738585072014e-308;
+constexpr double kLargestFloat = 3.4028234663852886e38;
+
+enum class DType : std::int32_t { f64, f32, bf16, f16 };
+enum class UpdateRule : std::int32_t { fletcher_reeves, polak_ribiere };
+enum class Restart : std::int32_t { never, descent, powell, every };
+
+struct Segment {
+  void* p;             // parameters; may be null where no pass reads or writes them
+  const void* g;       // gradient, same dtype and memory order as p
+  std::int64_t offset;  // of its first element in the flat state
+  std::int64_t n;
+  std::int32_t group;  // index into Step::groups
+  std::int32_t param;  // index into Step::param_steps
+  DType dtype;
+};
+
+struct Group {
+  double lr;            // from the caller
+  double alpha;         // lr * ls_scale, formed by the step
+  double alpha_prev;    // of the previous step
+  double weight_decay;  // L2
+};
+
+struct Options {
+  UpdateRule update = UpdateRule::fletcher_reeves;
+  Restart restart = Restart::never;
+  double restart_every = 0;
+  double eps = 1e-8;
+  double curvature_eps = 1e-8;
+  bool skip_nonfinite = true;
+  bool maximize = false;
+  bool line_search = false;
+  double increase_threshold = 0.02;
+  double flat_threshold = 0.01;
+  double decrease = 0.025;
+  double increase = 0.025;
+};
+
+// Every scalar that survives a step, as doubles so that the struct is also a flat float64 buffer.
+struct Scalars {
+  double step;           // completed steps
+  double skipped_steps;  // steps that changed nothing because a sum was not finite
+  double rz;             // sum(-g z) of the last step
+  double gs;             // sum(g s) over the last gradient and the last move: sum(g_prev s) of the next step
+  double shs;            // sum(s h s) of the last move: what the next step gates on
+  double grad_max;       // largest |g| of the last step
+  double ls_scale;       // line-search scale, in (0, 1]
+  double loss_prev;      // NaN: none yet
+  // What the last step did; read by diagnostics only.
+  double beta;
+  double ys;
+  double shs_used;
+  double updated;  // 1 where h was updated
+};
+constexpr int kScalars = sizeof(Scalars) / sizeof(double);
+
+// The three streams of state, float32 or (for float64 parameters) float64.
+struct State {
+  void* grad_prev;
+  void* direction;
+  void* hessian_diag;  // null: no preconditioner, z = -g
+  std::int64_t n;
+  DType dtype;
+};
+
+struct Step {
+  const Segment* segments;
+  std::int64_t n_segments;
+  Group* groups;
+  std::int64_t n_groups;
+  State state;
+  Options options;
+  Scalars* scalars;
+  double* param_steps;  // per parameter: the step that moved it last
+  double* partials;     // workspace: kMaxSums per tile, see partials_needed
+  bool set_changed;     // the parameters with gradients are not those of the previous step
+  double loss;          // NaN: none given
+  int threads;
+};
+
+// Tiles fix the order of every sum: the bits depend on the flat index alone. 4096 elements are few enough to balance
+// over threads and many enough that combining the partial sums costs nothing.
+constexpr std::int64_t kTile = 4096;
+constexpr int kMaxSums = 3;
+
+constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }
+constexpr std::int64_t partials_needed(std::int64_t n) { return kMaxSums * tiles_of(n); }
+
+}  // namespace fastnlcg

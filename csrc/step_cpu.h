@@ -1,0 +1,35 @@
+// The CPU step: what the bindings call. Compiled once per instruction set (step_cpu.cpp), chosen at run time
+// (dispatch_cpu.cpp).
+//
+// Contract: the caller has checked every pointer, length and dtype (bindings.cpp does); buffers do not overlap. A step
+// reduces, decides, then writes: where it skips, nothing but `scalars->skipped_steps` has changed. It does not allocate
+// and does not throw. Any address will do; nothing needs alignment.
+#pragma once
+
+#include "step_args.h"
+
+namespace fastnlcg {
+
+struct CpuVerbs {
+  const char* name;  // of the instruction set
+
+  // The whole step: three passes over tiles. 56 bytes of traffic per float32 parameter.
+  void (*step)(const Step&);
+
+  // The parts, over the same passes; `scalars` carries what they need and give (see ops.py).
+  void (*curvature_sums)(const Step&, double* ys, double* shs);          // reads g, g_prev, d, h
+  void (*update_curvature)(const Step&, double ys, double shs);          // writes h
+  void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, g_prev, h
+  void (*update_direction)(const Step&, double beta);                    // writes p (unless null), d, g_prev (unless null)
+  void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over g_prev and d
+};
+
+extern const CpuVerbs kBaseline, kAvx2, kAvx512;
+
+// The widest set this processor has, or the one the environment variable FASTNLCG_ISA names. Throws
+// std::invalid_argument where it names none or one that the processor lacks.
+const CpuVerbs& cpu_verbs();
+// The names this processor has, widest last; fills at most 3, returns how many.
+int cpu_instruction_sets(const char** names);
+
+}  // namespace fastnlcg

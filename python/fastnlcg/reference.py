@@ -1,0 +1,278 @@
+"""The definition of a step, as NumPy float64: one function per equation, no speed, no surprises.
+
+Every native kernel is tested against this module, and this module against mathematics. It imports nothing but NumPy and
+is usable by itself:
+
+    >>> import numpy as np
+    >>> from fastnlcg import reference
+    >>> def bowl(w):
+    ...     return float(w @ (np.array([1.0, 10.0]) * w)) / 2, np.array([1.0, 10.0]) * w
+    >>> result = reference.minimize(bowl, np.array([1.0, 1.0]), steps=60, lr=0.1)
+    >>> bool(result.losses[-1] < 1e-6 * result.losses[0])
+    True
+
+Source: Adya et al., *Nonlinear Conjugate Gradients for Scaling Synchronous Distributed DNN Training* (arXiv:1812.02886),
+Algorithms 1 and 2 and section 3.2.2. Where the paper is silent the choices are those of the authors' TensorFlow code.
+
+Symbols: ``p`` parameters, ``g`` gradient, ``g_prev`` the previous one, ``d`` direction, ``h`` diagonal of the Hessian
+estimate, ``y = g - g_prev``, ``s = alpha_prev * d``, ``z = -g / (h + eps)``, ``rz = sum(-g z)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+__all__ = [
+    "Options",
+    "Result",
+    "State",
+    "bfgs_diagonal",
+    "conjugacy",
+    "conjugate_direction",
+    "curvature_accepted",
+    "effective_gradient",
+    "initial_state",
+    "line_search_scale",
+    "minimize",
+    "nlcg_step",
+    "preconditioned_residual",
+    "restart_due",
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not change from step to step. The names and defaults are those of :class:`fastnlcg.NLCG`."""
+
+    update: Literal["fletcher_reeves", "polak_ribiere"] = "fletcher_reeves"
+    preconditioner: Literal["bfgs"] | None = "bfgs"
+    eps: float = 1e-8
+    curvature_eps: float = 1e-8
+    restart: Literal["descent", "powell"] | int | None = None
+    nonfinite: Literal["skip", "propagate"] = "skip"
+    maximize: bool = False
+    line_search: tuple[float, float, float, float] | None = None
+    """(increase_threshold, flat_threshold, decrease, increase)"""
+
+
+@dataclass(frozen=True)
+class State:
+    """What survives a step. Arrays have shape (n,); ``h`` is None without a preconditioner."""
+
+    g_prev: Array
+    d: Array
+    h: Array | None
+    alpha_prev: Array
+    active: npt.NDArray[np.bool_]
+    """Which elements took part in the last step."""
+    step: int = 0
+    skipped_steps: int = 0
+    rz: float = 0.0
+    ls_scale: float = 1.0
+    loss_prev: float | None = None
+    # What the last step did.
+    beta: float = 0.0
+    ys: float = 0.0
+    shs: float = 0.0
+    updated: bool = False
+
+
+def initial_state(n: int, options: Options | None = None) -> State:
+    """The state before the first step: ``h = 1``, everything else zero."""
+    zeros = np.zeros(n)
+    h = np.ones(n) if (options or Options()).preconditioner == "bfgs" else None
+    return State(g_prev=zeros, d=zeros, h=h, alpha_prev=zeros, active=np.ones(n, dtype=bool))
+
+
+# ---- the equations ---------------------------------------------------------------------------------------------------
+
+
+def effective_gradient(grad: Array, p: Array, weight_decay: float | Array, maximize: bool) -> Array:
+    """The gradient that the method sees: sign turned for ``maximize``, then L2 weight decay."""
+    signed = -grad if maximize else grad
+    return np.where(np.asarray(weight_decay) != 0.0, signed + weight_decay * p, signed)
+
+
+def curvature_accepted(ys: float, shs: float, curvature_eps: float) -> bool:
+    """Whether the pair (s, y) may update ``h``: both denominators clearly positive."""
+    return ys > curvature_eps and shs > curvature_eps
+
+
+def bfgs_diagonal(h: Array, y: Array, s: Array, ys: float, shs: float) -> Array:
+    """Diagonal BFGS update (Algorithm 2): ``| h + y^2/ys - (h s)^2/shs |``."""
+    return np.abs(h + y**2 / ys - (h * s) ** 2 / shs)
+
+
+def preconditioned_residual(g: Array, h: Array | None, eps: float) -> Array:
+    """``z = -g / (h + eps)``; ``-g`` without a preconditioner."""
+    return -g if h is None else -g / (h + eps)
+
+
+def conjugacy(update: str, rz: float, rz_new: float, rz_mid: float) -> float:
+    """beta of Algorithm 1, clamped to [0, 1]; 0 where ``rz`` is 0 or the quotient is not finite."""
+    numerator = rz_new - rz_mid if update == "polak_ribiere" else rz_new
+    if rz == 0.0:
+        return 0.0
+    with np.errstate(all="ignore"):
+        beta = float(np.float64(numerator) / np.float64(rz))
+    return min(max(beta, 0.0), 1.0) if np.isfinite(beta) else 0.0
+
+
+def restart_due(restart: str | int | None, step: int, beta: float, rz_new: float, rz_mid: float, gd: float) -> bool:
+    """Whether beta is to be 0. ``step`` counts completed steps, ``gd = sum(g d)`` with the old direction."""
+    if restart == "descent":
+        return -rz_new + beta * gd >= 0.0
+    if restart == "powell":
+        return abs(rz_mid) >= 0.2 * rz_new
+    return isinstance(restart, int) and step % restart == 0
+
+
+def conjugate_direction(z: Array, beta: float, d: Array) -> Array:
+    """``d_new = z + beta d``."""
+    return z + beta * d
+
+
+def line_search_scale(
+    scale: float, loss: float, loss_prev: float | None, thresholds: tuple[float, float, float, float]
+) -> float:
+    """Online stochastic line search (section 3.2.2): the new scale, in (0, 1].
+
+    "Increased by 2 %" is taken relative to ``|loss_prev|``, so that it keeps its meaning for a negative loss.
+    """
+    increase_threshold, flat_threshold, decrease, increase = thresholds
+    if loss_prev is None:
+        return scale
+    if loss > loss_prev + increase_threshold * abs(loss_prev):
+        return max(scale * (1.0 - decrease), float(np.finfo(np.float64).tiny))
+    if loss < loss_prev + flat_threshold * abs(loss_prev):
+        return min(1.0, scale * (1.0 + increase))
+    return scale
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+
+def nlcg_step(
+    p: Array,
+    grad: Array,
+    state: State,
+    options: Options | None = None,
+    *,
+    lr: float | Array | Callable[[Array, Array], float],
+    weight_decay: float | Array = 0.0,
+    loss: float | None = None,
+    active: npt.NDArray[np.bool_] | None = None,
+) -> tuple[Array, State]:
+    """One step. Pure: returns the new parameters and the new state, changes neither argument.
+
+    Args:
+        p: parameters, shape (n,).
+        grad: gradient of the loss at ``p``, shape (n,); values outside ``active`` are not looked at.
+        state: from :func:`initial_state` or the previous step.
+        options: see :class:`Options`.
+        lr: step length before the line-search scale; an array gives every element its own (parameter groups); a
+            callable is called as ``lr(p, d)`` with the new direction (an exact line search, say).
+        weight_decay: L2 coefficient, a number or one per element.
+        loss: this step's loss, for the line search; None or a number that is not finite leaves the scale alone.
+        active: which elements have a gradient; all by default. The others keep value and state, and have no part in
+            any sum.
+
+    Returns:
+        The new parameters and the new state.
+    """
+    o = options or Options()
+    active = np.ones(p.size, dtype=bool) if active is None else active
+    g = np.where(active, effective_gradient(grad, p, weight_decay, o.maximize), 0.0)
+    d_old = np.where(active, state.d, 0.0)
+    g_prev = np.where(active, state.g_prev, 0.0)
+    first = state.step == 0
+    same_course = not first and bool(np.array_equal(active, state.active))
+    eps = 0.0 if first else o.eps
+
+    ls_scale, loss_prev = state.ls_scale, state.loss_prev
+    if o.line_search is not None and loss is not None and np.isfinite(loss):
+        signed = -loss if o.maximize else loss
+        ls_scale, loss_prev = line_search_scale(ls_scale, signed, loss_prev, o.line_search), signed
+
+    with np.errstate(all="ignore"):
+        h_new, ys, shs, updated = state.h, 0.0, 0.0, False
+        if state.h is not None and same_course:
+            y, s = g - g_prev, state.alpha_prev * d_old
+            ys, shs = float(np.sum(y * s)), float(np.sum(s * state.h * s))
+            updated = curvature_accepted(ys, shs, o.curvature_eps)
+            if updated:
+                h_new = np.where(active, bfgs_diagonal(state.h, y, s, ys, shs), state.h)
+
+        z = preconditioned_residual(g, h_new, eps)
+        rz_new = float(np.sum(-g * z))
+        rz_mid = float(np.sum(g * -preconditioned_residual(g_prev, state.h, eps)))
+        gd = float(np.sum(g * d_old))
+        beta = conjugacy(o.update, state.rz, rz_new, rz_mid) if same_course else 0.0
+        if restart_due(o.restart, state.step, beta, rz_new, rz_mid, gd):
+            beta = 0.0
+
+        if o.nonfinite == "skip" and not np.all(np.isfinite([ys, shs, rz_new, rz_mid, gd])):
+            return p, replace(state, skipped_steps=state.skipped_steps + 1)
+
+        d = np.where(active, conjugate_direction(z, beta, d_old), state.d)
+        alpha = (lr(p, d) if callable(lr) else lr) * ls_scale * np.ones(p.size)
+        p_new = np.where(active & (alpha != 0.0), p + alpha * d, p)
+    return p_new, State(
+        g_prev=np.where(active, g, state.g_prev),
+        d=d,
+        h=h_new,
+        alpha_prev=np.where(active, alpha, state.alpha_prev),
+        active=active,
+        step=state.step + 1,
+        skipped_steps=state.skipped_steps,
+        rz=rz_new,
+        ls_scale=ls_scale,
+        loss_prev=loss_prev,
+        beta=beta,
+        ys=ys,
+        shs=shs,
+        updated=updated,
+    )
+
+
+# ---- a whole optimization --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`minimize` found: the last point, the loss before every step, the last state."""
+
+    p: Array
+    losses: list[float] = field(default_factory=list)
+    state: State | None = None
+
+
+def minimize(
+    fun: Callable[[Array], tuple[float, Array]],
+    p: npt.ArrayLike,
+    *,
+    steps: int,
+    lr: float | Callable[[Array, Array], float],
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> Result:
+    """Takes ``steps`` steps on ``fun(p) -> (loss, gradient)`` from ``p``, shape (n,).
+
+    ``lr`` and ``weight_decay`` are those of :func:`nlcg_step`; the other keywords those of :class:`Options`.
+    """
+    o = Options(**options)
+    point = np.array(p, dtype=np.float64).ravel()
+    state = initial_state(point.size, o)
+    losses = []
+    for _ in range(steps):
+        loss, grad = fun(point)
+        losses.append(float(loss))
+        point, state = nlcg_step(point, np.asarray(grad), state, o, lr=lr, weight_decay=weight_decay, loss=float(loss))
+    return Result(point, losses, state)
