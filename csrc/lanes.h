@@ -6,10 +6,9 @@
 // for AVX-512 must never be the copy that the linker keeps for the baseline.
 #pragma once
 
-#include <cstdint>
-#ifdef __FMA__
 #include <immintrin.h>
-#endif
+
+#include <cstdint>
 
 #include "step_args.h"
 
@@ -34,7 +33,6 @@ constexpr int kDoubleVectors = kBlock / kDoubles;  // vectors of doubles per blo
 
 using Double = double __attribute__((vector_size(kVectorBytes)));
 using Float = float __attribute__((vector_size(kVectorBytes)));
-using HalfFloat = float __attribute__((vector_size(kVectorBytes / 2)));
 using Bits32 = std::uint32_t __attribute__((vector_size(kVectorBytes)));
 using Bits16 = std::uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 
@@ -132,10 +130,20 @@ NLCG_INLINE void store(S* to, Vector<S> v) {
 NLCG_INLINE Bits32 load_16bit(const void* from) {
   Bits16 v;
   __builtin_memcpy(&v, from, sizeof(v));
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bits32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Bits32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
+#else
   return __builtin_convertvector(v, Bits32);
+#endif
 }
 NLCG_INLINE void store_16bit(void* to, Bits32 u) {
+#if defined(__AVX512F__)
+  const Bits16 v = reinterpret_cast<Bits16>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(u)));
+#else
   const Bits16 v = __builtin_convertvector(u, Bits16);
+#endif
   __builtin_memcpy(to, &v, sizeof(v));
 }
 NLCG_INLINE Float load(const BFloat16* from) { return decode_bf16<Float>(load_16bit(from)); }
@@ -163,19 +171,15 @@ struct Wide1 {
   Double v[1];
 };
 
-template <int... I>
-NLCG_INLINE HalfFloat half_of(Float x) {
-  return __builtin_shufflevector(x, x, I...);
-}
+// Intrinsics, not __builtin_convertvector: gcc 12 splits that into halves of halves.
 NLCG_INLINE Wide2 widen(Float x) {
 #if defined(__AVX512F__)
-  const HalfFloat low = half_of<0, 1, 2, 3, 4, 5, 6, 7>(x), high = half_of<8, 9, 10, 11, 12, 13, 14, 15>(x);
+  return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))}};
 #elif defined(__AVX2__)
-  const HalfFloat low = half_of<0, 1, 2, 3>(x), high = half_of<4, 5, 6, 7>(x);
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))}};
 #else
-  const HalfFloat low = half_of<0, 1>(x), high = half_of<2, 3>(x);
+  return {{_mm_cvtps_pd(x), _mm_cvtps_pd(_mm_movehl_ps(x, x))}};
 #endif
-  return {{__builtin_convertvector(low, Double), __builtin_convertvector(high, Double)}};
 }
 NLCG_INLINE Wide1 widen(Double x) { return {{x}}; }
 

@@ -36,7 +36,7 @@ NLCG_HD T decayed_gradient(T g, T weight_decay, T p) {
 
 template <class T>
 NLCG_HD T absolute(T x) {
-  return x < T{} ? -x : x;
+  return x < -x ? -x : x;
 }
 
 // min(x, bound), and bound where x is NaN: an overflow inside the curvature update must not reach h.

@@ -335,16 +335,12 @@ bool forked() {
   return getpid() != owner;
 }
 
-// Runs the pass over all tiles and adds up the partial sums in the order of the tiles. Passes alternate in direction:
-// a backward pass finds in the cache what the forward pass before it read last.
+// Runs the pass over all tiles and adds up the partial sums in the order of the tiles.
 template <class S, class Pass>
-void reduce(const Step& step, const Pass& pass, bool backward, double (&sums)[kMaxSums]) {
+void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums]) {
   const std::int64_t tiles = tiles_of(step.state.n);
   const auto range = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t tile = backward ? begin + (end - 1 - i) : i;
-      run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
-    }
+    for (std::int64_t tile = begin; tile < end; ++tile) run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
   };
   // Below four tiles a thread, waking a thread costs more than it brings.
   const std::int64_t useful = tiles / 4 < step.threads ? tiles / 4 : step.threads;
@@ -406,7 +402,7 @@ void step_in(const Step& step) {
   double ys = 0.0, grad_max = 0.0;
   bool curvature = false;
   if (preconditioned) {
-    reduce<S>(step, CurvatureDot<S>{constants<S>(step, eps, 0, 0, 0)}, false, sums);
+    reduce<S>(step, CurvatureDot<S>{constants<S>(step, eps, 0, 0, 0)}, sums);
     grad_max = sums[1];
     if (o.skip_nonfinite && !(is_finite(sums[0]) && is_finite(grad_max))) return skip();
     ys = same_course ? sums[0] - next.gs : 0.0;
@@ -422,18 +418,18 @@ void step_in(const Step& step) {
   const auto finite = [&] { return is_finite(sums[0]) && is_finite(sums[1]) && is_finite(sums[2]); };
   if (curvature && o.skip_nonfinite && may_overflow(grad_max, next.grad_max, eps, n, kLargest<S>)) {
     dots.store_h = false;  // a rehearsal
-    reduce<S>(step, dots, true, sums);
+    reduce<S>(step, dots, sums);
     if (!finite()) return skip();
     dots.store_h = true;
   }
-  reduce<S>(step, dots, true, sums);
+  reduce<S>(step, dots, sums);
   if (o.skip_nonfinite && !finite()) return skip();  // no h has been written: see may_overflow
   const double rz_new = sums[0], rz_mid = sums[1], gd = sums[2];
 
   double beta = same_course ? conjugacy(o.update, next.rz, rz_new, rz_mid) : 0.0;
   if (restart_due(o, next.step, beta, rz_new, rz_mid, gd)) beta = 0.0;
 
-  reduce<S>(step, DirectionAndMove<S>{constants<S>(step, eps, beta, 0, 0), preconditioned, true, true}, false, sums);
+  reduce<S>(step, DirectionAndMove<S>{constants<S>(step, eps, beta, 0, 0), preconditioned, true, true}, sums);
 
   next.step += 1.0;
   next.rz = rz_new;
@@ -454,7 +450,7 @@ void step_in(const Step& step) {
 template <class S>
 void curvature_sums_in(const Step& step, double* ys, double* shs) {
   double sums[kMaxSums];
-  reduce<S>(step, CurvatureSums<S>{constants<S>(step, 0, 0, 0, 0)}, false, sums);
+  reduce<S>(step, CurvatureSums<S>{constants<S>(step, 0, 0, 0, 0)}, sums);
   *ys = sums[0] - sums[1];
   *shs = sums[2];
 }
@@ -462,7 +458,7 @@ void curvature_sums_in(const Step& step, double* ys, double* shs) {
 template <class S>
 void update_curvature_in(const Step& step, double ys, double shs) {
   double sums[kMaxSums];
-  reduce<S>(step, CurvatureAndDots<S>{constants<S>(step, 1, 0, ys, shs), true, true, true, false, false}, true, sums);
+  reduce<S>(step, CurvatureAndDots<S>{constants<S>(step, 1, 0, ys, shs), true, true, true, false, false}, sums);
 }
 
 template <class S>
@@ -472,7 +468,7 @@ void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
   reduce<S>(step,
             CurvatureAndDots<S>{constants<S>(step, step.options.eps, 0, 0, 0), preconditioned, false, false,
                                 step.state.grad_prev != nullptr, false},
-            false, sums);
+            sums);
   *rz = sums[0];
   *rz_mid = sums[1];
 }
@@ -483,13 +479,13 @@ void update_direction_in(const Step& step, double beta) {
   reduce<S>(step,
             DirectionAndMove<S>{constants<S>(step, step.options.eps, beta, 0, 0), step.state.hessian_diag != nullptr,
                                 step.state.grad_prev != nullptr, step.segments[0].p != nullptr},
-            false, sums);
+            sums);
 }
 
 template <class S>
 void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
   double sums[kMaxSums];
-  reduce<S>(step, StateNorms<S>{constants<S>(step, 0, 0, 0, 0)}, false, sums);
+  reduce<S>(step, StateNorms<S>{constants<S>(step, 0, 0, 0, 0)}, sums);
   *gg = sums[0];
   *dd = sums[1];
   *gd = sums[2];

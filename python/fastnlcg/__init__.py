@@ -1,0 +1,45 @@
+"""fastnlcg: preconditioned nonlinear conjugate gradients for deep networks, as a fused native optimizer step.
+
+    NLCG                the torch optimizer
+    OnlineLineSearch    the paper's line search on the mini-batch loss, an option of NLCG
+    paper_schedule      the paper's learning-rate schedule, as a torch scheduler
+    ops                 the step and its parts over flat buffers; no torch needed
+    reference           the definition, in NumPy float64
+
+``NLCG``, ``Diagnostics`` and ``paper_schedule`` need torch, and import it when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastnlcg import _native, ops, reference
+from fastnlcg.line_search import OnlineLineSearch
+
+if TYPE_CHECKING:
+    from fastnlcg.nlcg import NLCG, Diagnostics
+    from fastnlcg.schedules import paper_schedule
+
+__all__ = ["NLCG", "Diagnostics", "OnlineLineSearch", "__version__", "ops", "paper_schedule", "reference"]
+
+__version__ = _native.version
+
+_NEED_TORCH = {"NLCG": "nlcg", "Diagnostics": "nlcg", "paper_schedule": "schedules"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module 'fastnlcg' has no attribute {name!r}")
+    import importlib  # noqa: PLC0415
+
+    try:
+        module = importlib.import_module(f"fastnlcg.{_NEED_TORCH[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"fastnlcg.{name} needs torch: pip install 'fastnlcg[torch]'", name="torch"
+        ) from error
+    value = getattr(module, name)
+    globals()[name] = value
+    return value

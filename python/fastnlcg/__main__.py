@@ -1,0 +1,95 @@
+"""``python -m fastnlcg [--json]``: what this installation is, and whether its native step agrees with the definition.
+
+Exit status 0 where it does, 1 where not. Works without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import sys
+from typing import Any
+
+import numpy as np
+
+from fastnlcg import __version__, _native, ops, reference
+
+STEPS = 20
+N = 4097  # one tile and a tail
+
+
+def self_check() -> dict[str, Any]:
+    """Takes 20 steps of native float64 and float32 beside the reference; returns the largest relative differences."""
+    worst = {"float64": 0.0, "float32": 0.0}
+    for update in ("fletcher_reeves", "polak_ribiere"):
+        rng = np.random.default_rng(0)
+        curvature, start = rng.uniform(0.1, 3.0, N), rng.standard_normal(N)
+        options = reference.Options(update=update)
+        for dtype in worst:
+            p, expected = start.astype(dtype), start.astype(dtype).astype(np.float64)
+            g_prev, d, h = np.zeros(N, dtype), np.zeros(N, dtype), np.ones(N, dtype)
+            scalars, state = ops.Scalars(), reference.initial_state(N, options)
+            for _ in range(STEPS):
+                gradient = (curvature * expected).astype(dtype)  # both see the same gradient
+                ops.nlcg_step(p, gradient, g_prev, d, h, scalars, lr=0.05, update=update)
+                expected, state = reference.nlcg_step(expected, gradient.astype(np.float64), state, options, lr=0.05)
+            error = float(np.max(np.abs(p - expected)) / np.max(np.abs(expected)))
+            worst[dtype] = max(worst[dtype], error)
+    # float64: rounding of 20 steps; float32: 20 steps of 2^-24 each, amplified by the quotients in h.
+    return {"differences": worst, "passed": worst["float64"] < 1e-12 and worst["float32"] < 1e-4}  # noqa: PLR2004
+
+
+def report() -> dict[str, Any]:
+    """Everything that ``python -m fastnlcg`` prints."""
+    torch_version = None
+    if importlib.util.find_spec("torch") is not None:
+        import torch  # noqa: PLC0415
+
+        torch_version = torch.__version__
+    try:
+        instruction_set, why_off = _native.instruction_set(), ""
+    except ValueError as error:  # FASTNLCG_ISA names one that this processor lacks
+        instruction_set, why_off = None, str(error)
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch_version,
+        "compiler": _native.compiler,
+        "cpu": {
+            "instruction_sets": _native.instruction_sets(),
+            "instruction_set": instruction_set,
+            "threads": _native.num_threads(),
+            "why_off": why_off,
+        },
+        "cuda": _native.cuda_status(),
+        "self_check": self_check() if instruction_set else {"differences": {}, "passed": False},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fastnlcg", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    facts = report()
+    check = facts["self_check"]
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0 if check["passed"] else 1
+    cpu, cuda = facts["cpu"], facts["cuda"]
+    built = f"built for sm {cuda['architectures'].replace('-real', '')} " if cuda["built"] else ""
+    print(f"fastnlcg     {facts['version']} ({facts['compiler']})")
+    print(f"python       {facts['python']}, numpy {facts['numpy']}, torch {facts['torch'] or 'not installed'}")
+    print(f"cpu          {cpu['why_off'] or cpu['instruction_set']} (of {', '.join(cpu['instruction_sets'])})")
+    print(f"threads      {cpu['threads']}")
+    print(f"cuda         off: {built}{cuda['why_off']}" if cuda["why_off"] else f"cuda         {', '.join(cuda['devices'])}")
+    differences = ", ".join(f"{dtype} {error:.1e}" for dtype, error in check["differences"].items())
+    print(f"self-check   {'passed' if check['passed'] else 'FAILED'} (largest relative difference: {differences or 'none'})")
+    return 0 if check["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

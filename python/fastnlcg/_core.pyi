@@ -1,0 +1,73 @@
+from typing import TypedDict
+
+version: str
+compiler: str
+
+class _CudaStatus(TypedDict):
+    built: bool
+    architectures: str
+    devices: list[str]
+    runtime: int
+    driver: int
+    why_off: str
+
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def max_threads() -> int: ...
+def cuda_status() -> _CudaStatus: ...
+
+class Buffer:
+    def __init__(self, owner: object) -> None: ...
+    @property
+    def pointer(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def readonly(self) -> bool: ...
+    @property
+    def contiguous(self) -> bool: ...
+
+class Step:
+    def __init__(
+        self,
+        state_dtype: str,
+        n: int,
+        grad_prev: Buffer | None,
+        direction: Buffer | None,
+        hessian_diag: Buffer | None,
+        param_steps: Buffer | None,
+        groups: int,
+    ) -> None: ...
+    def set_options(
+        self,
+        update: str,
+        restart: str,
+        restart_every: int,
+        eps: float,
+        curvature_eps: float,
+        skip_nonfinite: bool,
+        maximize: bool,
+        line_search: tuple[float, float, float, float] | None,
+    ) -> None: ...
+    def set_segments(self, table: list[tuple[int, int, int, int, str]]) -> None: ...
+    def step(
+        self,
+        p: list[int],
+        g: list[int],
+        lr: list[float],
+        weight_decay: list[float],
+        set_changed: bool,
+        loss: float,
+        threads: int,
+    ) -> bool: ...
+    def state_norms(self, threads: int) -> tuple[float, float, float]: ...
+    scalars: dict[str, float]
+    alpha_prev: list[float]
+    def curvature_sums(self, g: Buffer, alpha_prev: float, threads: int) -> tuple[float, float]: ...
+    def update_curvature(self, g: Buffer, alpha_prev: float, ys: float, shs: float, threads: int) -> None: ...
+    def preconditioned_dots(self, g: Buffer, threads: int) -> tuple[float, float]: ...
+    def update_direction(self, p: Buffer | None, g: Buffer, alpha: float, beta: float, threads: int) -> None: ...

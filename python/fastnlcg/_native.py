@@ -1,0 +1,203 @@
+"""The gate between Python and the native module: the only importer of ``_core``, and where arguments are checked.
+
+Rule: check everything, write nothing, then raise. TypeError is the wrong kind, ValueError the wrong value or shape,
+RuntimeError the wrong moment. Works without torch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from fastnlcg import _core
+from fastnlcg._core import Buffer, Step
+from fastnlcg.line_search import OnlineLineSearch
+
+__all__ = [
+    "Buffer",
+    "Step",
+    "buffers",
+    "check_loss",
+    "check_options",
+    "check_real",
+    "compiler",
+    "cuda_status",
+    "instruction_set",
+    "instruction_sets",
+    "mark_written",
+    "native_options",
+    "num_threads",
+    "state_dtype",
+    "version",
+]
+
+UPDATES = ("fletcher_reeves", "polak_ribiere")
+PRECONDITIONERS = ("bfgs", None)
+RESTARTS = ("descent", "powell")
+NONFINITE = ("skip", "propagate")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+version: str = _core.version
+compiler: str = _core.compiler
+cuda_status = _core.cuda_status
+instruction_set = _core.instruction_set
+instruction_sets = _core.instruction_sets
+
+
+# ---- numbers and choices -----------------------------------------------------------------------------------------
+
+
+def check_real(name: str, value: object, *, minimum: float = -math.inf) -> float:
+    """``value`` as a float; TypeError unless it is a real number, ValueError unless finite and >= ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    if not (math.isfinite(number) and number >= minimum):
+        bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
+        what = "Invalid learning rate" if name == "lr" else f"Invalid {name}"
+        raise ValueError(f"{what}: {value!r}; expected a finite number{bound}")
+    return number
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if isinstance(value, str | None) and value in choices:
+        return
+    kind = ValueError if isinstance(value, str) else TypeError
+    raise kind(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Checks the options that hold for a whole optimizer. Raises for the first that is wrong; see NLCG for them."""
+    _check_choice("update", options["update"], UPDATES)
+    _check_choice("preconditioner", options["preconditioner"], PRECONDITIONERS)
+    _check_choice("nonfinite", options["nonfinite"], NONFINITE)
+    check_real("eps", options["eps"], minimum=0.0)
+    check_real("curvature_eps", options["curvature_eps"], minimum=0.0)
+    if not isinstance(options["maximize"], bool):
+        raise TypeError(f"maximize must be a bool, got {options['maximize']!r}")
+    restart = options["restart"]
+    if isinstance(restart, int) and not isinstance(restart, bool):
+        if restart < 1:
+            raise ValueError(f"restart must be at least 1 step, got {restart}")
+    elif restart is not None:
+        kind = ValueError if isinstance(restart, str) else TypeError
+        if not isinstance(restart, str) or restart not in RESTARTS:
+            raise kind(f"restart must be None, 'descent', 'powell' or a number of steps; got {restart!r}")
+    line_search = options["line_search"]
+    if not isinstance(line_search, OnlineLineSearch | None):
+        raise TypeError(f"line_search must be None or an OnlineLineSearch, got {line_search!r}")
+
+
+def native_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Step.set_options`` for checked options."""
+    restart, line_search = options["restart"], options["line_search"]
+    return {
+        "update": options["update"],
+        "restart": "never" if restart is None else restart if isinstance(restart, str) else "every",
+        "restart_every": restart if isinstance(restart, int) else 0,
+        "eps": float(options["eps"]),
+        "curvature_eps": float(options["curvature_eps"]),
+        "skip_nonfinite": options["nonfinite"] == "skip",
+        "maximize": options["maximize"],
+        "line_search": None if line_search is None else line_search.as_tuple(),
+    }
+
+
+def check_loss(loss: object) -> float:
+    """A loss as a float, NaN for None. Takes numbers and one-element arrays or tensors; NaN and Inf pass, and are
+    ignored by the line search."""
+    if loss is None:
+        return math.nan
+    if isinstance(loss, bool | str | bytes | complex):
+        raise TypeError(f"loss must be a real number or a one-element tensor, got {loss!r}")
+    if not isinstance(loss, Real):
+        size = getattr(loss, "size", None)
+        elements = loss.numel() if hasattr(loss, "numel") else size if isinstance(size, int) else None
+        if elements is None:
+            raise TypeError(f"loss must be a real number or a one-element tensor, got {type(loss).__name__}")
+        if elements != 1:
+            raise ValueError(f"loss must have one element, got shape {tuple(getattr(loss, 'shape', ()))}")
+        loss = loss.item()  # type: ignore[attr-defined]
+        if isinstance(loss, complex):
+            raise TypeError("loss must be real, got a complex tensor")
+    return float(loss)  # type: ignore[arg-type]
+
+
+def num_threads(threads: int | None = None) -> int:
+    """``threads``, or torch's thread count where torch is loaded, or OpenMP's."""
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int):
+            raise TypeError(f"threads must be an int, got {threads!r}")
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        return threads
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else _core.max_threads()
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def state_dtype(dtype: str) -> str:
+    """The dtype of the state beside parameters of ``dtype``."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _view(name: str, array: object) -> Buffer:
+    # A torch tensor that requires grad refuses DLPack; its detached alias is the same memory.
+    detach = getattr(array, "detach", None)
+    try:
+        return Buffer(detach() if callable(detach) else array)
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def buffers(
+    parameters: Mapping[str, object], state: Mapping[str, object], written: tuple[str, ...]
+) -> tuple[dict[str, Buffer], int, str]:
+    """Views of the arrays of one call, all checked: kind, dtype, device, layout, writability, lengths, overlap.
+
+    ``parameters`` share one dtype (and ``g`` is among them); ``state`` has the state's dtype for it. Names mapped to
+    None are left out. Returns the views, n, and the state's dtype.
+    """
+    given = {name: array for name, array in {**parameters, **state}.items() if array is not None}
+    views = {name: _view(name, array) for name, array in given.items()}
+    dtype = views["g"].dtype
+    for name, view in views.items():
+        if view.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {view.dtype}; expected one of {', '.join(DTYPES)}")
+        expected = dtype if name in parameters else state_dtype(dtype)
+        if view.dtype != expected:
+            raise TypeError(f"{name} has dtype {view.dtype}, expected {expected} beside g of {dtype}; nothing is cast")
+        if view.device != "cpu":
+            raise ValueError(f"{name} is on {view.device}, expected cpu: {cuda_status()['why_off']}")
+        if not view.contiguous:
+            raise ValueError(f"{name} is not contiguous (row-major); a flat-buffer function needs that")
+        if name in written and view.readonly:
+            raise ValueError(f"{name} is read-only, and would be written")
+        if view.pointer == 0 and view.size > 0:
+            raise ValueError(f"{name} has {view.size} elements but no memory")
+        if view.pointer % ITEMSIZE[view.dtype]:
+            raise ValueError(f"{name} is not aligned to its {ITEMSIZE[view.dtype]}-byte elements")
+    sizes = {name: view.size for name, view in views.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError("different lengths: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+    spans = [(v.pointer, v.pointer + v.size * ITEMSIZE[v.dtype], name) for name, v in views.items() if v.size]
+    for i, (begin, end, name) in enumerate(spans):
+        for other_begin, other_end, other in spans[i + 1 :]:
+            if begin < other_end and other_begin < end and (name in written or other in written):
+                raise ValueError(f"{name} and {other} overlap in memory")
+    return views, sizes["g"], state_dtype(dtype)
+
+
+def mark_written(*arrays: object) -> None:
+    """Tells autograd about native writes into torch tensors; other arrays are passed over."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        for array in arrays:
+            if isinstance(array, torch.Tensor):
+                torch.autograd.graph.increment_version(array)

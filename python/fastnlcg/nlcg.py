@@ -1,0 +1,706 @@
+"""The torch optimizer: which parameters move, where they lie, and what is saved. The step itself is native."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter, is_
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastnlcg import _native
+from fastnlcg.line_search import OnlineLineSearch
+
+__all__ = ["NLCG", "Diagnostics"]
+
+_DTYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+# Options that hold for the whole optimizer, because its sums run over all groups. Every group carries them, so that
+# checkpoints do.
+_SHARED = ("update", "preconditioner", "line_search", "eps", "curvature_eps", "restart", "nonfinite", "maximize")
+# Scalars of the native step that a checkpoint needs: in the first parameter group, as plain numbers.
+_SCALARS = ("rz", "gs", "shs", "grad_max", "ls_scale", "loss_prev", "skipped_steps")
+_DEFAULT_SCALARS = {**dict.fromkeys(_SCALARS, 0.0), "ls_scale": 1.0, "loss_prev": None}
+
+_dtype_of = attrgetter("dtype")
+_is_cpu = attrgetter("is_cpu")
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What the last step did; see :meth:`NLCG.diagnostics`."""
+
+    step: int
+    """completed steps"""
+    skipped_steps: int
+    """steps that changed nothing because a sum was not finite"""
+    beta: float
+    """conjugacy coefficient after clamping and restarts"""
+    rz: float
+    """sum(g g / (h + eps))"""
+    ys: float
+    """sum(y s): 0 where no curvature pair was formed (first step, changed parameters, no preconditioner)"""
+    shs: float
+    """sum(s h s), likewise"""
+    updated: bool
+    """whether h was updated"""
+    grad_norm: float
+    """|g|, after weight decay"""
+    direction_norm: float
+    """|d|"""
+    cosine: float
+    """cos(g, -d): 1 is steepest descent; NaN where one of them is zero"""
+    ls_scale: float
+    """line-search scale, in (0, 1]"""
+
+
+class NLCG(torch.optim.Optimizer):
+    r"""Preconditioned nonlinear conjugate gradients as a fused native step.
+
+    One step, with ``y = g - g_prev`` and ``s = alpha_prev * d``, all sums over all parameters of all groups::
+
+        h     = | h + y^2 / sum(y s) - (h s)^2 / sum(s h s) |     where both sums are > curvature_eps
+        z     = -g / (h + eps)
+        beta  = clamp(sum(-g z) / rz, 0, 1)                       fletcher_reeves
+                clamp((sum(-g z) - rz_mid) / rz, 0, 1)            polak_ribiere
+        d     = z + beta d
+        p     = p + lr * ls_scale * d
+
+    State per parameter element: ``grad_prev``, ``direction``, ``hessian_diag`` (not without preconditioner), in float32
+    (float64 for float64 parameters), so 12 bytes beside each float32 parameter. It is allocated when a parameter first
+    has a gradient. ``state[p]["step"]`` is the optimizer's step count when ``p`` last moved.
+
+    Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0 and leaves h
+    alone. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
+    describe the edit, and the clamp on beta and the gate on the sums keep that harmless. A gradient with other strides
+    than its parameter is copied first; all else is read in place. ``p.grad`` is left as it was.
+
+    A step in one thread at a time; a second gets a RuntimeError. Exceptions, interrupts and skipped steps leave
+    parameters and state as they were.
+
+    Args:
+        params: parameters or groups. Groups may have their own ``lr`` and ``weight_decay``; everything else is shared.
+        lr: learning rate, a float or one-element tensor >= 0; schedulers own it. The paper warms up to 0.1 * batch / 256.
+        update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1).
+        preconditioner: ``"bfgs"``, the diagonal of Algorithm 2, or None for plain NLCG, ``z = -g``.
+        line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
+            closure or from ``step(loss=...)``. Under data parallelism pass the loss averaged over ranks.
+        weight_decay: L2 coefficient, >= 0: the gradient seen is ``g + weight_decay * p``.
+        eps: added to h where it divides, >= 0. At 0 every step with a curvature update costs one more pass.
+        curvature_eps: the curvature gate, >= 0.
+        restart: when to forget the direction, beta = 0. None: never (the paper); ``"descent"``: where d would not
+            descend, ``-rz + beta * sum(g d) >= 0``; ``"powell"``: where ``|rz_mid| >= 0.2 * rz``; N: every N steps.
+        nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; ``"propagate"``: as
+            torch's own optimizers.
+        maximize: maximize the objective; the line search's comparison turns round too.
+        foreach, fused: accepted for compatibility; the step is always fused.
+        differentiable: not supported.
+
+    Raises:
+        TypeError, ValueError: for a wrong kind or value of any of these, before anything is changed.
+
+    Example::
+
+        optimizer = fastnlcg.NLCG(model.parameters(), lr=0.1, update="polak_ribiere")
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = loss_function(model(inputs), targets)
+            loss.backward()
+            optimizer.step(loss=loss)
+
+    Source: Adya et al., arXiv:1812.02886, Algorithms 1 and 2. The absolute value in h and the defaults of the two eps
+    are those of the authors' TensorFlow code; ``restart`` and ``nonfinite`` are additions.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor,
+        *,
+        update: Literal["fletcher_reeves", "polak_ribiere"] = "fletcher_reeves",
+        preconditioner: Literal["bfgs"] | None = "bfgs",
+        line_search: OnlineLineSearch | None = None,
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+        curvature_eps: float = 1e-8,
+        restart: Literal["descent", "powell"] | int | None = None,
+        nonfinite: Literal["skip", "propagate"] = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable=True is not supported: the step is native and not recorded by autograd")
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "update": update,
+            "preconditioner": preconditioner,
+            "line_search": line_search,
+            "eps": eps,
+            "curvature_eps": curvature_eps,
+            "restart": restart,
+            "nonfinite": nonfinite,
+            "maximize": maximize,
+        }
+        if not isinstance(line_search, OnlineLineSearch | None):
+            raise TypeError(f"line_search must be None or an OnlineLineSearch, got {line_search!r}")
+        defaults["line_search"] = None if line_search is None else line_search.as_tuple()
+        _check_hyper_parameters(defaults)
+        self._forget()
+        self._group_count = 0
+        super().__init__(params, defaults)
+
+    # ---- groups and their options --------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch's optimizers do. New parameters start with h = 1 and d = 0; the next step counts as one
+        with a changed set of parameters. Raises like the constructor."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_hyper_parameters(group)
+            first = sum(len(other["params"]) for other in self.param_groups[:-1])
+            for index, p in enumerate(group["params"], start=first):
+                _check_kind(index, p)
+            _check_shared(self.param_groups)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        group.setdefault("alpha_prev", 0.0)
+        for key, value in _DEFAULT_SCALARS.items():
+            self.param_groups[0].setdefault(key, value)
+        self._group_count = len(self.param_groups)
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, loss: float | Tensor | None = None) -> float: ...
+
+    def step(
+        self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None
+    ) -> float | None:
+        """Takes one step.
+
+        Args:
+            closure: evaluates the model and returns the loss; called once, with gradients enabled. Its value is
+                returned, and serves the line search.
+            loss: the loss at the current parameters, for the line search, where there is no closure. A number or a
+                one-element tensor. None, or one that is not finite, leaves the line search alone.
+
+        Raises:
+            TypeError, ValueError: for a wrong loss, hyper-parameter, parameter or gradient, named by index; nothing has
+                changed then.
+            RuntimeError: gradients that are sparse, on another device or of another dtype; fewer groups than before
+                (an optimizer that is handed one group at a time cannot form global sums); a second thread.
+        """
+        if closure is not None and loss is not None:
+            raise ValueError("give a closure or loss=, not both: the closure returns the loss")
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        options, lr, weight_decay = self._hyper_parameters()
+        loss_now = _native.check_loss(value if closure is not None else loss) if options["line_search"] else math.nan
+        table = self._gather(options)
+        if table.native is not None and table.segments:
+            moved = table.native.step(
+                table.p_pointers,
+                table.g_pointers,
+                lr,
+                weight_decay,
+                table.set_changed,
+                loss_now,
+                _native.num_threads(),
+            )
+            if moved:
+                table.set_changed = False
+                _increment_version(table.moving)
+        table.copies = []
+        return value
+
+    def diagnostics(self) -> Diagnostics:
+        """What the last step did. The norms are computed when asked for, from the state, by one pass over it."""
+        native = self._table.native
+        if native is None and any(self.state.values()):
+            native = self._flatten(self._parameters(), _shared_options(self.param_groups[0]))
+        if native is None:
+            return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
+        s = native.scalars
+        gg, dd, gd = native.state_norms(_native.num_threads())
+        norms = math.sqrt(gg) * math.sqrt(dd)
+        return Diagnostics(
+            step=int(s["step"]),
+            skipped_steps=int(s["skipped_steps"]),
+            beta=s["beta"],
+            rz=s["rz"],
+            ys=s["ys"],
+            shs=s["shs_used"],
+            updated=bool(s["updated"]),
+            grad_norm=math.sqrt(gg),
+            direction_norm=math.sqrt(dd),
+            cosine=-gd / norms if norms else math.nan,
+            ls_scale=s["ls_scale"],
+        )
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: tensors are references, everything else plain numbers, so ``torch.load(weights_only=True)`` takes
+        it back. Resuming from it is bit-exact."""
+        self._save_scalars()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict, as torch's optimizers do; copies, converts to the parameters' device and the state's dtype.
+
+        Raises:
+            ValueError: for anything but a state dict of this optimizer over such parameters, naming key and parameter;
+                the optimizer is unchanged then.
+        """
+        saved: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            _check_state_dict(self, given)
+            saved.update(given)
+
+        # The last of the pre-hooks: sees what the user's own made of it, before torch changes anything.
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch has cast the state to the parameters' dtype, which would round float32 state to bfloat16. Again, from
+        # the original:
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        for index, p in zip(indices, self._parameters(), strict=True):
+            if index in saved["state"]:
+                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+                self.state[p] = {
+                    key: torch.as_tensor(value).to(
+                        device=p.device if key != "step" else "cpu",
+                        dtype=dtype if key != "step" else torch.float64,
+                        copy=True,
+                    )
+                    for key, value in saved["state"][index].items()
+                }
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._save_scalars()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():  # a checkpoint from before the option existed
+                group.setdefault(key, value)
+            group.setdefault("alpha_prev", 0.0)
+        if self.param_groups:
+            for key, value in _DEFAULT_SCALARS.items():
+                self.param_groups[0].setdefault(key, value)
+        self._group_count = len(self.param_groups)
+        self._forget()
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
+        self._table = _Table()
+        self._checked: tuple[Any, ...] = ()
+        self._options: dict[str, Any] = {}
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _save_scalars(self) -> None:
+        native = self._table.native
+        if native is None:
+            return
+        scalars = native.scalars
+        for key in _SCALARS:
+            value = scalars[key]
+            self.param_groups[0][key] = None if key == "loss_prev" and math.isnan(value) else value
+        for group, alpha_prev in zip(self.param_groups, native.alpha_prev, strict=False):
+            group["alpha_prev"] = alpha_prev
+
+    def _hyper_parameters(self) -> tuple[dict[str, Any], list[float], list[float]]:
+        """The shared options, and lr and weight_decay per group; checked whenever one has changed."""
+        groups = self.param_groups
+        if len(groups) != self._group_count:
+            raise RuntimeError(
+                f"{len(groups)} parameter groups, expected {self._group_count}: this optimizer's sums run over all "
+                "groups, so it cannot be stepped one group at a time (use add_param_group to add one)"
+            )
+        lr = [_scalar(group["lr"]) for group in groups]
+        weight_decay = [group["weight_decay"] for group in groups]
+        current = (*lr, *weight_decay, *(group[key] for group in groups for key in _SHARED))
+        if current != self._checked:
+            for group in groups:
+                _check_hyper_parameters(group)
+            _check_shared(groups)
+            options = _shared_options(groups[0])
+            if self._table.native is not None:
+                if (options["preconditioner"] is None) != (self._options["preconditioner"] is None):
+                    raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
+                self._table.native.set_options(**_native.native_options(options))
+            self._options, self._checked = options, current
+        return self._options, lr, weight_decay
+
+    def _gather(self, options: Mapping[str, Any]) -> _Table:
+        """The table of this step: pointers of the parameters that have gradients, and whether their set changed."""
+        table = self._table
+        params = self._parameters()
+        grads = [p.grad for p in params]
+        active = [i for i, g in enumerate(grads) if g is not None]
+        if (
+            active != table.active
+            or len(params) != len(table.params)
+            or not all(map(is_, params, table.params))
+            or len(self.state) != table.states
+            or not table.refresh([g for g in grads if g is not None])
+        ):
+            self._rebuild(params, grads, active, options)
+        return self._table
+
+    def _rebuild(
+        self, params: list[Tensor], grads: list[Tensor | None], active: list[int], options: Mapping[str, Any]
+    ) -> None:
+        """Checks every parameter and gradient, lays out the state where it has to grow, makes a new table."""
+        native = self._table.native
+        stateful = [i for i, p in enumerate(params) if grads[i] is not None or self.state.get(p)]
+        for i in stateful:
+            _check_parameter(i, params[i])
+        moving, copies, gradients = [], [], []
+        for i in active:
+            p, g = params[i], grads[i]
+            assert g is not None
+            if p.numel() == 0:
+                continue
+            moving.append(i)
+            gradients.append(_usable_gradient(i, p, g, copies))
+        _check_mixture(stateful, params)
+
+        layout = [params[i] for i in stateful]
+        old = self._table
+        if (
+            native is None
+            or len(self.state) != old.states
+            or len(layout) != len(old.layout)
+            or not all(map(is_, layout, old.layout))
+        ):
+            native = self._flatten(params, options, stateful)
+        offsets, offset = {}, 0
+        for slot, i in enumerate(stateful):
+            offsets[i] = (slot, offset)
+            offset += params[i].numel()
+        group_of = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
+        native.set_segments(
+            [(offsets[i][1], params[i].numel(), group_of[i], offsets[i][0], _DTYPES[params[i].dtype]) for i in moving]
+        )
+        # The set of the last step: the parameters whose count is the optimizer's.
+        step = native.scalars["step"]
+        last = [i for i in stateful if params[i].numel() and self.state[params[i]]["step"].item() == step]
+        table = _Table(
+            native=native,
+            params=params,
+            layout=layout,
+            active=active,
+            states=len(self.state),
+            segments=len(moving),
+            moving=[params[i] for i in moving],
+            kept=[k for k, i in enumerate(active) if params[i].numel()],
+            dtypes=[params[i].dtype for i in moving],
+            strides=[params[i].stride() for i in moving],
+            shapes=[params[i].shape for i in moving],
+            set_changed=last != moving,
+        )
+        table.point(gradients, copies)
+        self._table = table
+
+    def _flatten(
+        self, params: list[Tensor], options: Mapping[str, Any], stateful: list[int] | None = None
+    ) -> _native.Step:
+        """Allocates flat state for the parameters at ``stateful`` (default: those that have state), takes over what
+        ``self.state`` holds, makes ``self.state`` views of it, and returns the native side over it."""
+        self._save_scalars()
+        if stateful is None:
+            stateful = [i for i, p in enumerate(params) if self.state.get(p)]
+        layout = [params[i] for i in stateful]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in layout) else torch.float32
+        n = sum(p.numel() for p in layout)
+        fills = {"grad_prev": 0.0, "direction": 0.0}
+        if options["preconditioner"] is not None:
+            fills["hessian_diag"] = 1.0
+        flat = {key: torch.full((n,), fill, dtype=dtype) for key, fill in fills.items()}
+        steps = torch.zeros(len(layout), dtype=torch.float64)
+        native = _native.Step(
+            _DTYPES[dtype],
+            n,
+            _native.Buffer(flat["grad_prev"]),
+            _native.Buffer(flat["direction"]),
+            _native.Buffer(flat["hessian_diag"]) if "hessian_diag" in flat else None,
+            _native.Buffer(steps),
+            len(self.param_groups),
+        )
+        native.set_options(**_native.native_options(options))
+        fresh: list[tuple[Tensor, dict[str, Tensor]]] = []
+        offset = 0
+        for slot, p in enumerate(layout):
+            views = {"step": steps[slot]}
+            for key, whole in flat.items():
+                views[key] = whole[offset : offset + p.numel()].as_strided(p.shape, p.stride(), offset)
+            for key, value in self.state.get(p, {}).items():
+                views[key].copy_(value)
+            fresh.append((p, views))
+            offset += p.numel()
+        if any(self.state.get(p) for p in layout):
+            first = self.param_groups[0]
+            scalars = {key: math.nan if first[key] is None else float(first[key]) for key in _SCALARS}
+            native.scalars = {**scalars, "step": float(steps.max())}
+            native.alpha_prev = [float(group["alpha_prev"]) for group in self.param_groups]
+        for p, views in fresh:
+            self.state[p] = views
+        self._options = dict(options)
+        self._table = _Table(native=native, layout=layout, states=len(self.state))
+        return native
+
+
+@dataclass
+class _Table:
+    """What one step hands to the native side, kept while parameters and gradients stay where they are."""
+
+    native: _native.Step | None = None
+    params: list[Tensor] = field(default_factory=list)
+    """every parameter of every group"""
+    layout: list[Tensor] = field(default_factory=list)
+    """those with state, in the order of the flat state"""
+    active: list[int] = field(default_factory=list)
+    """indices of those with a gradient"""
+    states: int = 0
+    """len(optimizer.state) when the state was laid out"""
+    segments: int = 0
+    moving: list[Tensor] = field(default_factory=list)
+    """those with a gradient and at least one element: one segment each"""
+    kept: list[int] = field(default_factory=list)
+    """places of these in ``active``"""
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    strides: list[tuple[int, ...]] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    set_changed: bool = False
+    p_pointers: list[int] = field(default_factory=list)
+    g_pointers: list[int] = field(default_factory=list)
+    copies: list[Tensor] = field(default_factory=list)
+    """gradients copied to their parameter's strides: alive until the step is over"""
+
+    def point(self, gradients: list[Tensor], copies: list[Tensor]) -> None:
+        self.p_pointers = [p.data_ptr() for p in self.moving]
+        self.g_pointers = [g.data_ptr() for g in gradients]
+        self.copies = copies
+
+    def refresh(self, grads: list[Tensor]) -> bool:
+        """Follows new gradients, the usual case between two steps. False where anything but their address differs from
+        the checked table: every property that was checked is compared, never an address alone."""
+        moving = self.moving
+        if len(self.kept) != len(grads):
+            grads = [grads[k] for k in self.kept]
+        if not set(map(type, grads)) <= {Tensor}:
+            return False
+        if list(map(_dtype_of, moving)) != self.dtypes or list(map(_dtype_of, grads)) != self.dtypes:
+            return False
+        if not all(map(_is_cpu, moving)) or not all(map(_is_cpu, grads)) or any(map(Tensor.is_neg, grads)):
+            return False
+        try:
+            if list(map(Tensor.stride, grads)) != self.strides or list(map(Tensor.stride, moving)) != self.strides:
+                return False
+        except RuntimeError:  # sparse
+            return False
+        if list(map(Tensor.size, moving)) != self.shapes or list(map(Tensor.size, grads)) != self.shapes:
+            return False
+        self.p_pointers = list(map(Tensor.data_ptr, moving))
+        self.g_pointers = list(map(Tensor.data_ptr, grads))
+        return True
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _scalar(lr: object) -> Any:
+    """A one-element tensor as a number; everything else as it is, for the check that follows."""
+    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+
+
+def _shared_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    options = {key: group[key] for key in _SHARED}
+    line_search = options["line_search"]
+    options["line_search"] = None if line_search is None else OnlineLineSearch(*line_search)
+    return options
+
+
+def _check_hyper_parameters(group: Mapping[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    _native.check_real("lr", _scalar(lr), minimum=0.0)
+    _native.check_real("weight_decay", group["weight_decay"], minimum=0.0)
+    line_search = group["line_search"]
+    if line_search is not None and not (isinstance(line_search, tuple | list) and len(line_search) == 4):  # noqa: PLR2004
+        raise TypeError(f"line_search must be None or OnlineLineSearch(...).as_tuple() in a group, got {line_search!r}")
+    _native.check_options(_shared_options(group))
+
+
+def _check_shared(groups: list[dict[str, Any]]) -> None:
+    for k, group in enumerate(groups[1:], start=1):
+        for key in _SHARED:
+            if group[key] != groups[0][key]:
+                raise ValueError(
+                    f"{key} is {group[key]!r} in parameter group {k} and {groups[0][key]!r} in group 0: only lr and "
+                    "weight_decay may differ, because the sums run over all groups"
+                )
+
+
+def _check_kind(index: int, p: Tensor) -> None:
+    """What can be said of a parameter before it has a gradient."""
+    if p.dtype not in _DTYPES:
+        raise TypeError(f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
+
+
+def _check_parameter(index: int, p: Tensor) -> None:
+    _check_kind(index, p)
+    what = f"parameter {index} of shape {tuple(p.shape)}, {p.dtype}, on {p.device},"
+    if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{what} is a {type(p).__name__}, a tensor without storage of its own; expected a plain tensor")
+    if p.layout is not torch.strided:
+        raise RuntimeError(f"{what} has layout {p.layout}; expected torch.strided")
+    if p.device.type != "cpu":
+        raise RuntimeError(f"{what} cannot be stepped; expected cpu: {_native.cuda_status()['why_off']}")
+    if not _is_dense(p):
+        raise ValueError(f"{what} has strides {p.stride()}: expanded, overlapping or with gaps; expected dense memory")
+
+
+def _check_mixture(stateful: list[int], params: list[Tensor]) -> None:
+    kinds = {params[i].dtype == torch.float64 for i in stateful}
+    if len(kinds) > 1:
+        double = next(i for i in stateful if params[i].dtype == torch.float64)
+        single = next(i for i in stateful if params[i].dtype != torch.float64)
+        raise TypeError(
+            f"parameter {double} is torch.float64 and parameter {single} is {params[single].dtype}: float64 cannot be "
+            "mixed with other dtypes in one optimizer; use one for each"
+        )
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size != 1):
+        if stride != expected:
+            return p.numel() == 0
+        expected *= size
+    return True
+
+
+def _usable_gradient(index: int, p: Tensor, g: Tensor, copies: list[Tensor]) -> Tensor:
+    """The gradient in p's memory order: g itself, or a copy, which joins ``copies``."""
+    what = f"gradient of parameter {index}, shape {tuple(g.shape)}, {g.dtype}, on {g.device},"
+    if g.layout is not torch.strided or g.is_nested:
+        raise RuntimeError(f"{what} has layout {g.layout}; sparse and nested gradients are not supported")
+    if type(g).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{what} is a {type(g).__name__}, a tensor without storage of its own; expected a plain tensor")
+    if g.dtype != p.dtype:
+        raise RuntimeError(f"{what} has another dtype than its parameter, {p.dtype}")
+    if g.device != p.device:
+        raise RuntimeError(f"{what} is on another device than its parameter, {p.device}")
+    if g.shape != p.shape:
+        raise RuntimeError(f"{what} has another shape than its parameter, {tuple(p.shape)}")
+    strides = ((a, b) for a, b, size in zip(g.stride(), p.stride(), p.shape, strict=True) if size != 1)
+    if g.is_neg() or any(a != b for a, b in strides):
+        with torch.no_grad():
+            g = torch.empty_strided(p.shape, p.stride(), dtype=g.dtype).copy_(g)
+        copies.append(g)
+    return g
+
+
+def _increment_version(params: list[Tensor]) -> None:
+    try:
+        torch.autograd.graph.increment_version(params)
+    except TypeError:  # torch < 2.5 takes one tensor
+        for p in params:
+            torch.autograd.graph.increment_version(p)
+
+
+def _check_state_dict(optimizer: NLCG, given: object) -> None:
+    """Raises ValueError unless ``given`` can be loaded into ``optimizer`` whole."""
+    if not isinstance(given, Mapping) or not {"state", "param_groups"} <= set(given):
+        raise ValueError("not a state dict: expected a mapping with the keys 'state' and 'param_groups'")
+    state, groups = given["state"], given["param_groups"]
+    own = optimizer.param_groups
+    if not isinstance(groups, list) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+        raise ValueError("param_groups must be a list of mappings with the key 'params'")
+    sizes, own_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in own]
+    if sizes != own_sizes:
+        raise ValueError(f"param_groups have {sizes} parameters, expected {own_sizes}")
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state must be a mapping, got {type(state).__name__}")
+    complete = [{**optimizer.defaults, **group} for group in groups]
+    for k, group in enumerate(complete):
+        try:
+            _check_hyper_parameters(group)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"param_groups[{k}]: {error}") from error
+    _check_shared(complete)
+    if state:
+        for k, group in enumerate(groups):
+            for key in ("alpha_prev", *(_SCALARS if k == 0 else ())):
+                _check_saved_scalar(k, key, group)
+    parameters = dict(zip((i for g in groups for i in g["params"]), optimizer._parameters(), strict=True))
+    keys = {"step", "grad_prev", "direction"} | ({"hessian_diag"} if complete[0]["preconditioner"] else set())
+    for index, entry in state.items():
+        if index not in parameters:
+            raise ValueError(f"state has an entry for parameter {index!r}, which no group names")
+        _check_saved_state(index, parameters[index], entry, keys, finite=complete[0]["nonfinite"] == "skip")
+
+
+def _check_saved_scalar(k: int, key: str, group: Mapping[str, Any]) -> None:
+    if key not in group:
+        raise ValueError(f"param_groups[{k}] lacks the key {key!r}")
+    value = group[key]
+    if value is None and key == "loss_prev":
+        return
+    number = isinstance(value, float | int) and not isinstance(value, bool)
+    if not (number and math.isfinite(value)):
+        raise ValueError(f"param_groups[{k}][{key!r}] is {value!r}, expected a finite number")
+    if key == "ls_scale" and not 0.0 < value <= 1.0:
+        raise ValueError(f"param_groups[{k}]['ls_scale'] is {value!r}, expected 0 < ls_scale <= 1")
+
+
+def _check_saved_state(index: int, p: Tensor, entry: object, keys: set[str], *, finite: bool) -> None:
+    where = f"state of parameter {index}"
+    if not isinstance(entry, Mapping) or set(entry) != keys:
+        got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+        raise ValueError(f"{where} has {got}, expected the keys {sorted(keys)}")
+    for key, value in entry.items():
+        if key == "step":
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if not isinstance(number, float | int) or not (number >= 0 and float(number).is_integer()):
+                raise ValueError(f"{where}: 'step' is {value!r}, expected a whole number >= 0")
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{where}: {key!r} is {kind}, expected a floating-point tensor")
+        if value.shape != p.shape:
+            raise ValueError(f"{where}: {key!r} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
+        if finite and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{where}: {key!r} has values that are not finite")
+        if finite and key == "hessian_diag" and value.numel() and bool((value < 0).any()):
+            raise ValueError(f"{where}: 'hessian_diag' has negative values")
+
