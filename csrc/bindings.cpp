@@ -16,6 +16,7 @@
 
 #include "../cuda/step_cuda.h"
 #include "buffer.h"
+#include "dlpack.h"
 #include "step_cpu.h"
 
 namespace py = pybind11;
@@ -104,12 +105,19 @@ class NativeStep {
     step_.options = o;
   }
 
-  // (offset, n, group, param, dtype) per segment, in the order in which run() gets their pointers.
-  void set_segments(const std::vector<std::tuple<std::int64_t, std::int64_t, int, int, std::string>>& table) {
+  // (offset, group, param, dtype, shape, strides) per segment, in the order in which point() and refresh() see them.
+  using Row = std::tuple<std::int64_t, int, int, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>;
+  void set_segments(const std::vector<Row>& table) {
     const Busy busy(*this);
     std::vector<Segment> segments;
     std::int64_t end = 0;
-    for (const auto& [offset, n, group, param, dtype_text] : table) {
+    std::vector<Layout> layouts;
+    for (const auto& [offset, group, param, dtype_text, shape, strides] : table) {
+      std::int64_t n = 1;
+      for (const std::int64_t extent : shape) {
+        if (extent < 0 || __builtin_mul_overflow(n, extent, &n)) throw bad("a shape that cannot be");
+      }
+      if (strides.size() != shape.size()) throw bad("one stride a dimension");
       const std::string where = "segment " + std::to_string(segments.size());
       if (n <= 0 || offset < end || offset > step_.state.n || n > step_.state.n - offset) {
         throw bad(where + ": [" + std::to_string(offset) + ", +" + std::to_string(n) +
@@ -122,24 +130,78 @@ class NativeStep {
         throw py::type_error(where + ": float64 parameters need float64 state, and no others may have it");
       }
       segments.push_back({nullptr, nullptr, offset, n, group, param, dtype});
+      layouts.push_back({shape, strides});
       end = offset + n;
     }
     segments_ = std::move(segments);
+    layouts_ = std::move(layouts);
+    pointed_ = false;
     step_.segments = segments_.data();
     step_.n_segments = static_cast<std::int64_t>(segments_.size());
   }
 
   void set_threads(int threads) { step_.threads = threads < 1 ? 1 : threads; }
 
-  // True where the parameters changed, false where the step was skipped.
-  bool step(const py::list& p, const py::list& g, const std::vector<double>& lr, const std::vector<double>& weight_decay,
-            bool set_changed, double loss, int threads) {
+  // Where the segments' parameters and gradients lie, as integers. The caller keeps them alive until step() returns.
+  void point(const py::list& p, const py::list& g) {
     const Busy busy(*this);
+    point(p, true);
+    point(g, false);
+    pointed_ = true;
+  }
+
+  // The same from the tensors themselves, through torch's DLPack exchange API, in tens of nanoseconds each. False, and
+  // nothing pointed, where anything but an address differs from the table: another dtype, device, shape or stride of a
+  // parameter or gradient, a gradient that is missing or of another type, or one that a `resting` parameter now has.
+  // Holds the gradients until step() returns.
+  bool refresh(const py::capsule& exchange, const py::list& moving, const py::list& resting, const py::handle& tensor_type) {
+    const Busy busy(*this);
+    pointed_ = false;
+    const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr) throw py::error_already_set();
+    if (api->major != 1 || api->dltensor_from_py_object_no_sync == nullptr) return false;
+    if (moving.size() != segments_.size()) return false;
+    static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+    static PyObject* const is_neg_name = PyUnicode_InternFromString("is_neg");
+    for (const py::handle p : resting) {
+      const auto g = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.ptr(), grad_name));
+      if (!g) throw py::error_already_set();
+      if (!g.is_none()) return false;
+    }
+    held_.clear();
+    for (std::size_t i = 0; i < segments_.size(); ++i) {
+      PyObject* p = PyList_GET_ITEM(moving.ptr(), static_cast<Py_ssize_t>(i));
+      auto g = py::reinterpret_steal<py::object>(PyObject_GetAttr(p, grad_name));
+      if (!g) throw py::error_already_set();
+      if (reinterpret_cast<PyObject*>(Py_TYPE(g.ptr())) != tensor_type.ptr()) return false;
+      DLTensor p_view, g_view;
+      if (api->dltensor_from_py_object_no_sync(p, &p_view) != 0 ||
+          api->dltensor_from_py_object_no_sync(g.ptr(), &g_view) != 0) {
+        PyErr_Clear();  // sparse, say: the caller looks closer and words the error
+        return false;
+      }
+      const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(g.ptr(), is_neg_name));
+      if (!negated) throw py::error_already_set();
+      if (negated.ptr() != Py_False || !matches(p_view, i) || !matches(g_view, i)) return false;
+      segments_[i].p = static_cast<char*>(p_view.data) + p_view.byte_offset;
+      segments_[i].g = static_cast<char*>(g_view.data) + g_view.byte_offset;
+      held_.push_back(std::move(g));
+    }
+    pointed_ = true;
+    return true;
+  }
+
+  // True where the parameters changed, false where the step was skipped.
+  bool step(const std::vector<double>& lr, const std::vector<double>& weight_decay, bool set_changed, double loss,
+            int threads) {
+    const Busy busy(*this);
+    if (!pointed_) throw bad("a step needs point() or refresh() first");
+    pointed_ = false;
+    const std::vector<py::object> held = std::move(held_);
+    held_.clear();
     const CpuVerbs& cpu = cpu_verbs();
     if (lr.size() != groups_.size() || weight_decay.size() != groups_.size()) throw bad("one lr and weight_decay a group");
     if (!step_.state.grad_prev || !step_.state.direction) throw bad("a step needs grad_prev and direction");
-    point(p, true);
-    point(g, false);
     for (std::size_t i = 0; i < groups_.size(); ++i) {
       groups_[i].lr = lr[i];
       groups_[i].weight_decay = weight_decay[i];
@@ -233,6 +295,27 @@ class NativeStep {
     std::atomic<bool>& flag;
   };
 
+  struct Layout {
+    std::vector<std::int64_t> shape, strides;
+  };
+  // Whether a tensor is what segment i was laid out for. Dimensions of size 1 may have any stride.
+  bool matches(const DLTensor& tensor, std::size_t i) const {
+    static constexpr struct {
+      std::uint8_t code, bits;
+    } kTypes[] = {{kDLFloat, 64}, {kDLFloat, 32}, {kDLBfloat, 16}, {kDLFloat, 16}};  // in the order of DType
+    const auto& type = kTypes[static_cast<int>(segments_[i].dtype)];
+    const Layout& layout = layouts_[i];
+    const auto ndim = static_cast<std::int32_t>(layout.shape.size());
+    if (tensor.dtype.code != type.code || tensor.dtype.bits != type.bits || tensor.dtype.lanes != 1) return false;
+    if (tensor.device.device_type != kCpu || tensor.ndim != ndim || tensor.data == nullptr) return false;
+    if (tensor.strides == nullptr && ndim > 0) return false;
+    for (std::size_t k = 0; k < layout.shape.size(); ++k) {
+      if (tensor.shape[k] != layout.shape[k]) return false;
+      if (tensor.shape[k] != 1 && tensor.strides[k] != layout.strides[k]) return false;
+    }
+    return true;
+  }
+
   static void check(const char* name, const Buffer& buffer, const std::string& dtype) {
     if (buffer.device() != "cpu") throw bad(std::string(name) + " is on " + buffer.device() + ", expected cpu");
     if (buffer.dtype() != dtype) {
@@ -300,6 +383,9 @@ class NativeStep {
   std::vector<BufferPtr> owners_;
   std::vector<Group> groups_;
   std::vector<Segment> segments_;
+  std::vector<Layout> layouts_;
+  std::vector<py::object> held_;
+  bool pointed_ = false;
   std::vector<double> partials_;
   Scalars scalars_;
   double own_param_step_ = 0;
@@ -347,7 +433,8 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("dtype", &Buffer::dtype)
       .def_property_readonly("device", &Buffer::device)
       .def_property_readonly("readonly", &Buffer::readonly)
-      .def_property_readonly("contiguous", &Buffer::contiguous);
+      .def_property_readonly("contiguous", &Buffer::contiguous)
+      .def("advise_huge_pages", &Buffer::advise_huge_pages);
 
   py::class_<NativeStep>(m, "Step")
       .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int>(), "state_dtype"_a,
@@ -355,7 +442,9 @@ PYBIND11_MODULE(_core, m) {
       .def("set_options", &NativeStep::set_options, "update"_a, "restart"_a, "restart_every"_a, "eps"_a,
            "curvature_eps"_a, "skip_nonfinite"_a, "maximize"_a, "line_search"_a)
       .def("set_segments", &NativeStep::set_segments)
-      .def("step", &NativeStep::step, "p"_a, "g"_a, "lr"_a, "weight_decay"_a, "set_changed"_a, "loss"_a, "threads"_a)
+      .def("point", py::overload_cast<const py::list&, const py::list&>(&NativeStep::point), "p"_a, "g"_a)
+      .def("refresh", &NativeStep::refresh, "exchange"_a, "moving"_a, "resting"_a, "tensor_type"_a)
+      .def("step", &NativeStep::step, "lr"_a, "weight_decay"_a, "set_changed"_a, "loss"_a, "threads"_a)
       .def("state_norms", &NativeStep::state_norms, "threads"_a)
       .def_property("scalars", &NativeStep::scalars, &NativeStep::set_scalars)
       .def_property("alpha_prev", &NativeStep::alpha_prev, &NativeStep::set_alpha_prev)

@@ -1,44 +1,16 @@
 #include "buffer.h"
 
+#include <sys/mman.h>
+
 #include <stdexcept>
 
-namespace fastnlcg {
+#include "dlpack.h"
 
-// The DLPack ABI, versions 0 and 1 (https://dmlc.github.io/dlpack): a fixed layout that its producers must keep.
-struct DLDevice {
-  std::int32_t device_type;
-  std::int32_t device_id;
-};
-struct DLDataType {
-  std::uint8_t code, bits;
-  std::uint16_t lanes;
-};
-struct DLTensor {
-  void* data;
-  DLDevice device;
-  std::int32_t ndim;
-  DLDataType dtype;
-  std::int64_t* shape;
-  std::int64_t* strides;  // in elements; null: row-major
-  std::uint64_t byte_offset;
-};
-struct DLManagedTensor {
-  DLTensor tensor;
-  void* manager_context;
-  void (*deleter)(DLManagedTensor*);
-};
-struct DLManagedTensorVersioned {
-  std::uint32_t major, minor;
-  void* manager_context;
-  void (*deleter)(DLManagedTensorVersioned*);
-  std::uint64_t flags;
-  DLTensor tensor;
-};
+namespace fastnlcg {
 
 namespace {
 
 constexpr std::uint64_t kFlagReadOnly = 1;
-constexpr std::int32_t kCpu = 1, kCuda = 2, kCudaHost = 3, kCudaManaged = 13;
 
 struct Shape {
   std::int64_t size;
@@ -190,6 +162,14 @@ void Buffer::from_capsule(PyObject* capsule) {
       1);
   size_ = shape.size;
   contiguous_ = shape.contiguous;
+}
+
+void Buffer::advise_huge_pages() const {
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{1} << 21;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data_);
+  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(size_) * (dtype_ == "float64" ? 8 : 4);
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 void Buffer::release() {

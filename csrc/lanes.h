@@ -61,6 +61,10 @@ NLCG_INLINE To bits_of(From x) {
   return y;
 }
 
+using Bits64 = std::uint64_t __attribute__((vector_size(kVectorBytes)));
+NLCG_INLINE Float magnitude(Float x) { return bits_of<Float>(bits_of<Bits32>(x) & 0x7fffffffu); }
+NLCG_INLINE Double magnitude(Double x) { return bits_of<Double>(bits_of<Bits64>(x) & 0x7fffffffffffffffu); }
+
 template <class V, class S>
 NLCG_INLINE V broadcast(S x) {
   return x - V{};  // x - 0, not x + 0: the sign of a zero stays
@@ -127,6 +131,26 @@ NLCG_INLINE void store(S* to, Vector<S> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+// A store that does not read the line first. Needs alignment to the vector, and a fence before other threads read.
+NLCG_INLINE void store_streaming(float* to, Float v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, v);
+#else
+  _mm_stream_ps(to, v);
+#endif
+}
+NLCG_INLINE void store_streaming(double* to, Double v) {
+#if defined(__AVX512F__)
+  _mm512_stream_pd(to, v);
+#elif defined(__AVX2__)
+  _mm256_stream_pd(to, v);
+#else
+  _mm_stream_pd(to, v);
+#endif
+}
+
 NLCG_INLINE Bits32 load_16bit(const void* from) {
   Bits16 v;
   __builtin_memcpy(&v, from, sizeof(v));
@@ -182,6 +206,17 @@ NLCG_INLINE Wide2 widen(Float x) {
 #endif
 }
 NLCG_INLINE Wide1 widen(Double x) { return {{x}}; }
+// The same from memory: a conversion with a memory operand needs no shuffle.
+NLCG_INLINE Wide2 load_wide(const float* from) {
+#if defined(__AVX512F__)
+  return {{_mm512_cvtps_pd(_mm256_loadu_ps(from)), _mm512_cvtps_pd(_mm256_loadu_ps(from + 8))}};
+#elif defined(__AVX2__)
+  return {{_mm256_cvtps_pd(_mm_loadu_ps(from)), _mm256_cvtps_pd(_mm_loadu_ps(from + 4))}};
+#else
+  return widen(load(from));
+#endif
+}
+NLCG_INLINE Wide1 load_wide(const double* from) { return {{load(from)}}; }
 
 // acc + a * b where a * b is exact (both came from float): an fma then has the bits of multiply and add.
 NLCG_INLINE Double add_exact_product(Double acc, Double a, Double b) {
@@ -204,15 +239,6 @@ struct Accumulator {
     lane[2 * k + 1] = add_exact_product(lane[2 * k + 1], a.v[1], b.v[1]);
   }
   NLCG_INLINE void add_product(int k, const Wide1& a, const Wide1& b) { lane[k] += a.v[0] * b.v[0]; }
-
-  // lanes of vector k of the block += (a * b) * c
-  NLCG_INLINE void add_product(int k, const Wide2& a, const Wide2& b, const Wide2& c) {
-    lane[2 * k] += a.v[0] * b.v[0] * c.v[0];
-    lane[2 * k + 1] += a.v[1] * b.v[1] * c.v[1];
-  }
-  NLCG_INLINE void add_product(int k, const Wide1& a, const Wide1& b, const Wide1& c) {
-    lane[k] += a.v[0] * b.v[0] * c.v[0];
-  }
 
   double total() const {  // a fixed tree: 8, 4, 2, 1
     double x[kBlock];

@@ -4,9 +4,9 @@
 //
 //     y     = g - g_prev                                  s = alpha_prev * d
 //     h_new = | h + y^2 / ys - (h s)^2 / shs |            ys = sum(y s),  shs = sum(s h s)
-//     z     = -g / (h + eps)                              rz = sum(-g z), rz_mid = sum(g g_prev / (h_old + eps))
+//     w     = g / (h + eps), the spec's z = -w            rz = sum(g w), rz_mid = sum(g g_prev / (h_old + eps))
 //     beta  = rz_new / rz  or  (rz_new - rz_mid) / rz     clamped to [0, 1]
-//     d_new = z + beta d                                  p_new = p + alpha d_new
+//     d_new = beta d - w                                  p_new = p + alpha d_new
 //
 // The first half is per element. `T` is one float or double, or a SIMD vector of them; the CPU's vector code, its tails
 // and the CUDA kernels call the same functions, so an element's bits cannot depend on who computed it. For that reason
@@ -28,15 +28,14 @@ namespace fastnlcg {
 
 // ---- per element -------------------------------------------------------------------------------------------------
 
+// |x|. The vector overload is in lanes.h.
+NLCG_HD float magnitude(float x) { return __builtin_fabsf(x); }
+NLCG_HD double magnitude(double x) { return __builtin_fabs(x); }
+
 // L2 weight decay pulls toward zero: the gradient the method sees.
 template <class T>
 NLCG_HD T decayed_gradient(T g, T weight_decay, T p) {
   return g + weight_decay * p;
-}
-
-template <class T>
-NLCG_HD T absolute(T x) {
-  return x < -x ? -x : x;
 }
 
 // min(x, bound), and bound where x is NaN: an overflow inside the curvature update must not reach h.
@@ -53,40 +52,35 @@ NLCG_HD T scaled_direction(T alpha, T d) {
 
 // Diagonal BFGS (Algorithm 2; the absolute value is the authors' guard against a negative diagonal).
 // rsqrt_ys = 1/sqrt(ys), rsqrt_shs = 1/sqrt(shs): squaring the quotient instead of dividing the square keeps
-// |g| ~ 1e19 inside float32, and (h s)^2/shs <= h can then not overflow at all. `bound` (a quarter of the largest
-// finite number) acts only where the formula itself would overflow; it keeps h finite, never Inf - Inf.
+// |g| ~ 1e19 inside float32, and (h s)^2/shs, which is at most h, out of reach of overflow. `bound` (a quarter of the
+// largest finite number) acts only where the formula itself would overflow; it keeps h finite.
 template <class T>
 NLCG_HD T bfgs_diagonal(T h, T y, T s, T rsqrt_ys, T rsqrt_shs, T bound) {
   const T y_scaled = y * rsqrt_ys;
   const T hs_scaled = h * (s * rsqrt_shs);
-  const T gain = at_most(T(y_scaled * y_scaled), bound);
-  const T loss = at_most(T(hs_scaled * hs_scaled), bound);
-  return at_most(absolute(T(h + gain - loss)), bound);
+  return at_most(magnitude(T(h + y_scaled * y_scaled - hs_scaled * hs_scaled)), bound);
 }
 
-// z = -g / (h + eps); the paper's s = M^-1 r.
+// w = -z: the preconditioned gradient (the paper's -s = -M^-1 r). The sign is left to the sums and to the direction,
+// where it costs nothing; without a preconditioner w = g.
 template <class T>
-NLCG_HD T preconditioned_residual(T g, T h, T eps) {
-  return -g / (h + eps);
+NLCG_HD T preconditioned_gradient(T g, T h, T eps) {
+  return g / (h + eps);
 }
 
+// d_new = z + beta d
 template <class T>
-NLCG_HD T residual(T g) {
-  return -g;  // without a preconditioner
-}
-
-template <class T>
-NLCG_HD T conjugate_direction(T z, T beta, T d) {
-  return z + beta * d;
+NLCG_HD T conjugate_direction(T w, T beta, T d) {
+  return beta * d - w;
 }
 
 // ---- scalars between the passes ----------------------------------------------------------------------------------
 
 NLCG_HD bool is_finite(double x) { return x - x == 0.0; }
 
-// The curvature gate of the specification; false for NaN.
+// The curvature gate; false for NaN and Inf.
 NLCG_HD bool curvature_accepted(double ys, double shs, double curvature_eps) {
-  return ys > curvature_eps && shs > curvature_eps;
+  return ys > curvature_eps && shs > curvature_eps && is_finite(ys) && is_finite(shs);
 }
 
 // Could pass 2 meet a number that is not finite although every gradient is? It divides by h + eps >= eps and sums up

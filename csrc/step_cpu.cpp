@@ -54,13 +54,15 @@ struct Sums {
 
 template <class S>
 struct Constants {
-  Vector<S> eps, beta, rsqrt_ys, rsqrt_shs, bound, sign;
+  Vector<S> eps, beta, rsqrt_ys, rsqrt_shs, bound;
+  bool maximize;
 };
 
 template <class S, class P>
 NLCG_INLINE Vector<S> gradient(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
-                               Vector<S> sign) {
-  const Vector<S> g = sign * load(at.g + i);
+                               bool maximize) {
+  Vector<S> g = load(at.g + i);
+  if (maximize) g = -g;
   return group.decays ? decayed_gradient(g, group.weight_decay[k], load(at.p + i)) : g;
 }
 
@@ -68,51 +70,52 @@ NLCG_INLINE Vector<S> gradient(const Stream<S, P>& at, std::int64_t i, int k, co
 
 template <class S>
 struct CurvatureDot {  // pass 1
-  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = true;
+  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = true, kBackward = false;
   Constants<S> c;
   template <class P>
   NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
                               Sums<S>& sums) const {
-    const Vector<S> g = gradient(at, i, k, group, c.sign);
+    const Vector<S> g = gradient(at, i, k, group, c.maximize);
     const Vector<S> s = scaled_direction(group.alpha_prev[k], load(at.d + i));
     sums.sum[0].add_product(k, widen(g), widen(s));
-    const Vector<S> magnitude = absolute(g);
-    sums.grad_max[k] = magnitude > sums.grad_max[k] ? magnitude : sums.grad_max[k];
+    const Vector<S> size = magnitude(g);
+    sums.grad_max[k] = size > sums.grad_max[k] ? size : sums.grad_max[k];
   }
 };
 
 template <class S>
 struct CurvatureSums {  // all of ys and shs at once, for a caller without the sums of the step before
-  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = false;
+  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = false, kBackward = false;
   Constants<S> c;
   template <class P>
   NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
                               Sums<S>& sums) const {
-    const auto s = widen(scaled_direction(group.alpha_prev[k], load(at.d + i)));
-    sums.sum[0].add_product(k, widen(gradient(at, i, k, group, c.sign)), s);
-    sums.sum[1].add_product(k, widen(load(at.grad_prev + i)), s);
-    sums.sum[2].add_product(k, widen(load(at.h + i)), s, s);
+    const Vector<S> s = scaled_direction(group.alpha_prev[k], load(at.d + i));
+    const auto wide_s = widen(s);
+    sums.sum[0].add_product(k, widen(gradient(at, i, k, group, c.maximize)), wide_s);
+    sums.sum[1].add_product(k, load_wide(at.grad_prev + i), wide_s);
+    sums.sum[2].add_product(k, widen(Vector<S>(load(at.h + i) * s)), wide_s);
   }
 };
 
 template <class S>
 struct CurvatureAndDots {  // pass 2
-  static constexpr bool kWritesMove = false, kWritesCurvature = true, kMaxGradient = false;
+  static constexpr bool kWritesMove = false, kWritesCurvature = true, kMaxGradient = false, kBackward = true;
   Constants<S> c;
   bool preconditioned, curvature, store_h, mid, descent;
   template <class P>
   NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
                               Sums<S>& sums) const {
-    const Vector<S> g = gradient(at, i, k, group, c.sign);
+    const Vector<S> g = gradient(at, i, k, group, c.maximize);
     const auto wide_g = widen(g);
     if (!preconditioned) {
-      sums.sum[0].add_product(k, wide_g, wide_g);  // -g z with z = -g
-      if (mid) sums.sum[1].add_product(k, wide_g, widen(load(at.grad_prev + i)));
+      sums.sum[0].add_product(k, wide_g, wide_g);
+      if (mid) sums.sum[1].add_product(k, wide_g, load_wide(at.grad_prev + i));
     } else {
       Vector<S> h = load(at.h + i);
       if (mid) {
-        const Vector<S> z_prev = preconditioned_residual(load(at.grad_prev + i), h, c.eps);
-        sums.sum[1].add_product(k, wide_g, widen(Vector<S>(-z_prev)));
+        const Vector<S> w_prev = preconditioned_gradient(load(at.grad_prev + i), h, c.eps);
+        sums.sum[1].add_product(k, wide_g, widen(w_prev));
       }
       if (curvature) {
         const Vector<S> y = g - load(at.grad_prev + i);
@@ -120,44 +123,51 @@ struct CurvatureAndDots {  // pass 2
         h = bfgs_diagonal(h, y, s, c.rsqrt_ys, c.rsqrt_shs, c.bound);
         if (store_h) store(at.h + i, h);
       }
-      sums.sum[0].add_product(k, wide_g, widen(Vector<S>(-preconditioned_residual(g, h, c.eps))));
+      sums.sum[0].add_product(k, wide_g, widen(preconditioned_gradient(g, h, c.eps)));
     }
-    if (descent) sums.sum[2].add_product(k, wide_g, widen(load(at.d + i)));
+    if (descent) sums.sum[2].add_product(k, wide_g, load_wide(at.d + i));
   }
 };
 
 template <class S>
 struct DirectionAndMove {  // pass 3
-  static constexpr bool kWritesMove = true, kWritesCurvature = false, kMaxGradient = false;
+  static constexpr bool kWritesMove = true, kWritesCurvature = false, kMaxGradient = false, kBackward = false;
   Constants<S> c;
   bool preconditioned, keep_grad, move;
+  bool streaming;  // g_prev is written but not read here: where it cannot stay in the cache, go around it
   template <class P>
   NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
                               Sums<S>& sums) const {
-    const Vector<S> g = gradient(at, i, k, group, c.sign);
+    const Vector<S> g = gradient(at, i, k, group, c.maximize);
     const Vector<S> h = preconditioned ? load(at.h + i) : Vector<S>{};
-    const Vector<S> z = preconditioned ? preconditioned_residual(g, h, c.eps) : residual(g);
-    const Vector<S> d = conjugate_direction(z, c.beta, load(at.d + i));
+    const Vector<S> w = preconditioned ? preconditioned_gradient(g, h, c.eps) : g;
+    const Vector<S> d = conjugate_direction(w, c.beta, load(at.d + i));
     const Vector<S> s = scaled_direction(group.alpha[k], d);
     store(at.d + i, d);
-    if (keep_grad) store(at.grad_prev + i, g);
+    if (keep_grad) {
+      if (streaming) {
+        store_streaming(at.grad_prev + i, g);
+      } else {
+        store(at.grad_prev + i, g);
+      }
+    }
     if (move && group.moves) store(at.p + i, Vector<S>(load(at.p + i) + s));
     if (preconditioned) {
       const auto wide_s = widen(s);
       sums.sum[0].add_product(k, widen(g), wide_s);
-      sums.sum[1].add_product(k, widen(h), wide_s, wide_s);
+      sums.sum[1].add_product(k, widen(Vector<S>(h * s)), wide_s);
     }
   }
 };
 
 template <class S>
 struct StateNorms {  // for diagnostics: |g_prev|^2, |d|^2, g_prev . d
-  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = false;
+  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = false, kBackward = false;
   Constants<S> c;
   template <class P>
   NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>&,
                               Sums<S>& sums) const {
-    const auto g = widen(load(at.grad_prev + i)), d = widen(load(at.d + i));
+    const auto g = load_wide(at.grad_prev + i), d = load_wide(at.d + i);
     sums.sum[0].add_product(k, g, g);
     sums.sum[1].add_product(k, d, d);
     sums.sum[2].add_product(k, g, d);
@@ -222,7 +232,7 @@ NLCG_INLINE void with_element_type(DType dtype, F&& f) {
 
 // One block on the stack. Lanes without a segment hold g = d = 0, h = 1: they add zeros and are not scattered.
 template <class S>
-struct Staged {
+struct alignas(kVectorBytes) Staged {
   S p[kBlock], g[kBlock], grad_prev[kBlock], d[kBlock], h[kBlock];
   S alpha[kBlock], alpha_prev[kBlock], weight_decay[kBlock];
 };
@@ -335,22 +345,34 @@ bool forked() {
   return getpid() != owner;
 }
 
+// Pass 2 walks backwards, in strips of 1 MB per stream: it finds in the cache what pass 1 read last, and pass 3, forwards
+// again, what pass 2 left. A strip is long enough for the hardware's prefetchers, which like to walk forwards.
+constexpr std::int64_t kStrip = 64;
+
 // Runs the pass over all tiles and adds up the partial sums in the order of the tiles.
 template <class S, class Pass>
 void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums]) {
   const std::int64_t tiles = tiles_of(step.state.n);
   const auto range = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t tile = begin; tile < end; ++tile) run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
+    for (std::int64_t done = begin; done < end; done += kStrip) {
+      const std::int64_t strip = end - done < kStrip ? end - done : kStrip;
+      const std::int64_t first = Pass::kBackward ? end - (done - begin) - strip : done;
+      for (std::int64_t tile = first; tile < first + strip; ++tile) {
+        run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
+      }
+    }
   };
   // Below four tiles a thread, waking a thread costs more than it brings.
   const std::int64_t useful = tiles / 4 < step.threads ? tiles / 4 : step.threads;
   if (useful <= 1 || forked()) {
     range(0, tiles);
+    _mm_sfence();
   } else {
 #pragma omp parallel num_threads(static_cast<int>(useful))
     {
       const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
       range(tiles * thread / threads, tiles * (thread + 1) / threads);
+      _mm_sfence();  // for streaming stores
     }
   }
   for (double& sum : sums) sum = 0.0;
@@ -366,8 +388,6 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums]) {
   }
 }
 
-// ---- the step ----------------------------------------------------------------------------------------------------
-
 template <class S>
 constexpr double kLargest = sizeof(S) == sizeof(float) ? kLargestFloat : kLargestDouble;
 
@@ -376,8 +396,21 @@ Constants<S> constants(const Step& step, double eps, double beta, double ys, dou
   const double bound = 0.25 * kLargest<S>;
   const auto all = [](double x) { return broadcast<Vector<S>>(static_cast<S>(x)); };
   const auto rsqrt = [&](double x) { return x > 0.0 ? at_most(1.0 / __builtin_sqrt(x), bound) : 0.0; };
-  return {all(eps), all(beta), all(rsqrt(ys)), all(rsqrt(shs)), all(bound), all(step.options.maximize ? -1.0 : 1.0)};
+  return {all(eps), all(beta), all(rsqrt(ys)), all(rsqrt(shs)), all(bound), step.options.maximize};
 }
+
+// 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
+constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
+
+template <class S>
+DirectionAndMove<S> direction_pass(const Step& step, double eps, double beta, bool move) {
+  const void* grad_prev = step.state.grad_prev;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(grad_prev) % kVectorBytes == 0;
+  return {constants<S>(step, eps, beta, 0, 0), step.state.hessian_diag != nullptr, grad_prev != nullptr, move,
+          aligned && step.state.n >= kStreamingElements};
+}
+
+// ---- the step ----------------------------------------------------------------------------------------------------
 
 template <class S>
 void step_in(const Step& step) {
@@ -429,7 +462,7 @@ void step_in(const Step& step) {
   double beta = same_course ? conjugacy(o.update, next.rz, rz_new, rz_mid) : 0.0;
   if (restart_due(o, next.step, beta, rz_new, rz_mid, gd)) beta = 0.0;
 
-  reduce<S>(step, DirectionAndMove<S>{constants<S>(step, eps, beta, 0, 0), preconditioned, true, true}, sums);
+  reduce<S>(step, direction_pass<S>(step, eps, beta, true), sums);
 
   next.step += 1.0;
   next.rz = rz_new;
@@ -476,10 +509,8 @@ void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
 template <class S>
 void update_direction_in(const Step& step, double beta) {
   double sums[kMaxSums];
-  reduce<S>(step,
-            DirectionAndMove<S>{constants<S>(step, step.options.eps, beta, 0, 0), step.state.hessian_diag != nullptr,
-                                step.state.grad_prev != nullptr, step.segments[0].p != nullptr},
-            sums);
+  const bool move = step.n_segments > 0 && step.segments[0].p != nullptr;
+  reduce<S>(step, direction_pass<S>(step, step.options.eps, beta, move), sums);
 }
 
 template <class S>

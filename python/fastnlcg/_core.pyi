@@ -1,4 +1,5 @@
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 version: str
 compiler: str
@@ -30,6 +31,7 @@ class Buffer:
     def readonly(self) -> bool: ...
     @property
     def contiguous(self) -> bool: ...
+    def advise_huge_pages(self) -> None: ...
 
 class Step:
     def __init__(
@@ -53,11 +55,11 @@ class Step:
         maximize: bool,
         line_search: tuple[float, float, float, float] | None,
     ) -> None: ...
-    def set_segments(self, table: list[tuple[int, int, int, int, str]]) -> None: ...
+    def set_segments(self, table: list[tuple[int, int, int, str, Sequence[int], Sequence[int]]]) -> None: ...
+    def point(self, p: list[int], g: list[int]) -> None: ...
+    def refresh(self, exchange: object, moving: list[Any], resting: list[Any], tensor_type: type) -> bool: ...
     def step(
         self,
-        p: list[int],
-        g: list[int],
         lr: list[float],
         weight_decay: list[float],
         set_changed: bool,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, Literal, overload
 
 import torch
@@ -29,8 +29,9 @@ _SHARED = ("update", "preconditioner", "line_search", "eps", "curvature_eps", "r
 _SCALARS = ("rz", "gs", "shs", "grad_max", "ls_scale", "loss_prev", "skipped_steps")
 _DEFAULT_SCALARS = {**dict.fromkeys(_SCALARS, 0.0), "ls_scale": 1.0, "loss_prev": None}
 
-_dtype_of = attrgetter("dtype")
-_is_cpu = attrgetter("is_cpu")
+# torch >= 2.10 hands out tensors to native code in tens of nanoseconds; before, every step goes through the slower,
+# equally strict _rebuild.
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,6 @@ class NLCG(torch.optim.Optimizer):
         table = self._gather(options)
         if table.native is not None and table.segments:
             moved = table.native.step(
-                table.p_pointers,
-                table.g_pointers,
                 lr,
                 weight_decay,
                 table.set_changed,
@@ -226,7 +225,7 @@ class NLCG(torch.optim.Optimizer):
             if moved:
                 table.set_changed = False
                 _increment_version(table.moving)
-        table.copies = []
+        table.gradients = []
         return value
 
     def diagnostics(self) -> Diagnostics:
@@ -361,34 +360,27 @@ class NLCG(torch.optim.Optimizer):
         """The table of this step: pointers of the parameters that have gradients, and whether their set changed."""
         table = self._table
         params = self._parameters()
-        grads = [p.grad for p in params]
-        active = [i for i, g in enumerate(grads) if g is not None]
         if (
-            active != table.active
-            or len(params) != len(table.params)
+            len(params) != len(table.params)
             or not all(map(is_, params, table.params))
             or len(self.state) != table.states
-            or not table.refresh([g for g in grads if g is not None])
+            or not table.refresh()
         ):
-            self._rebuild(params, grads, active, options)
+            self._rebuild(params, options)
         return self._table
 
-    def _rebuild(
-        self, params: list[Tensor], grads: list[Tensor | None], active: list[int], options: Mapping[str, Any]
-    ) -> None:
+    def _rebuild(self, params: list[Tensor], options: Mapping[str, Any]) -> None:
         """Checks every parameter and gradient, lays out the state where it has to grow, makes a new table."""
         native = self._table.native
+        grads = [p.grad for p in params]
         stateful = [i for i, p in enumerate(params) if grads[i] is not None or self.state.get(p)]
         for i in stateful:
             _check_parameter(i, params[i])
-        moving, copies, gradients = [], [], []
-        for i in active:
-            p, g = params[i], grads[i]
-            assert g is not None
-            if p.numel() == 0:
-                continue
-            moving.append(i)
-            gradients.append(_usable_gradient(i, p, g, copies))
+        moving, gradients = [], []
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            if g is not None and p.numel():
+                moving.append(i)
+                gradients.append(_usable_gradient(i, p, g))
         _check_mixture(stateful, params)
 
         layout = [params[i] for i in stateful]
@@ -406,27 +398,26 @@ class NLCG(torch.optim.Optimizer):
             offset += params[i].numel()
         group_of = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
         native.set_segments(
-            [(offsets[i][1], params[i].numel(), group_of[i], offsets[i][0], _DTYPES[params[i].dtype]) for i in moving]
+            [
+                (offsets[i][1], group_of[i], offsets[i][0], _DTYPES[params[i].dtype], params[i].shape, params[i].stride())
+                for i in moving
+            ]
         )
         # The set of the last step: the parameters whose count is the optimizer's.
         step = native.scalars["step"]
         last = [i for i in stateful if params[i].numel() and self.state[params[i]]["step"].item() == step]
-        table = _Table(
+        self._table = _Table(
             native=native,
             params=params,
             layout=layout,
-            active=active,
             states=len(self.state),
             segments=len(moving),
             moving=[params[i] for i in moving],
-            kept=[k for k, i in enumerate(active) if params[i].numel()],
-            dtypes=[params[i].dtype for i in moving],
-            strides=[params[i].stride() for i in moving],
-            shapes=[params[i].shape for i in moving],
+            resting=[p for p, g in zip(params, grads, strict=True) if g is None],
             set_changed=last != moving,
+            gradients=gradients,
         )
-        table.point(gradients, copies)
-        self._table = table
+        native.point([params[i].data_ptr() for i in moving], [g.data_ptr() for g in gradients])
 
     def _flatten(
         self, params: list[Tensor], options: Mapping[str, Any], stateful: list[int] | None = None
@@ -442,7 +433,10 @@ class NLCG(torch.optim.Optimizer):
         fills = {"grad_prev": 0.0, "direction": 0.0}
         if options["preconditioner"] is not None:
             fills["hessian_diag"] = 1.0
-        flat = {key: torch.full((n,), fill, dtype=dtype) for key, fill in fills.items()}
+        flat = {key: torch.empty(n, dtype=dtype) for key in fills}
+        for key, fill in fills.items():
+            _native.Buffer(flat[key]).advise_huge_pages()
+            flat[key].fill_(fill)
         steps = torch.zeros(len(layout), dtype=torch.float64)
         native = _native.Step(
             _DTYPES[dtype],
@@ -485,51 +479,23 @@ class _Table:
     """every parameter of every group"""
     layout: list[Tensor] = field(default_factory=list)
     """those with state, in the order of the flat state"""
-    active: list[int] = field(default_factory=list)
-    """indices of those with a gradient"""
     states: int = 0
     """len(optimizer.state) when the state was laid out"""
     segments: int = 0
     moving: list[Tensor] = field(default_factory=list)
     """those with a gradient and at least one element: one segment each"""
-    kept: list[int] = field(default_factory=list)
-    """places of these in ``active``"""
-    dtypes: list[torch.dtype] = field(default_factory=list)
-    strides: list[tuple[int, ...]] = field(default_factory=list)
-    shapes: list[torch.Size] = field(default_factory=list)
+    resting: list[Tensor] = field(default_factory=list)
+    """those without a gradient"""
     set_changed: bool = False
-    p_pointers: list[int] = field(default_factory=list)
-    g_pointers: list[int] = field(default_factory=list)
-    copies: list[Tensor] = field(default_factory=list)
-    """gradients copied to their parameter's strides: alive until the step is over"""
+    gradients: list[Tensor] = field(default_factory=list)
+    """what the native side points at, copies among them: alive until the step is over"""
 
-    def point(self, gradients: list[Tensor], copies: list[Tensor]) -> None:
-        self.p_pointers = [p.data_ptr() for p in self.moving]
-        self.g_pointers = [g.data_ptr() for g in gradients]
-        self.copies = copies
-
-    def refresh(self, grads: list[Tensor]) -> bool:
-        """Follows new gradients, the usual case between two steps. False where anything but their address differs from
-        the checked table: every property that was checked is compared, never an address alone."""
-        moving = self.moving
-        if len(self.kept) != len(grads):
-            grads = [grads[k] for k in self.kept]
-        if not set(map(type, grads)) <= {Tensor}:
+    def refresh(self) -> bool:
+        """Follows the parameters to new gradients, the usual case between two steps. False where anything but an address
+        differs from the checked table: every property that was checked is compared, never an address alone."""
+        if self.native is None:
             return False
-        if list(map(_dtype_of, moving)) != self.dtypes or list(map(_dtype_of, grads)) != self.dtypes:
-            return False
-        if not all(map(_is_cpu, moving)) or not all(map(_is_cpu, grads)) or any(map(Tensor.is_neg, grads)):
-            return False
-        try:
-            if list(map(Tensor.stride, grads)) != self.strides or list(map(Tensor.stride, moving)) != self.strides:
-                return False
-        except RuntimeError:  # sparse
-            return False
-        if list(map(Tensor.size, moving)) != self.shapes or list(map(Tensor.size, grads)) != self.shapes:
-            return False
-        self.p_pointers = list(map(Tensor.data_ptr, moving))
-        self.g_pointers = list(map(Tensor.data_ptr, grads))
-        return True
+        return _EXCHANGE is not None and self.native.refresh(_EXCHANGE, self.moving, self.resting, Tensor)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -609,8 +575,8 @@ def _is_dense(p: Tensor) -> bool:
     return True
 
 
-def _usable_gradient(index: int, p: Tensor, g: Tensor, copies: list[Tensor]) -> Tensor:
-    """The gradient in p's memory order: g itself, or a copy, which joins ``copies``."""
+def _usable_gradient(index: int, p: Tensor, g: Tensor) -> Tensor:
+    """The gradient in p's memory order: g itself, or a copy."""
     what = f"gradient of parameter {index}, shape {tuple(g.shape)}, {g.dtype}, on {g.device},"
     if g.layout is not torch.strided or g.is_nested:
         raise RuntimeError(f"{what} has layout {g.layout}; sparse and nested gradients are not supported")
@@ -626,7 +592,6 @@ def _usable_gradient(index: int, p: Tensor, g: Tensor, copies: list[Tensor]) -> 
     if g.is_neg() or any(a != b for a, b in strides):
         with torch.no_grad():
             g = torch.empty_strided(p.shape, p.stride(), dtype=g.dtype).copy_(g)
-        copies.append(g)
     return g
 
 

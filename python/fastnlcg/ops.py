@@ -260,11 +260,10 @@ def nlcg_step(
     step.set_options(**_native.native_options(options))
     step.scalars = asdict(scalars)
     step.alpha_prev = [float(scalars.alpha_prev)]
-    segments = [(0, n, 0, 0, view["g"].dtype)] if n else []
-    step.set_segments(segments)
-    moved = step.step(
-        [view["p"].pointer] if n else [], [view["g"].pointer] if n else [], [lr], [weight_decay], False, loss_value, threads
-    )
+    if n:
+        step.set_segments([(0, 0, 0, view["g"].dtype, (n,), (1,))])
+        step.point([view["p"].pointer], [view["g"].pointer])
+    moved = n == 0 or step.step([lr], [weight_decay], False, loss_value, threads)
     after = {**step.scalars, "alpha_prev": step.alpha_prev[0]}
     for field in fields(Scalars):
         setattr(scalars, field.name, after[field.name])
