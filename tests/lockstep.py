@@ -1,0 +1,215 @@
+"""A native step beside the reference: every buffer and every scalar, after every step.
+
+The reference starts each step from the native state, so differences do not accumulate, and a tolerance can be derived:
+``K * u`` times the magnitude of what was added up, u being the state's unit roundoff. K = 16 covers the dozen roundings
+from a gradient to a direction. Where h nearly cancels, w = g / (h + eps) is ill-conditioned, and the bound says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastnlcg import OnlineLineSearch, _native, reference
+
+K = 16
+SUM_ROUNDING = 64 * 2.0**-53  # sums in double: 256 additions a lane, errors of random sign
+TORCH = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Half a unit in the last place of the parameter, where its type is narrower than the state's.
+STORE_ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+SMALLEST = {"float64": 0.0, "float32": 1e-45, "bfloat16": 1e-40, "float16": 6e-8}
+
+
+@dataclass
+class Cut:
+    """One parameter: a stretch of the flat state."""
+
+    n: int
+    dtype: str
+    group: int = 0
+
+
+class Lockstep:
+    """``cuts`` lays out the parameters; ``shift`` moves each by so many elements from its allocation's start."""
+
+    def __init__(
+        self,
+        cuts: list[Cut],
+        options: reference.Options,
+        *,
+        lr: tuple[float, ...] = (0.05,),
+        weight_decay: tuple[float, ...] = (0.0,),
+        shift: int = 0,
+        threads: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.cuts, self.options, self.lr, self.weight_decay, self.threads = cuts, options, lr, weight_decay, threads
+        self.rng = np.random.default_rng(seed)
+        self.n = sum(cut.n for cut in cuts)
+        self.state_type = "float64" if cuts[0].dtype == "float64" else "float32"
+        self.u = 2.0**-53 if self.state_type == "float64" else 2.0**-24
+        values = self.rng.standard_normal(self.n)
+        self.curvature = self.rng.uniform(0.1, 3.0, self.n)
+        self.p, self.g, self.begin = [], [], []
+        offset = 0
+        for cut in cuts:
+            room = [torch.zeros(cut.n + shift, dtype=TORCH[cut.dtype])[shift:] for _ in range(2)]
+            room[0].copy_(torch.from_numpy(values[offset : offset + cut.n]))
+            self.p.append(room[0])
+            self.g.append(room[1])
+            self.begin.append(offset)
+            offset += cut.n
+        self.g_prev, self.d = np.zeros(self.n, self.state_type), np.zeros(self.n, self.state_type)
+        self.h = np.ones(self.n, self.state_type) if options.preconditioner else None
+        self.param_steps = np.zeros(len(cuts))
+        self.native = _native.Step(
+            self.state_type,
+            self.n,
+            _native.Buffer(self.g_prev),
+            _native.Buffer(self.d),
+            None if self.h is None else _native.Buffer(self.h),
+            _native.Buffer(self.param_steps),
+            len(lr),
+        )
+        line_search = options.line_search
+        wrapped = None if line_search is None else OnlineLineSearch(*line_search)
+        self.native.set_options(**_native.native_options({**vars(options), "line_search": wrapped}))
+        self.active: list[int] = []
+        self.use(list(range(len(cuts))))
+
+    def use(self, active: list[int]) -> None:
+        """From now on only these parameters have gradients."""
+        self.active = [i for i in active if self.cuts[i].n]
+        self.native.set_segments(
+            [
+                (self.begin[i], self.cuts[i].group, i, self.cuts[i].dtype, (self.cuts[i].n,), (1,))
+                for i in self.active
+            ]
+        )
+
+    def flat(self, tensors: list[Tensor]) -> np.ndarray:
+        return torch.cat([t.double() for t in tensors]).numpy() if tensors else np.zeros(0)
+
+    def per_element(self, per_group: list[float] | tuple[float, ...]) -> np.ndarray:
+        return np.concatenate([np.full(cut.n, per_group[cut.group]) for cut in self.cuts])
+
+    def set_gradients(self, values: np.ndarray) -> None:
+        for begin, g in zip(self.begin, self.g, strict=True):
+            g.copy_(torch.from_numpy(values[begin : begin + g.numel()]))
+
+    def noisy_gradients(self) -> None:
+        """Those of a diagonal quadratic, with more or less noise: beta is then at 0, between, and at 1."""
+        noise = self.rng.uniform(0.0, 20.0) * self.rng.standard_normal(self.n)
+        self.set_gradients(self.curvature * self.flat(self.p) + 0.1 * noise)
+
+    def run(self, loss: float = math.nan, *, set_changed: bool = False) -> bool:
+        self.native.point([self.p[i].data_ptr() for i in self.active], [self.g[i].data_ptr() for i in self.active])
+        return self.native.step(list(self.lr), list(self.weight_decay), set_changed, loss, self.threads)
+
+    def snapshot(self) -> dict[str, bytes]:
+        """Everything a step may write, as bytes."""
+        arrays = {"g_prev": self.g_prev, "d": self.d, "param_steps": self.param_steps}
+        if self.h is not None:
+            arrays["h"] = self.h
+        parts = {key: array.tobytes() for key, array in arrays.items()}
+        parts["p"] = b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in self.p if p.numel())
+        parts["scalars"] = repr((sorted(self.native.scalars.items()), self.native.alpha_prev)).encode()
+        return parts
+
+    def checked_step(self, loss: float = math.nan) -> reference.State:
+        """One native step, compared with one of the reference. Returns the reference's new state."""
+        o, u = self.options, self.u
+        before = self.native.scalars
+        alpha_prev = self.per_element(self.native.alpha_prev)
+        mask = np.concatenate([np.full(cut.n, i in self.active) for i, cut in enumerate(self.cuts)])
+        last = self.per_element_steps() == before["step"] if before["step"] else mask
+        p, g = self.flat(self.p), self.flat(self.g)
+        state = reference.State(
+            g_prev=self.g_prev.astype(float),
+            d=self.d.astype(float),
+            h=None if self.h is None else self.h.astype(float),
+            alpha_prev=alpha_prev,
+            active=last,
+            step=int(before["step"]),
+            skipped_steps=int(before["skipped_steps"]),
+            rz=before["rz"],
+            ls_scale=before["ls_scale"],
+            loss_prev=None if math.isnan(before["loss_prev"]) else before["loss_prev"],
+        )
+        lr, wd = self.per_element(self.lr), self.per_element(self.weight_decay)
+        p_new, new = reference.nlcg_step(p, g, state, o, lr=lr, weight_decay=wd, loss=loss, active=mask)
+        moved = self.run(loss, set_changed=not np.array_equal(mask, last))
+        after = self.native.scalars
+        assert moved == (new.skipped_steps == state.skipped_steps)
+
+        # how far rounding can be amplified
+        eff = np.where(mask, reference.effective_gradient(g, p, wd, o.maximize), 0.0)
+        d_old, gp_old = np.where(mask, state.d, 0.0), np.where(mask, state.g_prev, 0.0)
+        y, s = eff - gp_old, alpha_prev * d_old
+        tol_g = np.where(wd != 0.0, K * u * (np.abs(g) + np.abs(wd * p)), 0.0)
+        tol_ys = (
+            SUM_ROUNDING * np.sum(np.abs(eff * s) + np.abs(gp_old * s))
+            + K * u * np.sum(np.abs(y * s))
+            + np.sum(tol_g * np.abs(s))
+        )
+        if self.h is None:
+            h, h_new, tol_h = np.ones(self.n), np.ones(self.n), np.zeros(self.n)
+            eps = 0.0
+        else:
+            h, h_new = state.h, new.h
+            eps = 0.0 if state.step == 0 else o.eps
+            tol_h = np.zeros(self.n)
+            tol_shs = (SUM_ROUNDING + K * u) * new.shs
+            if new.updated:
+                gain, loss_term = y**2 / new.ys, (h * s) ** 2 / new.shs
+                tol_h = K * u * (h + gain + loss_term) + 4 * np.abs(y) * tol_g / new.ys
+                tol_h += gain * tol_ys / new.ys + loss_term * tol_shs / new.shs
+        w = eff / (h_new + eps)
+        tol_w = np.abs(w) * (K * u + tol_h / (h_new + eps)) + tol_g / (h_new + eps)
+        w_prev = gp_old / (h + eps)
+        sum_gw, sum_mid = np.sum(np.abs(eff * w)), np.sum(np.abs(eff * w_prev))
+        tol_rz = SUM_ROUNDING * sum_gw + np.sum(np.abs(eff) * tol_w + tol_g * np.abs(w))
+        tol_mid = (SUM_ROUNDING + K * u) * sum_mid + np.sum(tol_g * np.abs(w_prev))
+        tol_beta = (tol_rz + tol_mid) / state.rz + K * u if state.rz else 0.0
+        tol_d = tol_w + tol_beta * np.abs(d_old) + K * u * np.abs(new.beta * d_old)
+        alpha = lr * new.ls_scale
+        rounding = np.concatenate([np.full(cut.n, STORE_ROUNDING[cut.dtype]) for cut in self.cuts])
+        smallest = np.concatenate([np.full(cut.n, SMALLEST[cut.dtype]) for cut in self.cuts])
+        tol_p = alpha * tol_d + (K * u + 2 * rounding) * (np.abs(p) + alpha * np.abs(new.d)) + smallest
+
+        if self.n > 100 and not o.maximize:  # noqa: PLR2004  # a bound that lets everything pass would prove nothing
+            assert np.mean(tol_d <= 1e-3 * (np.abs(new.d) + np.abs(w) + 1e-30)) > 0.8
+
+        def close(name: str, actual: object, expected: object, tolerance: object) -> None:
+            error = np.abs(np.asarray(actual, dtype=float) - np.asarray(expected, dtype=float))
+            assert np.all(error <= tolerance), f"{name} at step {after['step']}: off by {np.max(error - tolerance)}"
+
+        close("g_prev", self.g_prev, new.g_prev, tol_g)
+        close("d", self.d, new.d, tol_d)
+        if self.h is not None:
+            close("h", self.h, new.h, tol_h)
+            close("ys", after["ys"], new.ys, tol_ys)
+            close("shs", after["shs_used"], new.shs, (SUM_ROUNDING + K * u) * new.shs)
+            assert bool(after["updated"]) == new.updated
+            # what the next step will use: sums over the last move
+            s_new = np.where(mask, alpha * self.d, 0.0)
+            close("gs", after["gs"], np.sum(self.g_prev * s_new), K * u * np.sum(np.abs(self.g_prev * s_new)))
+            close("shs'", after["shs"], np.sum(s_new * self.h * s_new), K * u * np.sum(np.abs(s_new * self.h * s_new)))
+            assert after["grad_max"] == np.max(np.abs(np.where(mask, self.g_prev, 0.0)), initial=0.0)
+        close("p", self.flat(self.p), p_new, np.where(mask, tol_p, 0.0))
+        close("rz", after["rz"], new.rz, tol_rz)
+        close("beta", after["beta"], new.beta, tol_beta)
+        close("ls_scale", after["ls_scale"], new.ls_scale, 1e-15)
+        assert after["step"] == new.step
+        assert after["skipped_steps"] == new.skipped_steps
+        assert after["loss_prev"] == new.loss_prev or (new.loss_prev is None and math.isnan(after["loss_prev"]))
+        close("alpha_prev", self.per_element(self.native.alpha_prev), alpha, 1e-15 * alpha)
+        assert np.all(self.per_element_steps()[mask] == new.step)
+        return new
+
+    def per_element_steps(self) -> np.ndarray:
+        return np.concatenate([np.full(cut.n, step) for cut, step in zip(self.cuts, self.param_steps, strict=True)])

@@ -1,0 +1,219 @@
+"""The native step against the reference, and against itself: bits must not depend on how it was run."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import pytest
+from lockstep import Cut, Lockstep
+
+from fastnlcg import ops
+from fastnlcg.reference import Options
+
+STEPS = 25
+W = 16  # a block; the vectors of the instruction sets have 4, 8 and 16 floats, 2, 4 and 8 doubles
+SIZES = sorted({1, 2, 3, *(k for w in (4, 8, W) for k in (w - 1, w, w + 1, 4 * w + 1)), 255, 257, 4097})
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+UPDATES = ("fletcher_reeves", "polak_ribiere")
+
+
+def random_cuts(n: int, dtypes: tuple[str, ...], seed: int = 0) -> list[Cut]:
+    """n elements in pieces of 0 to 40, some empty, first and last included."""
+    rng = np.random.default_rng(seed)
+    cuts, left = [Cut(0, dtypes[0])], n
+    while left:
+        size = min(left, int(rng.integers(0, 41)))
+        cuts.append(Cut(size, dtypes[int(rng.integers(len(dtypes)))]))
+        left -= size
+    return [*cuts, Cut(0, dtypes[0])]
+
+
+def run(lockstep: Lockstep, steps: int = STEPS, losses: list[float] | None = None) -> list:
+    states = []
+    for t in range(steps):
+        lockstep.noisy_gradients()
+        states.append(lockstep.checked_step(losses[t] if losses else math.nan))
+    return states
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes(isa: str, dtype: str, update: str, n: int) -> None:
+    states = run(Lockstep([Cut(n, dtype)], Options(update=update)))
+    assert any(s.updated for s in states) or n < W
+    assert any(s.beta > 0 for s in states[1:])
+
+
+@pytest.mark.parametrize(("dtype", "update"), [("float64", "polak_ribiere"), ("float32", "fletcher_reeves")])
+def test_a_million_and_three(isa: str, dtype: str, update: str) -> None:
+    states = run(Lockstep([Cut(1_000_003, dtype)], Options(update=update), threads=2))
+    assert sum(s.updated for s in states) > STEPS // 2
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [("float32", "bfloat16", "float16")], ids="+".join)
+def test_scattered_and_misaligned(isa: str, dtypes: tuple[str, ...], shift: int) -> None:
+    run(Lockstep(random_cuts(1000, dtypes), Options(update="polak_ribiere"), shift=shift))
+
+
+def test_1500_segments(isa: str) -> None:
+    cuts = [Cut(1 + i % 9, "float32", group=i % 2) for i in range(1500)]
+    run(Lockstep(cuts, Options(), lr=(0.05, 0.02), weight_decay=(0.0, 0.1)))
+
+
+OPTIONS = {
+    "none": Options(preconditioner=None),
+    "none_pr": Options(preconditioner=None, update="polak_ribiere"),
+    "none_descent": Options(preconditioner=None, restart="descent"),
+    "maximize": Options(maximize=True),
+    "eps": Options(eps=0.1, curvature_eps=1e-3),
+    "eps_zero": Options(eps=0.0, update="polak_ribiere"),
+    "no_curvature": Options(curvature_eps=1e9),
+    "descent": Options(restart="descent"),
+    "powell": Options(restart="powell"),
+    "powell_pr": Options(restart="powell", update="polak_ribiere"),
+    "every_3": Options(restart=3),
+    "propagate": Options(nonfinite="propagate"),
+    "line_search": Options(line_search=(0.02, 0.01, 0.025, 0.025)),
+    "line_search_max": Options(line_search=(0.05, 0.0, 0.2, 0.5), maximize=True),
+}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.03])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(isa: str, name: str, dtype: str, weight_decay: float) -> None:
+    losses = list(np.random.default_rng(1).uniform(0.9, 1.1, STEPS) * np.where(np.arange(STEPS) % 7, 1.0, -1.0))
+    losses[5], losses[6], losses[9] = math.nan, math.inf, 0.0
+    lockstep = Lockstep(random_cuts(300, (dtype,)), OPTIONS[name], weight_decay=(weight_decay,))
+    states = run(lockstep, losses=losses)
+    if name.startswith("line_search"):
+        assert min(s.ls_scale for s in states) < 1.0
+    if name in ("every_3", "powell"):
+        assert any(s.beta == 0.0 for s in states[1:])
+        assert any(s.beta > 0.0 for s in states) or name == "powell"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups(isa: str, dtype: str) -> None:
+    cuts = [Cut(37, dtype, 0), Cut(100, dtype, 1), Cut(5, dtype, 2), Cut(63, dtype, 0)]
+    run(Lockstep(cuts, Options(), lr=(0.05, 0.01, 0.0), weight_decay=(0.0, 0.1, 0.2)))
+
+
+@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parameters_without_a_gradient(isa: str, dtype: str, preconditioner: str | None) -> None:
+    """They keep value and state, and the step after a change of the set has beta = 0 and keeps h."""
+    lockstep = Lockstep([Cut(n, dtype) for n in (40, 21, 0, 5, 300, 7)], Options(preconditioner=preconditioner))
+    for active in ([0, 1, 2, 3, 4, 5], [0, 3, 5], [0, 3, 5], [1, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]):
+        last = [i for i in (0, 1, 3, 4, 5) if lockstep.param_steps[i] == lockstep.native.scalars["step"]]
+        changed = last != [i for i in active if i != 2]  # noqa: PLR2004 - parameter 2 is empty
+        lockstep.use(active)
+        lockstep.noisy_gradients()
+        state = lockstep.checked_step()
+        if changed:
+            assert state.beta == 0.0
+            assert not state.updated
+
+
+def trajectory(
+    monkeypatch: pytest.MonkeyPatch, n: int, *, isa: str, threads: int = 1, shift: int = 0, cuts: list[Cut] | None = None
+) -> dict[str, bytes]:
+    monkeypatch.setenv("FASTNLCG_ISA", isa)
+    lockstep = Lockstep(cuts or [Cut(n, "float32")], Options(update="polak_ribiere"), threads=threads, shift=shift)
+    for _ in range(6):
+        lockstep.noisy_gradients()
+        assert lockstep.run()
+    assert lockstep.native.scalars["updated"]
+    parts = lockstep.snapshot()
+    del parts["param_steps"]  # one entry a segment
+    return parts
+
+
+def test_same_bits_however_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instruction sets, thread counts, addresses, one segment or many: the sums' order depends on n alone."""
+    n = 70_001  # 18 tiles: enough for four threads
+    expected = trajectory(monkeypatch, n, isa="baseline")
+    for isa in ops._native.instruction_sets():
+        for threads in (1, 2, 4):
+            assert trajectory(monkeypatch, n, isa=isa, threads=threads) == expected, (isa, threads)
+        for shift in (1, 2, 3):
+            assert trajectory(monkeypatch, n, isa=isa, shift=shift) == expected, (isa, shift)
+        assert trajectory(monkeypatch, n, isa=isa, cuts=random_cuts(n, ("float32",))) == expected, isa
+
+
+def test_same_bits_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 2^21 elements on g_prev is stored around the cache, where it is aligned."""
+    n = (1 << 21) + 5
+    expected = None
+    for isa in ops._native.instruction_sets():
+        monkeypatch.setenv("FASTNLCG_ISA", isa)
+        for shift in (0, 1):
+            rng = np.random.default_rng(0)
+            room = [np.zeros(n + 16 + shift, np.float32) for _ in range(5)]
+            # 64-byte alignment, or `shift` elements off it
+            p, g, g_prev, d, h = (a[(-a.ctypes.data % 64) // 4 + shift :][:n] for a in room)
+            p[:] = rng.standard_normal(n, dtype=np.float32)
+            h[:] = 1
+            scalars = ops.Scalars()
+            for _ in range(3):
+                g[:] = p + 0.1 * rng.standard_normal(n, dtype=np.float32)
+                assert ops.nlcg_step(p, g, g_prev, d, h, scalars, lr=0.05, threads=2)
+            np.testing.assert_array_equal(g_prev, g)
+            parts = [a.tobytes() for a in (p, g_prev, d, h)] + [repr(scalars)]
+            expected = expected or parts
+            assert parts == expected, (isa, shift)
+
+
+def test_an_unchanged_gradient_gives_ys_of_exactly_zero(isa: str) -> None:
+    lockstep = Lockstep(random_cuts(500, ("float32",)), Options())
+    lockstep.noisy_gradients()
+    for _ in range(4):
+        lockstep.run()
+        assert lockstep.native.scalars["ys"] == 0.0
+        assert np.all(lockstep.h == 1.0)
+
+
+@pytest.mark.parametrize("bits", ["bfloat16", "float16"])
+def test_every_16_bit_value_is_decoded_and_encoded_like_torch(isa: str, bits: str) -> None:
+    """Through the gradient (decoding) and through a move onto a parameter of zero (encoding)."""
+    import torch  # noqa: PLC0415
+
+    dtype = getattr(torch, bits)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    kept = np.zeros(1 << 16, np.float32)
+    d = np.zeros(1 << 16, np.float32)
+    ops.direction_update(d, every, None, beta=0.0, g_prev=kept)
+    expected = every.float().numpy()
+    np.testing.assert_array_equal(np.isnan(kept), np.isnan(expected))
+    np.testing.assert_array_equal(kept[~np.isnan(kept)], expected[~np.isnan(expected)])
+    # encoding: floats between, on and beside the representable ones, and beyond the largest
+    rng = np.random.default_rng(0)
+    finite = expected[np.isfinite(expected) & (np.abs(expected) < 1e38)]
+    wanted = np.concatenate([finite, finite * np.float32(1 + 2**-9), finite * rng.uniform(0.9, 1.1, finite.size).astype("f")])
+    wanted = torch.from_numpy(np.concatenate([wanted, np.float32([65519, 65520, 65536, 3.4e38, 1e-8, 2**-24, 2**-25])]))
+    p = torch.zeros(wanted.numel(), dtype=dtype)
+    direction = wanted.clone()
+    ops.direction_update(direction, torch.zeros_like(p), None, beta=1.0, p=p, alpha=1.0)
+    assert torch.equal(p, (torch.zeros(1) + wanted).to(dtype))
+
+
+@pytest.mark.skipif(
+    os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 << 30, reason="needs 16 GiB of free memory"
+)
+def test_beyond_two_billion_elements() -> None:
+    """64-bit indices: both ends and the middle are read and written."""
+    import torch  # noqa: PLC0415
+
+    n = (1 << 31) + 20
+    g = torch.zeros(n, dtype=torch.float16)
+    marked = [0, 1 << 30, (1 << 31) - 1, 1 << 31, n - 1]
+    g[marked] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float16)
+    assert ops.preconditioned_dots(g, None, None).rz == 1 + 4 + 9 + 16 + 25
+    d = torch.zeros(n)
+    ops.direction_update(d, g, None, beta=0.0)
+    assert d[marked].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
+    assert int(torch.count_nonzero(d)) == len(marked)
