@@ -374,8 +374,16 @@ class NLCG(torch.optim.Optimizer):
         native = self._table.native
         grads = [p.grad for p in params]
         stateful = [i for i, p in enumerate(params) if grads[i] is not None or self.state.get(p)]
+        moved = False  # in memory order
         for i in stateful:
             _check_parameter(i, params[i])
+            held = self.state.get(params[i], {}).get("direction")
+            if held is not None and held.shape != params[i].shape:
+                raise RuntimeError(
+                    f"parameter {i} has shape {tuple(params[i].shape)}, its state {tuple(held.shape)}: it was resized; "
+                    "add the new parameter to a new optimizer"
+                )
+            moved |= held is not None and held.stride() != params[i].stride()
         moving, gradients = [], []
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if g is not None and p.numel():
@@ -387,6 +395,7 @@ class NLCG(torch.optim.Optimizer):
         old = self._table
         if (
             native is None
+            or moved
             or len(self.state) != old.states
             or len(layout) != len(old.layout)
             or not all(map(is_, layout, old.layout))

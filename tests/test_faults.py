@@ -1,0 +1,684 @@
+"""Bad input to the optimizer, list by list: what each must get, and that nothing changed. The numbers are those of the
+project's list of faults; D, the flat-buffer functions, is in test_ops.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastnlcg import NLCG, OnlineLineSearch
+from fastnlcg import nlcg as module
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Parameter:
+    generator = torch.Generator().manual_seed(seed)
+    return nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+
+
+def stepped(**keywords: object) -> tuple[list[nn.Parameter], NLCG]:
+    """An optimizer after three steps on a quadratic."""
+    ps = [parameter(20, seed=1), parameter(3, 4, seed=2)]
+    optimizer = NLCG(ps, 0.1, **keywords)
+    for _ in range(3):
+        one_step(ps, optimizer)
+    return ps, optimizer
+
+
+def quadratic_gradients(ps: list[nn.Parameter]) -> None:
+    for p in ps:
+        p.grad = (torch.arange(1, p.numel() + 1).view(p.shape) / p.numel()).to(p.dtype) * p.detach()
+
+
+def one_step(ps: list[nn.Parameter], optimizer: NLCG) -> None:
+    quadratic_gradients(ps)
+    optimizer.step()
+
+
+def everything(ps: list[nn.Parameter], optimizer: NLCG) -> str:
+    """All bits of parameters, state and scalars."""
+    torch.set_printoptions(profile="full", precision=20)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group.pop("lr")
+        group.pop("skipped_steps", None)
+    return repr([p.detach().view(torch.uint8) if p.numel() and p.is_contiguous() else p for p in ps]) + repr(state)
+
+
+class TestAHyperParameters:
+    @pytest.mark.parametrize(
+        ("keywords", "error", "match"),
+        [
+            ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+            ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
+            ({"lr": math.inf}, ValueError, "Invalid learning rate: inf"),
+            ({"lr": "0.1"}, TypeError, "lr"),
+            ({"lr": None}, TypeError, "lr"),
+            ({"lr": 0.1j}, TypeError, "lr"),
+            ({"lr": True}, TypeError, "lr"),
+            ({"lr": torch.ones(2)}, ValueError, "one element"),
+            ({"eps": -1e-8}, ValueError, "Invalid eps"),
+            ({"eps": math.nan}, ValueError, "Invalid eps"),
+            ({"curvature_eps": -1.0}, ValueError, "Invalid curvature_eps"),
+            ({"weight_decay": -0.1}, ValueError, "Invalid weight_decay"),
+            ({"weight_decay": math.nan}, ValueError, "Invalid weight_decay"),
+            ({"update": "newton"}, ValueError, "'fletcher_reeves', 'polak_ribiere'; got 'newton'"),
+            ({"update": 3}, TypeError, "update"),
+            ({"preconditioner": "adam"}, ValueError, "'bfgs', None"),
+            ({"restart": "sometimes"}, ValueError, "restart"),
+            ({"restart": 0}, ValueError, "restart"),
+            ({"restart": 1.5}, TypeError, "restart"),
+            ({"nonfinite": "ignore"}, ValueError, "'skip', 'propagate'"),
+            ({"line_search": (0.02, 0.01, 0.025, 0.025)}, TypeError, "OnlineLineSearch"),
+            ({"maximize": 1}, TypeError, "maximize"),
+            ({"differentiable": True}, ValueError, "differentiable"),
+            ({"momentum": 0.9}, TypeError, "momentum"),
+        ],
+    )
+    def test_1_to_10(self, keywords: dict, error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match):
+            NLCG([parameter(3)], **{"lr": 0.1, **keywords})
+
+    def test_7_inside_a_group(self) -> None:
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            NLCG([{"params": [parameter(3)], "lr": -1.0}], 0.1)
+        ps, optimizer = stepped()
+        before = everything(ps, optimizer)
+        for group, error in (({"weight_decay": -1.0}, ValueError), ({"lr": "a"}, TypeError), ({"eps": 1.0}, ValueError)):
+            with pytest.raises(error):
+                optimizer.add_param_group({"params": [parameter(3)], **group})
+        assert everything(ps, optimizer) == before
+        one_step(ps, optimizer)
+
+    def test_8_between_steps(self) -> None:
+        ps, optimizer = stepped()
+        before = everything(ps, optimizer)
+        quadratic_gradients(ps)
+        for key, value in (("lr", math.nan), ("weight_decay", -1.0), ("update", "newton"), ("preconditioner", None)):
+            good = optimizer.param_groups[0][key]
+            optimizer.param_groups[0][key] = value
+            with pytest.raises(ValueError, match="lr|learning rate|" + key):
+                optimizer.step()
+            optimizer.param_groups[0][key] = good
+        assert everything(ps, optimizer) == before
+        optimizer.step()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_9_lr_0_moves_no_bit(self, dtype: torch.dtype) -> None:
+        p = nn.Parameter(torch.tensor([-0.0, 0.0, 1.5, -2.0, math.inf] * 9).to(dtype))
+        before = p.detach().clone()
+        optimizer = NLCG([p], 0.0)
+        for _ in range(3):
+            p.grad = torch.full_like(p, -1.0)
+            optimizer.step()
+        assert torch.equal(p.detach().view(torch.uint8), before.view(torch.uint8))
+        assert optimizer.diagnostics().step == 3
+
+
+class TestBParameterLists:
+    def test_11_to_15(self) -> None:
+        with pytest.raises(ValueError, match="empty"):
+            NLCG([], 0.1)
+        with pytest.raises(TypeError):
+            NLCG(parameter(3), 0.1)
+        p = parameter(3)
+        with pytest.warns(UserWarning, match="duplicate"):
+            NLCG([p, p], 0.1)
+        with pytest.raises(ValueError, match="leaf"):
+            NLCG([p * 2], 0.1)
+        optimizer = NLCG([{"params": []}, {"params": [p]}], 0.1)
+        one_step([p], optimizer)
+
+    @pytest.mark.parametrize("places", [(0,), (2,), (3,), (0, 2, 3)])
+    def test_16_zero_length_tensors(self, places: tuple[int, ...]) -> None:
+        full = [parameter(5, seed=1), parameter(6, seed=2)]
+        sparse = copy.deepcopy(full)
+        for place in places:
+            sparse.insert(place, parameter(0, 4))
+        optimizers = NLCG(full, 0.1), NLCG(sparse, 0.1)
+        for ps, optimizer in zip((full, sparse), optimizers, strict=True):
+            for _ in range(4):
+                quadratic_gradients([p for p in ps if p.numel()])
+                for p in ps:
+                    p.grad = torch.zeros_like(p) if p.numel() == 0 else p.grad
+                optimizer.step()
+        left = [p for p in sparse if p.numel()]
+        assert all(torch.equal(p, q) for p, q in zip(full, left, strict=True))
+
+    def test_16_only_a_zero_length_tensor(self) -> None:
+        p = parameter(0)
+        optimizer = NLCG([p], 0.1)
+        p.grad = torch.zeros(0)
+        optimizer.step()
+        optimizer.step()
+
+    def test_17_to_19(self) -> None:
+        scalar = parameter()
+        optimizer = NLCG([scalar], 0.1)
+        scalar.grad = torch.tensor(2.0)
+        before = scalar.item()
+        optimizer.step()
+        assert scalar.item() == pytest.approx(before - 0.2)
+
+        many = [parameter(1 + i % 5, seed=i) for i in range(1600)]
+        joined = nn.Parameter(torch.cat([p.detach() for p in many]))
+        optimizers = NLCG(many, 0.1), NLCG([joined], 0.1)
+        for _ in range(3):
+            joined.grad = 2 * joined.detach()
+            for p in many:
+                p.grad = 2 * p.detach()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(torch.cat([p.detach() for p in many]), joined)
+
+        three = [parameter(4, seed=i) for i in range(3)]
+        shared = torch.randn(4)
+        optimizer = NLCG(three, 0.5)
+        before = [p.detach().clone() for p in three]
+        for p in three:
+            p.grad = shared
+        optimizer.step()
+        for p, b in zip(three, before, strict=True):
+            torch.testing.assert_close(p.detach(), b - 0.5 * shared)
+
+
+class TestCTypeDeviceLayout:
+    def test_20_and_21_dtypes(self) -> None:
+        for dtype in (torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64):
+            with pytest.raises(TypeError, match=str(dtype)):
+                NLCG([parameter(2), nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)], 0.1)
+
+    def refused(self, ps: list, grads: list, error: type[Exception], match: str) -> None:
+        """At step, after three good ones over the first parameter."""
+        good = parameter(10)
+        optimizer = NLCG([good, *ps], 0.1)
+        for _ in range(3):
+            quadratic_gradients([good])
+            optimizer.step()
+        before = everything([good], optimizer)
+        quadratic_gradients([good])
+        for p, g in zip(ps, grads, strict=True):
+            p.grad = g
+        for _ in range(2):
+            with pytest.raises(error, match=match):
+                optimizer.step()
+        assert everything([good], optimizer) == before
+        for p in ps:
+            p.grad = None
+        optimizer.step()
+        assert optimizer.diagnostics().step == 4
+        assert optimizer.diagnostics().beta > 0
+
+    def test_23_mixed_dtypes(self) -> None:
+        """float32, bfloat16 and float16 mix; float64 is refused beside them."""
+        mixed = [parameter(40, dtype=d, seed=i) for i, d in enumerate((torch.float32, torch.bfloat16, torch.float16))]
+        optimizer = NLCG(mixed, 0.1)
+        before = [p.detach().clone() for p in mixed]
+        for _ in range(5):
+            one_step(mixed, optimizer)
+        assert all(p.square().sum() < b.square().sum() for p, b in zip(mixed, before, strict=True))
+        p = parameter(3, dtype=torch.float64)
+        self.refused([p], [torch.ones_like(p)], TypeError, "parameter 1 is torch.float64 and parameter 0 is torch.float32")
+
+    def test_24_a_gradient_of_another_dtype(self) -> None:
+        p = parameter(3)
+        p.grad = torch.ones(3)
+        p.data = p.data.double()
+        with pytest.raises(RuntimeError, match="gradient of parameter 0.*float32.*float64"):
+            NLCG([p], 0.1).step()
+
+    def test_26_meta(self) -> None:
+        p = nn.Parameter(torch.empty(3, device="meta"))
+        self.refused([p], [torch.empty(3, device="meta")], RuntimeError, "parameter 1 .*on meta.*expected cpu")
+
+    def test_27_sparse(self) -> None:
+        p = parameter(3, 2)
+        sparse = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2), check_invariants=False)
+        self.refused([p], [sparse], RuntimeError, "gradient of parameter 1.*sparse")
+
+    def test_28_parameters_that_are_not_dense(self) -> None:
+        for p in (torch.zeros(4, 6)[:, ::2], torch.zeros(1).expand(4)):
+            p = nn.Parameter(p)  # noqa: PLW2901
+            self.refused([p], [torch.ones(p.shape)], ValueError, "parameter 1 .*strides")
+        transposed = nn.Parameter(parameter(3, 4).detach().t())
+        plain = nn.Parameter(transposed.detach().clone().contiguous())
+        for q in (transposed, plain):
+            optimizer = NLCG([q], 0.1)
+            for _ in range(3):
+                one_step([q], optimizer)
+        torch.testing.assert_close(transposed, plain)
+
+    def test_29_and_30_strides_of_gradients(self) -> None:
+        p, q = parameter(4, 1, 3), parameter(4, 1, 3)
+        optimizers = NLCG([p], 0.1), NLCG([q], 0.1)
+        g = torch.randn(4, 1, 3)
+        others = (
+            torch.randn(3, 4, 1).permute(1, 2, 0),
+            torch.randn(4, 1, 6)[..., ::2],
+            torch.randn(1, 1, 3).expand(4, 1, 3),
+            g.as_strided((4, 1, 3), (3, 100, 1)),  # an odd stride where it does not matter
+            torch.randn(4, 1, 3, dtype=torch.complex64).conj().imag,  # negative bit
+        )
+        for other in others:
+            p.grad, q.grad = other, other.resolve_neg().contiguous()
+            kept = other.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+            assert torch.equal(p, q)
+            assert torch.equal(p.grad, kept)
+
+    def test_34_wrapper_tensors_and_plain_subclasses(self) -> None:
+        from torch.testing._internal.two_tensor import TwoTensor  # noqa: PLC0415
+
+        p = nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))
+        self.refused([p], [TwoTensor(torch.ones(3), torch.ones(3))], TypeError, "parameter 1 .*TwoTensor")
+
+        class Tagged(nn.Parameter):
+            pass
+
+        tagged = Tagged(torch.ones(3))
+        one_step([tagged], NLCG([tagged], 0.1))
+        assert not torch.equal(tagged, torch.ones(3))
+
+    def test_an_older_torch_without_the_exchange_api(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected, _ = stepped()
+        monkeypatch.setattr(module, "_EXCHANGE", None)
+        ps, _ = stepped()
+        assert all(torch.equal(p, q) for p, q in zip(ps, expected, strict=True))
+
+
+class TestENumbers:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("keywords", [{}, {"preconditioner": None}, {"update": "polak_ribiere", "restart": "descent"}])
+    def test_45_a_nonfinite_gradient(self, keywords: dict, value: float) -> None:
+        ps, optimizer = stepped(line_search=OnlineLineSearch(), **keywords)
+        qs, expected = stepped(line_search=OnlineLineSearch(), **keywords)
+        before, versions = everything(ps, optimizer), [p._version for p in ps]
+        quadratic_gradients(ps)
+        ps[1].grad[0, 1] = value
+        optimizer.step(loss=100.0)
+        assert everything(ps, optimizer) == before
+        assert [p._version for p in ps] == versions
+        assert optimizer.diagnostics().skipped_steps == 1
+        for _ in range(3):
+            one_step(ps, optimizer)
+            one_step(qs, expected)
+        assert everything(ps, optimizer) == everything(qs, expected)
+
+    def test_45_in_the_first_step_and_propagated(self) -> None:
+        p = parameter(5)
+        optimizer = NLCG([p], 0.1)
+        p.grad = torch.full((5,), math.nan)
+        before = p.detach().clone()
+        optimizer.step()
+        assert torch.equal(p, before)
+        assert optimizer.diagnostics().step == 0
+        optimizer = NLCG([p], 0.1, nonfinite="propagate")
+        optimizer.step()
+        assert torch.isnan(p).all()
+
+    @pytest.mark.parametrize("eps", [1e-8, 0.0])
+    def test_45_a_sum_that_overflows_only_in_pass_2(self, eps: float) -> None:
+        """Every g is finite and so is sum(g s), but g / (h + eps) is not: h must not have been written by then."""
+        ps, optimizer = stepped(eps=eps)
+        with torch.no_grad():
+            optimizer.state[ps[0]]["hessian_diag"].fill_(0.0)
+            optimizer.state[ps[0]]["direction"].fill_(0.0)
+            optimizer.state[ps[0]]["grad_prev"].fill_(3e38)
+        before = everything(ps, optimizer)
+        quadratic_gradients(ps)
+        ps[0].grad = torch.full_like(ps[0], 3e38)
+        optimizer.step()
+        assert optimizer.diagnostics().skipped_steps == 1
+        assert everything(ps, optimizer) == before
+
+    def test_46_zero_gradients(self) -> None:
+        p = parameter(5)
+        before = p.detach().clone()
+        optimizer = NLCG([p], 0.1)
+        for _ in range(3):
+            p.grad = torch.zeros(5)
+            optimizer.step()
+        assert torch.equal(p, before)
+        assert optimizer.diagnostics().beta == 0.0
+        assert math.isnan(optimizer.diagnostics().cosine)
+
+    @pytest.mark.parametrize("slope", [0.0, -1.0])
+    def test_47_48_no_positive_curvature(self, slope: float) -> None:
+        p = parameter(5)
+        optimizer = NLCG([p], 0.1)
+        for _ in range(4):
+            p.grad = 1.0 + slope * p.detach()
+            optimizer.step()
+            assert not optimizer.diagnostics().updated
+            assert torch.equal(optimizer.state[p]["hessian_diag"], torch.ones(5))
+
+    @pytest.mark.parametrize("scale", [1e19, 1e30, 1e-30, 1e-42])
+    def test_49_50_extreme_gradients(self, scale: float) -> None:
+        p = parameter(40)
+        optimizer = NLCG([p], 1e-3 / max(scale, 1.0))
+        for t in range(6):
+            p.grad = scale * (p.detach() + 0.1 * t)
+            optimizer.step()
+            state = optimizer.state[p]
+            assert all(torch.isfinite(state[key]).all() for key in state)
+            assert (state["hessian_diag"] >= 0).all()
+            assert torch.isfinite(p).all()
+        assert optimizer.diagnostics().skipped_steps == 0
+
+    def test_49_h_stays_finite_where_its_formula_overflows(self) -> None:
+        p = nn.Parameter(torch.zeros(3))
+        optimizer = NLCG([p], 1e-30)
+        for g in ([1.0, 1.0, 1e30], [1.0, 1.0, -3e35], [1.0, 1.0, 3e35]):
+            p.grad = torch.tensor(g)
+            optimizer.step()
+            assert torch.isfinite(optimizer.state[p]["hessian_diag"]).all()
+
+    def test_51_descent_restart(self) -> None:
+        p = nn.Parameter(torch.tensor([1.0, 1.0]))
+        optimizers = {r: NLCG([nn.Parameter(p.detach().clone())], 0.1, restart=r) for r in (None, "descent")}
+        for restart, optimizer in optimizers.items():
+            (q,) = optimizer.param_groups[0]["params"]
+            for g in ([1.0, 0.0], [-1.0, 0.01]):  # the second gradient points against the first
+                q.grad = torch.tensor(g)
+                optimizer.step()
+            assert (optimizer.diagnostics().beta == 0.0) == (restart == "descent")
+
+    @pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -3.0, None, torch.tensor(2.0), torch.tensor([1.0]), np.float32(1)])
+    def test_52_losses(self, loss: object) -> None:
+        ps, optimizer = stepped(line_search=OnlineLineSearch())
+        for value in (1.0, loss, 2.0, loss, 1.0):
+            quadratic_gradients(ps)
+            optimizer.step(loss=value)
+            assert 0.0 < optimizer.diagnostics().ls_scale <= 1.0
+        for bad, error in (("1", TypeError), (1j, TypeError), (torch.ones(2), ValueError), (object(), TypeError)):
+            with pytest.raises(error, match="loss"):
+                optimizer.step(loss=bad)
+
+
+class TestFState:
+    def bad(self, change: object, match: str) -> None:
+        ps, optimizer = stepped()
+        saved = copy.deepcopy(optimizer.state_dict())
+        result = change(saved)  # changes `saved`, or returns another dict
+        changed = result if isinstance(result, dict) else saved
+        before = everything(ps, optimizer)
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(changed)
+        assert everything(ps, optimizer) == before
+        one_step(ps, optimizer)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda s: s["state"][1].update(direction=torch.ones(3)), "parameter 1.*'direction'.*shape"),
+            (lambda s: s["state"][0].pop("grad_prev"), "parameter 0 has .*expected the keys"),
+            (lambda s: s["state"][0].update(momentum=torch.ones(20)), "parameter 0 has .*expected the keys"),
+            (lambda s: s["state"][0].update(direction="abc"), "'direction' is str"),
+            (lambda s: s["state"][0].update(direction=torch.ones(20, dtype=torch.int64)), "'direction' is torch.int64"),
+            (lambda s: s["state"][0].update(step=torch.tensor(-1.0)), "'step'"),
+            (lambda s: s["state"][0].update(step="3"), "'step'"),
+            (lambda s: s["state"][0]["hessian_diag"].fill_(math.nan), "'hessian_diag' has values that are not finite"),
+            (lambda s: s["state"][0]["hessian_diag"].fill_(-1.0), "'hessian_diag' has negative"),
+            (lambda s: s["state"].update({7: s["state"][0]}), "parameter 7"),
+            (lambda s: s["param_groups"].append(s["param_groups"][0]), "param_groups have"),
+            (lambda s: s["param_groups"][0]["params"].append(2), "param_groups have"),
+            (lambda s: s["param_groups"][0].update(rz=math.nan), r"param_groups\[0\]\['rz'\]"),
+            (lambda s: s["param_groups"][0].update(ls_scale=0.0), "ls_scale"),
+            (lambda s: s["param_groups"][0].update(rz="1"), "rz"),
+            (lambda s: s["param_groups"][0].pop("alpha_prev"), "lacks the key 'alpha_prev'"),
+            (lambda s: s["param_groups"][0].update(lr=-1.0), r"param_groups\[0\]: Invalid learning rate"),
+            (lambda s: s["param_groups"][0].update(update="newton"), "update"),
+            (lambda s: {"state": s["state"]}, "param_groups"),
+            (lambda s: {"state": [], "param_groups": s["param_groups"]}, "mapping"),
+            (lambda s: {"state": {}, "param_groups": "abc"}, "param_groups"),
+        ],
+    )
+    def test_54_bad_state_dicts(self, change: object, match: str) -> None:
+        self.bad(change, match)
+
+    def test_54_other_optimizers_state(self) -> None:
+        ps, optimizer = stepped()
+        adam = torch.optim.Adam(ps, 0.1)
+        adam.step()
+        with pytest.raises(ValueError, match=r"lacks the key|expected the keys"):
+            optimizer.load_state_dict(adam.state_dict())
+
+    def test_54_state_of_another_dtype_is_converted_and_stays_float32(self) -> None:
+        ps, optimizer = stepped()
+        saved = copy.deepcopy(optimizer.state_dict())
+        for entry in saved["state"].values():
+            entry["direction"] = entry["direction"].double()
+        half = [nn.Parameter(p.detach().bfloat16()) for p in ps]
+        other = NLCG(half, 0.1)
+        other.load_state_dict(saved)
+        assert other.state[half[0]]["direction"].dtype == torch.float32
+        assert torch.equal(other.state[half[0]]["grad_prev"], optimizer.state[ps[0]]["grad_prev"])
+        one_step(half, other)
+
+    def test_55_storage_swapped(self) -> None:
+        """The new storage is followed; so are a new dtype or layout at, possibly, the same address."""
+        ps, optimizer = stepped()
+        qs, expected = stepped()
+        for p in ps:
+            p.data = p.data.clone()
+        one_step(ps, optimizer)
+        one_step(qs, expected)
+        assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
+
+        ps[1].data = ps[1].data.t().contiguous().t()  # other strides: state follows by index
+        one_step(ps, optimizer)
+        one_step(qs, expected)
+        for p, q in zip(ps, qs, strict=True):
+            torch.testing.assert_close(p, q)
+            torch.testing.assert_close(optimizer.state[p]["hessian_diag"], expected.state[q]["hessian_diag"])
+
+    def test_55_resized(self) -> None:
+        ps, optimizer = stepped()
+        ps[0].data = torch.ones(21)
+        ps[0].grad = torch.ones(21)
+        with pytest.raises(RuntimeError, match="parameter 0 .*shape"):
+            optimizer.step()
+
+    def test_55_sets_that_change(self) -> None:
+        """A late first gradient, freezing and unfreezing, add_param_group: beta = 0 and h kept in the step of the change."""
+        ps = [parameter(20, seed=1), parameter(3, 4, seed=2), parameter(7, seed=3)]
+        optimizer = NLCG(ps[:2], 0.1)
+
+        def step(active: list[int]) -> None:
+            for i, p in enumerate(ps):
+                p.grad = None
+                if i in active:
+                    quadratic_gradients([p])
+            optimizer.step()
+
+        for active in ([0], [0], [0, 1], [0, 1], [1], [1], [0, 1], [0, 1]):
+            resting = [i for i in (0, 1) if i not in active and optimizer.state.get(ps[i])]
+            kept = {i: copy.deepcopy(optimizer.state[ps[i]]) for i in resting}
+            weights = {i: ps[i].detach().clone() for i in resting}
+            before = optimizer.diagnostics()
+            h = optimizer.state[ps[0]]["hessian_diag"].clone() if before.step else None
+            step(active)
+            after = optimizer.diagnostics()
+            assert all(torch.equal(ps[i], w) for i, w in weights.items())
+            assert all(torch.equal(optimizer.state[ps[i]][k], v) for i, s in kept.items() for k, v in s.items())
+            if before.step and after.beta == 0.0:
+                assert torch.equal(optimizer.state[ps[0]]["hessian_diag"], h)
+        assert after.beta > 0
+        optimizer.add_param_group({"params": [ps[2]], "lr": 0.05})
+        step([0, 1, 2])
+        assert optimizer.diagnostics().beta == 0.0
+        assert torch.equal(optimizer.state[ps[2]]["direction"], -ps[2].grad)  # h = 1
+        step([0, 1, 2])
+        assert optimizer.diagnostics().beta > 0
+        assert optimizer.diagnostics().updated
+
+    def test_55_weights_edited_between_steps(self) -> None:
+        p = parameter(200)
+        optimizer = NLCG([p], 0.1)
+        largest = p.abs().max()
+        for t in range(100):
+            if t % 10 == 5:
+                with torch.no_grad():
+                    p.neg_().add_(0.1)
+            one_step([p], optimizer)
+            assert p.abs().max() < 2 * largest + 1
+
+    def test_state_cleared_by_hand_starts_again(self) -> None:
+        ps, optimizer = stepped()
+        optimizer.state.clear()
+        qs = [nn.Parameter(p.detach().clone()) for p in ps]
+        expected = NLCG(qs, 0.1)
+        for _ in range(3):
+            one_step(ps, optimizer)
+            one_step(qs, expected)
+        assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
+
+    def test_one_group_at_a_time_is_noticed(self) -> None:
+        ps = [parameter(3), parameter(4)]
+        optimizer = NLCG([{"params": [ps[0]]}, {"params": [ps[1]]}], 0.1)
+        quadratic_gradients(ps)
+        groups, optimizer.param_groups = optimizer.param_groups, optimizer.param_groups[:1]
+        with pytest.raises(RuntimeError, match="1 parameter groups, expected 2"):
+            optimizer.step()
+        optimizer.param_groups = groups
+        optimizer.step()
+
+
+class TestGControlFlow:
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+    def test_56_closure_raises(self, error: type[BaseException]) -> None:
+        ps, optimizer = stepped()
+        qs, expected = stepped()
+        before = everything(ps, optimizer)
+
+        def closure() -> float:
+            quadratic_gradients(ps)
+            raise error
+
+        with pytest.raises(error):
+            optimizer.step(closure)
+        assert everything(ps, optimizer) == before
+        one_step(ps, optimizer)
+        one_step(qs, expected)
+        assert everything(ps, optimizer) == everything(qs, expected)
+
+    def test_57_two_optimizers_in_two_threads(self) -> None:
+        """As serial, bit for bit; each large enough for OpenMP."""
+
+        def run(seed: int, out: dict[int, torch.Tensor]) -> None:
+            p = parameter(200_000, seed=seed)
+            optimizer = NLCG([p], 0.1)
+            for _ in range(20):
+                one_step([p], optimizer)
+            out[seed] = p.detach()
+
+        serial: dict[int, torch.Tensor] = {}
+        parallel: dict[int, torch.Tensor] = {}
+        for seed in (1, 2):
+            run(seed, serial)
+        threads = [threading.Thread(target=run, args=(seed, parallel)) for seed in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(serial[s], parallel[s]) for s in (1, 2))
+
+    def test_57_one_optimizer_in_two_threads(self) -> None:
+        p = parameter(20_000_000)
+        p.grad = torch.ones_like(p)
+        optimizer = NLCG([p], 0.1)
+        optimizer.step()
+        errors: list[Exception] = []
+
+        def hammer() -> None:
+            for _ in range(5):
+                try:
+                    optimizer.step()
+                except RuntimeError as error:
+                    errors.append(error)
+
+        threads = [threading.Thread(target=hammer) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors
+        assert all("another thread" in str(error) for error in errors)
+        assert optimizer.diagnostics().step == 11 - len(errors)
+        optimizer.step()
+
+    def test_57_fork_after_use(self) -> None:
+        """The child computes alone (libgomp's pool is gone there), with the same bits."""
+        code = """
+import os, torch
+from fastnlcg import NLCG
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.ones(100_000))
+p.grad = torch.linspace(-1, 1, 100_000)
+optimizer = NLCG([p], 0.1)
+optimizer.step()
+r, w = os.pipe()
+child = os.fork()
+optimizer.step()
+total = repr(p.detach().numpy().tobytes().__hash__())
+if child == 0:
+    os.write(w, p.detach().numpy().tobytes()[:64])
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert os.read(r, 64) == p.detach().numpy().tobytes()[:64]
+print("same")
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
+
+    def test_57_interpreter_exit_with_live_objects(self) -> None:
+        code = """
+import torch, fastnlcg
+p = torch.nn.Parameter(torch.ones(100_000)); p.grad = torch.ones(100_000)
+keep = fastnlcg.NLCG([p], 0.1); keep.step()
+"""
+        assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+    def test_same_bits_for_torchs_thread_counts(self) -> None:
+        results = []
+        threads = torch.get_num_threads()
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                p = parameter(100_003)
+                optimizer = NLCG([p], 0.1, update="polak_ribiere")
+                for _ in range(10):
+                    one_step([p], optimizer)
+                results.append(p.detach().clone())
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(*results)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc/self/clear_refs")
+def test_a_step_allocates_nothing_of_the_parameters_size() -> None:
+    """Resident memory does not grow during a step: measured, on 40 MB of parameters."""
+
+    def status(key: str) -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+
+    p = parameter(10_000_000)
+    optimizer = NLCG([p], 0.1)
+    for _ in range(2):
+        one_step([p], optimizer)
+    quadratic_gradients([p])
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS")
+    optimizer.step()
+    assert status("VmHWM") - before < 1 << 20

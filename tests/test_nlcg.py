@@ -1,0 +1,467 @@
+"""NLCG as a torch optimizer: trajectories against the reference, and what torch's users expect of any optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference
+
+UPDATES = ("fletcher_reeves", "polak_ribiere")
+
+
+# ---- trajectories ----------------------------------------------------------------------------------------------------
+
+
+def rosenbrock(x: Tensor) -> Tensor:
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def quadratic(x: Tensor) -> Tensor:
+    return 0.5 * (torch.logspace(-2, 2, 200, dtype=x.dtype) * x * x).sum()
+
+
+def digits_softmax() -> tuple[object, Tensor]:
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+
+    images, labels = load_digits(return_X_y=True)
+    images, labels = torch.from_numpy(images / 16.0), torch.from_numpy(labels)
+
+    def loss(w: Tensor) -> Tensor:
+        logits = images.to(w.dtype) @ w[:640].view(64, 10) + w[640:]
+        return nn.functional.cross_entropy(logits, labels)
+
+    return loss, torch.zeros(650)
+
+
+PROBLEMS = {
+    "rosenbrock": lambda: (rosenbrock, torch.linspace(-1.0, 1.0, 64), 2e-4),
+    "quadratic": lambda: (quadratic, torch.linspace(0.5, 1.5, 200), 2e-3),
+    "digits": lambda: (*digits_softmax(), 0.5),
+}
+
+
+@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_60_steps_follow_the_float64_reference(name: str, update: str, preconditioner: str | None) -> None:
+    """Free running, not lockstep: float32 within 1e-3 relative in loss and (in norm) parameters, float64 within 1e-9."""
+    function, start, lr = PROBLEMS[name]()
+
+    def fun(w: np.ndarray) -> tuple[float, np.ndarray]:
+        x = torch.from_numpy(w.copy()).requires_grad_()
+        value = function(x)
+        (gradient,) = torch.autograd.grad(value, x)
+        return value.item(), gradient.numpy()
+
+    expected = reference.minimize(fun, start.double().numpy(), steps=60, lr=lr, update=update, preconditioner=preconditioner)
+    assert expected.losses[-1] < 0.9 * expected.losses[0]
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-9)):
+        x = nn.Parameter(start.to(dtype, copy=True))
+        optimizer = NLCG([x], lr, update=update, preconditioner=preconditioner)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            value = function(x)
+            value.backward()
+            losses.append(value.item())
+            optimizer.step()
+        np.testing.assert_allclose(losses, expected.losses, rtol=tolerance)
+        off = np.linalg.norm(x.detach().double().numpy() - expected.p)
+        assert off <= tolerance * np.linalg.norm(expected.p)
+
+
+# ---- a small real model ----------------------------------------------------------------------------------------------
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)).to(dtype)
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(32, 1, 8, 8, generator=generator).to(dtype), torch.randint(10, (32,), generator=generator)
+
+
+def backward(net: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    net.zero_grad()
+    x, y = batch(dtype)
+    loss = nn.functional.cross_entropy(net(x).float(), y)
+    loss.backward()
+    return loss.detach()
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = backward(net, dtype)
+        optimizer.step(loss=loss)
+        losses.append(loss.item())
+    return losses
+
+
+def bits(net: nn.Module) -> bytes:
+    return b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in net.parameters())
+
+
+OPTIONS = {"update": "polak_ribiere", "line_search": OnlineLineSearch(), "weight_decay": 1e-3, "restart": "descent"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_it_trains(dtype: torch.dtype) -> None:
+    net = model(dtype)
+    losses = train(net, NLCG(net.parameters(), 0.05), 30, dtype)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_closure_is_called_once_with_gradients_and_its_value_returned() -> None:
+    net, calls = model(), []
+    optimizer = NLCG(net.parameters(), 0.1, line_search=OnlineLineSearch())
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        x, y = batch()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        value = optimizer.step(closure)
+    assert calls == [True]
+    assert isinstance(value, Tensor)
+    optimizer.step(closure)
+    assert optimizer.state_dict()["param_groups"][0]["loss_prev"] < value.item()
+    assert NLCG(net.parameters(), 0.1).step(None) is None
+    with pytest.raises(ValueError, match="not both"):
+        optimizer.step(closure, loss=1.0)
+
+
+def test_loss_argument_and_closure_drive_the_same_line_search() -> None:
+    nets, scales = [], []
+    for use_closure in (True, False):
+        net = model()
+        optimizer = NLCG(net.parameters(), 0.1, line_search=OnlineLineSearch())
+        for t in range(13):  # the last one a rise
+            loss = backward(net) * (2 if t % 3 == 0 else 1)
+            optimizer.step(lambda loss=loss: loss) if use_closure else optimizer.step(loss=loss)
+        nets.append(bits(net))
+        scales.append(optimizer.diagnostics().ls_scale)
+    assert nets[0] == nets[1]
+    assert scales[0] == scales[1] < 1.0
+
+
+def test_groups_have_their_own_lr_and_weight_decay_and_share_the_sums() -> None:
+    """Against the reference with per-element lr and weight decay."""
+    torch.manual_seed(0)
+    a, b = nn.Parameter(torch.randn(30, dtype=torch.float64)), nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
+    optimizer = NLCG([{"params": [a], "lr": 0.02}, {"params": [b], "weight_decay": 0.1}], 0.05)
+    lr = np.concatenate([np.full(30, 0.02), np.full(20, 0.05)])
+    decay = np.concatenate([np.zeros(30), np.full(20, 0.1)])
+    p, state = torch.cat([a.detach(), b.detach().flatten()]).numpy(), reference.initial_state(50)
+    for _ in range(10):
+        optimizer.zero_grad()
+        (a.square().sum() * 0.7 + (b**4).sum() * 0.1 + a[0] * b.sum()).backward()
+        g = torch.cat([a.grad, b.grad.flatten()]).numpy()
+        p, state = reference.nlcg_step(p, g, state, lr=lr, weight_decay=decay)
+        optimizer.step()
+        np.testing.assert_allclose(torch.cat([a.detach(), b.detach().flatten()]).numpy(), p, rtol=1e-12, atol=1e-13)
+        d = optimizer.diagnostics()
+        assert (d.beta, d.rz, d.ys, d.shs) == tuple(
+            pytest.approx(v, rel=1e-11) for v in (state.beta, state.rz, state.ys, state.shs)
+        )
+        assert d.updated == state.updated
+        assert d.grad_norm == pytest.approx(float(np.linalg.norm(state.g_prev)), rel=1e-12)
+        assert d.direction_norm == pytest.approx(float(np.linalg.norm(state.d)), rel=1e-12)
+        assert d.cosine == pytest.approx(-float(state.g_prev @ state.d) / (d.grad_norm * d.direction_norm), rel=1e-12)
+
+
+def test_schedulers_own_lr_also_as_a_tensor() -> None:
+    nets = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        net = model()
+        optimizer = NLCG(net.parameters(), lr)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for _ in range(5):
+            train(net, optimizer, 1)
+            scheduler.step()
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1 * 0.9**5)
+        nets.append(bits(net))
+    assert nets[0] == nets[1]
+
+
+def test_channels_last_and_other_strides() -> None:
+    """The same bits whatever the memory format of parameters; gradients with other strides are copied to theirs."""
+    plain, last = model(), model().to(memory_format=torch.channels_last)
+    optimizers = NLCG(plain.parameters(), 0.1), NLCG(last.parameters(), 0.1)
+    for step in range(5):
+        backward(plain)
+        for i, (p, q) in enumerate(zip(plain.parameters(), last.parameters(), strict=True)):
+            g = p.grad.clone()
+            if step == 2 and g.dim() == 4:
+                g = g.contiguous(memory_format=torch.channels_last)
+            if step == 3 and g.dim() == 2:
+                g = g.t().contiguous().t()
+            if step == 4 and i == 0:
+                q.grad = torch.ones(1).expand_as(p)  # stride 0
+                p.grad = torch.ones_like(p)
+            else:
+                q.grad = g
+        for optimizer in optimizers:
+            optimizer.step()
+    close = [torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(plain.parameters(), last.parameters(), strict=True)]
+    assert all(close)
+    state = optimizers[1].state[next(iter(last.parameters()))]
+    assert state["grad_prev"].shape == (4, 1, 3, 3)
+
+
+def test_memory_is_12_bytes_a_parameter() -> None:
+    p = nn.Parameter(torch.randn(10_000))
+    optimizer = NLCG([p], 0.1)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = optimizer.state[p]
+    assert set(state) == {"step", "grad_prev", "direction", "hessian_diag"}
+    assert sum(t.numel() * t.element_size() for key, t in state.items() if key != "step") == 12 * p.numel()
+    assert torch.equal(state["grad_prev"], p.grad)
+    optimizer = NLCG([p], 0.1, preconditioner=None)
+    optimizer.step()
+    assert set(optimizer.state[p]) == {"step", "grad_prev", "direction"}
+
+
+def test_version_counter_and_grad() -> None:
+    net = model()
+    optimizer = NLCG(net.parameters(), 0.1)
+    x, y = batch()
+    loss = nn.functional.cross_entropy(net(x), y)
+    loss.backward(retain_graph=True)
+    grads = [p.grad.clone() for p in net.parameters()]
+    before = [p._version for p in net.parameters()]
+    optimizer.step()
+    assert all(p._version > v for p, v in zip(net.parameters(), before, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def through_a_file(value: object) -> object:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resume_by_state_dict(net: nn.Module, optimizer: NLCG) -> tuple[nn.Module, NLCG]:
+    new = model(next(net.parameters()).dtype)
+    other = NLCG(new.parameters(), 0.9)
+    weights, state = through_a_file((net.state_dict(), optimizer.state_dict()))
+    new.load_state_dict(weights)
+    other.load_state_dict(state)
+    return new, other
+
+
+def resume_mid_run(net: nn.Module, optimizer: NLCG) -> tuple[nn.Module, NLCG]:
+    """Into an optimizer that has already stepped elsewhere."""
+    new = model(next(net.parameters()).dtype)
+    other = NLCG(new.parameters(), 0.9)
+    train(new, other, 3, next(net.parameters()).dtype)
+    new.load_state_dict(net.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    return new, other
+
+
+RESUME = {
+    "state_dict": resume_by_state_dict,
+    "mid_run": resume_mid_run,
+    "deepcopy": lambda net, optimizer: copy.deepcopy((net, optimizer)),
+    "pickle": lambda net, optimizer: pickle.loads(pickle.dumps((net, optimizer))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", RESUME)
+def test_resume_at_step_10_is_bit_exact(how: str, dtype: torch.dtype) -> None:
+    net = model(dtype)
+    optimizer = NLCG(net.parameters(), 0.1, **OPTIONS)
+    train(net, optimizer, 10, dtype)
+    new, other = RESUME[how](net, optimizer)
+    ours, theirs = optimizer.state.values(), other.state.values()
+    assert not {t.data_ptr() for s in ours for t in s.values()} & {t.data_ptr() for s in theirs for t in s.values()}
+    assert train(net, optimizer, 10, dtype) == train(new, other, 10, dtype)
+    assert bits(net) == bits(new)
+    assert optimizer.diagnostics() == other.diagnostics()
+    for p, q in zip(net.parameters(), new.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, other.state[q][key]), key
+            assert value.dtype == torch.float64 if key == "step" or dtype == torch.float64 else torch.float32
+
+
+def test_resume_with_a_frozen_parameter_knows_the_last_set() -> None:
+    def frozen_run(steps: int, net: nn.Module, optimizer: NLCG) -> None:
+        for _ in range(steps):
+            loss = backward(net)
+            net[0].bias.grad = None
+            optimizer.step(loss=loss)
+
+    net = model()
+    optimizer = NLCG(net.parameters(), 0.1)
+    train(net, optimizer, 3)
+    frozen_run(3, net, optimizer)
+    new, other = resume_by_state_dict(net, optimizer)
+    for n, o in ((net, optimizer), (new, other)):
+        frozen_run(1, n, o)
+        assert o.diagnostics().beta > 0  # the same set as before the checkpoint: no restart
+        train(n, o, 3)
+    assert bits(net) == bits(new)
+
+
+def test_state_dict_of_an_optimizer_that_never_stepped() -> None:
+    net = model()
+    optimizer = NLCG(net.parameters(), 0.1)
+    optimizer.load_state_dict(NLCG(net.parameters(), 0.2).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    train(net, optimizer, 2)
+
+
+def test_hooks_see_the_steps_and_the_state() -> None:
+    net, seen = model(), []
+    optimizer = NLCG(net.parameters(), 0.1)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    optimizer.register_load_state_dict_pre_hook(lambda _, sd: {**sd, "param_groups": copy.deepcopy(sd["param_groups"])})
+    train(net, optimizer, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "post"]
+
+
+def test_a_step_with_zero_gradients_and_lr_0_creates_all_state_and_moves_nothing() -> None:
+    """What torch.distributed.checkpoint does before it loads."""
+    net = model()
+    before = bits(net)
+    optimizer = NLCG(net.parameters(), torch.tensor(0.0))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(closure=None)
+    assert bits(net) == before
+    assert all(set(optimizer.state[p]) == {"step", "grad_prev", "direction", "hessian_diag"} for p in net.parameters())
+
+
+def test_distributed_checkpoint_takes_the_state_dict() -> None:
+    from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    for flatten in (False, True):
+        net, new = model(), model()
+        optimizer, other = NLCG(net.parameters(), 0.1), NLCG(new.parameters(), 0.1)
+        train(net, optimizer, 4)
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        state = get_optimizer_state_dict(net, optimizer, options=options)
+        new.load_state_dict(net.state_dict())
+        set_optimizer_state_dict(new, other, state, options=options)
+        train(net, optimizer, 3)
+        train(new, other, 3)
+        assert bits(net) == bits(new)
+
+
+def test_grad_scaler_on_the_cpu() -> None:
+    """GradScaler unscales, and does not call step() where it found an infinity."""
+    net, plain = model(), model()
+    optimizer, expected = NLCG(net.parameters(), 0.1, line_search=OnlineLineSearch()), NLCG(plain.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = batch()
+    for t in range(4):
+        net.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        scaler.scale(loss).backward()
+        if t == 2:
+            net[3].bias.grad[0] = math.inf
+        scaler.step(optimizer, loss=loss.detach())
+        scaler.update()
+        if t != 2:
+            train(plain, expected, 1)
+    assert bits(net) == bits(plain)
+    assert optimizer.diagnostics().step == 3
+    assert optimizer.diagnostics().skipped_steps == 0
+
+
+# ---- line search and schedule ----------------------------------------------------------------------------------------
+
+
+def test_line_search_options_are_checked() -> None:
+    assert OnlineLineSearch().as_tuple() == (0.02, 0.01, 0.025, 0.025)
+    for keywords, error in (
+        ({"decrease": 1.0}, ValueError),
+        ({"increase": -0.1}, ValueError),
+        ({"increase_threshold": math.nan}, ValueError),
+        ({"flat_threshold": 0.5}, ValueError),
+        ({"decrease": "a"}, TypeError),
+        ({"decrease": True}, TypeError),
+    ):
+        with pytest.raises(error, match=next(iter(keywords))):
+            OnlineLineSearch(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "warm_up", "final"), [(512, 5, 0.001), (8192, 5, 0.01), (16384, 15, 0.01), (65536, 30, 0.01)]
+)
+def test_the_papers_schedule(batch_size: int, warm_up: int, final: float) -> None:
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([p], 123.0)
+    epochs, steps = 90, 3
+    scheduler = paper_schedule(optimizer, batch_size=batch_size, epochs=epochs, steps_per_epoch=steps)
+    rates = []
+    for _ in range(epochs * steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    peak = 0.1 * batch_size / 256
+    assert rates[0] == pytest.approx(0.001)
+    rise = np.linspace(0.001, peak, warm_up * steps + 1)
+    np.testing.assert_allclose(rates[: warm_up * steps + 1], rise, rtol=1e-9)
+    after = np.array(rates[warm_up * steps :]).reshape(-1, steps)
+    np.testing.assert_allclose(after, after[:, :1].repeat(steps, 1))  # constant within an epoch
+    steady = after[: len(after) // 2 * 2, 0].reshape(-1, 2)
+    np.testing.assert_allclose(steady[:, 0], steady[:, 1])  # and over two
+    ratios = steady[1:, 0] / steady[:-1, 0]
+    np.testing.assert_allclose(ratios, ratios[0])
+    assert rates[-1] == pytest.approx(final)
+
+
+def test_schedule_arguments() -> None:
+    p = nn.Parameter(torch.zeros(1))
+
+    def last_lr(**keywords: object) -> float:
+        optimizer = torch.optim.SGD([p], 1.0)
+        scheduler = paper_schedule(optimizer, **{"batch_size": 256, "epochs": 20, "steps_per_epoch": 1, **keywords})
+        for _ in range(keywords.get("epochs", 20) - 1):
+            optimizer.step()
+            scheduler.step()
+        return optimizer.param_groups[0]["lr"]
+
+    assert last_lr() == pytest.approx(0.001)
+    assert last_lr(peak_lr=3.0) == pytest.approx(0.001)
+    assert last_lr(peak_lr=1e-4) == pytest.approx(1e-4)  # below the final rate: constant
+    assert last_lr(epochs=4) < 0.1  # all warm-up
+    for keywords, error in (
+        ({"batch_size": 0}, ValueError),
+        ({"epochs": 1.5}, TypeError),
+        ({"steps_per_epoch": -1}, ValueError),
+        ({"peak_lr": 0.0}, ValueError),
+        ({"peak_lr": math.inf}, ValueError),
+    ):
+        with pytest.raises(error, match=next(iter(keywords))):
+            last_lr(**keywords)

@@ -1,0 +1,354 @@
+"""The flat-buffer functions: what they compute, on whose memory, and what they refuse (faults, list D)."""
+
+from __future__ import annotations
+
+import array
+import copy
+import ctypes
+import gc
+import math
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastnlcg import OnlineLineSearch, _native, ops, reference
+
+N = 1000
+
+
+def arrays(n: int = N, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    state = ops._native.state_dtype(dtype)
+    return {
+        "p": rng.standard_normal(n).astype(dtype),
+        "g": rng.standard_normal(n).astype(dtype),
+        "g_prev": rng.standard_normal(n).astype(state),
+        "d": rng.standard_normal(n).astype(state),
+        "h": rng.uniform(0.5, 2.0, n).astype(state),
+    }
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_the_parts_compute_the_equations(isa: str, dtype: str, rtol: float) -> None:
+    x = arrays(dtype=dtype)
+    x["g"] = (x["g_prev"] - 0.3 * x["d"]).astype(dtype)  # so that ys > 0 for negative d . y
+    e = {key: value.astype(float) for key, value in x.items()}
+    y, s = e["g"] - e["g_prev"], -0.5 * e["d"]
+    ys, shs = float(y @ s), float(s @ (e["h"] * s))
+
+    dots = ops.preconditioned_dots(x["g"], x["g_prev"], x["h"], eps=0.1)
+    assert dots.rz == pytest.approx(np.sum(e["g"] ** 2 / (e["h"] + 0.1)), rel=rtol)
+    assert dots.rz_mid == pytest.approx(np.sum(e["g"] * e["g_prev"] / (e["h"] + 0.1)), rel=rtol)
+    assert ops.preconditioned_dots(x["g"], None, None) == (pytest.approx(float(e["g"] @ e["g"]), rel=rtol), 0.0)
+
+    curvature = ops.bfgs_diag_update(x["h"], x["g"], x["g_prev"], x["d"], alpha_prev=-0.5)
+    assert curvature.ys == pytest.approx(ys, rel=rtol)
+    assert curvature.shs == pytest.approx(shs, rel=rtol)
+    assert curvature.updated
+    h = reference.bfgs_diagonal(e["h"], y, s, ys, shs)
+    np.testing.assert_allclose(x["h"], h, rtol=100 * rtol)
+
+    ops.direction_update(x["d"], x["g"], x["h"], beta=0.7, eps=0.1, p=x["p"], alpha=0.2, g_prev=x["g_prev"])
+    d = -e["g"] / (x["h"].astype(float) + 0.1) + 0.7 * e["d"]
+    np.testing.assert_allclose(x["d"], d, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(x["p"], e["p"] + 0.2 * d, rtol=rtol, atol=rtol)
+    np.testing.assert_array_equal(x["g_prev"], x["g"])
+
+
+def test_the_gate_keeps_h(isa: str) -> None:
+    x = arrays()
+    before = x["h"].copy()
+    curvature = ops.bfgs_diag_update(x["h"], x["g"], x["g"].copy(), x["d"], alpha_prev=0.5)
+    assert curvature == (0.0, pytest.approx(curvature.shs), False)
+    np.testing.assert_array_equal(x["h"], before)
+
+
+@pytest.mark.parametrize("update", ["fletcher_reeves", "polak_ribiere"])
+def test_a_step_from_its_parts_has_the_bits_of_the_fused_step(isa: str, update: str) -> None:
+    """The recipe in the module's docstring."""
+    x, lr = arrays(), 0.05
+    x["h"][:], x["d"][:], x["g_prev"][:] = 1, 0, 0
+    own = copy.deepcopy(x)
+    a = np.random.default_rng(1).uniform(0.1, 3.0, N).astype("f")
+    scalars, rz = ops.Scalars(), 0.0
+    for t in range(10):
+        for z in (x, own):
+            z["g"][:] = a * z["p"]
+        ops.nlcg_step(**x, scalars=scalars, lr=lr, update=update)
+        mid = ops.preconditioned_dots(own["g"], own["g_prev"], own["h"]).rz_mid
+        if t:
+            ops.bfgs_diag_update(own["h"], own["g"], own["g_prev"], own["d"], alpha_prev=lr)
+        rz_new = ops.preconditioned_dots(own["g"], None, own["h"]).rz
+        numerator = rz_new - mid if update == "polak_ribiere" else rz_new
+        beta = min(max(numerator / rz, 0.0), 1.0) if t else 0.0
+        ops.direction_update(own["d"], own["g"], own["h"], beta=beta, p=own["p"], alpha=lr, g_prev=own["g_prev"])
+        rz = rz_new
+        for name in x:
+            np.testing.assert_array_equal(x[name], own[name], err_msg=f"{name} after step {t + 1}")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "parameter", "memoryview", "array", "dlpack_only"])
+def test_anything_with_a_buffer_or_dlpack(kind: str) -> None:
+    class OnlyDLPack:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+        def __dlpack__(self) -> object:  # DLPack 0: no max_version
+            return self.tensor.__dlpack__()
+
+    wrap = {
+        "numpy": lambda a: a,
+        "torch": torch.from_numpy,
+        "parameter": lambda a: torch.nn.Parameter(torch.from_numpy(a)),
+        "memoryview": memoryview,
+        "array": lambda a: array.array("f", a.tobytes()),
+        "dlpack_only": lambda a: OnlyDLPack(torch.from_numpy(a)),
+    }[kind]
+    plain, x = arrays(), arrays()
+    wrapped = {name: wrap(a) for name, a in x.items()}
+    assert ops.nlcg_step(**plain, scalars=ops.Scalars(), lr=0.1)
+    assert ops.nlcg_step(**wrapped, scalars=ops.Scalars(), lr=0.1)
+    got = {name: np.frombuffer(w, dtype="f") for name, w in wrapped.items()} if kind == "array" else x
+    for name in plain:
+        np.testing.assert_array_equal(got[name], plain[name])
+
+
+def test_torch_is_told_of_the_writes() -> None:
+    x = {name: torch.from_numpy(a) for name, a in arrays().items()}
+    ops.nlcg_step(**x, scalars=ops.Scalars(), lr=0.1)
+    assert [x[name]._version for name in ("p", "g", "g_prev", "d", "h")] == [1, 0, 1, 1, 1]
+
+
+def test_scalars_copy_pickle_and_resume() -> None:
+    x, scalars = arrays(), ops.Scalars()
+    options = {"lr": 0.1, "line_search": OnlineLineSearch(), "update": "polak_ribiere"}
+    for t in range(6):
+        if t == 3:
+            y, other = copy.deepcopy(x), pickle.loads(pickle.dumps(scalars))
+        x["g"][:] = 2 * x["p"]
+        ops.nlcg_step(**x, scalars=scalars, loss=1.0 + t, **options)
+    for t in range(3, 6):
+        y["g"][:] = 2 * y["p"]
+        ops.nlcg_step(**y, scalars=other, loss=1.0 + t, **options)
+    assert other == scalars
+    for name in x:
+        np.testing.assert_array_equal(x[name], y[name])
+
+
+def test_a_skipped_step_writes_only_the_counter() -> None:
+    x, scalars = arrays(), ops.Scalars()
+    ops.nlcg_step(**x, scalars=scalars, lr=0.1)
+    before, kept = copy.deepcopy(x), copy.copy(scalars)
+    x["g"][7] = np.inf
+    assert not ops.nlcg_step(**x, scalars=scalars, lr=0.1, loss=3.0, line_search=OnlineLineSearch())
+    assert scalars.skipped_steps == 1
+    scalars.skipped_steps = 0.0
+    assert repr(scalars) == repr(kept)
+    for name in ("p", "g_prev", "d", "h"):
+        np.testing.assert_array_equal(x[name], before[name])
+
+
+def test_empty_buffers() -> None:
+    x = arrays(0)
+    assert ops.nlcg_step(**x, scalars=ops.Scalars(), lr=0.1)
+    assert ops.preconditioned_dots(x["g"], x["g_prev"], x["h"]) == (0.0, 0.0)
+    assert not ops.bfgs_diag_update(x["h"], x["g"], x["g_prev"], x["d"], alpha_prev=0.1).updated
+    ops.direction_update(x["d"], x["g"], None, beta=0.0)
+
+
+# ---- what is refused, before anything is written ---------------------------------------------------------------------
+
+
+def refused(error: type[Exception], match: str, changes: dict, **keywords: object) -> None:
+    x = arrays()
+    before = copy.deepcopy(x)
+    with pytest.raises(error, match=match):
+        ops.nlcg_step(**{**x, **{k: f(x) for k, f in changes.items()}}, scalars=ops.Scalars(), **{"lr": 0.1, **keywords})
+    for name, value in before.items():
+        np.testing.assert_array_equal(x[name], value)
+
+
+def test_35_different_lengths_are_all_named() -> None:
+    refused(ValueError, r"g 1000.*p 999.*d 1000", {"p": lambda x: x["p"][:-1]})
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("p", "f8"), ("d", "f8"), ("h", "f2"), ("g_prev", "i4"), ("g", "i8"), ("g", ">f4")])
+def test_36_wrong_dtypes_are_not_cast(name: str, dtype: str) -> None:
+    refused(TypeError, "dtype", {name: lambda x: x[name].astype(dtype)})
+
+
+@pytest.mark.parametrize("name", ["p", "d", "h", "g_prev"])
+def test_37_read_only(name: str) -> None:
+    def frozen(x: dict) -> np.ndarray:
+        a = x[name].copy()
+        a.flags.writeable = False
+        return a
+
+    refused(ValueError, f"{name} is read-only", {name: frozen})
+
+
+def test_37_a_read_only_gradient_is_fine() -> None:
+    x = arrays()
+    x["g"].flags.writeable = False
+    assert ops.nlcg_step(**x, scalars=ops.Scalars(), lr=0.1)
+
+
+def test_38_overlap() -> None:
+    refused(ValueError, "g and p overlap|p and g overlap", {"g": lambda x: x["p"]})
+    base = np.zeros(2 * N, "f")
+    refused(ValueError, "overlap", {"d": lambda _: base[:N], "h": lambda _: base[N - 1 : 2 * N - 1]})
+
+
+def test_39_a_capsule_is_consumed_once() -> None:
+    x = arrays()
+    capsule = torch.from_numpy(x["g"]).__dlpack__()
+    assert ops.preconditioned_dots(capsule, None, None).rz > 0
+    with pytest.raises(ValueError, match="g: .*consumed before"):
+        ops.preconditioned_dots(capsule, None, None)
+
+
+class DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class DLManagedTensor(ctypes.Structure):
+    _fields_ = [("tensor", DLTensor), ("context", ctypes.c_void_p), ("deleter", Deleter)]
+
+
+class HandMade:
+    """A DLPack tensor of one's own making."""
+
+    def __init__(self, array: np.ndarray, **changes: object) -> None:
+        self.array, self.deleted = array, 0
+
+        def delete(_: int) -> None:
+            self.deleted += 1
+
+        self.shape = (ctypes.c_int64 * 1)(changes.pop("length", array.size))
+        stride = changes.pop("stride", None)
+        self.strides = None if stride is None else (ctypes.c_int64 * 1)(stride)
+        self.deleter = Deleter(delete)
+        tensor = DLTensor(array.ctypes.data, 1, 0, 1, 2, 32, 1, self.shape, self.strides, 0)
+        for key, value in changes.items():
+            setattr(tensor, key, value)
+        self.managed = DLManagedTensor(tensor, None, self.deleter)
+
+    def __dlpack__(self) -> object:
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        self.name = b"dltensor"
+        return new(ctypes.addressof(self.managed), self.name, None)
+
+
+def test_40_dlpack_fields_are_honoured_and_the_deleter_called_once() -> None:
+    x = arrays()
+    plain = HandMade(x["g"])
+    expected = ops.preconditioned_dots(x["g"], None, None).rz
+    assert ops.preconditioned_dots(plain, None, None).rz == expected
+    gc.collect()
+    assert plain.deleted == 1
+    shifted = HandMade(x["g"], byte_offset=4, length=N - 1, stride=1)
+    assert ops.preconditioned_dots(shifted, None, None).rz == ops.preconditioned_dots(x["g"][1:], None, None).rz
+    for changes, error, match in (
+        ({"stride": 2, "length": N // 2}, ValueError, "not contiguous"),
+        ({"lanes": 4}, TypeError, "float32x4"),
+        ({"code": 5, "bits": 64}, TypeError, "complex64"),
+        ({"code": 0}, TypeError, "int32"),
+        ({"device_type": 2, "device_id": 3}, ValueError, "cuda:3, expected cpu"),  # 43
+        ({"device_type": 8}, ValueError, "DLPack device type 8"),
+        ({"data": None}, ValueError, "no memory"),  # 41
+        ({"length": -1}, ValueError, "negative"),  # 42
+        ({"length": 2**63 - 1}, ValueError, "expected 0 <= n <= 2^60".replace("^", r"\^")),
+    ):
+        made = HandMade(x["g"], **changes)
+        with pytest.raises(error, match=match):
+            ops.preconditioned_dots(made, None, None)
+        gc.collect()
+        assert made.deleted == 1, changes
+
+
+def test_42_native_lengths_are_checked_again() -> None:
+    for n in (-1, 2**62):
+        with pytest.raises(ValueError, match="n is"):
+            _native.Step("float32", n, None, None, None, None, 1)
+    step = _native.Step("float32", 10, None, None, None, None, 1)
+    for table in ([(5, 0, 0, "float32", (6,), (1,))], [(-1, 0, 0, "float32", (3,), (1,))], [(0, 1, 0, "float32", (3,), (1,))]):
+        with pytest.raises(ValueError, match="segment 0"):
+            step.set_segments(table)
+    with pytest.raises(ValueError, match="point"):
+        step.step([0.1], [0.0], False, math.nan, 1)
+
+
+def test_44_the_owner_is_held() -> None:
+    view = _native.Buffer(np.full(1000, 7.0, "f"))  # its only other reference is gone
+    gc.collect()
+    assert np.all(np.ctypeslib.as_array((ctypes.c_float * 1000).from_address(view.pointer)) == 7.0)
+
+
+def test_other_refusals() -> None:
+    refused(TypeError, "h: expected an array .* got list", {"h": lambda x: x["h"].tolist()})
+    refused(ValueError, "g is not contiguous", {"g": lambda x: np.repeat(x["g"], 2)[::2]})
+    odd = np.zeros(4 * N + 1, np.uint8)
+    refused(ValueError, "not aligned", {"g": lambda _: odd[1:].view("f")})
+    refused(ValueError, "Invalid learning rate: -1.0", {}, lr=-1.0)
+    refused(ValueError, "Invalid weight_decay", {}, weight_decay=math.nan)
+    refused(TypeError, "loss", {}, loss="1.0")
+    refused(ValueError, "loss must have one element", {}, loss=np.ones(2))
+    refused(ValueError, "update must be one of", {}, update="newton")
+    refused(TypeError, "threads", {}, threads=1.5)
+    refused(ValueError, "threads", {}, threads=0)
+    with pytest.raises(TypeError, match="Scalars"):
+        ops.nlcg_step(**arrays(), scalars={}, lr=0.1)
+    with pytest.raises(ValueError, match="Invalid beta"):
+        ops.direction_update(*(arrays()[k] for k in "dgh"), beta=math.inf)
+
+
+def test_50_the_floating_point_mode_is_left_alone() -> None:
+    """Denormals stay denormals, before and after."""
+    x = arrays(64)
+    x["g"][:] = np.float32(1e-42)
+    scalars = ops.Scalars()
+    for _ in range(3):
+        assert ops.nlcg_step(**x, scalars=scalars, lr=1.0)
+    assert np.all(x["g_prev"] == np.float32(1e-42))
+    assert np.all(np.isfinite(x["p"]))
+    assert np.float32(1e-42) * np.float32(0.5) > 0
+
+
+def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTNLCG_ISA", "mmx")
+    refused(ValueError, "FASTNLCG_ISA is 'mmx'; this processor has baseline", {})
+
+
+def test_works_without_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import numpy as np, fastnlcg
+x = [np.ones(5, "f") for _ in range(5)]
+fastnlcg.ops.nlcg_step(*x, fastnlcg.ops.Scalars(), lr=0.1)
+try:
+    fastnlcg.NLCG
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "fastnlcg.NLCG needs torch: pip install 'fastnlcg[torch]'" in done.stdout
