@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
+import fastnlcg
 import pytest
 import torch
-
-import fastnlcg
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict) -> None:

@@ -5,8 +5,8 @@
 
 Machines are shared and noisy, so no time stands alone: in every round the two peers, fused SGD with momentum and the
 faster of torch's two RMSProps with momentum, take one step over the same parameters too, each behind a fresh gradient,
-and a ratio is the median over rounds. Gradients are those of a random diagonal quadratic, in fresh memory at every step as after
-zero_grad(): NLCG's curvature update is at work (asserted) and its table of pointers is refreshed every time.
+and a ratio is the median over rounds. Gradients are those of a random diagonal quadratic, in fresh memory at every step
+as after zero_grad(): NLCG's curvature update is at work (asserted), and its table of pointers refreshed every time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastnlcg import NLCG
 from torch import Tensor
 from torch.nn import Parameter
-
-from fastnlcg import NLCG
 
 
 def resnet32() -> list[tuple[int, ...]]:
@@ -57,7 +56,7 @@ class PlainNLCG(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # noqa: ARG002
+    def step(self, closure: None = None) -> None:
         lr = self.param_groups[0]["lr"]
         ps = self.param_groups[0]["params"]
         gs = [p.grad for p in ps]
@@ -76,7 +75,7 @@ class PlainNLCG(torch.optim.Optimizer):
         s = torch._foreach_mul(d, lr)
         hs = torch._foreach_mul(h, s)
         ys, shs = dot(y, s), dot(s, hs)
-        if ys > 1e-8 and shs > 1e-8:  # noqa: PLR2004
+        if ys > 1e-8 and shs > 1e-8:
             torch._foreach_addcmul_(h, y, y, value=1 / ys)
             torch._foreach_addcmul_(h, hs, hs, value=-1 / shs)
             torch._foreach_abs_(h)

@@ -49,7 +49,8 @@ class NativeStep {
              BufferPtr hessian_diag, BufferPtr param_steps, int groups)
       : owners_{grad_prev, direction, hessian_diag, param_steps}, groups_(groups < 0 ? 0 : groups) {
     step_.state.dtype = dtype_from(state_dtype);
-    if (step_.state.dtype != DType::f64 && step_.state.dtype != DType::f32) throw bad("state must be float64 or float32");
+    if (step_.state.dtype != DType::f64 && step_.state.dtype != DType::f32)
+      throw bad("state must be float64 or float32");
     if (n < 0 || n > std::int64_t{1} << 60) throw bad("n is " + std::to_string(n) + ", expected 0 <= n <= 2^60");
     step_.state.n = n;
     step_.state.grad_prev = state_pointer("grad_prev", grad_prev, state_dtype);
@@ -123,7 +124,8 @@ class NativeStep {
         throw bad(where + ": [" + std::to_string(offset) + ", +" + std::to_string(n) +
                   ") is empty, overlaps the one before, or leaves the state of " + std::to_string(step_.state.n));
       }
-      if (group < 0 || group >= static_cast<int>(groups_.size())) throw bad(where + ": no group " + std::to_string(group));
+      if (group < 0 || group >= static_cast<int>(groups_.size()))
+        throw bad(where + ": no group " + std::to_string(group));
       if (param < 0 || param >= params_) throw bad(where + ": no parameter " + std::to_string(param));
       const DType dtype = dtype_from(dtype_text);
       if ((dtype == DType::f64) != (step_.state.dtype == DType::f64)) {
@@ -154,10 +156,12 @@ class NativeStep {
   // nothing pointed, where anything but an address differs from the table: another dtype, device, shape or stride of a
   // parameter or gradient, a gradient that is missing or of another type, or one that a `resting` parameter now has.
   // Holds the gradients until step() returns.
-  bool refresh(const py::capsule& exchange, const py::list& moving, const py::list& resting, const py::handle& tensor_type) {
+  bool refresh(const py::capsule& exchange, const py::list& moving, const py::list& resting,
+               const py::handle& tensor_type) {
     const Busy busy(*this);
     pointed_ = false;
-    const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+    const auto* api =
+        static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
     if (api == nullptr) throw py::error_already_set();
     if (api->major != 1 || api->dltensor_from_py_object_no_sync == nullptr) return false;
     if (moving.size() != segments_.size()) return false;
@@ -200,7 +204,8 @@ class NativeStep {
     const std::vector<py::object> held = std::move(held_);
     held_.clear();
     const CpuVerbs& cpu = cpu_verbs();
-    if (lr.size() != groups_.size() || weight_decay.size() != groups_.size()) throw bad("one lr and weight_decay a group");
+    if (lr.size() != groups_.size() || weight_decay.size() != groups_.size())
+      throw bad("one lr and weight_decay a group");
     if (!step_.state.grad_prev || !step_.state.direction) throw bad("a step needs grad_prev and direction");
     for (std::size_t i = 0; i < groups_.size(); ++i) {
       groups_[i].lr = lr[i];
@@ -357,12 +362,14 @@ class NativeStep {
     for (const Buffer* buffer : {p, g}) {
       if (buffer == nullptr) continue;
       check(buffer == p ? "p" : "g", *buffer, g->dtype());
-      if (buffer->size() != n) throw bad("a buffer of " + std::to_string(buffer->size()) + " beside state of " + std::to_string(n));
+      if (buffer->size() != n)
+        throw bad("a buffer of " + std::to_string(buffer->size()) + " beside state of " + std::to_string(n));
     }
     if (p != nullptr && p->readonly()) throw bad("p is read-only");
     if (n > 0) {
       segments_.push_back({p ? p->data() : nullptr, g->data(), 0, n, 0, 0, dtype_from(g->dtype())});
-      if ((segments_[0].dtype == DType::f64) != (step_.state.dtype == DType::f64)) throw py::type_error("dtype of g and state");
+      if ((segments_[0].dtype == DType::f64) != (step_.state.dtype == DType::f64))
+        throw py::type_error("dtype of g and state");
     }
     step_.segments = segments_.data();
     step_.n_segments = static_cast<std::int64_t>(segments_.size());
@@ -423,7 +430,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("cuda_status", [] {
     const CudaStatus status = cuda_status();
     return py::dict("built"_a = status.built, "architectures"_a = status.architectures, "devices"_a = status.devices,
-                    "runtime"_a = status.runtime_version, "driver"_a = status.driver_version, "why_off"_a = status.why_off);
+                    "runtime"_a = status.runtime_version, "driver"_a = status.driver_version,
+                    "why_off"_a = status.why_off);
   });
 
   py::class_<Buffer, BufferPtr>(m, "Buffer")
@@ -437,8 +445,8 @@ PYBIND11_MODULE(_core, m) {
       .def("advise_huge_pages", &Buffer::advise_huge_pages);
 
   py::class_<NativeStep>(m, "Step")
-      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int>(), "state_dtype"_a,
-           "n"_a, "grad_prev"_a, "direction"_a, "hessian_diag"_a, "param_steps"_a, "groups"_a)
+      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int>(),
+           "state_dtype"_a, "n"_a, "grad_prev"_a, "direction"_a, "hessian_diag"_a, "param_steps"_a, "groups"_a)
       .def("set_options", &NativeStep::set_options, "update"_a, "restart"_a, "restart_every"_a, "eps"_a,
            "curvature_eps"_a, "skip_nonfinite"_a, "maximize"_a, "line_search"_a)
       .def("set_segments", &NativeStep::set_segments)

@@ -127,7 +127,8 @@ void Buffer::from_capsule(PyObject* capsule) {
   if (kind == "dltensor_versioned") {
     auto* managed = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
     if (managed->major != 1) {
-      throw std::invalid_argument("a DLPack capsule of version " + std::to_string(managed->major) + ", expected 0 or 1");
+      throw std::invalid_argument("a DLPack capsule of version " + std::to_string(managed->major) +
+                                  ", expected 0 or 1");
     }
     if (PyCapsule_SetName(capsule, "used_dltensor_versioned") != 0) throw PythonError{};
     versioned_ = managed;

@@ -28,7 +28,7 @@ constexpr int kVectorBytes = 16;
 // Sixteen consecutive elements are one block: the lanes of a sum. Element i of the flat state always adds to lane
 // i mod 16, whatever the width of the vector that carries it, hence the same bits from every instruction set.
 constexpr int kBlock = 16;
-constexpr int kDoubles = kVectorBytes / 8;          // doubles per vector
+constexpr int kDoubles = kVectorBytes / 8;         // doubles per vector
 constexpr int kDoubleVectors = kBlock / kDoubles;  // vectors of doubles per block
 
 using Double = double __attribute__((vector_size(kVectorBytes)));

@@ -18,8 +18,8 @@ enum class UpdateRule : std::int32_t { fletcher_reeves, polak_ribiere };
 enum class Restart : std::int32_t { never, descent, powell, every };
 
 struct Segment {
-  void* p;             // parameters; may be null where no pass reads or writes them
-  const void* g;       // gradient, same dtype and memory order as p
+  void* p;              // parameters; may be null where no pass reads or writes them
+  const void* g;        // gradient, same dtype and memory order as p
   std::int64_t offset;  // of its first element in the flat state
   std::int64_t n;
   std::int32_t group;  // index into Step::groups

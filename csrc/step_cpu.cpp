@@ -237,7 +237,8 @@ struct alignas(kVectorBytes) Staged {
   S alpha[kBlock], alpha_prev[kBlock], weight_decay[kBlock];
 };
 
-// Calls f(segment, lane) for every covered lane of the block at `position`; `first` is the first segment ending after it.
+// Calls f(segment, lane) for every covered lane of the block at `position`; `first` is the first segment ending after
+// it.
 template <class F>
 NLCG_INLINE void for_covered_lanes(const Step& step, std::int64_t first, std::int64_t position, F&& f) {
   for (std::int64_t s = first; s < step.n_segments && step.segments[s].offset < position + kBlock; ++s) {
@@ -345,8 +346,8 @@ bool forked() {
   return getpid() != owner;
 }
 
-// Pass 2 walks backwards, in strips of 1 MB per stream: it finds in the cache what pass 1 read last, and pass 3, forwards
-// again, what pass 2 left. A strip is long enough for the hardware's prefetchers, which like to walk forwards.
+// Pass 2 walks backwards, in strips of 1 MB per stream: it finds in the cache what pass 1 read last, and pass 3,
+// forwards again, what pass 2 left. A strip is long enough for the hardware's prefetchers, which like to walk forwards.
 constexpr std::int64_t kStrip = 64;
 
 // Runs the pass over all tiles and adds up the partial sums in the order of the tiles.
@@ -522,8 +523,8 @@ void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
   *gd = sums[2];
 }
 
-#define NLCG_VERB(verb)                                                                       \
-  [](const Step& step, auto... args) {                                                        \
+#define NLCG_VERB(verb)                                                                        \
+  [](const Step& step, auto... args) {                                                         \
     step.state.dtype == DType::f64 ? verb<double>(step, args...) : verb<float>(step, args...); \
   }
 

@@ -20,7 +20,7 @@ struct CpuVerbs {
   void (*curvature_sums)(const Step&, double* ys, double* shs);          // reads g, g_prev, d, h
   void (*update_curvature)(const Step&, double ys, double shs);          // writes h
   void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, g_prev, h
-  void (*update_direction)(const Step&, double beta);                    // writes p (unless null), d, g_prev (unless null)
+  void (*update_direction)(const Step&, double beta);  // writes p (unless null), d, g_prev (unless null)
   void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over g_prev and d
 };
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from fastnlcg import _native
 
 INSTRUCTION_SETS = _native.instruction_sets()

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from fastnlcg import OnlineLineSearch, _native, reference
+from torch import Tensor
 
 K = 16
 SUM_ROUNDING = 64 * 2.0**-53  # sums in double: 256 additions a lane, errors of random sign
@@ -85,10 +84,7 @@ class Lockstep:
         """From now on only these parameters have gradients."""
         self.active = [i for i in active if self.cuts[i].n]
         self.native.set_segments(
-            [
-                (self.begin[i], self.cuts[i].group, i, self.cuts[i].dtype, (self.cuts[i].n,), (1,))
-                for i in self.active
-            ]
+            [(self.begin[i], self.cuts[i].group, i, self.cuts[i].dtype, (self.cuts[i].n,), (1,)) for i in self.active]
         )
 
     def flat(self, tensors: list[Tensor]) -> np.ndarray:
@@ -181,7 +177,7 @@ class Lockstep:
         smallest = np.concatenate([np.full(cut.n, SMALLEST[cut.dtype]) for cut in self.cuts])
         tol_p = alpha * tol_d + (K * u + 2 * rounding) * (np.abs(p) + alpha * np.abs(new.d)) + smallest
 
-        if self.n > 100 and not o.maximize:  # noqa: PLR2004  # a bound that lets everything pass would prove nothing
+        if self.n > 100 and not o.maximize:  # a bound that lets everything pass would prove nothing
             assert np.mean(tol_d <= 1e-3 * (np.abs(new.d) + np.abs(w) + 1e-30)) > 0.8
 
         def close(name: str, actual: object, expected: object, tolerance: object) -> None:

@@ -13,10 +13,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
 from fastnlcg import NLCG, OnlineLineSearch
 from fastnlcg import nlcg as module
+from torch import nn
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Parameter:
@@ -92,7 +91,11 @@ class TestAHyperParameters:
             NLCG([{"params": [parameter(3)], "lr": -1.0}], 0.1)
         ps, optimizer = stepped()
         before = everything(ps, optimizer)
-        for group, error in (({"weight_decay": -1.0}, ValueError), ({"lr": "a"}, TypeError), ({"eps": 1.0}, ValueError)):
+        for group, error in (
+            ({"weight_decay": -1.0}, ValueError),
+            ({"lr": "a"}, TypeError),
+            ({"eps": 1.0}, ValueError),
+        ):
             with pytest.raises(error):
                 optimizer.add_param_group({"params": [parameter(3)], **group})
         assert everything(ps, optimizer) == before
@@ -226,7 +229,9 @@ class TestCTypeDeviceLayout:
             one_step(mixed, optimizer)
         assert all(p.square().sum() < b.square().sum() for p, b in zip(mixed, before, strict=True))
         p = parameter(3, dtype=torch.float64)
-        self.refused([p], [torch.ones_like(p)], TypeError, "parameter 1 is torch.float64 and parameter 0 is torch.float32")
+        self.refused(
+            [p], [torch.ones_like(p)], TypeError, "parameter 1 is torch.float64 and parameter 0 is torch.float32"
+        )
 
     def test_24_a_gradient_of_another_dtype(self) -> None:
         p = parameter(3)
@@ -246,7 +251,7 @@ class TestCTypeDeviceLayout:
 
     def test_28_parameters_that_are_not_dense(self) -> None:
         for p in (torch.zeros(4, 6)[:, ::2], torch.zeros(1).expand(4)):
-            p = nn.Parameter(p)  # noqa: PLW2901
+            p = nn.Parameter(p)
             self.refused([p], [torch.ones(p.shape)], ValueError, "parameter 1 .*strides")
         transposed = nn.Parameter(parameter(3, 4).detach().t())
         plain = nn.Parameter(transposed.detach().clone().contiguous())
@@ -276,7 +281,7 @@ class TestCTypeDeviceLayout:
             assert torch.equal(p.grad, kept)
 
     def test_34_wrapper_tensors_and_plain_subclasses(self) -> None:
-        from torch.testing._internal.two_tensor import TwoTensor  # noqa: PLC0415
+        from torch.testing._internal.two_tensor import TwoTensor
 
         p = nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))
         self.refused([p], [TwoTensor(torch.ones(3), torch.ones(3))], TypeError, "parameter 1 .*TwoTensor")
@@ -297,7 +302,9 @@ class TestCTypeDeviceLayout:
 
 class TestENumbers:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("keywords", [{}, {"preconditioner": None}, {"update": "polak_ribiere", "restart": "descent"}])
+    @pytest.mark.parametrize(
+        "keywords", [{}, {"preconditioner": None}, {"update": "polak_ribiere", "restart": "descent"}]
+    )
     def test_45_a_nonfinite_gradient(self, keywords: dict, value: float) -> None:
         ps, optimizer = stepped(line_search=OnlineLineSearch(), **keywords)
         qs, expected = stepped(line_search=OnlineLineSearch(), **keywords)
@@ -392,7 +399,9 @@ class TestENumbers:
                 optimizer.step()
             assert (optimizer.diagnostics().beta == 0.0) == (restart == "descent")
 
-    @pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -3.0, None, torch.tensor(2.0), torch.tensor([1.0]), np.float32(1)])
+    @pytest.mark.parametrize(
+        "loss", [math.nan, math.inf, 0.0, -3.0, None, torch.tensor(2.0), torch.tensor([1.0]), np.float32(1)]
+    )
     def test_52_losses(self, loss: object) -> None:
         ps, optimizer = stepped(line_search=OnlineLineSearch())
         for value in (1.0, loss, 2.0, loss, 1.0):
@@ -489,7 +498,7 @@ class TestFState:
             optimizer.step()
 
     def test_55_sets_that_change(self) -> None:
-        """A late first gradient, freezing and unfreezing, add_param_group: beta = 0 and h kept in the step of the change."""
+        """A late first gradient, freezing and unfreezing, add_param_group: in that step beta = 0, and h is kept."""
         ps = [parameter(20, seed=1), parameter(3, 4, seed=2), parameter(7, seed=3)]
         optimizer = NLCG(ps[:2], 0.1)
 

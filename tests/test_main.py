@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
 from fastnlcg import __main__ as main
 from fastnlcg import _native, reference
 

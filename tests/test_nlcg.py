@@ -10,9 +10,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference
+from torch import Tensor, nn
 
 UPDATES = ("fletcher_reeves", "polak_ribiere")
 
@@ -29,7 +28,7 @@ def quadratic(x: Tensor) -> Tensor:
 
 
 def digits_softmax() -> tuple[object, Tensor]:
-    from sklearn.datasets import load_digits  # noqa: PLC0415
+    from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     images, labels = torch.from_numpy(images / 16.0), torch.from_numpy(labels)
@@ -52,7 +51,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_60_steps_follow_the_float64_reference(name: str, update: str, preconditioner: str | None) -> None:
-    """Free running, not lockstep: float32 within 1e-3 relative in loss and (in norm) parameters, float64 within 1e-9."""
+    """Free running, not lockstep: float32 within 1e-3 relative in loss and, in norm, parameters; float64 1e-9."""
     function, start, lr = PROBLEMS[name]()
 
     def fun(w: np.ndarray) -> tuple[float, np.ndarray]:
@@ -61,7 +60,9 @@ def test_60_steps_follow_the_float64_reference(name: str, update: str, precondit
         (gradient,) = torch.autograd.grad(value, x)
         return value.item(), gradient.numpy()
 
-    expected = reference.minimize(fun, start.double().numpy(), steps=60, lr=lr, update=update, preconditioner=preconditioner)
+    expected = reference.minimize(
+        fun, start.double().numpy(), steps=60, lr=lr, update=update, preconditioner=preconditioner
+    )
     assert expected.losses[-1] < 0.9 * expected.losses[0]
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-9)):
         x = nn.Parameter(start.to(dtype, copy=True))
@@ -99,7 +100,9 @@ def backward(net: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     return loss.detach()
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
+def train(
+    net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, dtype: torch.dtype = torch.float32
+) -> list[float]:
     losses = []
     for _ in range(steps):
         loss = backward(net, dtype)
@@ -217,7 +220,9 @@ def test_channels_last_and_other_strides() -> None:
                 q.grad = g
         for optimizer in optimizers:
             optimizer.step()
-    close = [torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(plain.parameters(), last.parameters(), strict=True)]
+    close = [
+        torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(plain.parameters(), last.parameters(), strict=True)
+    ]
     assert all(close)
     state = optimizers[1].state[next(iter(last.parameters()))]
     assert state["grad_prev"].shape == (4, 1, 3, 3)
@@ -358,7 +363,7 @@ def test_a_step_with_zero_gradients_and_lr_0_creates_all_state_and_moves_nothing
 
 
 def test_distributed_checkpoint_takes_the_state_dict() -> None:
-    from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
+    from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
         set_optimizer_state_dict,

@@ -14,7 +14,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from fastnlcg import OnlineLineSearch, _native, ops, reference
 
 N = 1000
@@ -167,7 +166,9 @@ def refused(error: type[Exception], match: str, changes: dict, **keywords: objec
     x = arrays()
     before = copy.deepcopy(x)
     with pytest.raises(error, match=match):
-        ops.nlcg_step(**{**x, **{k: f(x) for k, f in changes.items()}}, scalars=ops.Scalars(), **{"lr": 0.1, **keywords})
+        ops.nlcg_step(
+            **{**x, **{k: f(x) for k, f in changes.items()}}, scalars=ops.Scalars(), **{"lr": 0.1, **keywords}
+        )
     for name, value in before.items():
         np.testing.assert_array_equal(x[name], value)
 
@@ -176,7 +177,9 @@ def test_35_different_lengths_are_all_named() -> None:
     refused(ValueError, r"g 1000.*p 999.*d 1000", {"p": lambda x: x["p"][:-1]})
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("p", "f8"), ("d", "f8"), ("h", "f2"), ("g_prev", "i4"), ("g", "i8"), ("g", ">f4")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("p", "f8"), ("d", "f8"), ("h", "f2"), ("g_prev", "i4"), ("g", "i8"), ("g", ">f4")]
+)
 def test_36_wrong_dtypes_are_not_cast(name: str, dtype: str) -> None:
     refused(TypeError, "dtype", {name: lambda x: x[name].astype(dtype)})
 
@@ -290,7 +293,11 @@ def test_42_native_lengths_are_checked_again() -> None:
         with pytest.raises(ValueError, match="n is"):
             _native.Step("float32", n, None, None, None, None, 1)
     step = _native.Step("float32", 10, None, None, None, None, 1)
-    for table in ([(5, 0, 0, "float32", (6,), (1,))], [(-1, 0, 0, "float32", (3,), (1,))], [(0, 1, 0, "float32", (3,), (1,))]):
+    for table in (
+        [(5, 0, 0, "float32", (6,), (1,))],
+        [(-1, 0, 0, "float32", (3,), (1,))],
+        [(0, 1, 0, "float32", (3,), (1,))],
+    ):
         with pytest.raises(ValueError, match="segment 0"):
             step.set_segments(table)
     with pytest.raises(ValueError, match="point"):

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-
 from fastnlcg import reference as ref
 
 
@@ -66,7 +65,7 @@ def test_diagonal_agrees_with_the_full_bfgs_update() -> None:
 
 @pytest.mark.parametrize("update", ["fletcher_reeves", "polak_ribiere"])
 def test_linear_conjugate_gradients(update: str) -> None:
-    """On a quadratic with exact line search and h = 1 the method is linear CG: the same iterates, and the end in n steps.
+    """On a quadratic with exact line search and h = 1 the method is linear CG: the same iterates, done in n steps.
 
     Well enough conditioned for residuals that never grow: there beta <= 1, and the paper's clamp has no say."""
     rng = np.random.default_rng(1)
@@ -158,7 +157,11 @@ def test_minimize_reaches_the_minimum(options: dict) -> None:
     target = np.array([1.0, -2.0, 3.0])
     a = np.array([1.0, 3.0, 10.0])
     result = ref.minimize(
-        lambda w: (float((w - target) @ (a * (w - target))) / 2, a * (w - target)), np.zeros(3), steps=300, lr=0.05, **options
+        lambda w: (float((w - target) @ (a * (w - target))) / 2, a * (w - target)),
+        np.zeros(3),
+        steps=300,
+        lr=0.05,
+        **options,
     )
     np.testing.assert_allclose(result.p, target, atol=1e-4)
     assert len(result.losses) == 300

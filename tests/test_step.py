@@ -7,10 +7,9 @@ import os
 
 import numpy as np
 import pytest
-from lockstep import Cut, Lockstep
-
 from fastnlcg import ops
 from fastnlcg.reference import Options
+from lockstep import Cut, Lockstep
 
 STEPS = 25
 W = 16  # a block; the vectors of the instruction sets have 4, 8 and 16 floats, 2, 4 and 8 doubles
@@ -110,7 +109,7 @@ def test_parameters_without_a_gradient(isa: str, dtype: str, preconditioner: str
     lockstep = Lockstep([Cut(n, dtype) for n in (40, 21, 0, 5, 300, 7)], Options(preconditioner=preconditioner))
     for active in ([0, 1, 2, 3, 4, 5], [0, 3, 5], [0, 3, 5], [1, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]):
         last = [i for i in (0, 1, 3, 4, 5) if lockstep.param_steps[i] == lockstep.native.scalars["step"]]
-        changed = last != [i for i in active if i != 2]  # noqa: PLR2004 - parameter 2 is empty
+        changed = last != [i for i in active if i != 2]  # parameter 2 is empty
         lockstep.use(active)
         lockstep.noisy_gradients()
         state = lockstep.checked_step()
@@ -120,7 +119,13 @@ def test_parameters_without_a_gradient(isa: str, dtype: str, preconditioner: str
 
 
 def trajectory(
-    monkeypatch: pytest.MonkeyPatch, n: int, *, isa: str, threads: int = 1, shift: int = 0, cuts: list[Cut] | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    n: int,
+    *,
+    isa: str,
+    threads: int = 1,
+    shift: int = 0,
+    cuts: list[Cut] | None = None,
 ) -> dict[str, bytes]:
     monkeypatch.setenv("FASTNLCG_ISA", isa)
     lockstep = Lockstep(cuts or [Cut(n, "float32")], Options(update="polak_ribiere"), threads=threads, shift=shift)
@@ -180,7 +185,7 @@ def test_an_unchanged_gradient_gives_ys_of_exactly_zero(isa: str) -> None:
 @pytest.mark.parametrize("bits", ["bfloat16", "float16"])
 def test_every_16_bit_value_is_decoded_and_encoded_like_torch(isa: str, bits: str) -> None:
     """Through the gradient (decoding) and through a move onto a parameter of zero (encoding)."""
-    import torch  # noqa: PLC0415
+    import torch
 
     dtype = getattr(torch, bits)
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -193,7 +198,9 @@ def test_every_16_bit_value_is_decoded_and_encoded_like_torch(isa: str, bits: st
     # encoding: floats between, on and beside the representable ones, and beyond the largest
     rng = np.random.default_rng(0)
     finite = expected[np.isfinite(expected) & (np.abs(expected) < 1e38)]
-    wanted = np.concatenate([finite, finite * np.float32(1 + 2**-9), finite * rng.uniform(0.9, 1.1, finite.size).astype("f")])
+    wanted = np.concatenate(
+        [finite, finite * np.float32(1 + 2**-9), finite * rng.uniform(0.9, 1.1, finite.size).astype("f")]
+    )
     wanted = torch.from_numpy(np.concatenate([wanted, np.float32([65519, 65520, 65536, 3.4e38, 1e-8, 2**-24, 2**-25])]))
     p = torch.zeros(wanted.numel(), dtype=dtype)
     direction = wanted.clone()
@@ -206,7 +213,7 @@ def test_every_16_bit_value_is_decoded_and_encoded_like_torch(isa: str, bits: st
 )
 def test_beyond_two_billion_elements() -> None:
     """64-bit indices: both ends and the middle are read and written."""
-    import torch  # noqa: PLC0415
+    import torch
 
     n = (1 << 31) + 20
     g = torch.zeros(n, dtype=torch.float16)

@@ -30,7 +30,7 @@ _NEED_TORCH = {"NLCG": "nlcg", "Diagnostics": "nlcg", "paper_schedule": "schedul
 def __getattr__(name: str) -> object:
     if name not in _NEED_TORCH:
         raise AttributeError(f"module 'fastnlcg' has no attribute {name!r}")
-    import importlib  # noqa: PLC0415
+    import importlib
 
     try:
         module = importlib.import_module(f"fastnlcg.{_NEED_TORCH[name]}")

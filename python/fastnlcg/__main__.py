@@ -38,14 +38,14 @@ def self_check() -> dict[str, Any]:
             error = float(np.max(np.abs(p - expected)) / np.max(np.abs(expected)))
             worst[dtype] = max(worst[dtype], error)
     # float64: rounding of 20 steps; float32: 20 steps of 2^-24 each, amplified by the quotients in h.
-    return {"differences": worst, "passed": worst["float64"] < 1e-12 and worst["float32"] < 1e-4}  # noqa: PLR2004
+    return {"differences": worst, "passed": worst["float64"] < 1e-12 and worst["float32"] < 1e-4}
 
 
 def report() -> dict[str, Any]:
     """Everything that ``python -m fastnlcg`` prints."""
     torch_version = None
     if importlib.util.find_spec("torch") is not None:
-        import torch  # noqa: PLC0415
+        import torch
 
         torch_version = torch.__version__
     try:
@@ -85,9 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     print(f"python       {facts['python']}, numpy {facts['numpy']}, torch {facts['torch'] or 'not installed'}")
     print(f"cpu          {cpu['why_off'] or cpu['instruction_set']} (of {', '.join(cpu['instruction_sets'])})")
     print(f"threads      {cpu['threads']}")
-    print(f"cuda         off: {built}{cuda['why_off']}" if cuda["why_off"] else f"cuda         {', '.join(cuda['devices'])}")
-    differences = ", ".join(f"{dtype} {error:.1e}" for dtype, error in check["differences"].items())
-    print(f"self-check   {'passed' if check['passed'] else 'FAILED'} (largest relative difference: {differences or 'none'})")
+    print(
+        f"cuda         off: {built}{cuda['why_off']}"
+        if cuda["why_off"]
+        else f"cuda         {', '.join(cuda['devices'])}"
+    )
+    differences = ", ".join(f"{dtype} {error:.1e}" for dtype, error in check["differences"].items()) or "none"
+    print(f"self-check   {'passed' if check['passed'] else 'FAILED'} (largest relative difference: {differences})")
     return 0 if check["passed"] else 1
 
 

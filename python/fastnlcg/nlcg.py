@@ -88,7 +88,7 @@ class NLCG(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups. Groups may have their own ``lr`` and ``weight_decay``; everything else is shared.
-        lr: learning rate, a float or one-element tensor >= 0; schedulers own it. The paper warms up to 0.1 * batch / 256.
+        lr: learning rate, a float or one-element tensor >= 0; schedulers own it. The paper's peak is 0.1 * batch / 256.
         update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1).
         preconditioner: ``"bfgs"``, the diagonal of Algorithm 2, or None for plain NLCG, ``z = -g``.
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
@@ -163,8 +163,8 @@ class NLCG(torch.optim.Optimizer):
     # ---- groups and their options --------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch's optimizers do. New parameters start with h = 1 and d = 0; the next step counts as one
-        with a changed set of parameters. Raises like the constructor."""
+        """Adds a group, as torch's optimizers do. New parameters start with h = 1 and d = 0; the next step counts as
+        one with a changed set of parameters. Raises like the constructor."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -183,14 +183,12 @@ class NLCG(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
-    @overload  # type: ignore[override]
+    @overload
     def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float], *, loss: float | Tensor | None = None) -> float: ...
 
-    def step(
-        self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None
-    ) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None) -> float | None:
         """Takes one step.
 
         Args:
@@ -261,7 +259,7 @@ class NLCG(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict, as torch's optimizers do; copies, converts to the parameters' device and the state's dtype.
+        """Loads a state dict, as torch's optimizers do: copies, and converts to the state's dtype.
 
         Raises:
             ValueError: for anything but a state dict of this optimizer over such parameters, naming key and parameter;
@@ -296,7 +294,7 @@ class NLCG(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._save_scalars()
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state: dict[str, Any] = super().__getstate__()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -408,7 +406,14 @@ class NLCG(torch.optim.Optimizer):
         group_of = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
         native.set_segments(
             [
-                (offsets[i][1], group_of[i], offsets[i][0], _DTYPES[params[i].dtype], params[i].shape, params[i].stride())
+                (
+                    offsets[i][1],
+                    group_of[i],
+                    offsets[i][0],
+                    _DTYPES[params[i].dtype],
+                    params[i].shape,
+                    params[i].stride(),
+                )
                 for i in moving
             ]
         )
@@ -500,8 +505,8 @@ class _Table:
     """what the native side points at, copies among them: alive until the step is over"""
 
     def refresh(self) -> bool:
-        """Follows the parameters to new gradients, the usual case between two steps. False where anything but an address
-        differs from the checked table: every property that was checked is compared, never an address alone."""
+        """Follows the parameters to new gradients, the usual case between two steps. False where anything but an
+        address differs from the checked table: every property that was checked is compared, never an address alone."""
         if self.native is None:
             return False
         return _EXCHANGE is not None and self.native.refresh(_EXCHANGE, self.moving, self.resting, Tensor)
@@ -529,7 +534,7 @@ def _check_hyper_parameters(group: Mapping[str, Any]) -> None:
     _native.check_real("lr", _scalar(lr), minimum=0.0)
     _native.check_real("weight_decay", group["weight_decay"], minimum=0.0)
     line_search = group["line_search"]
-    if line_search is not None and not (isinstance(line_search, tuple | list) and len(line_search) == 4):  # noqa: PLR2004
+    if line_search is not None and not (isinstance(line_search, tuple | list) and len(line_search) == 4):
         raise TypeError(f"line_search must be None or OnlineLineSearch(...).as_tuple() in a group, got {line_search!r}")
     _native.check_options(_shared_options(group))
 
@@ -677,4 +682,3 @@ def _check_saved_state(index: int, p: Tensor, entry: object, keys: set[str], *, 
             raise ValueError(f"{where}: {key!r} has values that are not finite")
         if finite and key == "hessian_diag" and value.numel() and bool((value < 0).any()):
             raise ValueError(f"{where}: 'hessian_diag' has negative values")
-

@@ -2,9 +2,9 @@
 DLPack. In place, explicit scalars, no torch needed: what you use to write an optimizer, or a framework, of your own.
 
 All arrays of a call are on the CPU, contiguous, of the same length n (the shape does not matter), and do not overlap.
-``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``, ``h``) is float32, or
-float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the state's dtype, sums in double
-in an order that n alone fixes: the same bits for any thread count, instruction set and address.
+``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``, ``h``) is float32,
+or float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the state's dtype, sums in
+double in an order that n alone fixes: the same bits for any thread count, instruction set and address.
 
 A step from its parts (Fletcher-Reeves, without the safeguards of :func:`nlcg_step`)::
 
@@ -216,8 +216,8 @@ def nlcg_step(
 ) -> bool:
     """One whole fused step, in place: what :class:`fastnlcg.NLCG` does, for one flat buffer.
 
-    Three passes, 56 bytes of traffic per float32 parameter, no temporary of the size of the parameters. Before the first
-    step ``g_prev`` and ``d`` are zero, ``h`` is one, ``scalars`` is ``Scalars()``.
+    Three passes, 56 bytes of traffic per float32 parameter, no temporary of the size of the parameters. Before the
+    first step ``g_prev`` and ``d`` are zero, ``h`` is one, ``scalars`` is ``Scalars()``.
 
     Args:
         p: parameters, shape (n,), written.
@@ -253,9 +253,7 @@ def nlcg_step(
         raise TypeError(f"scalars must be an ops.Scalars, got {type(scalars).__name__}")
     loss_value = _native.check_loss(loss)
     threads = _native.num_threads(threads)
-    view, n, dtype = _native.buffers(
-        {"g": g, "p": p}, {"g_prev": g_prev, "d": d, "h": h}, ("p", "g_prev", "d", "h")
-    )
+    view, n, dtype = _native.buffers({"g": g, "p": p}, {"g_prev": g_prev, "d": d, "h": h}, ("p", "g_prev", "d", "h"))
     step = _native.Step(dtype, n, view["g_prev"], view["d"], view.get("h"), None, 1)
     step.set_options(**_native.native_options(options))
     step.scalars = asdict(scalars)

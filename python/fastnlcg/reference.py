@@ -11,8 +11,9 @@ is usable by itself:
     >>> bool(result.losses[-1] < 1e-6 * result.losses[0])
     True
 
-Source: Adya et al., *Nonlinear Conjugate Gradients for Scaling Synchronous Distributed DNN Training* (arXiv:1812.02886),
-Algorithms 1 and 2 and section 3.2.2. Where the paper is silent the choices are those of the authors' TensorFlow code.
+Source: Adya et al., *Nonlinear Conjugate Gradients for Scaling Synchronous Distributed DNN Training*
+(arXiv:1812.02886), Algorithms 1 and 2 and section 3.2.2. Where the paper is silent the choices are those of the
+authors' TensorFlow code.
 
 Symbols: ``p`` parameters, ``g`` gradient, ``g_prev`` the previous one, ``d`` direction, ``h`` diagonal of the Hessian
 estimate, ``y = g - g_prev``, ``s = alpha_prev * d``, ``z = -g / (h + eps)``, ``rz = sum(-g z)``.

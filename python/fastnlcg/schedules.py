@@ -19,9 +19,9 @@ def paper_schedule(
     """Linear warm-up, then exponential decay every two epochs: the schedule of every optimizer in the paper.
 
     The learning rate rises linearly from 0.001 to ``peak_lr`` = 0.1 * batch_size / 256 over 5 epochs (15 where the batch
-    is larger than 8192, 30 where it is larger than 32768), and then falls by a constant factor every two epochs, so that
-    the last epoch has 0.001 (0.01 for batches of 8192 and more). Where ``epochs`` leaves no room to decay, it ends with
-    the warm-up.
+    is larger than 8192, 30 where it is larger than 32768), and then falls by a constant factor every two epochs, so
+    that the last epoch has 0.001 (0.01 for batches of 8192 and more). Where ``epochs`` leaves no room to decay, it
+    ends with the warm-up.
 
     Args:
         optimizer: any torch optimizer. Its groups' ``lr`` is overwritten: the schedule is absolute.
@@ -46,8 +46,8 @@ def paper_schedule(
     peak = 0.1 * batch_size / 256 if peak_lr is None else _native.check_real("peak_lr", peak_lr, minimum=0.0)
     if peak == 0.0:
         raise ValueError("Invalid peak_lr: 0; expected a number > 0")
-    warm_up = min(epochs, 5 if batch_size <= 8192 else 15 if batch_size <= 32768 else 30)  # noqa: PLR2004
-    final = min(peak, 0.001 if batch_size < 8192 else 0.01)  # noqa: PLR2004
+    warm_up = min(epochs, 5 if batch_size <= 8192 else 15 if batch_size <= 32768 else 30)
+    final = min(peak, 0.001 if batch_size < 8192 else 0.01)
     decays = (epochs - 1 - warm_up) // _DECAY_EVERY  # before the last epoch begins
 
     for group in optimizer.param_groups:

@@ -1,0 +1,58 @@
+# make demo    NLCG beside Momentum, RMSProp and SGD on real images (two minutes, and the set-up)
+# make test    the whole test suite
+# make bench   step times beside torch's optimizers, one thread
+# make lint    ruff, mypy --strict, clang-format
+# make cuda    compile the CUDA part for all architectures, warnings as errors (needs nvcc)
+# make format  what lint asks for
+#
+# Everything happens in .venv, which is made when it is missing and brought up to date when the sources have changed.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc cuda python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
+TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark hypothesis scikit-learn matplotlib tqdm \
+         ruff mypy clang-format
+CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh)
+
+.PHONY: demo test bench lint cuda format clean
+.DELETE_ON_ERROR:
+
+demo: .venv/fastnlcg
+	$(BIN)/python bench/demo.py
+
+test: .venv/fastnlcg
+	$(BIN)/python -m pytest
+
+bench: .venv/fastnlcg
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-json=build/step_cpu.json
+
+lint: .venv/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: .venv/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+cuda: .venv/tools
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/cuda . \
+	  -C cmake.define.FASTNLCG_CUDA=ON -C cmake.define.FASTNLCG_WERROR=ON
+
+clean:
+	rm -rf .venv build demo
+
+# numpy, torch and the tools, at the versions of constraints.txt
+.venv/tools: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS)
+	touch $@
+
+# the project itself, with warnings as errors
+.venv/fastnlcg: .venv/tools $(SOURCES)
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C cmake.define.FASTNLCG_WERROR=ON .
+	$(BIN)/python -m fastnlcg
+	touch $@
