@@ -470,3 +470,32 @@ def test_schedule_arguments() -> None:
     ):
         with pytest.raises(error, match=next(iter(keywords))):
             last_lr(**keywords)
+
+
+# ---- the claim -------------------------------------------------------------------------------------------------------
+
+
+def test_on_digits_at_large_batch_nlcg_reaches_half_of_momentums_loss() -> None:
+    """200 full-batch steps of a three-layer perceptron on the paper's schedule, mean of three seeds; see `make demo`."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(images).float() / 16, torch.from_numpy(labels)
+    final = {}
+    for name in ("nlcg", "momentum"):
+        losses = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+            params = net.parameters()
+            optimizer = NLCG(params, 0.1) if name == "nlcg" else torch.optim.SGD(params, 0.1, momentum=0.9)
+            schedule = paper_schedule(optimizer, batch_size=len(x), epochs=200, steps_per_epoch=1)
+            for _ in range(200):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(net(x), y)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            losses.append(nn.functional.cross_entropy(net(x), y).item())
+        final[name] = sum(losses)
+    assert final["nlcg"] <= 0.5 * final["momentum"]

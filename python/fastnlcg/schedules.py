@@ -18,7 +18,7 @@ def paper_schedule(
 ) -> LRScheduler:
     """Linear warm-up, then exponential decay every two epochs: the schedule of every optimizer in the paper.
 
-    The learning rate rises linearly from 0.001 to ``peak_lr`` = 0.1 * batch_size / 256 over 5 epochs (15 where the batch
+    The learning rate rises linearly from 0.001 to ``peak_lr`` = 0.1 * batch_size / 256 in 5 epochs (15 where the batch
     is larger than 8192, 30 where it is larger than 32768), and then falls by a constant factor every two epochs, so
     that the last epoch has 0.001 (0.01 for batches of 8192 and more). Where ``epochs`` leaves no room to decay, it
     ends with the warm-up.
