@@ -476,7 +476,7 @@ def test_schedule_arguments() -> None:
 
 
 def test_on_digits_at_large_batch_nlcg_reaches_half_of_momentums_loss() -> None:
-    """200 full-batch steps of a three-layer perceptron on the paper's schedule, mean of three seeds; see `make demo`."""
+    """200 full-batch steps of a three-layer perceptron on the paper's schedule, three seeds; see `make demo`."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
