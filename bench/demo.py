@@ -13,6 +13,7 @@ Prints a table, writes DIR/digits.png and DIR/digits.json (every run).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -46,6 +47,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@functools.cache
 def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(train images, test images, train labels, test labels), pixels in [0, 1]."""
     images, labels = load_digits(return_X_y=True)
@@ -65,7 +67,7 @@ def train(name: str, factor: float, seed: int) -> dict[str, Any]:
     optimizer = OPTIMIZERS[name](net.parameters())
     peak = factor * 0.1 * len(x) / 256
     schedule = paper_schedule(optimizer, batch_size=len(x), epochs=STEPS, steps_per_epoch=1, peak_lr=peak)
-    losses, seconds = [], []
+    losses, seconds, restarts = [], [], 0
     for _ in range(STEPS):
         start = time.perf_counter()
         optimizer.zero_grad()
@@ -75,6 +77,7 @@ def train(name: str, factor: float, seed: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         schedule.step()
         losses.append(loss.item())
+        restarts += isinstance(optimizer, NLCG) and optimizer.diagnostics().beta == 0.0
     with torch.no_grad():
         losses.append(nn.functional.cross_entropy(net(x), y).item())
         accuracy = 100 * (net(x_test).argmax(1) == y_test).double().mean().item()
@@ -85,6 +88,7 @@ def train(name: str, factor: float, seed: int) -> dict[str, Any]:
         "seed": seed,
         "losses": losses,
         "accuracy": accuracy,
+        "steps_with_beta_0": restarts,
         "ms_per_step": 1e3 * statistics.median(seconds),
     }
 
