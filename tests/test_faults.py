@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -656,6 +657,41 @@ p = torch.nn.Parameter(torch.ones(100_000)); p.grad = torch.ones(100_000)
 keep = fastnlcg.NLCG([p], 0.1); keep.step()
 """
         assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+    def test_58_ddp_replicas_stay_bit_equal_skips_included(self, tmp_path: Path) -> None:
+        """Two processes, gloo. Rank 1 alone meets an infinity; the all-reduced gradient has it on both."""
+        code = f"""
+import os, sys, torch
+import torch.distributed as dist
+from torch import nn
+from fastnlcg import NLCG, OnlineLineSearch
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
+torch.set_num_threads(1 + rank)
+os.environ["FASTNLCG_ISA"] = ("baseline", "")[rank]
+torch.manual_seed(0)
+net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(40, 900), nn.Tanh(), nn.Linear(900, 3)),
+                                          gradient_as_bucket_view=True)
+optimizer = NLCG(net.parameters(), 0.1, update="polak_ribiere", line_search=OnlineLineSearch())
+torch.manual_seed(rank + 1)
+for t in range(8):
+    x = torch.randn(16, 40)
+    if t == 4 and rank == 1:
+        x[0, 0] = float("inf")
+    optimizer.zero_grad()
+    loss = net(x).square().mean()
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    optimizer.step(loss=mean / 2)
+assert optimizer.diagnostics().skipped_steps == 1 and optimizer.diagnostics().step == 7
+both = [torch.empty(0)] * 2
+dist.all_gather_object(both, [p.detach().numpy().tobytes() for p in net.parameters()] + [repr(optimizer.diagnostics())])
+assert both[0] == both[1]
+dist.destroy_process_group()
+"""
+        ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
+        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
 
     def test_same_bits_for_torchs_thread_counts(self) -> None:
         results = []

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from fastnlcg import ops
 from fastnlcg.reference import Options
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lockstep import Cut, Lockstep
 
 STEPS = 25
@@ -148,6 +150,26 @@ def test_same_bits_however_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
         for shift in (1, 2, 3):
             assert trajectory(monkeypatch, n, isa=isa, shift=shift) == expected, (isa, shift)
         assert trajectory(monkeypatch, n, isa=isa, cuts=random_cuts(n, ("float32",))) == expected, isa
+
+
+def flat_or_cut(cuts: list[Cut], shift: int) -> dict[str, bytes]:
+    lockstep = Lockstep(cuts, Options(update="polak_ribiere", restart="descent"), shift=shift)
+    for _ in range(3):
+        lockstep.noisy_gradients()
+        lockstep.run()
+    parts = lockstep.snapshot()
+    del parts["param_steps"]
+    return parts
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 50) | st.sampled_from([4080, 4096, 5000]), min_size=1, max_size=8).filter(any),
+    shift=st.integers(0, 17),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_cut_has_the_bits_of_the_whole(lengths: list[int], shift: int, dtype: str) -> None:
+    assert flat_or_cut([Cut(n, dtype) for n in lengths], shift) == flat_or_cut([Cut(sum(lengths), dtype)], 0)
 
 
 def test_same_bits_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
