@@ -106,7 +106,13 @@ class TestAHyperParameters:
         ps, optimizer = stepped()
         before = everything(ps, optimizer)
         quadratic_gradients(ps)
-        for key, value in (("lr", math.nan), ("weight_decay", -1.0), ("update", "newton"), ("preconditioner", None)):
+        for key, value in (
+            ("lr", math.nan),
+            ("lr", torch.ones(2)),
+            ("weight_decay", -1.0),
+            ("update", "newton"),
+            ("preconditioner", None),
+        ):
             good = optimizer.param_groups[0][key]
             optimizer.param_groups[0][key] = value
             with pytest.raises(ValueError, match="lr|learning rate|" + key):

@@ -324,6 +324,9 @@ def test_resume_with_a_frozen_parameter_knows_the_last_set() -> None:
     train(net, optimizer, 3)
     frozen_run(3, net, optimizer)
     new, other = resume_by_state_dict(net, optimizer)
+    ours, theirs = optimizer.diagnostics(), other.diagnostics()  # before another step, from what was saved
+    for key in ("step", "rz", "grad_norm", "direction_norm", "cosine", "ls_scale"):
+        assert getattr(ours, key) == getattr(theirs, key)
     for n, o in ((net, optimizer), (new, other)):
         frozen_run(1, n, o)
         assert o.diagnostics().beta > 0  # the same set as before the checkpoint: no restart

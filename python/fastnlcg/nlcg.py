@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import is_
@@ -209,28 +210,30 @@ class NLCG(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        options, lr, weight_decay = self._hyper_parameters()
-        loss_now = _native.check_loss(value if closure is not None else loss) if options["line_search"] else math.nan
-        table = self._gather(options)
-        if table.native is not None and table.segments:
-            moved = table.native.step(
-                lr,
-                weight_decay,
-                table.set_changed,
-                loss_now,
-                _native.num_threads(),
-            )
-            if moved:
-                table.set_changed = False
-                _increment_version(table.moving)
-        table.gradients = []
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this optimizer is stepping in another thread")
+        try:
+            options, lr, weight_decay = self._hyper_parameters()
+            now = _native.check_loss(loss if closure is None else value) if options["line_search"] else math.nan
+            table = self._gather(options)
+            if table.native is not None and table.moving:
+                moved = table.native.step(lr, weight_decay, table.set_changed, now, _native.num_threads())
+                if moved:
+                    table.set_changed = False
+                    _increment_version(table.moving)
+            table.gradients = []
+        finally:
+            self._lock.release()
         return value
 
     def diagnostics(self) -> Diagnostics:
         """What the last step did. The norms are computed when asked for, from the state, by one pass over it."""
         native = self._table.native
-        if native is None and any(self.state.values()):
-            native = self._flatten(self._parameters(), _shared_options(self.param_groups[0]))
+        if native is None and any(self.state.values()):  # after a load
+            params = self._parameters()
+            stateful = [i for i, p in enumerate(params) if self.state.get(p)]
+            native = self._flatten(params, stateful, _shared_options(self.param_groups[0]))
+            self._set_segments(native, params, stateful, self._last_set(native, params, stateful))
         if native is None:
             return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
         s = native.scalars
@@ -313,8 +316,9 @@ class NLCG(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
+        self._lock = threading.Lock()
         self._table = _Table()
-        self._checked: tuple[Any, ...] = ()
+        self._checked: list[Any] = []
         self._options: dict[str, Any] = {}
 
     def _parameters(self) -> list[Tensor]:
@@ -332,16 +336,16 @@ class NLCG(torch.optim.Optimizer):
             group["alpha_prev"] = alpha_prev
 
     def _hyper_parameters(self) -> tuple[dict[str, Any], list[float], list[float]]:
-        """The shared options, and lr and weight_decay per group; checked whenever one has changed."""
+        """The shared options, and lr and weight_decay per group; all checked."""
         groups = self.param_groups
         if len(groups) != self._group_count:
             raise RuntimeError(
                 f"{len(groups)} parameter groups, expected {self._group_count}: this optimizer's sums run over all "
                 "groups, so it cannot be stepped one group at a time (use add_param_group to add one)"
             )
-        lr = [_scalar(group["lr"]) for group in groups]
-        weight_decay = [group["weight_decay"] for group in groups]
-        current = (*lr, *weight_decay, *(group[key] for group in groups for key in _SHARED))
+        lr = [_check_lr(group["lr"]) for group in groups]
+        weight_decay = [_native.check_real("weight_decay", group["weight_decay"], minimum=0.0) for group in groups]
+        current = [group[key] for group in groups for key in _SHARED]
         if current != self._checked:
             for group in groups:
                 _check_hyper_parameters(group)
@@ -398,49 +402,42 @@ class NLCG(torch.optim.Optimizer):
             or len(layout) != len(old.layout)
             or not all(map(is_, layout, old.layout))
         ):
-            native = self._flatten(params, options, stateful)
-        offsets, offset = {}, 0
-        for slot, i in enumerate(stateful):
-            offsets[i] = (slot, offset)
-            offset += params[i].numel()
-        group_of = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
-        native.set_segments(
-            [
-                (
-                    offsets[i][1],
-                    group_of[i],
-                    offsets[i][0],
-                    _DTYPES[params[i].dtype],
-                    params[i].shape,
-                    params[i].stride(),
-                )
-                for i in moving
-            ]
-        )
-        # The set of the last step: the parameters whose count is the optimizer's.
-        step = native.scalars["step"]
-        last = [i for i in stateful if params[i].numel() and self.state[params[i]]["step"].item() == step]
+            native = self._flatten(params, stateful, options)
+        self._set_segments(native, params, stateful, moving)
         self._table = _Table(
             native=native,
             params=params,
             layout=layout,
             states=len(self.state),
-            segments=len(moving),
             moving=[params[i] for i in moving],
             resting=[p for p, g in zip(params, grads, strict=True) if g is None],
-            set_changed=last != moving,
+            set_changed=self._last_set(native, params, stateful) != moving,
             gradients=gradients,
         )
         native.point([params[i].data_ptr() for i in moving], [g.data_ptr() for g in gradients])
 
-    def _flatten(
-        self, params: list[Tensor], options: Mapping[str, Any], stateful: list[int] | None = None
-    ) -> _native.Step:
-        """Allocates flat state for the parameters at ``stateful`` (default: those that have state), takes over what
-        ``self.state`` holds, makes ``self.state`` views of it, and returns the native side over it."""
+    def _last_set(self, native: _native.Step, params: list[Tensor], stateful: list[int]) -> list[int]:
+        """The parameters that moved in the last step: those whose count is the optimizer's."""
+        step = native.scalars["step"]
+        return [i for i in stateful if params[i].numel() and self.state[params[i]]["step"].item() == step]
+
+    def _set_segments(self, native: _native.Step, params: list[Tensor], stateful: list[int], moving: list[int]) -> None:
+        """Tells the native side where in the flat state the parameters at ``moving`` lie."""
+        places, offset = {}, 0
+        for slot, i in enumerate(stateful):
+            places[i] = (slot, offset)
+            offset += params[i].numel()
+        group_of = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
+        table = []
+        for i in moving:
+            slot, offset = places[i]
+            table.append((offset, group_of[i], slot, _DTYPES[params[i].dtype], params[i].shape, params[i].stride()))
+        native.set_segments(table)
+
+    def _flatten(self, params: list[Tensor], stateful: list[int], options: Mapping[str, Any]) -> _native.Step:
+        """Allocates flat state for the parameters at ``stateful``, takes over what ``self.state`` holds, makes
+        ``self.state`` views of it, and returns the native side over it."""
         self._save_scalars()
-        if stateful is None:
-            stateful = [i for i, p in enumerate(params) if self.state.get(p)]
         layout = [params[i] for i in stateful]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in layout) else torch.float32
         n = sum(p.numel() for p in layout)
@@ -495,7 +492,6 @@ class _Table:
     """those with state, in the order of the flat state"""
     states: int = 0
     """len(optimizer.state) when the state was laid out"""
-    segments: int = 0
     moving: list[Tensor] = field(default_factory=list)
     """those with a gradient and at least one element: one segment each"""
     resting: list[Tensor] = field(default_factory=list)
@@ -507,17 +503,20 @@ class _Table:
     def refresh(self) -> bool:
         """Follows the parameters to new gradients, the usual case between two steps. False where anything but an
         address differs from the checked table: every property that was checked is compared, never an address alone."""
-        if self.native is None:
+        if self.native is None or _EXCHANGE is None:
             return False
-        return _EXCHANGE is not None and self.native.refresh(_EXCHANGE, self.moving, self.resting, Tensor)
+        return self.native.refresh(_EXCHANGE, self.moving, self.resting, Tensor)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _scalar(lr: object) -> Any:
-    """A one-element tensor as a number; everything else as it is, for the check that follows."""
-    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+def _check_lr(lr: object) -> float:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Invalid learning rate: expected one element, got a tensor of shape {tuple(lr.shape)}")
+        lr = lr.item()
+    return _native.check_real("lr", lr, minimum=0.0)
 
 
 def _shared_options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -528,10 +527,7 @@ def _shared_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_hyper_parameters(group: Mapping[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    _native.check_real("lr", _scalar(lr), minimum=0.0)
+    _check_lr(group["lr"])
     _native.check_real("weight_decay", group["weight_decay"], minimum=0.0)
     line_search = group["line_search"]
     if line_search is not None and not (isinstance(line_search, tuple | list) and len(line_search) == 4):
