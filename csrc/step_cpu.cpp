@@ -346,8 +346,9 @@ bool forked() {
   return getpid() != owner;
 }
 
-// Pass 2 walks backwards, in strips of half a megabyte per stream: it finds in the cache what pass 1 read last, and pass 3,
-// forwards again, what pass 2 left. A strip is long enough for the hardware's prefetchers, which like to walk forwards.
+// Pass 2 walks backwards, in strips of half a megabyte per stream: it finds in the cache what pass 1 read last, and
+// pass 3, forwards again, what pass 2 left. A strip is long enough for the hardware's prefetchers, which like to walk
+// forwards.
 constexpr std::int64_t kStrip = 32;
 
 // Runs the pass over all tiles and adds up the partial sums in the order of the tiles.
