@@ -301,10 +301,33 @@ class TestCTypeDeviceLayout:
         assert not torch.equal(tagged, torch.ones(3))
 
     def test_an_older_torch_without_the_exchange_api(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        expected, _ = stepped()
-        monkeypatch.setattr(module, "_EXCHANGE", None)
-        ps, _ = stepped()
-        assert all(torch.equal(p, q) for p, q in zip(ps, expected, strict=True))
+        """The same bits, and the same attention to what has changed since the last step."""
+        runs = []
+        for exchange in (module._EXCHANGE, None):
+            monkeypatch.setattr(module, "_EXCHANGE", exchange)
+            ps, optimizer = stepped()
+            rebuilds = []
+            monkeypatch.setattr(
+                NLCG, "_rebuild", lambda self, *a, _f=NLCG._rebuild, _r=rebuilds: _r.append(1) or _f(self, *a)
+            )
+            one_step(ps, optimizer)
+            assert not rebuilds
+            ps[1].grad = torch.ones(4, 3).t()  # other strides
+            optimizer.step()
+            ps[0].grad = None  # another set
+            optimizer.step()
+            for gradient, error in ((torch.ones(3, 4).to_sparse(), RuntimeError), (torch.ones(3, 4), None)):
+                ps[1].grad = gradient
+                if error:
+                    with pytest.raises(error, match="sparse"):
+                        optimizer.step()
+            optimizer.step()
+            quadratic_gradients(ps)  # and back
+            optimizer.step()
+            assert len(rebuilds) == 4
+            runs.append(everything(ps, optimizer))
+            monkeypatch.undo()
+        assert runs[0] == runs[1]
 
 
 class TestENumbers:

@@ -30,8 +30,7 @@ _SHARED = ("update", "preconditioner", "line_search", "eps", "curvature_eps", "r
 _SCALARS = ("rz", "gs", "shs", "grad_max", "ls_scale", "loss_prev", "skipped_steps")
 _DEFAULT_SCALARS = {**dict.fromkeys(_SCALARS, 0.0), "ls_scale": 1.0, "loss_prev": None}
 
-# torch >= 2.10 hands out tensors to native code in tens of nanoseconds; before, every step goes through the slower,
-# equally strict _rebuild.
+# torch >= 2.10 hands out tensors to native code in tens of nanoseconds; before, _Table.refresh compares in Python.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
@@ -413,6 +412,7 @@ class NLCG(torch.optim.Optimizer):
             resting=[p for p, g in zip(params, grads, strict=True) if g is None],
             set_changed=self._last_set(native, params, stateful) != moving,
             gradients=gradients,
+            signatures=[] if _EXCHANGE is not None else [_signature(params[i]) for i in moving],
         )
         native.point([params[i].data_ptr() for i in moving], [g.data_ptr() for g in gradients])
 
@@ -499,13 +499,32 @@ class _Table:
     set_changed: bool = False
     gradients: list[Tensor] = field(default_factory=list)
     """what the native side points at, copies among them: alive until the step is over"""
+    signatures: list[tuple[object, ...]] = field(default_factory=list)
+    """of ``moving``; for refresh() without the exchange API"""
 
     def refresh(self) -> bool:
         """Follows the parameters to new gradients, the usual case between two steps. False where anything but an
         address differs from the checked table: every property that was checked is compared, never an address alone."""
-        if self.native is None or _EXCHANGE is None:
+        if self.native is None:
             return False
-        return self.native.refresh(_EXCHANGE, self.moving, self.resting, Tensor)
+        if _EXCHANGE is not None:
+            return self.native.refresh(_EXCHANGE, self.moving, self.resting, Tensor)
+        grads = [p.grad for p in self.moving]
+        if any(p.grad is not None for p in self.resting):
+            return False
+        self.gradients = [g for g in grads if type(g) is Tensor]
+        try:
+            rows = zip(self.moving, self.gradients, self.signatures, strict=True)
+            same = all(_signature(p) == signature == _signature(g) for p, g, signature in rows)
+        except (RuntimeError, ValueError):  # a sparse gradient has no strides; one is missing or of another type
+            return False
+        if same:
+            self.native.point([p.data_ptr() for p in self.moving], [g.data_ptr() for g in self.gradients])
+        return same
+
+
+def _signature(t: Tensor) -> tuple[object, ...]:
+    return t.dtype, t.device, t.shape, t.stride(), t.is_neg()
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
