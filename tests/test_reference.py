@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 
 import numpy as np
@@ -165,3 +166,8 @@ def test_minimize_reaches_the_minimum(options: dict) -> None:
     )
     np.testing.assert_allclose(result.p, target, atol=1e-4)
     assert len(result.losses) == 300
+
+
+def test_the_example_in_the_docstring() -> None:
+    result = doctest.testmod(ref)
+    assert (result.failed, result.attempted > 0) == (0, True)

@@ -83,7 +83,7 @@ class Scalars:
     ls_scale: float = 1.0
     """line-search scale, in (0, 1]"""
     loss_prev: float = float("nan")
-    """last loss the line search saw; NaN: none yet"""
+    """last loss the line search saw, negated under ``maximize``; NaN: none yet"""
     beta: float = 0.0
     """of the last step"""
     ys: float = 0.0
