@@ -173,6 +173,8 @@ class NativeStep {
       if (!g.is_none()) return false;
     }
     held_.clear();
+    std::vector<py::object> held;  // dropped where the table does not fit
+    held.reserve(segments_.size());
     for (std::size_t i = 0; i < segments_.size(); ++i) {
       PyObject* p = PyList_GET_ITEM(moving.ptr(), static_cast<Py_ssize_t>(i));
       auto g = py::reinterpret_steal<py::object>(PyObject_GetAttr(p, grad_name));
@@ -189,8 +191,9 @@ class NativeStep {
       if (negated.ptr() != Py_False || !matches(p_view, i) || !matches(g_view, i)) return false;
       segments_[i].p = static_cast<char*>(p_view.data) + p_view.byte_offset;
       segments_[i].g = static_cast<char*>(g_view.data) + g_view.byte_offset;
-      held_.push_back(std::move(g));
+      held.push_back(std::move(g));
     }
+    held_ = std::move(held);
     pointed_ = true;
     return true;
   }
@@ -228,12 +231,16 @@ class NativeStep {
     const Busy busy(*this);
     const CpuVerbs& cpu = cpu_verbs();
     if (!step_.state.grad_prev || !step_.state.direction) throw bad("norms need grad_prev and direction");
-    for (Segment& segment : segments_) segment.p = nullptr, segment.g = nullptr;
-    step_.groups = groups_.data();
+    // Over a copy of the table: what refresh() has pointed at belongs to the step that follows it, and may be gone.
+    std::vector<Segment> segments = segments_;
+    for (Segment& segment : segments) segment.p = nullptr, segment.g = nullptr;
     set_threads(threads);
+    Step step = step_;
+    step.segments = segments.data();
+    step.groups = groups_.data();
     double gg = 0, dd = 0, gd = 0;
     py::gil_scoped_release released;
-    cpu.state_norms(step_, &gg, &dd, &gd);
+    cpu.state_norms(step, &gg, &dd, &gd);
     return {gg, dd, gd};
   }
 
@@ -262,19 +269,13 @@ class NativeStep {
   }
 
   // The parts, for one segment over buffers that this call holds.
-  std::pair<double, double> curvature_sums(const Buffer& g, double alpha_prev, int threads) {
+  std::tuple<double, double, bool> update_curvature(const Buffer& g, double alpha_prev, int threads) {
     const CpuVerbs& cpu = prepare(nullptr, &g, 0, alpha_prev, threads);
     if (!step_.state.grad_prev || !step_.state.direction || !step_.state.hessian_diag) throw bad("missing state");
     double ys = 0, shs = 0;
     py::gil_scoped_release released;
-    cpu.curvature_sums(step_, &ys, &shs);
-    return {ys, shs};
-  }
-  void update_curvature(const Buffer& g, double alpha_prev, double ys, double shs, int threads) {
-    const CpuVerbs& cpu = prepare(nullptr, &g, 0, alpha_prev, threads);
-    if (!step_.state.grad_prev || !step_.state.direction || !step_.state.hessian_diag) throw bad("missing state");
-    py::gil_scoped_release released;
-    cpu.update_curvature(step_, ys, shs);
+    const bool updated = cpu.update_curvature(step_, &ys, &shs);
+    return {ys, shs, updated};
   }
   std::pair<double, double> preconditioned_dots(const Buffer& g, int threads) {
     const CpuVerbs& cpu = prepare(nullptr, &g, 0, 0, threads);
@@ -456,8 +457,7 @@ PYBIND11_MODULE(_core, m) {
       .def("state_norms", &NativeStep::state_norms, "threads"_a)
       .def_property("scalars", &NativeStep::scalars, &NativeStep::set_scalars)
       .def_property("alpha_prev", &NativeStep::alpha_prev, &NativeStep::set_alpha_prev)
-      .def("curvature_sums", &NativeStep::curvature_sums, "g"_a, "alpha_prev"_a, "threads"_a)
-      .def("update_curvature", &NativeStep::update_curvature, "g"_a, "alpha_prev"_a, "ys"_a, "shs"_a, "threads"_a)
+      .def("update_curvature", &NativeStep::update_curvature, "g"_a, "alpha_prev"_a, "threads"_a)
       .def("preconditioned_dots", &NativeStep::preconditioned_dots, "g"_a, "threads"_a)
       .def("update_direction", &NativeStep::update_direction, "p"_a, "g"_a, "alpha"_a, "beta"_a, "threads"_a);
 }

@@ -8,8 +8,8 @@
 //     beta  = rz_new / rz  or  (rz_new - rz_mid) / rz     clamped to [0, 1]
 //     d_new = beta d - w                                  p_new = p + alpha d_new
 //
-// The first half is per element. `T` is one float or double, or a SIMD vector of them; the CPU's vector code, its tails
-// and the CUDA kernels call the same functions, so an element's bits cannot depend on who computed it. For that reason
+// The first half is per element. `T` is one float or double, or a SIMD vector of them; every instruction set calls the
+// same functions (and so will CUDA), so an element's bits cannot depend on who computed it. For that reason
 // the project compiles with floating-point contraction off: an fma here and a multiply-add there would differ.
 // The second half is the scalar recurrences between the passes, in double.
 //
@@ -44,6 +44,12 @@ NLCG_HD T at_most(T x, T bound) {
   return x < bound ? x : bound;
 }
 
+// y
+template <class T>
+NLCG_HD T gradient_change(T g, T g_prev) {
+  return g - g_prev;
+}
+
 // The last step, s. Also the increment of p: the curvature pair (s, y) then describes the move that was really made.
 template <class T>
 NLCG_HD T scaled_direction(T alpha, T d) {
@@ -72,6 +78,18 @@ NLCG_HD T preconditioned_gradient(T g, T h, T eps) {
 template <class T>
 NLCG_HD T conjugate_direction(T w, T beta, T d) {
   return beta * d - w;
+}
+
+// p_new = p + s with the new s
+template <class T>
+NLCG_HD T moved(T p, T s) {
+  return p + s;
+}
+
+// The factor h s of shs = sum((h s) s)
+template <class T>
+NLCG_HD T curvature_along(T h, T s) {
+  return h * s;
 }
 
 // ---- scalars between the passes ----------------------------------------------------------------------------------

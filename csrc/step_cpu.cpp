@@ -94,7 +94,7 @@ struct CurvatureSums {  // all of ys and shs at once, for a caller without the s
     const auto wide_s = widen(s);
     sums.sum[0].add_product(k, widen(gradient(at, i, k, group, c.maximize)), wide_s);
     sums.sum[1].add_product(k, load_wide(at.grad_prev + i), wide_s);
-    sums.sum[2].add_product(k, widen(Vector<S>(load(at.h + i) * s)), wide_s);
+    sums.sum[2].add_product(k, widen(curvature_along(load(at.h + i), s)), wide_s);
   }
 };
 
@@ -118,7 +118,7 @@ struct CurvatureAndDots {  // pass 2
         sums.sum[1].add_product(k, wide_g, widen(w_prev));
       }
       if (curvature) {
-        const Vector<S> y = g - load(at.grad_prev + i);
+        const Vector<S> y = gradient_change(g, load(at.grad_prev + i));
         const Vector<S> s = scaled_direction(group.alpha_prev[k], load(at.d + i));
         h = bfgs_diagonal(h, y, s, c.rsqrt_ys, c.rsqrt_shs, c.bound);
         if (store_h) store(at.h + i, h);
@@ -151,11 +151,11 @@ struct DirectionAndMove {  // pass 3
         store(at.grad_prev + i, g);
       }
     }
-    if (move && group.moves) store(at.p + i, Vector<S>(load(at.p + i) + s));
+    if (move && group.moves) store(at.p + i, moved(load(at.p + i), s));
     if (preconditioned) {
       const auto wide_s = widen(s);
       sums.sum[0].add_product(k, widen(g), wide_s);
-      sums.sum[1].add_product(k, widen(Vector<S>(h * s)), wide_s);
+      sums.sum[1].add_product(k, widen(curvature_along(h, s)), wide_s);
     }
   }
 };
@@ -483,17 +483,14 @@ void step_in(const Step& step) {
 // ---- the parts ---------------------------------------------------------------------------------------------------
 
 template <class S>
-void curvature_sums_in(const Step& step, double* ys, double* shs) {
+bool update_curvature_in(const Step& step, double* ys, double* shs) {
   double sums[kMaxSums];
   reduce<S>(step, CurvatureSums<S>{constants<S>(step, 0, 0, 0, 0)}, sums);
   *ys = sums[0] - sums[1];
   *shs = sums[2];
-}
-
-template <class S>
-void update_curvature_in(const Step& step, double ys, double shs) {
-  double sums[kMaxSums];
-  reduce<S>(step, CurvatureAndDots<S>{constants<S>(step, 1, 0, ys, shs), true, true, true, false, false}, sums);
+  if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
+  reduce<S>(step, CurvatureAndDots<S>{constants<S>(step, 1, 0, *ys, *shs), true, true, true, false, false}, sums);
+  return true;
 }
 
 template <class S>
@@ -524,9 +521,9 @@ void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
   *gd = sums[2];
 }
 
-#define NLCG_VERB(verb)                                                                        \
-  [](const Step& step, auto... args) {                                                         \
-    step.state.dtype == DType::f64 ? verb<double>(step, args...) : verb<float>(step, args...); \
+#define NLCG_VERB(verb)                                                                               \
+  [](const Step& step, auto... args) {                                                                \
+    return step.state.dtype == DType::f64 ? verb<double>(step, args...) : verb<float>(step, args...); \
   }
 
 }  // namespace
@@ -535,7 +532,6 @@ extern const CpuVerbs FASTNLCG_ISA_SYMBOL;
 const CpuVerbs FASTNLCG_ISA_SYMBOL = {
     FASTNLCG_ISA_NAME,
     NLCG_VERB(step_in),
-    NLCG_VERB(curvature_sums_in),
     NLCG_VERB(update_curvature_in),
     NLCG_VERB(preconditioned_dots_in),
     NLCG_VERB(update_direction_in),

@@ -16,9 +16,8 @@ struct CpuVerbs {
   // The whole step: three passes over tiles. 56 bytes of traffic per float32 parameter.
   void (*step)(const Step&);
 
-  // The parts, over the same passes; `scalars` carries what they need and give (see ops.py).
-  void (*curvature_sums)(const Step&, double* ys, double* shs);          // reads g, g_prev, d, h
-  void (*update_curvature)(const Step&, double ys, double shs);          // writes h
+  // The parts, over the same passes; they neither read nor write `scalars`.
+  bool (*update_curvature)(const Step&, double* ys, double* shs);        // writes h where the gate is open: true
   void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, g_prev, h
   void (*update_direction)(const Step&, double beta);  // writes p (unless null), d, g_prev (unless null)
   void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over g_prev and d

@@ -655,6 +655,36 @@ class TestGControlFlow:
         assert optimizer.diagnostics().step == 11 - len(errors)
         optimizer.step()
 
+    def test_57_norms_between_gathering_and_stepping(self) -> None:
+        """What the step points at must survive them; here without the lock that keeps threads apart."""
+        ps, optimizer = stepped()
+        qs, expected = stepped()
+        gather = optimizer._gather
+
+        def interrupted(options: object) -> object:
+            table = gather(options)
+            assert table.native.state_norms(1)[0] > 0
+            return table
+
+        optimizer._gather = interrupted
+        one_step(ps, optimizer)
+        one_step(qs, expected)
+        assert everything(ps, optimizer) == everything(qs, expected)
+
+    def test_57_diagnostics_wait_for_a_step_in_another_thread(self) -> None:
+        p = parameter(5_000_000)
+        p.grad = torch.ones_like(p)
+        optimizer = NLCG([p], 0.1)
+        optimizer.step()
+        thread = threading.Thread(target=lambda: [optimizer.step() for _ in range(10)])
+        thread.start()
+        seen = []
+        while thread.is_alive():
+            seen.append(optimizer.diagnostics().step)
+        thread.join()
+        assert seen == sorted(seen)
+        assert optimizer.diagnostics().step == 11
+
     def test_57_fork_after_use(self) -> None:
         """The child computes alone (libgomp's pool is gone there), with the same bits."""
         code = """

@@ -64,6 +64,11 @@ def test_the_gate_keeps_h(isa: str) -> None:
     curvature = ops.bfgs_diag_update(x["h"], x["g"], x["g"].copy(), x["d"], alpha_prev=0.5)
     assert curvature == (0.0, pytest.approx(curvature.shs), False)
     np.testing.assert_array_equal(x["h"], before)
+    x["g"][:] = x["g_prev"] - x["d"]  # ys < 0 for a positive step, > 0 for a negative one
+    assert not ops.bfgs_diag_update(x["h"], x["g"], x["g_prev"], x["d"], alpha_prev=0.5).updated
+    assert not ops.bfgs_diag_update(x["h"], x["g"], x["g_prev"], x["d"], alpha_prev=-0.5, curvature_eps=1e9).updated
+    np.testing.assert_array_equal(x["h"], before)
+    assert ops.bfgs_diag_update(x["h"], x["g"], x["g_prev"], x["d"], alpha_prev=-0.5).updated
 
 
 @pytest.mark.parametrize("update", ["fletcher_reeves", "polak_ribiere"])

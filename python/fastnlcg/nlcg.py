@@ -120,6 +120,8 @@ class NLCG(torch.optim.Optimizer):
     are those of the authors' TensorFlow code; ``restart`` and ``nonfinite`` are additions.
     """
 
+    _stepping = False
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -209,34 +211,38 @@ class NLCG(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        if not self._lock.acquire(blocking=False):
+        if self._stepping:
             raise RuntimeError("this optimizer is stepping in another thread")
-        try:
-            options, lr, weight_decay = self._hyper_parameters()
-            now = _native.check_loss(loss if closure is None else value) if options["line_search"] else math.nan
-            table = self._gather(options)
-            if table.native is not None and table.moving:
-                moved = table.native.step(lr, weight_decay, table.set_changed, now, _native.num_threads())
-                if moved:
-                    table.set_changed = False
-                    _increment_version(table.moving)
-            table.gradients = []
-        finally:
-            self._lock.release()
+        with self._lock:  # diagnostics may hold it for a moment
+            self._stepping = True
+            try:
+                options, lr, weight_decay = self._hyper_parameters()
+                now = _native.check_loss(loss if closure is None else value) if options["line_search"] else math.nan
+                table = self._gather(options)
+                if table.native is not None and table.moving:
+                    moved = table.native.step(lr, weight_decay, table.set_changed, now, _native.num_threads())
+                    if moved:
+                        table.set_changed = False
+                        _increment_version(table.moving)
+                table.gradients = []
+            finally:
+                self._stepping = False
         return value
 
     def diagnostics(self) -> Diagnostics:
-        """What the last step did. The norms are computed when asked for, from the state, by one pass over it."""
-        native = self._table.native
-        if native is None and any(self.state.values()):  # after a load
-            params = self._parameters()
-            stateful = [i for i, p in enumerate(params) if self.state.get(p)]
-            native = self._flatten(params, stateful, _shared_options(self.param_groups[0]))
-            self._set_segments(native, params, stateful, self._last_set(native, params, stateful))
-        if native is None:
-            return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
-        s = native.scalars
-        gg, dd, gd = native.state_norms(_native.num_threads())
+        """What the last step did. The norms are computed when asked for, from the state, by one pass over it. Waits for
+        a step that is under way in another thread."""
+        with self._lock:
+            native = self._table.native
+            if native is None and any(self.state.values()):  # after a load
+                params = self._parameters()
+                stateful = [i for i, p in enumerate(params) if self.state.get(p)]
+                native = self._flatten(params, stateful, _shared_options(self.param_groups[0]))
+                self._set_segments(native, params, stateful, self._last_set(native, params, stateful))
+            if native is None:
+                return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
+            s = native.scalars
+            gg, dd, gd = native.state_norms(_native.num_threads())
         norms = math.sqrt(gg) * math.sqrt(dd)
         return Diagnostics(
             step=int(s["step"]),

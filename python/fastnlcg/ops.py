@@ -127,12 +127,11 @@ def bfgs_diag_update(
     threads = _native.num_threads(threads)
     view, n, dtype = _native.buffers({"g": g}, {"g_prev": g_prev, "d": d, "h": h}, ("h",))
     step = _native.Step(dtype, n, view["g_prev"], view["d"], view["h"], None, 1)
-    ys, shs = step.curvature_sums(view["g"], alpha_prev, threads)
-    updated = ys > curvature_eps and shs > curvature_eps
-    if updated:
-        step.update_curvature(view["g"], alpha_prev, ys, shs, threads)
+    _set_options(step, curvature_eps=curvature_eps)
+    curvature = Curvature(*step.update_curvature(view["g"], alpha_prev, threads))
+    if curvature.updated:
         _native.mark_written(h)
-    return Curvature(ys, shs, updated)
+    return curvature
 
 
 def preconditioned_dots(g: Any, g_prev: Any, h: Any, *, eps: float = 1e-8, threads: int | None = None) -> Dots:
@@ -270,6 +269,6 @@ def nlcg_step(
     return moved
 
 
-def _set_options(step: _native.Step, *, eps: float) -> None:
-    """The options of a part: only ``eps`` matters to it."""
-    step.set_options("fletcher_reeves", "never", 0, eps, 0.0, True, False, None)
+def _set_options(step: _native.Step, *, eps: float = 0.0, curvature_eps: float = 0.0) -> None:
+    """The options of a part: the one that matters to it."""
+    step.set_options("fletcher_reeves", "never", 0, eps, curvature_eps, True, False, None)
