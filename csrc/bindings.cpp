@@ -199,7 +199,7 @@ class NativeStep {
   }
 
   // True where the parameters changed, false where the step was skipped.
-  bool step(const std::vector<double>& lr, const std::vector<double>& weight_decay, bool set_changed, double loss,
+  bool step(const std::vector<double>& lr, const std::vector<double>& weight_decay, double set, double loss,
             int threads) {
     const Busy busy(*this);
     if (!pointed_) throw bad("a step needs point() or refresh() first");
@@ -216,7 +216,7 @@ class NativeStep {
     }
     step_.groups = groups_.data();
     step_.n_groups = static_cast<std::int64_t>(groups_.size());
-    step_.set_changed = set_changed;
+    step_.set = set;
     step_.loss = loss;
     set_threads(threads);
     const double skipped = scalars_.skipped_steps;
@@ -384,7 +384,7 @@ class NativeStep {
   template <class ScalarsT, class F>
   static void each_scalar(ScalarsT& s, F&& f) {
     f("step", s.step), f("skipped_steps", s.skipped_steps), f("rz", s.rz), f("gs", s.gs), f("shs", s.shs);
-    f("grad_max", s.grad_max), f("ls_scale", s.ls_scale), f("loss_prev", s.loss_prev);
+    f("grad_max", s.grad_max), f("ls_scale", s.ls_scale), f("loss_prev", s.loss_prev), f("set", s.set);
     f("beta", s.beta), f("ys", s.ys), f("shs_used", s.shs_used), f("updated", s.updated);
   }
 
@@ -453,7 +453,7 @@ PYBIND11_MODULE(_core, m) {
       .def("set_segments", &NativeStep::set_segments)
       .def("point", py::overload_cast<const py::list&, const py::list&>(&NativeStep::point), "p"_a, "g"_a)
       .def("refresh", &NativeStep::refresh, "exchange"_a, "moving"_a, "resting"_a, "tensor_type"_a)
-      .def("step", &NativeStep::step, "lr"_a, "weight_decay"_a, "set_changed"_a, "loss"_a, "threads"_a)
+      .def("step", &NativeStep::step, "lr"_a, "weight_decay"_a, "set"_a, "loss"_a, "threads"_a)
       .def("state_norms", &NativeStep::state_norms, "threads"_a)
       .def_property("scalars", &NativeStep::scalars, &NativeStep::set_scalars)
       .def_property("alpha_prev", &NativeStep::alpha_prev, &NativeStep::set_alpha_prev)

@@ -1,6 +1,6 @@
 // SIMD vectors of the width this file is compiled for, in GCC's vector extensions: arithmetic is written with plain
-// operators, so the functions of nlcg_math.h take a vector wherever they take a float. Loads, stores, conversions of
-// the 16-bit types, and the double-precision accumulators are all there is here; no formula of the method.
+// operators, so the functions of nlcg_math.h take a vector wherever they take a float. Loads, stores and the
+// double-precision accumulators are all there is here; no formula of the method.
 //
 // Included by step_cpu.cpp only, once per instruction set. Everything is in an unnamed namespace: a function compiled
 // for AVX-512 must never be the copy that the linker keeps for the baseline.
@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "half.h"
 #include "step_args.h"
 
 namespace fastnlcg {
@@ -53,14 +54,6 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(S));
 template <class S>
 constexpr int kVectors = kBlock / kLanes<S>;  // per block
 
-template <class To, class From>
-NLCG_INLINE To bits_of(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  __builtin_memcpy(&y, &x, sizeof(y));
-  return y;
-}
-
 using Bits64 = std::uint64_t __attribute__((vector_size(kVectorBytes)));
 NLCG_INLINE Float magnitude(Float x) { return bits_of<Float>(bits_of<Bits32>(x) & 0x7fffffffu); }
 NLCG_INLINE Double magnitude(Double x) { return bits_of<Double>(bits_of<Bits64>(x) & 0x7fffffffffffffffu); }
@@ -68,54 +61,6 @@ NLCG_INLINE Double magnitude(Double x) { return bits_of<Double>(bits_of<Bits64>(
 template <class V, class S>
 NLCG_INLINE V broadcast(S x) {
   return x - V{};  // x - 0, not x + 0: the sign of a zero stays
-}
-
-// ---- 16-bit floats: the same integer arithmetic for one value and for a vector -----------------------------------
-// Written out rather than left to F16C or AVX512-BF16, which the baseline lacks: one rounding on every machine.
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
-
-template <class F, class U>
-NLCG_INLINE F decode_bf16(U u) {
-  return bits_of<F>(static_cast<U>(u << 16));
-}
-
-template <class U, class F>
-NLCG_INLINE U encode_bf16(F x) {  // round to nearest even; a NaN stays one
-  const U u = bits_of<U>(x);
-  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return (u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded;
-}
-
-template <class F, class U>
-NLCG_INLINE F decode_f16(U u) {
-  const U sign = (u & 0x8000u) << 16;
-  const U shifted = (u & 0x7fffu) << 13;  // exponent and mantissa in float32's places
-  const U exponent = shifted & 0x0f800000u;
-  const U normal = shifted + (112u << 23);  // rebias 15 -> 127
-  const U special = normal + (112u << 23);  // Inf and NaN: exponent 255
-  // Subnormal: 1.m * 2^-14 - 2^-14, exact and in normal numbers, so that a flush-to-zero mode cannot touch it.
-  const U subnormal = bits_of<U>(static_cast<F>(bits_of<F>(static_cast<U>(normal + (1u << 23))) - 6.103515625e-05f));
-  const U small_or_normal = exponent == 0u ? subnormal : normal;
-  return bits_of<F>(static_cast<U>(sign | (exponent == 0x0f800000u ? special : small_or_normal)));
-}
-
-template <class U, class F>
-NLCG_INLINE U encode_f16(F x) {  // round to nearest even; a NaN stays one
-  const U u = bits_of<U>(x);
-  const U sign = (u >> 16) & 0x8000u;
-  const U magnitude = u & 0x7fffffffu;
-  const U nan_or_inf = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
-  // Below 2^-14 the float adder rounds: 0.5 has its last bit where the half's subnormal has its own.
-  const U subnormal = bits_of<U>(static_cast<F>(bits_of<F>(magnitude) + 0.5f)) - 0x3f000000u;
-  const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const U finite = magnitude < 0x38800000u ? subnormal : normal;
-  return sign | (magnitude >= 0x47800000u ? nan_or_inf : finite);
 }
 
 // ---- memory <-> vectors of the state's type ----------------------------------------------------------------------
@@ -174,16 +119,6 @@ NLCG_INLINE Float load(const BFloat16* from) { return decode_bf16<Float>(load_16
 NLCG_INLINE Float load(const Float16* from) { return decode_f16<Float>(load_16bit(from)); }
 NLCG_INLINE void store(BFloat16* to, Float v) { store_16bit(to, encode_bf16<Bits32>(v)); }
 NLCG_INLINE void store(Float16* to, Float v) { store_16bit(to, encode_f16<Bits32>(v)); }
-
-// One element, for blocks that straddle segments.
-NLCG_INLINE float value_of(float x) { return x; }
-NLCG_INLINE double value_of(double x) { return x; }
-NLCG_INLINE float value_of(BFloat16 x) { return decode_bf16<float>(std::uint32_t{x.bits}); }
-NLCG_INLINE float value_of(Float16 x) { return decode_f16<float>(std::uint32_t{x.bits}); }
-NLCG_INLINE void assign(float& to, float x) { to = x; }
-NLCG_INLINE void assign(double& to, double x) { to = x; }
-NLCG_INLINE void assign(BFloat16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_bf16<std::uint32_t>(x)); }
-NLCG_INLINE void assign(Float16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_f16<std::uint32_t>(x)); }
 
 // ---- sums in double ----------------------------------------------------------------------------------------------
 

@@ -18,12 +18,6 @@
 
 #include "step_args.h"
 
-#ifdef __CUDACC__
-#define NLCG_HD __host__ __device__ __forceinline__
-#else
-#define NLCG_HD inline __attribute__((always_inline))
-#endif
-
 namespace fastnlcg {
 
 // ---- per element -------------------------------------------------------------------------------------------------
@@ -31,6 +25,12 @@ namespace fastnlcg {
 // |x|. The vector overload is in lanes.h.
 NLCG_HD float magnitude(float x) { return __builtin_fabsf(x); }
 NLCG_HD double magnitude(double x) { return __builtin_fabs(x); }
+
+// The gradient of a loss that was multiplied by a scale (AMP): as torch's GradScaler unscales it.
+template <class T>
+NLCG_HD T unscaled(T g, T inverse_scale) {
+  return g * inverse_scale;
+}
 
 // L2 weight decay pulls toward zero: the gradient the method sees.
 template <class T>
@@ -96,6 +96,9 @@ NLCG_HD T curvature_along(T h, T s) {
 
 NLCG_HD bool is_finite(double x) { return x - x == 0.0; }
 
+// 1 / sqrt(x) for a sum of squares, 0 where there is none; `bound` keeps it inside the state's type.
+NLCG_HD double inverse_root(double x, double bound) { return x > 0.0 ? at_most(1.0 / __builtin_sqrt(x), bound) : 0.0; }
+
 // The curvature gate; false for NaN and Inf.
 NLCG_HD bool curvature_accepted(double ys, double shs, double curvature_eps) {
   return ys > curvature_eps && shs > curvature_eps && is_finite(ys) && is_finite(shs);
@@ -103,7 +106,7 @@ NLCG_HD bool curvature_accepted(double ys, double shs, double curvature_eps) {
 
 // Could pass 2 meet a number that is not finite although every gradient is? It divides by h + eps >= eps and sums up
 // to n squares, so it cannot while the largest |g| of this and the previous step, over eps, is this far from overflow:
-// sum <= n * g_max * (g_max / eps). A `true` only costs time: pass 2 is then rehearsed before it may write.
+// sum <= n * g_max * (g_max / eps). A `true` only costs time: pass 3 then writes h instead of pass 2.
 NLCG_HD bool may_overflow(double grad_max, double grad_prev_max, double eps, double n, double largest) {
   const double g = grad_max > grad_prev_max ? grad_max : grad_prev_max;
   const double z = g / eps;
@@ -145,6 +148,63 @@ NLCG_HD double line_search_scale(const Options& o, double scale, double loss, do
     return higher < 1.0 ? higher : 1.0;
   }
   return scale;
+}
+
+// ---- the decisions of a step -------------------------------------------------------------------------------------
+
+// What one step has decided so far. `next` becomes the scalars when, and only when, the step is concluded.
+struct Course {
+  Scalars next;
+  bool skip;            // a sum is not finite: nothing may change but the counter
+  bool preconditioned;  // z = -g / (h + eps), not z = -g
+  bool same;            // g_prev and d speak of the parameters that move now
+  bool curvature;       // h is updated
+  bool deferred;        // by pass 3, because the sums of pass 2 may not be finite
+  double eps;           // 0 in the first step: z = -g / h
+};
+
+// Before pass 1: the line search, and whether the past still counts.
+NLCG_HD Course open_step(const Options& o, const Scalars& now, bool preconditioned, double set, double loss) {
+  Course c{now, false, preconditioned, now.step != 0.0 && now.set == set, false, false, now.step == 0.0 ? 0.0 : o.eps};
+  if (o.line_search && is_finite(loss)) {
+    const double signed_loss = o.maximize ? -loss : loss;
+    c.next.ls_scale = line_search_scale(o, now.ls_scale, signed_loss, now.loss_prev);
+    c.next.loss_prev = signed_loss;
+  }
+  c.next.set = set;
+  return c;
+}
+
+// After pass 1: is h updated? `gs` = sum(g s) over this gradient and the last move.
+NLCG_HD void decide_curvature(Course& c, const Options& o, double gs, double grad_max, double n, double largest) {
+  c.skip = o.skip_nonfinite && !(is_finite(gs) && is_finite(grad_max));
+  c.next.ys = c.same ? gs - c.next.gs : 0.0;
+  c.next.shs_used = c.same ? c.next.shs : 0.0;
+  c.curvature = c.same && curvature_accepted(c.next.ys, c.next.shs, o.curvature_eps);
+  c.deferred = c.curvature && o.skip_nonfinite && may_overflow(grad_max, c.next.grad_max, c.eps, n, largest);
+  c.next.updated = c.curvature ? 1.0 : 0.0;
+  c.next.grad_max = grad_max;
+}
+
+// Which of pass 2's sums somebody will look at: sum(g g_prev / (h + eps)), and sum(g d) with the old direction.
+NLCG_HD bool needs_rz_mid(const Course& c, const Options& o) {
+  return c.same && (o.update == UpdateRule::polak_ribiere || o.restart == Restart::powell);
+}
+NLCG_HD bool needs_gd(const Course& c, const Options& o) { return c.same && o.restart == Restart::descent; }
+
+// After pass 2: beta.
+NLCG_HD void decide_direction(Course& c, const Options& o, double rz_new, double rz_mid, double gd) {
+  c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid) && is_finite(gd)));
+  c.next.beta = c.same ? conjugacy(o.update, c.next.rz, rz_new, rz_mid) : 0.0;
+  if (restart_due(o, c.next.step, c.next.beta, rz_new, rz_mid, gd)) c.next.beta = 0.0;
+  c.next.rz = rz_new;
+}
+
+// After pass 3: `gs` = sum(g s) and `shs` = sum(s h s) over the move just made, for the next step.
+NLCG_HD void conclude_step(Course& c, double gs, double shs) {
+  c.next.step += 1.0;
+  c.next.gs = gs;
+  c.next.shs = shs;
 }
 
 }  // namespace fastnlcg

@@ -7,6 +7,13 @@
 
 #include <cstdint>
 
+// What every instruction set and every CUDA thread compiles for itself.
+#ifdef __CUDACC__
+#define NLCG_HD __host__ __device__ __forceinline__
+#else
+#define NLCG_HD inline __attribute__((always_inline))
+#endif
+
 namespace fastnlcg {
 
 constexpr double kLargestDouble = 1.7976931348623157e308;
@@ -59,6 +66,7 @@ struct Scalars {
   double grad_max;       // largest |g| of the last step
   double ls_scale;       // line-search scale, in (0, 1]
   double loss_prev;      // NaN: none yet
+  double set;            // which parameters moved in the last step: Step::set of it
   // What the last step did; read by diagnostics only.
   double beta;
   double ys;
@@ -86,8 +94,8 @@ struct Step {
   Scalars* scalars;
   double* param_steps;  // per parameter: the step that moved it last
   double* partials;     // workspace: kMaxSums per tile, see partials_needed
-  bool set_changed;     // the parameters with gradients are not those of the previous step
-  double loss;          // NaN: none given
+  double set;   // names the set of parameters with gradients; another than the last step's: the past is forgotten
+  double loss;  // NaN: none given
   int threads;
 };
 

@@ -1,12 +1,4 @@
-// The three passes of a step over tiles, written once, compiled once per instruction set.
-//
-//     pass 1   reads g, d              sum(g s), max|g|                          8 bytes per float32 parameter
-//     pass 2   reads g, g_prev, d, h   writes h; rz_new, rz_mid, sum(g d)       20
-//     pass 3   reads p, g, d, h        writes p, d, g_prev; sum(g s), sum(s h s) 28
-//
-// ys = sum(y s) = sum(g s) - sum(g_prev s): pass 3 forms the second sum while it has both factors in registers, so the
-// next step's pass 1 needs to stream only g and d. Both are sums of the stored numbers in the same order: an unchanged
-// gradient gives ys = 0 exactly.
+// The CPU step: the passes of passes.h over tiles, written once, compiled once per instruction set.
 //
 // A tile is a fixed range of the flat state. Inside it, runs of whole blocks that lie in one segment are streamed; a
 // block that straddles segments (or the end) is gathered into a block on the stack, goes through the same code, and is
@@ -20,12 +12,12 @@
 #include <utility>
 
 #include "lanes.h"
-#include "nlcg_math.h"
+#include "passes.h"
 
 namespace fastnlcg {
 namespace {
 
-// ---- what a pass sees of one block -------------------------------------------------------------------------------
+// ---- what a pass sees of one vector ------------------------------------------------------------------------------
 
 template <class S, class P>
 struct Stream {
@@ -52,126 +44,53 @@ struct Sums {
   Vector<S> grad_max[kVectors<S>] = {};
 };
 
-template <class S>
-struct Constants {
-  Vector<S> eps, beta, rsqrt_ys, rsqrt_shs, bound;
+// What does not change from vector to vector.
+struct Flags {
   bool maximize;
-};
-
-template <class S, class P>
-NLCG_INLINE Vector<S> gradient(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
-                               bool maximize) {
-  Vector<S> g = load(at.g + i);
-  if (maximize) g = -g;
-  return group.decays ? decayed_gradient(g, group.weight_decay[k], load(at.p + i)) : g;
-}
-
-// Each pass is a functor over one vector: `i` is its element in the stream, `k` its place in the block.
-
-template <class S>
-struct CurvatureDot {  // pass 1
-  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = true, kBackward = false;
-  Constants<S> c;
-  template <class P>
-  NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
-                              Sums<S>& sums) const {
-    const Vector<S> g = gradient(at, i, k, group, c.maximize);
-    const Vector<S> s = scaled_direction(group.alpha_prev[k], load(at.d + i));
-    sums.sum[0].add_product(k, widen(g), widen(s));
-    const Vector<S> size = magnitude(g);
-    sums.grad_max[k] = size > sums.grad_max[k] ? size : sums.grad_max[k];
-  }
-};
-
-template <class S>
-struct CurvatureSums {  // all of ys and shs at once, for a caller without the sums of the step before
-  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = false, kBackward = false;
-  Constants<S> c;
-  template <class P>
-  NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
-                              Sums<S>& sums) const {
-    const Vector<S> s = scaled_direction(group.alpha_prev[k], load(at.d + i));
-    const auto wide_s = widen(s);
-    sums.sum[0].add_product(k, widen(gradient(at, i, k, group, c.maximize)), wide_s);
-    sums.sum[1].add_product(k, load_wide(at.grad_prev + i), wide_s);
-    sums.sum[2].add_product(k, widen(curvature_along(load(at.h + i), s)), wide_s);
-  }
-};
-
-template <class S>
-struct CurvatureAndDots {  // pass 2
-  static constexpr bool kWritesMove = false, kWritesCurvature = true, kMaxGradient = false, kBackward = true;
-  Constants<S> c;
-  bool preconditioned, curvature, store_h, mid, descent;
-  template <class P>
-  NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
-                              Sums<S>& sums) const {
-    const Vector<S> g = gradient(at, i, k, group, c.maximize);
-    const auto wide_g = widen(g);
-    if (!preconditioned) {
-      sums.sum[0].add_product(k, wide_g, wide_g);
-      if (mid) sums.sum[1].add_product(k, wide_g, load_wide(at.grad_prev + i));
-    } else {
-      Vector<S> h = load(at.h + i);
-      if (mid) {
-        const Vector<S> w_prev = preconditioned_gradient(load(at.grad_prev + i), h, c.eps);
-        sums.sum[1].add_product(k, wide_g, widen(w_prev));
-      }
-      if (curvature) {
-        const Vector<S> y = gradient_change(g, load(at.grad_prev + i));
-        const Vector<S> s = scaled_direction(group.alpha_prev[k], load(at.d + i));
-        h = bfgs_diagonal(h, y, s, c.rsqrt_ys, c.rsqrt_shs, c.bound);
-        if (store_h) store(at.h + i, h);
-      }
-      sums.sum[0].add_product(k, wide_g, widen(preconditioned_gradient(g, h, c.eps)));
-    }
-    if (descent) sums.sum[2].add_product(k, wide_g, load_wide(at.d + i));
-  }
-};
-
-template <class S>
-struct DirectionAndMove {  // pass 3
-  static constexpr bool kWritesMove = true, kWritesCurvature = false, kMaxGradient = false, kBackward = false;
-  Constants<S> c;
-  bool preconditioned, keep_grad, move;
   bool streaming;  // g_prev is written but not read here: where it cannot stay in the cache, go around it
-  template <class P>
-  NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>& group,
-                              Sums<S>& sums) const {
-    const Vector<S> g = gradient(at, i, k, group, c.maximize);
-    const Vector<S> h = preconditioned ? load(at.h + i) : Vector<S>{};
-    const Vector<S> w = preconditioned ? preconditioned_gradient(g, h, c.eps) : g;
-    const Vector<S> d = conjugate_direction(w, c.beta, load(at.d + i));
-    const Vector<S> s = scaled_direction(group.alpha[k], d);
-    store(at.d + i, d);
-    if (keep_grad) {
-      if (streaming) {
-        store_streaming(at.grad_prev + i, g);
-      } else {
-        store(at.grad_prev + i, g);
-      }
-    }
-    if (move && group.moves) store(at.p + i, moved(load(at.p + i), s));
-    if (preconditioned) {
-      const auto wide_s = widen(s);
-      sums.sum[0].add_product(k, widen(g), wide_s);
-      sums.sum[1].add_product(k, widen(curvature_along(h, s)), wide_s);
-    }
-  }
 };
 
-template <class S>
-struct StateNorms {  // for diagnostics: |g_prev|^2, |d|^2, g_prev . d
-  static constexpr bool kWritesMove = false, kWritesCurvature = false, kMaxGradient = false, kBackward = false;
-  Constants<S> c;
-  template <class P>
-  NLCG_INLINE void operator()(const Stream<S, P>& at, std::int64_t i, int k, const GroupLanes<S>&,
-                              Sums<S>& sums) const {
-    const auto g = load_wide(at.grad_prev + i), d = load_wide(at.d + i);
-    sums.sum[0].add_product(k, g, g);
-    sums.sum[1].add_product(k, d, d);
-    sums.sum[2].add_product(k, g, d);
+// The vector at element `i` of the stream, vector `k` of its block.
+template <class S, class P>
+struct At {
+  const Stream<S, P>& stream;
+  std::int64_t i;
+  int k;
+  const GroupLanes<S>& group;
+  Sums<S>& sums;
+  Flags flags;
+
+  NLCG_INLINE Vector<S> g() const {
+    Vector<S> g = load(stream.g + i);
+    if (flags.maximize) g = -g;
+    return group.decays ? decayed_gradient(g, group.weight_decay[k], p()) : g;
   }
+  NLCG_INLINE Vector<S> p() const { return load(stream.p + i); }
+  NLCG_INLINE Vector<S> grad_prev() const { return load(stream.grad_prev + i); }
+  NLCG_INLINE Vector<S> d() const { return load(stream.d + i); }
+  NLCG_INLINE Vector<S> h() const { return load(stream.h + i); }
+  NLCG_INLINE Vector<S> alpha() const { return group.alpha[k]; }
+  NLCG_INLINE Vector<S> alpha_prev() const { return group.alpha_prev[k]; }
+  NLCG_INLINE bool moves() const { return group.moves; }
+  NLCG_INLINE void set_p(Vector<S> p) { store(stream.p + i, p); }
+  NLCG_INLINE void set_grad_prev(Vector<S> g) {
+    if (flags.streaming) {
+      store_streaming(stream.grad_prev + i, g);
+    } else {
+      store(stream.grad_prev + i, g);
+    }
+  }
+  NLCG_INLINE void set_d(Vector<S> d) { store(stream.d + i, d); }
+  NLCG_INLINE void set_h(Vector<S> h) { store(stream.h + i, h); }
+
+  NLCG_INLINE auto wide(Vector<S> x) const { return widen(x); }
+  NLCG_INLINE auto wide_grad_prev() const { return load_wide(stream.grad_prev + i); }
+  NLCG_INLINE auto wide_d() const { return load_wide(stream.d + i); }
+  template <class Wide>
+  NLCG_INLINE void add(int j, const Wide& a, const Wide& b) {
+    sums.sum[j].add_product(k, a, b);
+  }
+  NLCG_INLINE void largest(Vector<S> size) { sums.grad_max[k] = size > sums.grad_max[k] ? size : sums.grad_max[k]; }
 };
 
 // ---- from segments to blocks -------------------------------------------------------------------------------------
@@ -190,19 +109,23 @@ GroupLanes<S> lanes_of(const Group& group) {
 }
 
 template <class Pass, class S, class P, int... K>
-NLCG_INLINE void one_block(const Pass& pass, const Stream<S, P>& at, std::int64_t i, const GroupLanes<S>& group,
-                           Sums<S>& sums, std::integer_sequence<int, K...>) {
-  (pass(at, i + K * kLanes<S>, K, group, sums), ...);
+NLCG_INLINE void one_block(const Pass& pass, const Stream<S, P>& stream, std::int64_t i, const GroupLanes<S>& group,
+                           Sums<S>& sums, Flags flags, std::integer_sequence<int, K...>) {
+  const auto one_vector = [&](int k) __attribute__((always_inline)) {
+    At<S, P> at{stream, i + k * kLanes<S>, k, group, sums, flags};
+    pass(at);
+  };
+  (one_vector(K), ...);
 }
 
 template <class Pass, class S, class P>
 void run_blocks(const Pass& shared_pass, Stream<S, P> at, std::int64_t n, const GroupLanes<S>& shared_group,
-                Sums<S>& shared_sums) {
+                Sums<S>& shared_sums, Flags flags) {
   const Pass pass = shared_pass;  // copies: the compiler may then keep all of them in registers
   const GroupLanes<S> group = shared_group;
   Sums<S> sums = shared_sums;
   for (std::int64_t i = 0; i < n; i += kBlock) {
-    one_block(pass, at, i, group, sums, std::make_integer_sequence<int, kVectors<S>>{});
+    one_block(pass, at, i, group, sums, flags, std::make_integer_sequence<int, kVectors<S>>{});
   }
   shared_sums = sums;
 }
@@ -250,7 +173,8 @@ NLCG_INLINE void for_covered_lanes(const Step& step, std::int64_t first, std::in
 }
 
 template <class S, class Pass>
-void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S>& sums) {
+void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S>& sums,
+                Flags flags) {
   Staged<S> block = {};
   for (S& h : block.h) h = S{1};
   bool decays = false, moves = false;
@@ -276,22 +200,22 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   __builtin_memcpy(lanes.weight_decay, block.weight_decay, sizeof(block.weight_decay));
   lanes.decays = decays;
   lanes.moves = moves;
-  run_blocks(pass, Stream<S, S>{block.p, block.g, block.grad_prev, block.d, block.h}, kBlock, lanes, sums);
+  run_blocks(pass, Stream<S, S>{block.p, block.g, block.grad_prev, block.d, block.h}, kBlock, lanes, sums, flags);
   // A pass leaves alone what it does not write, so copying the block back restores those elements to themselves; p is
   // the exception, because its type may have rounded it, and belongs to the caller where the pass does not move it.
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       const auto to = stream_at<decltype(element), S>(step, segment, position + lane);
-      if (to.grad_prev && Pass::kWritesMove) *to.grad_prev = block.grad_prev[lane];
-      if (to.d && Pass::kWritesMove) *to.d = block.d[lane];
-      if (to.p && Pass::kWritesMove && block.alpha[lane] != S{0}) assign(*to.p, block.p[lane]);
-      if (to.h && Pass::kWritesCurvature) *to.h = block.h[lane];
+      if (to.grad_prev && (Pass::kMayWrite & kGradPrev)) *to.grad_prev = block.grad_prev[lane];
+      if (to.d && (Pass::kMayWrite & kD)) *to.d = block.d[lane];
+      if (to.p && (Pass::kMayWrite & kP) && block.alpha[lane] != S{0}) assign(*to.p, block.p[lane]);
+      if (to.h && (Pass::kMayWrite & kH)) *to.h = block.h[lane];
     });
   });
 }
 
 template <class S, class Pass>
-void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out) {
+void run_tile(const Step& step, const Pass& pass, Flags flags, std::int64_t tile, double* out) {
   Sums<S> sums;
   std::int64_t position = tile * kTile;
   const std::int64_t tile_end = position + kTile < step.state.n ? position + kTile : step.state.n;
@@ -319,11 +243,11 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
     if (segment.offset <= position && whole > 0) {
       with_element_type<S>(segment.dtype, [&](auto element) {
         run_blocks(pass, stream_at<decltype(element), S>(step, segment, position), whole,
-                   lanes_of<S>(step.groups[segment.group]), sums);
+                   lanes_of<S>(step.groups[segment.group]), sums, flags);
       });
       position += whole;
     } else {
-      run_staged(step, pass, s, position, sums);
+      run_staged(step, pass, s, position, sums, flags);
       position += kBlock;
     }
   }
@@ -353,14 +277,15 @@ constexpr std::int64_t kStrip = 32;
 
 // Runs the pass over all tiles and adds up the partial sums in the order of the tiles.
 template <class S, class Pass>
-void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums]) {
+void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums], bool streaming = false) {
+  const Flags flags{step.options.maximize, streaming};
   const std::int64_t tiles = tiles_of(step.state.n);
   const auto range = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t done = begin; done < end; done += kStrip) {
       const std::int64_t strip = end - done < kStrip ? end - done : kStrip;
       const std::int64_t first = Pass::kBackward ? end - (done - begin) - strip : done;
       for (std::int64_t tile = first; tile < first + strip; ++tile) {
-        run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
+        run_tile<S>(step, pass, flags, tile, step.partials + tile * kMaxSums);
       }
     }
   };
@@ -394,128 +319,95 @@ template <class S>
 constexpr double kLargest = sizeof(S) == sizeof(float) ? kLargestFloat : kLargestDouble;
 
 template <class S>
-Constants<S> constants(const Step& step, double eps, double beta, double ys, double shs) {
+Constants<Vector<S>> constants(double eps, double beta, double ys, double shs) {
   const double bound = 0.25 * kLargest<S>;
   const auto all = [](double x) { return broadcast<Vector<S>>(static_cast<S>(x)); };
-  const auto rsqrt = [&](double x) { return x > 0.0 ? at_most(1.0 / __builtin_sqrt(x), bound) : 0.0; };
-  return {all(eps), all(beta), all(rsqrt(ys)), all(rsqrt(shs)), all(bound), step.options.maximize};
+  return {all(eps), all(beta), all(inverse_root(ys, bound)), all(inverse_root(shs, bound)), all(bound)};
 }
 
 // 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
 constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
 
-template <class S>
-DirectionAndMove<S> direction_pass(const Step& step, double eps, double beta, bool move) {
-  const void* grad_prev = step.state.grad_prev;
-  const bool aligned = reinterpret_cast<std::uintptr_t>(grad_prev) % kVectorBytes == 0;
-  return {constants<S>(step, eps, beta, 0, 0), step.state.hessian_diag != nullptr, grad_prev != nullptr, move,
-          aligned && step.state.n >= kStreamingElements};
+// Whether pass 3 stores g_prev around the cache.
+bool streams(const Step& step, const bool deferred) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(step.state.grad_prev) % kVectorBytes == 0;
+  return aligned && !deferred && step.state.n >= kStreamingElements;
 }
 
 // ---- the step ----------------------------------------------------------------------------------------------------
 
 template <class S>
 void step_in(const Step& step) {
+  using V = Vector<S>;
   const Options& o = step.options;
-  Scalars next = *step.scalars;
-  const bool first = next.step == 0.0;
   const bool preconditioned = step.state.hessian_diag != nullptr;
-  const bool same_course = !first && !step.set_changed;  // g_prev and d speak of the parameters that move now
-  const double eps = first ? 0.0 : o.eps;                // z = -g / h in the first step
-  const double n = static_cast<double>(step.state.n);
+  Course c = open_step(o, *step.scalars, preconditioned, step.set, step.loss);
+  for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
+  const auto skip = [&] { step.scalars->skipped_steps += 1.0; };
   double sums[kMaxSums];
 
-  if (o.line_search && is_finite(step.loss)) {
-    const double loss = o.maximize ? -step.loss : step.loss;
-    next.ls_scale = line_search_scale(o, next.ls_scale, loss, next.loss_prev);
-    next.loss_prev = loss;
-  }
-  for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * next.ls_scale;
-
-  const auto skip = [&] { step.scalars->skipped_steps += 1.0; };
-
-  double ys = 0.0, grad_max = 0.0;
-  bool curvature = false;
   if (preconditioned) {
-    reduce<S>(step, CurvatureDot<S>{constants<S>(step, eps, 0, 0, 0)}, sums);
-    grad_max = sums[1];
-    if (o.skip_nonfinite && !(is_finite(sums[0]) && is_finite(grad_max))) return skip();
-    ys = same_course ? sums[0] - next.gs : 0.0;
-    curvature = same_course && curvature_accepted(ys, next.shs, o.curvature_eps);
+    reduce<S>(step, CurvatureDot<V>{}, sums);
+    decide_curvature(c, o, sums[0], sums[1], static_cast<double>(step.state.n), kLargest<S>);
+    if (c.skip) return skip();
   }
 
-  CurvatureAndDots<S> dots{constants<S>(step, eps, 0, ys, next.shs),
-                           preconditioned,
-                           curvature,
-                           true,
-                           same_course && (o.update == UpdateRule::polak_ribiere || o.restart == Restart::powell),
-                           same_course && o.restart == Restart::descent};
-  const auto finite = [&] { return is_finite(sums[0]) && is_finite(sums[1]) && is_finite(sums[2]); };
-  if (curvature && o.skip_nonfinite && may_overflow(grad_max, next.grad_max, eps, n, kLargest<S>)) {
-    dots.store_h = false;  // a rehearsal
-    reduce<S>(step, dots, sums);
-    if (!finite()) return skip();
-    dots.store_h = true;
-  }
-  reduce<S>(step, dots, sums);
-  if (o.skip_nonfinite && !finite()) return skip();  // no h has been written: see may_overflow
-  const double rz_new = sums[0], rz_mid = sums[1], gd = sums[2];
+  const Constants<V> curvature = constants<S>(c.eps, 0, c.next.ys, c.next.shs_used);
+  reduce<S>(
+      step,
+      CurvatureAndDots<V>{curvature, preconditioned, c.curvature, !c.deferred, needs_rz_mid(c, o), needs_gd(c, o)},
+      sums);
+  decide_direction(c, o, sums[0], sums[1], sums[2]);
+  if (c.skip) return skip();
 
-  double beta = same_course ? conjugacy(o.update, next.rz, rz_new, rz_mid) : 0.0;
-  if (restart_due(o, next.step, beta, rz_new, rz_mid, gd)) beta = 0.0;
-
-  reduce<S>(step, direction_pass<S>(step, eps, beta, true), sums);
-
-  next.step += 1.0;
-  next.rz = rz_new;
-  next.beta = beta;
-  next.ys = ys;
-  next.shs_used = same_course ? next.shs : 0.0;
-  next.updated = curvature ? 1.0 : 0.0;
-  next.gs = sums[0];
-  next.shs = sums[1];
-  next.grad_max = grad_max;
-  *step.scalars = next;
+  const Constants<V> direction = constants<S>(c.eps, c.next.beta, c.next.ys, c.next.shs_used);
+  reduce<S>(step, DirectionAndMove<V>{direction, preconditioned, true, true, c.deferred}, sums,
+            streams(step, c.deferred));
+  conclude_step(c, sums[0], sums[1]);
+  *step.scalars = c.next;
   for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha_prev = step.groups[i].alpha;
-  for (std::int64_t i = 0; i < step.n_segments; ++i) step.param_steps[step.segments[i].param] = next.step;
+  for (std::int64_t i = 0; i < step.n_segments; ++i) step.param_steps[step.segments[i].param] = c.next.step;
 }
 
 // ---- the parts ---------------------------------------------------------------------------------------------------
 
 template <class S>
 bool update_curvature_in(const Step& step, double* ys, double* shs) {
+  using V = Vector<S>;
   double sums[kMaxSums];
-  reduce<S>(step, CurvatureSums<S>{constants<S>(step, 0, 0, 0, 0)}, sums);
+  reduce<S>(step, CurvatureSums<V>{}, sums);
   *ys = sums[0] - sums[1];
   *shs = sums[2];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  reduce<S>(step, CurvatureAndDots<S>{constants<S>(step, 1, 0, *ys, *shs), true, true, true, false, false}, sums);
+  reduce<S>(step, CurvatureAndDots<V>{constants<S>(1, 0, *ys, *shs), true, true, true, false, false}, sums);
   return true;
 }
 
 template <class S>
 void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
+  using V = Vector<S>;
   double sums[kMaxSums];
-  const bool preconditioned = step.state.hessian_diag != nullptr;
-  reduce<S>(step,
-            CurvatureAndDots<S>{constants<S>(step, step.options.eps, 0, 0, 0), preconditioned, false, false,
-                                step.state.grad_prev != nullptr, false},
-            sums);
+  const bool preconditioned = step.state.hessian_diag != nullptr, mid = step.state.grad_prev != nullptr;
+  const Constants<V> c = constants<S>(step.options.eps, 0, 0, 0);
+  reduce<S>(step, CurvatureAndDots<V>{c, preconditioned, false, false, mid, false}, sums);
   *rz = sums[0];
   *rz_mid = sums[1];
 }
 
 template <class S>
 void update_direction_in(const Step& step, double beta) {
+  using V = Vector<S>;
   double sums[kMaxSums];
-  const bool move = step.n_segments > 0 && step.segments[0].p != nullptr;
-  reduce<S>(step, direction_pass<S>(step, step.options.eps, beta, move), sums);
+  const bool move = step.n_segments > 0 && step.segments[0].p != nullptr, keep_grad = step.state.grad_prev != nullptr;
+  const Constants<V> c = constants<S>(step.options.eps, beta, 0, 0);
+  reduce<S>(step, DirectionAndMove<V>{c, step.state.hessian_diag != nullptr, keep_grad, move, false}, sums,
+            streams(step, false));
 }
 
 template <class S>
 void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
   double sums[kMaxSums];
-  reduce<S>(step, StateNorms<S>{constants<S>(step, 0, 0, 0, 0)}, sums);
+  reduce<S>(step, StateNorms<Vector<S>>{}, sums);
   *gg = sums[0];
   *dd = sums[1];
   *gd = sums[2];

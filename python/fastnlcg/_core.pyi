@@ -62,7 +62,7 @@ class Step:
         self,
         lr: list[float],
         weight_decay: list[float],
-        set_changed: bool,
+        set: float,
         loss: float,
         threads: int,
     ) -> bool: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -220,9 +221,8 @@ class NLCG(torch.optim.Optimizer):
                 now = _native.check_loss(loss if closure is None else value) if options["line_search"] else math.nan
                 table = self._gather(options)
                 if table.native is not None and table.moving:
-                    moved = table.native.step(lr, weight_decay, table.set_changed, now, _native.num_threads())
+                    moved = table.native.step(lr, weight_decay, table.set, now, _native.num_threads())
                     if moved:
-                        table.set_changed = False
                         _increment_version(table.moving)
                 table.gradients = []
             finally:
@@ -238,7 +238,7 @@ class NLCG(torch.optim.Optimizer):
                 params = self._parameters()
                 stateful = [i for i, p in enumerate(params) if self.state.get(p)]
                 native = self._flatten(params, stateful, _shared_options(self.param_groups[0]))
-                self._set_segments(native, params, stateful, self._last_set(native, params, stateful))
+                self._set_segments(native, params, stateful, self._last_set(params))
             if native is None:
                 return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
             s = native.scalars
@@ -324,6 +324,8 @@ class NLCG(torch.optim.Optimizer):
         self._lock = threading.Lock()
         self._table = _Table()
         self._checked: list[Any] = []
+        self._sets: dict[tuple[int, ...], float] = {}
+        self._set_names = itertools.count()
         self._options: dict[str, Any] = {}
 
     def _parameters(self) -> list[Tensor]:
@@ -416,16 +418,24 @@ class NLCG(torch.optim.Optimizer):
             states=len(self.state),
             moving=[params[i] for i in moving],
             resting=[p for p, g in zip(params, grads, strict=True) if g is None],
-            set_changed=self._last_set(native, params, stateful) != moving,
+            set=self._name_set(moving),
             gradients=gradients,
             signatures=[] if _EXCHANGE is not None else [_signature(params[i]) for i in moving],
         )
         native.point([params[i].data_ptr() for i in moving], [g.data_ptr() for g in gradients])
 
-    def _last_set(self, native: _native.Step, params: list[Tensor], stateful: list[int]) -> list[int]:
+    def _last_set(self, params: list[Tensor]) -> list[int]:
         """The parameters that moved in the last step: those whose count is the optimizer's."""
-        step = native.scalars["step"]
-        return [i for i in stateful if params[i].numel() and self.state[params[i]]["step"].item() == step]
+        steps = {i: self.state[p]["step"].item() for i, p in enumerate(params) if self.state.get(p) and p.numel()}
+        last = max(steps.values(), default=0.0)
+        return [i for i, step in steps.items() if step == last]
+
+    def _name_set(self, moving: list[int]) -> float:
+        """A number for this set of parameters, the same as long as the layout of the state is. The native side compares
+        it with that of the last step that was not skipped, which the host need not know."""
+        if len(self._sets) > 100 and tuple(moving) not in self._sets:  # sets that come and go at random
+            self._sets.clear()
+        return self._sets.setdefault(tuple(moving), float(next(self._set_names)))
 
     def _set_segments(self, native: _native.Step, params: list[Tensor], stateful: list[int], moving: list[int]) -> None:
         """Tells the native side where in the flat state the parameters at ``moving`` lie."""
@@ -478,6 +488,9 @@ class NLCG(torch.optim.Optimizer):
         if any(self.state.get(p) for p in layout):
             first = self.param_groups[0]
             scalars = {key: math.nan if first[key] is None else float(first[key]) for key in _SCALARS}
+            # The set of the last step: state that it did not move is older, and what is laid out anew has not moved.
+            self._sets.clear()
+            scalars["set"] = self._name_set(self._last_set(self._parameters()))
             native.scalars = {**scalars, "step": float(steps.max())}
             native.alpha_prev = [float(group["alpha_prev"]) for group in self.param_groups]
         for p, views in fresh:
@@ -502,7 +515,8 @@ class _Table:
     """those with a gradient and at least one element: one segment each"""
     resting: list[Tensor] = field(default_factory=list)
     """those without a gradient"""
-    set_changed: bool = False
+    set: float = 0.0
+    """names the set of ``moving``"""
     gradients: list[Tensor] = field(default_factory=list)
     """what the native side points at, copies among them: alive until the step is over"""
     signatures: list[tuple[object, ...]] = field(default_factory=list)

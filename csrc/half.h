@@ -1,0 +1,74 @@
+// bfloat16 and float16 by integer arithmetic: the same code for one value, a SIMD vector and a CUDA thread. Written out
+// rather than left to F16C, AVX512-BF16 or the GPU's conversions: one rounding on every machine.
+#pragma once
+
+#include <cstdint>
+
+#include "step_args.h"
+
+namespace fastnlcg {
+
+template <class To, class From>
+NLCG_HD To bits_of(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+template <class F, class U>
+NLCG_HD F decode_bf16(U u) {
+  return bits_of<F>(static_cast<U>(u << 16));
+}
+
+template <class U, class F>
+NLCG_HD U encode_bf16(F x) {  // round to nearest even; a NaN stays one
+  const U u = bits_of<U>(x);
+  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded;
+}
+
+template <class F, class U>
+NLCG_HD F decode_f16(U u) {
+  const U sign = (u & 0x8000u) << 16;
+  const U shifted = (u & 0x7fffu) << 13;  // exponent and mantissa in float32's places
+  const U exponent = shifted & 0x0f800000u;
+  const U normal = shifted + (112u << 23);  // rebias 15 -> 127
+  const U special = normal + (112u << 23);  // Inf and NaN: exponent 255
+  // Subnormal: 1.m * 2^-14 - 2^-14, exact and in normal numbers, so that a flush-to-zero mode cannot touch it.
+  const U subnormal = bits_of<U>(static_cast<F>(bits_of<F>(static_cast<U>(normal + (1u << 23))) - 6.103515625e-05f));
+  const U small_or_normal = exponent == 0u ? subnormal : normal;
+  return bits_of<F>(static_cast<U>(sign | (exponent == 0x0f800000u ? special : small_or_normal)));
+}
+
+template <class U, class F>
+NLCG_HD U encode_f16(F x) {  // round to nearest even; a NaN stays one
+  const U u = bits_of<U>(x);
+  const U sign = (u >> 16) & 0x8000u;
+  const U magnitude = u & 0x7fffffffu;
+  const U nan_or_inf = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+  // Below 2^-14 the float adder rounds: 0.5 has its last bit where the half's subnormal has its own.
+  const U subnormal = bits_of<U>(static_cast<F>(bits_of<F>(magnitude) + 0.5f)) - 0x3f000000u;
+  const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U finite = magnitude < 0x38800000u ? subnormal : normal;
+  return sign | (magnitude >= 0x47800000u ? nan_or_inf : finite);
+}
+
+// One element, in memory and as a value of the state's type.
+NLCG_HD float value_of(float x) { return x; }
+NLCG_HD double value_of(double x) { return x; }
+NLCG_HD float value_of(BFloat16 x) { return decode_bf16<float>(std::uint32_t{x.bits}); }
+NLCG_HD float value_of(Float16 x) { return decode_f16<float>(std::uint32_t{x.bits}); }
+NLCG_HD void assign(float& to, float x) { to = x; }
+NLCG_HD void assign(double& to, double x) { to = x; }
+NLCG_HD void assign(BFloat16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_bf16<std::uint32_t>(x)); }
+NLCG_HD void assign(Float16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_f16<std::uint32_t>(x)); }
+
+}  // namespace fastnlcg
