@@ -53,6 +53,7 @@ clean:
 
 # the project itself, with warnings as errors
 .venv/fastnlcg: .venv/tools $(SOURCES)
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C cmake.define.FASTNLCG_WERROR=ON .
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C cmake.define.FASTNLCG_WERROR=ON \
+	  -C cmake.define.FASTNLCG_EMULATION=ON .
 	$(BIN)/python -m fastnlcg
 	touch $@

@@ -1,4 +1,4 @@
-// The Python module _core: buffers in, verbs out, the GIL released while they run. The only file that knows pybind11.
+// The Python module: buffers in, verbs out, the GIL released while they run. The only file that knows pybind11.
 //
 // Python checks arguments and words the errors (_native.py, nlcg.py); everything that could write outside a buffer is
 // checked here again. Nothing is written before every check has passed.
@@ -46,8 +46,10 @@ UpdateRule update_from(const std::string& name) {
 class NativeStep {
  public:
   NativeStep(const std::string& state_dtype, std::int64_t n, BufferPtr grad_prev, BufferPtr direction,
-             BufferPtr hessian_diag, BufferPtr param_steps, int groups)
-      : owners_{grad_prev, direction, hessian_diag, param_steps}, groups_(groups < 0 ? 0 : groups) {
+             BufferPtr hessian_diag, BufferPtr param_steps, int groups, const std::string& device, BufferPtr workspace,
+             std::uintptr_t stream)
+      : owners_{grad_prev, direction, hessian_diag, param_steps, workspace}, groups_(groups < 0 ? 0 : groups), device_(device) {
+    if (on_device() && (device_.rfind("cuda:", 0) != 0 || device_.size() == 5)) throw bad("no kernels for " + device_);
     step_.state.dtype = dtype_from(state_dtype);
     if (step_.state.dtype != DType::f64 && step_.state.dtype != DType::f32)
       throw bad("state must be float64 or float32");
@@ -64,13 +66,31 @@ class NativeStep {
       step_.param_steps = &own_param_step_;
       params_ = 1;
     }
+    for (Group& group : groups_) group = {};
     scalars_ = {};
     scalars_.ls_scale = 1.0;
     scalars_.loss_prev = std::numeric_limits<double>::quiet_NaN();
     step_.scalars = &scalars_;
-    partials_.resize(static_cast<std::size_t>(partials_needed(n)));
-    step_.partials = partials_.data();
-    for (Group& group : groups_) group = {};
+    step_.groups = groups_.data();
+    step_.n_groups = static_cast<std::int64_t>(groups_.size());
+    if (!on_device()) {
+      if (workspace) throw bad("a workspace is for CUDA");
+      partials_.resize(static_cast<std::size_t>(partials_needed(n)));
+      step_.partials = partials_.data();
+      return;
+    }
+    if (n > std::int64_t{1} << 40) throw bad("n is " + std::to_string(n) + ", expected at most 2^40 on a GPU");
+    cuda_.device = std::stoi(device_.substr(device_.find(':') + 1));
+    cuda_.stream = reinterpret_cast<void*>(stream);
+    if (!workspace) return;
+    check("workspace", *workspace, "float64");
+    cuda_.max_segments = params_;
+    const std::int64_t needed = workspace_doubles(n, params_, step_.n_groups);
+    if (workspace->size() < needed) {
+      throw bad("a workspace of " + std::to_string(workspace->size()) + " doubles, expected " + std::to_string(needed));
+    }
+    cuda_.workspace = static_cast<double*>(workspace->data());
+    cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
   }
   NativeStep(const NativeStep&) = delete;
   NativeStep& operator=(const NativeStep&) = delete;
@@ -135,6 +155,9 @@ class NativeStep {
       layouts.push_back({shape, strides});
       end = offset + n;
     }
+    if (cuda_.workspace != nullptr && static_cast<std::int64_t>(segments.size()) > cuda_.max_segments) {
+      throw bad(std::to_string(segments.size()) + " segments in a workspace for " + std::to_string(cuda_.max_segments));
+    }
     segments_ = std::move(segments);
     layouts_ = std::move(layouts);
     pointed_ = false;
@@ -198,15 +221,17 @@ class NativeStep {
     return true;
   }
 
-  // True where the parameters changed, false where the step was skipped.
+  // True where the parameters changed, false where the step was skipped. On a device the answer is always true: nobody
+  // has waited for the decision. Numbers on the device, (address, dtype), stand in for lr and loss where given.
+  using Number = std::optional<std::pair<std::uintptr_t, std::string>>;
   bool step(const std::vector<double>& lr, const std::vector<double>& weight_decay, double set, double loss,
-            int threads) {
+            int threads, const std::vector<Number>& lr_on_device, const Number& loss_on_device,
+            const Number& grad_scale, const Number& found_inf) {
     const Busy busy(*this);
     if (!pointed_) throw bad("a step needs point() or refresh() first");
     pointed_ = false;
     const std::vector<py::object> held = std::move(held_);
     held_.clear();
-    const CpuVerbs& cpu = cpu_verbs();
     if (lr.size() != groups_.size() || weight_decay.size() != groups_.size())
       throw bad("one lr and weight_decay a group");
     if (!step_.state.grad_prev || !step_.state.direction) throw bad("a step needs grad_prev and direction");
@@ -214,13 +239,29 @@ class NativeStep {
       groups_[i].lr = lr[i];
       groups_[i].weight_decay = weight_decay[i];
     }
-    step_.groups = groups_.data();
-    step_.n_groups = static_cast<std::int64_t>(groups_.size());
     step_.set = set;
     step_.loss = loss;
     set_threads(threads);
+    if (cuda_.workspace != nullptr) {
+      if (step_.n_segments == 0) return true;
+      if (!lr_on_device.empty() && lr_on_device.size() != groups_.size()) throw bad("one lr a group");
+      cuda_.lr.clear();
+      for (const Number& number : lr_on_device) cuda_.lr.push_back(device_number(number));
+      cuda_.loss = device_number(loss_on_device);
+      cuda_.grad_scale = device_number(grad_scale);
+      cuda_.found_inf = device_number(found_inf);
+      py::gil_scoped_release released;
+      cuda_step(step_, cuda_);
+      return true;
+    }
+    if (!lr_on_device.empty() || loss_on_device || grad_scale || found_inf)
+      throw bad("numbers on a device, for the CPU");
     const double skipped = scalars_.skipped_steps;
-    {
+    if (on_device()) {
+      py::gil_scoped_release released;
+      cuda_flat_step(step_, cuda_);
+    } else {
+      const CpuVerbs& cpu = cpu_verbs();
       py::gil_scoped_release released;
       cpu.step(step_);
     }
@@ -229,7 +270,6 @@ class NativeStep {
 
   std::tuple<double, double, double> state_norms(int threads) {
     const Busy busy(*this);
-    const CpuVerbs& cpu = cpu_verbs();
     if (!step_.state.grad_prev || !step_.state.direction) throw bad("norms need grad_prev and direction");
     // Over a copy of the table: what refresh() has pointed at belongs to the step that follows it, and may be gone.
     std::vector<Segment> segments = segments_;
@@ -237,27 +277,37 @@ class NativeStep {
     set_threads(threads);
     Step step = step_;
     step.segments = segments.data();
-    step.groups = groups_.data();
     double gg = 0, dd = 0, gd = 0;
-    py::gil_scoped_release released;
-    cpu.state_norms(step, &gg, &dd, &gd);
+    if (cuda_.workspace != nullptr) {
+      if (step.n_segments == 0) return {0, 0, 0};
+      py::gil_scoped_release released;
+      cuda_state_norms(step, cuda_, &gg, &dd, &gd);
+    } else {
+      const CpuVerbs& cpu = cpu_verbs();
+      py::gil_scoped_release released;
+      cpu.state_norms(step, &gg, &dd, &gd);
+    }
     return {gg, dd, gd};
   }
 
-  py::dict scalars() const {
+  py::dict scalars() {
+    fetch();
     py::dict out;
     each_scalar(scalars_, [&](const char* name, const double& value) { out[name] = value; });
     return out;
   }
   void set_scalars(const py::dict& values) {
     const Busy busy(*this);
+    fetch();
     Scalars next = scalars_;
     each_scalar(next, [&](const char* name, double& value) {
       if (values.contains(name)) value = py::cast<double>(values[name]);
     });
     scalars_ = next;
+    if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
   }
-  std::vector<double> alpha_prev() const {
+  std::vector<double> alpha_prev() {
+    fetch();
     std::vector<double> out;
     for (const Group& group : groups_) out.push_back(group.alpha_prev);
     return out;
@@ -265,30 +315,46 @@ class NativeStep {
   void set_alpha_prev(const std::vector<double>& values) {
     const Busy busy(*this);
     if (values.size() != groups_.size()) throw bad("one alpha_prev a group");
+    fetch();
     for (std::size_t i = 0; i < groups_.size(); ++i) groups_[i].alpha_prev = values[i];
+    if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
   }
+
+  // How a step runs on a device; the bits do not depend on it. Only tests and benchmarks have a reason to.
+  void set_launch(const std::string& form, int blocks, int resident_tiles) {
+    if (form != "automatic" && form != "one" && form != "three") throw bad("unknown form '" + form + "'");
+    cuda_.form = form == "automatic" ? CudaStep::Form::automatic
+                 : form == "one"     ? CudaStep::Form::one_launch
+                                     : CudaStep::Form::three_launches;
+    cuda_.blocks = blocks;
+    cuda_.resident_tiles = resident_tiles;
+  }
+  int launches() const { return cuda_.launches; }
+  std::uintptr_t stream() const { return reinterpret_cast<std::uintptr_t>(cuda_.stream); }
+  void set_stream(std::uintptr_t stream) { cuda_.stream = reinterpret_cast<void*>(stream); }
 
   // The parts, for one segment over buffers that this call holds.
   std::tuple<double, double, bool> update_curvature(const Buffer& g, double alpha_prev, int threads) {
-    const CpuVerbs& cpu = prepare(nullptr, &g, 0, alpha_prev, threads);
+    prepare(nullptr, g, 0, alpha_prev, threads);
     if (!step_.state.grad_prev || !step_.state.direction || !step_.state.hessian_diag) throw bad("missing state");
     double ys = 0, shs = 0;
-    py::gil_scoped_release released;
-    const bool updated = cpu.update_curvature(step_, &ys, &shs);
+    bool updated = false;
+    run([&] { updated = cuda_update_curvature(step_, cuda_, &ys, &shs); },
+        [&](const CpuVerbs& cpu) { updated = cpu.update_curvature(step_, &ys, &shs); });
     return {ys, shs, updated};
   }
   std::pair<double, double> preconditioned_dots(const Buffer& g, int threads) {
-    const CpuVerbs& cpu = prepare(nullptr, &g, 0, 0, threads);
+    prepare(nullptr, g, 0, 0, threads);
     double rz = 0, rz_mid = 0;
-    py::gil_scoped_release released;
-    cpu.preconditioned_dots(step_, &rz, &rz_mid);
+    run([&] { cuda_preconditioned_dots(step_, cuda_, &rz, &rz_mid); },
+        [&](const CpuVerbs& cpu) { cpu.preconditioned_dots(step_, &rz, &rz_mid); });
     return {rz, rz_mid};
   }
   void update_direction(const Buffer* p, const Buffer& g, double alpha, double beta, int threads) {
-    const CpuVerbs& cpu = prepare(p, &g, alpha, 0, threads);
+    prepare(p, g, alpha, 0, threads);
     if (!step_.state.direction) throw bad("missing state");
-    py::gil_scoped_release released;
-    cpu.update_direction(step_, beta);
+    run([&] { cuda_update_direction(step_, cuda_, beta); },
+        [&](const CpuVerbs& cpu) { cpu.update_direction(step_, beta); });
   }
 
  private:
@@ -313,7 +379,9 @@ class NativeStep {
     const Layout& layout = layouts_[i];
     const auto ndim = static_cast<std::int32_t>(layout.shape.size());
     if (tensor.dtype.code != type.code || tensor.dtype.bits != type.bits || tensor.dtype.lanes != 1) return false;
-    if (tensor.device.device_type != kCpu || tensor.ndim != ndim || tensor.data == nullptr) return false;
+    const bool here = on_device() ? tensor.device.device_type == kCuda && tensor.device.device_id == cuda_.device
+                                  : tensor.device.device_type == kCpu;
+    if (!here || tensor.ndim != ndim || tensor.data == nullptr) return false;
     if (tensor.strides == nullptr && ndim > 0) return false;
     for (std::size_t k = 0; k < layout.shape.size(); ++k) {
       if (tensor.shape[k] != layout.shape[k]) return false;
@@ -322,8 +390,22 @@ class NativeStep {
     return true;
   }
 
-  static void check(const char* name, const Buffer& buffer, const std::string& dtype) {
-    if (buffer.device() != "cpu") throw bad(std::string(name) + " is on " + buffer.device() + ", expected cpu");
+  bool on_device() const { return device_ != "cpu"; }
+  static DeviceNumber device_number(const Number& number) {
+    if (!number) return {};
+    if (number->first == 0) throw bad("a number on the device without an address");
+    return {reinterpret_cast<const void*>(number->first), dtype_from(number->second)};
+  }
+  // What the device knows better.
+  void fetch() {
+    if (cuda_.workspace != nullptr) cuda_read_scalars(cuda_, &scalars_, groups_.data(), step_.n_groups);
+  }
+
+  void check(const char* name, const Buffer& buffer, const std::string& dtype) const {
+    if (buffer.device() != device_) {
+      throw bad(std::string(name) + " is on " + buffer.device() + ", expected " + device_);
+    }
+
     if (buffer.dtype() != dtype) {
       throw py::type_error(std::string(name) + " has dtype " + buffer.dtype() + ", expected " + dtype);
     }
@@ -355,30 +437,38 @@ class NativeStep {
       (parameters ? segments_[i].p : const_cast<void*&>(segments_[i].g)) = pointer;
     }
   }
-  const CpuVerbs& prepare(const Buffer* p, const Buffer* g, double alpha, double alpha_prev, int threads) {
-    const CpuVerbs& cpu = cpu_verbs();
+  void prepare(const Buffer* p, const Buffer& g, double alpha, double alpha_prev, int threads) {
     if (groups_.size() != 1) throw bad("one group");
+    if (cuda_.workspace != nullptr) throw bad("the parts have a workspace of their own");
     segments_.clear();
     const std::int64_t n = step_.state.n;
-    for (const Buffer* buffer : {p, g}) {
+    for (const Buffer* buffer : {p, &g}) {
       if (buffer == nullptr) continue;
-      check(buffer == p ? "p" : "g", *buffer, g->dtype());
+      check(buffer == p ? "p" : "g", *buffer, g.dtype());
       if (buffer->size() != n)
         throw bad("a buffer of " + std::to_string(buffer->size()) + " beside state of " + std::to_string(n));
     }
     if (p != nullptr && p->readonly()) throw bad("p is read-only");
     if (n > 0) {
-      segments_.push_back({p ? p->data() : nullptr, g->data(), 0, n, 0, 0, dtype_from(g->dtype())});
+      segments_.push_back({p ? p->data() : nullptr, g.data(), 0, n, 0, 0, dtype_from(g.dtype())});
       if ((segments_[0].dtype == DType::f64) != (step_.state.dtype == DType::f64))
         throw py::type_error("dtype of g and state");
     }
     step_.segments = segments_.data();
     step_.n_segments = static_cast<std::int64_t>(segments_.size());
     groups_[0] = {0, alpha, alpha_prev, 0};
-    step_.groups = groups_.data();
-    step_.n_groups = 1;
     set_threads(threads);
-    return cpu;
+  }
+  template <class OnDevice, class OnCpu>
+  void run(OnDevice&& on_device_verb, OnCpu&& on_cpu_verb) {
+    if (on_device()) {
+      py::gil_scoped_release released;
+      if (step_.n_segments > 0) on_device_verb();
+    } else {
+      const CpuVerbs& cpu = cpu_verbs();
+      py::gil_scoped_release released;
+      on_cpu_verb(cpu);
+    }
   }
 
   template <class ScalarsT, class F>
@@ -399,13 +489,15 @@ class NativeStep {
   double own_param_step_ = 0;
   std::int64_t params_ = 0;
   Step step_ = {};
+  std::string device_;
+  CudaStep cuda_;
   std::atomic<bool> busy_{false};
 };
 
 }  // namespace
 }  // namespace fastnlcg
 
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(FASTNLCG_MODULE, m) {
   using namespace fastnlcg;
   using namespace py::literals;
 
@@ -435,7 +527,9 @@ PYBIND11_MODULE(_core, m) {
                     "why_off"_a = status.why_off);
   });
 
-  py::class_<Buffer, BufferPtr>(m, "Buffer")
+  m.def("workspace_doubles", &workspace_doubles, "n"_a, "max_segments"_a, "groups"_a);
+
+  py::class_<Buffer, BufferPtr>(m, "Buffer", py::module_local())
       .def(py::init([](const py::object& owner) { return std::make_shared<Buffer>(owner.ptr()); }))
       .def_property_readonly("pointer", [](const Buffer& b) { return reinterpret_cast<std::uintptr_t>(b.data()); })
       .def_property_readonly("size", &Buffer::size)
@@ -445,15 +539,22 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("contiguous", &Buffer::contiguous)
       .def("advise_huge_pages", &Buffer::advise_huge_pages);
 
-  py::class_<NativeStep>(m, "Step")
-      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int>(),
-           "state_dtype"_a, "n"_a, "grad_prev"_a, "direction"_a, "hessian_diag"_a, "param_steps"_a, "groups"_a)
+  py::class_<NativeStep>(m, "Step", py::module_local())
+      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int, const std::string&,
+                    BufferPtr, std::uintptr_t>(),
+           "state_dtype"_a, "n"_a, "grad_prev"_a, "direction"_a, "hessian_diag"_a, "param_steps"_a, "groups"_a,
+           "device"_a = "cpu", "workspace"_a = nullptr, "stream"_a = 0)
       .def("set_options", &NativeStep::set_options, "update"_a, "restart"_a, "restart_every"_a, "eps"_a,
            "curvature_eps"_a, "skip_nonfinite"_a, "maximize"_a, "line_search"_a)
       .def("set_segments", &NativeStep::set_segments)
       .def("point", py::overload_cast<const py::list&, const py::list&>(&NativeStep::point), "p"_a, "g"_a)
       .def("refresh", &NativeStep::refresh, "exchange"_a, "moving"_a, "resting"_a, "tensor_type"_a)
-      .def("step", &NativeStep::step, "lr"_a, "weight_decay"_a, "set"_a, "loss"_a, "threads"_a)
+      .def("step", &NativeStep::step, "lr"_a, "weight_decay"_a, "set"_a, "loss"_a, "threads"_a,
+           "lr_on_device"_a = std::vector<NativeStep::Number>{}, "loss_on_device"_a = py::none(),
+           "grad_scale"_a = py::none(), "found_inf"_a = py::none())
+      .def("set_launch", &NativeStep::set_launch, "form"_a, "blocks"_a = 0, "resident_tiles"_a = -1)
+      .def_property_readonly("launches", &NativeStep::launches)
+      .def_property("stream", &NativeStep::stream, &NativeStep::set_stream)
       .def("state_norms", &NativeStep::state_norms, "threads"_a)
       .def_property("scalars", &NativeStep::scalars, &NativeStep::set_scalars)
       .def_property("alpha_prev", &NativeStep::alpha_prev, &NativeStep::set_alpha_prev)

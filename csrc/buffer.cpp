@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "../cuda/step_cuda.h"
 #include "dlpack.h"
 
 namespace fastnlcg {
@@ -76,25 +77,9 @@ Buffer::Buffer(PyObject* owner) {
     } else if (PyObject_CheckBuffer(owner)) {
       from_buffer_protocol(owner);
     } else if (PyObject_HasAttrString(owner, "__dlpack__")) {
-      PyObject* method = PyObject_GetAttrString(owner, "__dlpack__");
-      PyObject* none = PyTuple_New(0);
-      PyObject* options = Py_BuildValue("{s(ii)}", "max_version", 1, 0);
-      PyObject* capsule = method && none && options ? PyObject_Call(method, none, options) : nullptr;
-      if (capsule == nullptr && method && PyErr_ExceptionMatches(PyExc_TypeError)) {  // a producer of DLPack 0
-        PyErr_Clear();
-        capsule = PyObject_CallNoArgs(method);
-      }
-      Py_XDECREF(options);
-      Py_XDECREF(none);
-      Py_XDECREF(method);
-      if (capsule == nullptr) throw PythonError{};
-      try {
-        from_capsule(capsule);
-      } catch (...) {
-        Py_DECREF(capsule);
-        throw;
-      }
-      Py_DECREF(capsule);
+      from_dlpack(owner);
+    } else if (PyObject_HasAttrString(owner, "__cuda_array_interface__")) {
+      from_cuda_array_interface(owner);
     } else {
       throw BufferTypeError{Py_TYPE(owner)->tp_name};
     }
@@ -118,6 +103,98 @@ void Buffer::from_buffer_protocol(PyObject* owner) {
       view_.ndim, [&](int i) { return view_.shape[i]; }, [&](int i) { return view_.strides[i]; }, view_.itemsize);
   size_ = shape.size;
   contiguous_ = shape.contiguous && view_.suboffsets == nullptr;
+}
+
+namespace {
+
+// A reference that is given back.
+struct Owned {
+  explicit Owned(PyObject* object) : object(object) {}
+  ~Owned() { Py_XDECREF(object); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  PyObject* object;
+};
+
+PyObject* given(PyObject* object) {
+  if (object == nullptr) throw PythonError{};
+  return object;
+}
+
+}  // namespace
+
+void Buffer::from_dlpack(PyObject* owner) {
+  const Owned method(given(PyObject_GetAttrString(owner, "__dlpack__")));
+  const Owned options(given(Py_BuildValue("{s(ii)}", "max_version", 1, 0)));
+  // Memory on a GPU is used on the caller's stream, where its producer has already put it: nobody needs to wait (-1).
+  const Owned device(PyObject_CallMethod(owner, "__dlpack_device__", nullptr));
+  if (device.object == nullptr) PyErr_Clear();
+  if (device.object != nullptr && PyTuple_Check(device.object) && PyTuple_GET_SIZE(device.object) == 2) {
+    const long type = PyLong_AsLong(PyTuple_GET_ITEM(device.object, 0));
+    if (type == -1 && PyErr_Occurred()) PyErr_Clear();
+    if (type == kCuda) {
+      const Owned no_wait(given(PyLong_FromLong(-1)));
+      if (PyDict_SetItemString(options.object, "stream", no_wait.object) != 0) throw PythonError{};
+    }
+  }
+  const Owned none(given(PyTuple_New(0)));
+  PyObject* capsule = PyObject_Call(method.object, none.object, options.object);
+  if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError)) {  // a producer of DLPack 0
+    PyErr_Clear();
+    capsule = PyObject_CallNoArgs(method.object);
+  }
+  const Owned kept(given(capsule));
+  from_capsule(capsule);
+}
+
+// Version 3 (https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html). Its stream is not waited for, as
+// above.
+void Buffer::from_cuda_array_interface(PyObject* owner) {
+  const Owned interface(given(PyObject_GetAttrString(owner, "__cuda_array_interface__")));
+  if (!PyDict_Check(interface.object)) throw std::invalid_argument("__cuda_array_interface__ is not a dict");
+  const auto entry = [&](const char* key) { return PyDict_GetItemString(interface.object, key); };
+  PyObject* const shape = entry("shape");
+  PyObject* const strides = entry("strides");
+  PyObject* const data = entry("data");
+  PyObject* const type = entry("typestr");
+  if (shape == nullptr || !PyTuple_Check(shape) || data == nullptr || !PyTuple_Check(data) ||
+      PyTuple_GET_SIZE(data) != 2 || type == nullptr || !PyUnicode_Check(type)) {
+    throw std::invalid_argument("__cuda_array_interface__ lacks shape, data or typestr");
+  }
+  const char* const text = PyUnicode_AsUTF8(type);
+  if (text == nullptr) throw PythonError{};
+  const std::string kind = text;
+  const std::int64_t itemsize = kind == "<f8" ? 8 : kind == "<f4" ? 4 : kind == "<f2" ? 2 : 0;
+  dtype_ = itemsize == 0 ? "typestr '" + kind + "'" : "float" + std::to_string(itemsize * 8);
+  const auto integer = [](PyObject* object) {
+    const long long value = PyLong_AsLongLong(object);
+    if (value == -1 && PyErr_Occurred()) throw PythonError{};
+    return static_cast<std::int64_t>(value);
+  };
+  const int ndim = static_cast<int>(PyTuple_GET_SIZE(shape));
+  const bool strided = strides != nullptr && strides != Py_None;
+  if (strided && (!PyTuple_Check(strides) || PyTuple_GET_SIZE(strides) != ndim)) {
+    throw std::invalid_argument("__cuda_array_interface__ has strides that do not match its shape");
+  }
+  const std::int64_t unit = itemsize == 0 ? 1 : itemsize;
+  std::int64_t row_major = unit;
+  const Shape s = shape_of(
+      ndim, [&](int i) { return integer(PyTuple_GET_ITEM(shape, i)); },
+      [&](int i) {
+        if (strided) return integer(PyTuple_GET_ITEM(strides, i));
+        const std::int64_t stride = row_major, extent = integer(PyTuple_GET_ITEM(shape, i));
+        if (extent != 0) row_major *= extent;
+        return stride;
+      },
+      unit);
+  size_ = s.size;
+  contiguous_ = s.contiguous;
+  data_ = PyLong_AsVoidPtr(PyTuple_GET_ITEM(data, 0));
+  if (data_ == nullptr && PyErr_Occurred()) throw PythonError{};
+  readonly_ = PyObject_IsTrue(PyTuple_GET_ITEM(data, 1)) != 0;
+  device_ = "cuda:" + std::to_string(data_ == nullptr ? 0 : cuda_device_of(data_));
+  Py_INCREF(owner);
+  owner_ = owner;
 }
 
 void Buffer::from_capsule(PyObject* capsule) {
@@ -177,6 +254,7 @@ void Buffer::release() {
   if (view_.obj != nullptr) PyBuffer_Release(&view_);
   if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
   if (versioned_ != nullptr && versioned_->deleter != nullptr) versioned_->deleter(versioned_);
+  Py_CLEAR(owner_);
   managed_ = nullptr;
   versioned_ = nullptr;
   view_ = {};

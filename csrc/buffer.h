@@ -1,5 +1,6 @@
-// A borrowed view of somebody's memory, taken through the buffer protocol (NumPy, array, memoryview) or DLPack (torch,
-// CuPy, JAX, a bare capsule). Holds the owner for as long as it lives. Copies nothing, converts nothing.
+// A borrowed view of somebody's memory, taken through the buffer protocol (NumPy, array, memoryview), DLPack (torch,
+// CuPy, JAX, a bare capsule) or __cuda_array_interface__ (Numba). Holds the owner for as long as it lives. Copies
+// nothing, converts nothing.
 #pragma once
 
 #include <Python.h>
@@ -15,7 +16,7 @@ struct DLManagedTensorVersioned;
 class Buffer {
  public:
   // Throws std::invalid_argument for a consumed or malformed capsule, and leaves a Python exception set (throwing
-  // PythonError) where the owner's own protocol raised. An object that offers neither protocol: BufferTypeError.
+  // PythonError) where the owner's own protocol raised. An object that offers none of them: BufferTypeError.
   explicit Buffer(PyObject* owner);
   ~Buffer();
   Buffer(const Buffer&) = delete;
@@ -33,6 +34,8 @@ class Buffer {
 
  private:
   void from_buffer_protocol(PyObject* owner);
+  void from_dlpack(PyObject* owner);
+  void from_cuda_array_interface(PyObject* owner);
   void from_capsule(PyObject* capsule);
   void release();
 
@@ -41,6 +44,7 @@ class Buffer {
   std::string dtype_, device_ = "cpu";
   bool readonly_ = false, contiguous_ = true;
 
+  PyObject* owner_ = nullptr;  // of memory that no protocol holds for us
   Py_buffer view_ = {};
   DLManagedTensor* managed_ = nullptr;
   DLManagedTensorVersioned* versioned_ = nullptr;

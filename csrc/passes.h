@@ -29,9 +29,9 @@ struct Constants {
 template <class T>
 struct CurvatureDot {  // pass 1
   static constexpr int kSums = 1;
-  static constexpr bool kMaxGradient = true, kBackward = false;
-  static constexpr unsigned kMayWrite = 0;
+  static constexpr bool kReadsGradient = true, kMaxGradient = true, kBackward = false;
   NLCG_HD unsigned reads() const { return kD; }
+  NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
@@ -44,9 +44,9 @@ struct CurvatureDot {  // pass 1
 template <class T>
 struct CurvatureSums {  // all of ys and shs at once, for a caller without the sums of the step before
   static constexpr int kSums = 3;
-  static constexpr bool kMaxGradient = false, kBackward = false;
-  static constexpr unsigned kMayWrite = 0;
+  static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = false;
   NLCG_HD unsigned reads() const { return kGradPrev | kD | kH; }
+  NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
@@ -61,13 +61,13 @@ struct CurvatureSums {  // all of ys and shs at once, for a caller without the s
 template <class T>
 struct CurvatureAndDots {  // pass 2
   static constexpr int kSums = 3;
-  static constexpr bool kMaxGradient = false, kBackward = true;
-  static constexpr unsigned kMayWrite = kH;
+  static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = true;
   Constants<T> c;
   bool preconditioned, curvature, store_h, mid, descent;
   NLCG_HD unsigned reads() const {
     return (mid || curvature ? kGradPrev : 0u) | (descent || curvature ? kD : 0u) | (preconditioned ? kH : 0u);
   }
+  NLCG_HD unsigned writes() const { return preconditioned && curvature && store_h ? kH : 0u; }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
@@ -93,13 +93,15 @@ struct CurvatureAndDots {  // pass 2
 template <class T>
 struct DirectionAndMove {  // pass 3
   static constexpr int kSums = 2;
-  static constexpr bool kMaxGradient = false, kBackward = false;
-  static constexpr unsigned kMayWrite = kP | kGradPrev | kD | kH;
+  static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = false;
   Constants<T> c;
   bool preconditioned, keep_grad, move;
   bool deferred;  // h is updated here: pass 2 might not have been allowed to
   NLCG_HD unsigned reads() const {
     return (move ? kP : 0u) | (deferred ? kGradPrev : 0u) | kD | (preconditioned ? kH : 0u);
+  }
+  NLCG_HD unsigned writes() const {
+    return (move ? kP : 0u) | (keep_grad ? kGradPrev : 0u) | kD | (deferred ? kH : 0u);
   }
 
   template <class At>
@@ -132,9 +134,9 @@ struct DirectionAndMove {  // pass 3
 template <class T>
 struct StateNorms {  // for diagnostics: |g_prev|^2, |d|^2, g_prev . d
   static constexpr int kSums = 3;
-  static constexpr bool kMaxGradient = false, kBackward = false;
-  static constexpr unsigned kMayWrite = 0;
+  static constexpr bool kReadsGradient = false, kMaxGradient = false, kBackward = false;
   NLCG_HD unsigned reads() const { return kGradPrev | kD; }
+  NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {

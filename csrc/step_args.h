@@ -32,6 +32,8 @@ struct Segment {
   std::int32_t group;  // index into Step::groups
   std::int32_t param;  // index into Step::param_steps
   DType dtype;
+
+  bool operator==(const Segment&) const = default;
 };
 
 struct Group {
@@ -104,7 +106,7 @@ struct Step {
 constexpr std::int64_t kTile = 4096;
 constexpr int kMaxSums = 3;
 
-constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }
+NLCG_HD constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }
 constexpr std::int64_t partials_needed(std::int64_t n) { return kMaxSums * tiles_of(n); }
 
 }  // namespace fastnlcg

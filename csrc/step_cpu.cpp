@@ -201,15 +201,14 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   lanes.decays = decays;
   lanes.moves = moves;
   run_blocks(pass, Stream<S, S>{block.p, block.g, block.grad_prev, block.d, block.h}, kBlock, lanes, sums, flags);
-  // A pass leaves alone what it does not write, so copying the block back restores those elements to themselves; p is
-  // the exception, because its type may have rounded it, and belongs to the caller where the pass does not move it.
+  const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       const auto to = stream_at<decltype(element), S>(step, segment, position + lane);
-      if (to.grad_prev && (Pass::kMayWrite & kGradPrev)) *to.grad_prev = block.grad_prev[lane];
-      if (to.d && (Pass::kMayWrite & kD)) *to.d = block.d[lane];
-      if (to.p && (Pass::kMayWrite & kP) && block.alpha[lane] != S{0}) assign(*to.p, block.p[lane]);
-      if (to.h && (Pass::kMayWrite & kH)) *to.h = block.h[lane];
+      if (writes & kGradPrev) *to.grad_prev = block.grad_prev[lane];
+      if (writes & kD) *to.d = block.d[lane];
+      if ((writes & kP) && block.alpha[lane] != S{0}) assign(*to.p, block.p[lane]);
+      if (writes & kH) *to.h = block.h[lane];
     });
   });
 }

@@ -1,10 +1,15 @@
 // What the rest of the library may ask of CUDA. Includes no CUDA header: step_stub.cpp answers in a build without it.
 //
-// The CUDA step itself does not exist yet; this is its seam, and what `python -m fastnlcg` reports.
+// Contract: as step_cpu.h, with these differences. Pointers of the step's segments, state and `param_steps` are device
+// pointers, all on `CudaStep::device`; scalars, groups and partial sums live in `workspace`, device memory too. Work is
+// enqueued on `stream` and nothing waits for it, except where a function returns numbers. Nothing is allocated. A step
+// may be captured into a CUDA graph. Errors of CUDA throw std::runtime_error with the kernel's name and CUDA's text.
 #pragma once
 
 #include <string>
 #include <vector>
+
+#include "../csrc/step_args.h"
 
 namespace fastnlcg {
 
@@ -19,5 +24,58 @@ struct CudaStatus {
 
 // Never throws, never needs a driver.
 CudaStatus cuda_status();
+
+// The device that holds this memory.
+int cuda_device_of(const void* memory);
+
+// A number in device memory; a null address: not given.
+struct DeviceNumber {
+  const void* address = nullptr;
+  DType dtype = DType::f32;
+};
+
+// What a step on a device needs beside its Step.
+struct CudaStep {
+  int device = 0;
+  void* stream = nullptr;       // a cudaStream_t
+  double* workspace = nullptr;  // workspace_doubles(...) of them, zeroed, 16-byte aligned
+  std::int64_t max_segments = 0;
+
+  std::vector<DeviceNumber> lr;  // per group: instead of Group::lr, where given
+  DeviceNumber loss;             // instead of Step::loss
+  DeviceNumber grad_scale;       // float32: gradients are divided by it
+  DeviceNumber found_inf;        // float32: where it is not 0 the step changes nothing at all
+
+  // How it runs. The bits do not depend on any of this.
+  enum class Form : std::int32_t { automatic, one_launch, three_launches };
+  Form form = Form::automatic;
+  int blocks = 0;           // at most; 0: as many as fit the device
+  int resident_tiles = -1;  // per block, kept in shared memory between the passes; -1: as many as fit
+
+  // What the device's tables hold, so that they are rewritten only where something changed.
+  bool layout_written = false;
+  bool tables_unknown = false;  // a captured graph writes the pointers when it is replayed
+  std::vector<Segment> written;
+  int launches = 0;  // of the last step's passes: 1 or 3
+};
+
+// Doubles of workspace for a state of n elements, at most so many segments, and so many groups.
+std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::int64_t groups);
+
+// The whole step: one cooperative launch, or three.
+void cuda_step(const Step&, CudaStep&);
+
+// The scalars and alpha_prev of every group. Reading waits for the stream.
+void cuda_read_scalars(const CudaStep&, Scalars*, Group*, std::int64_t groups);
+void cuda_write_scalars(const CudaStep&, const Scalars&, const Group*, std::int64_t groups);
+// |g_prev|^2, |d|^2, g_prev . d over the step's segments. Waits.
+void cuda_state_norms(const Step&, CudaStep&, double* gg, double* dd, double* gd);
+
+// The parts over flat buffers (one segment, one group), in a workspace of their own. All but the last wait.
+bool cuda_update_curvature(const Step&, CudaStep&, double* ys, double* shs);
+void cuda_preconditioned_dots(const Step&, CudaStep&, double* rz, double* rz_mid);
+void cuda_update_direction(const Step&, CudaStep&, double beta);
+// A step over flat buffers, in a workspace of its own, with scalars and groups from the host and back. Waits.
+void cuda_flat_step(const Step&, CudaStep&);
 
 }  // namespace fastnlcg

@@ -1,8 +1,25 @@
 // CUDA's answers in a build without it.
+#include <stdexcept>
+
 #include "step_cuda.h"
 
 namespace fastnlcg {
 
 CudaStatus cuda_status() { return {false, "", 0, 0, {}, "built without CUDA"}; }
+
+namespace {
+[[noreturn]] void off() { throw std::runtime_error("fastnlcg was built without CUDA"); }
+}  // namespace
+
+int cuda_device_of(const void*) { off(); }
+std::int64_t workspace_doubles(std::int64_t, std::int64_t, std::int64_t) { off(); }
+void cuda_step(const Step&, CudaStep&) { off(); }
+void cuda_read_scalars(const CudaStep&, Scalars*, Group*, std::int64_t) { off(); }
+void cuda_write_scalars(const CudaStep&, const Scalars&, const Group*, std::int64_t) { off(); }
+void cuda_state_norms(const Step&, CudaStep&, double*, double*, double*) { off(); }
+bool cuda_update_curvature(const Step&, CudaStep&, double*, double*) { off(); }
+void cuda_preconditioned_dots(const Step&, CudaStep&, double*, double*) { off(); }
+void cuda_update_direction(const Step&, CudaStep&, double) { off(); }
+void cuda_flat_step(const Step&, CudaStep&) { off(); }
 
 }  // namespace fastnlcg

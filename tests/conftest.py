@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import backends
 import pytest
 from fastnlcg import _native
 
-INSTRUCTION_SETS = _native.instruction_sets()
+
+@pytest.fixture(params=backends.parameters(*backends.all_names()))
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
+    """Every instruction set this processor has, the emulated GPU, a GPU: one after another."""
+    return backends.use(request.param, monkeypatch)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=_native.instruction_sets())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set this processor has, one after another."""
-    monkeypatch.setenv("FASTNLCG_ISA", request.param)
-    assert _native.instruction_set() == request.param
-    return request.param
+    """Every instruction set this processor has."""
+    return backends.use(request.param, monkeypatch).name

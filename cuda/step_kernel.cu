@@ -1,0 +1,1040 @@
+// The CUDA step: the passes of passes.h over tiles, three launches or one cooperative launch, with the same bits.
+//
+//     step_pass<S, Pass>   one pass; the last block to finish adds the partial sums and decides what the next pass does
+//     step_in_one<S>       the three passes in one launch: the blocks wait for that decision. What pass 1 loaded, g and
+//                          d, stays in shared memory as far as it fits
+//     part<S, Pass>        one pass with numbers from the host, for the flat-buffer functions
+//     write_rows<Row>      the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and
+//     safe
+//                          to capture into a graph
+//
+// A tile is 4096 elements of the flat state. Thread t of 512 takes four consecutive elements at 4 t and four at
+// 2048 + 4 t: one 16-byte load a stream. Where a segment ends inside four elements, or there is none, they are taken
+// one by one. A span is one tile (for huge states 2^k of them, see tiles_per_span): one partial sum. A block takes
+// every gridDim-th span; pass 2 walks backwards, to find in the L2 cache what pass 1 read last.
+//
+// Device code is loads, passes.h, sums, stores. It decides like the CPU, by the functions of nlcg_math.h, in one
+// thread. Scalars are read at the start of a step and written at its end: where a sum is not finite, nothing changes.
+//
+// Contract of step_cuda.h. Not here: checks of arguments (bindings.cpp).
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../csrc/half.h"
+#include "../csrc/passes.h"
+#include "reduce.cuh"
+#include "step_cuda.h"
+
+namespace fastnlcg {
+namespace {
+
+// ---- what a kernel is given --------------------------------------------------------------------------------------
+
+struct GroupInput {
+  double lr, weight_decay;
+  DeviceNumber lr_on_device;
+};
+constexpr int kInlineGroups = 16;  // more of them lie in a table
+
+// What the blocks share, in device memory.
+struct Control {
+  Meeting meeting;
+  Course course;
+  double sums[kMaxSums];  // of a part
+};
+
+struct Arguments {
+  const Segment* segments;
+  std::int64_t n_segments;
+  State state;
+  int spans, tiles_per_span;
+  Options options;
+  double set, loss;
+  DeviceNumber loss_on_device, grad_scale, found_inf;
+  const GroupInput* group_table;  // null: they are in `groups`
+  GroupInput groups[kInlineGroups];
+  std::int64_t n_groups;
+  Scalars* scalars;
+  double* alpha;
+  double* alpha_prev;
+  Control* control;
+  double* partials;  // [sum][span]
+  double* param_steps;
+  int resident_tiles;  // per block
+  bool aligned_state;  // the streams of the state, to 16 bytes
+};
+
+constexpr int kQuad = 4;
+static_assert(kTile == 2 * kQuad * kThreads);
+
+// At most 4096 partial sums, so that adding them up costs one block little.
+std::int64_t tiles_per_span(std::int64_t tiles) {
+  std::int64_t in_one = 1;
+  while (in_one * 4096 < tiles) in_one *= 2;
+  return in_one;
+}
+
+template <class S>
+constexpr double kLargest = sizeof(S) == sizeof(float) ? kLargestFloat : kLargestDouble;
+
+// Four elements of shared memory for each thread and half of a tile; two streams of a resident tile.
+template <class S>
+constexpr int kResidentBytes = 2 * static_cast<int>(kTile * sizeof(S));
+
+#ifdef __CUDACC__
+extern __shared__ __align__(16) unsigned char resident_memory[];
+#endif
+
+template <class S>
+__device__ __forceinline__ S* resident(int room) {
+  return reinterpret_cast<S*>(resident_memory) + room;
+}
+
+// ---- loads and stores --------------------------------------------------------------------------------------------
+
+// Four elements at once, where their address allows it.
+struct alignas(16) Bits128 {
+  std::uint32_t word[4];
+};
+struct alignas(8) Bits64 {
+  std::uint32_t word[2];
+};
+
+template <class S, class E>
+__device__ __forceinline__ void load_quad(const E* from, bool whole, S (&to)[kQuad]) {
+  E raw[kQuad];
+  if (whole) {
+    using Bits = std::conditional_t<sizeof(E) == 2, Bits64, Bits128>;
+#pragma unroll
+    for (std::size_t k = 0; k < kQuad * sizeof(E) / sizeof(Bits); ++k) {
+      const Bits bits = reinterpret_cast<const Bits*>(from)[k];
+      __builtin_memcpy(reinterpret_cast<char*>(raw) + k * sizeof(Bits), &bits, sizeof(Bits));
+    }
+  } else {
+#pragma unroll
+    for (int l = 0; l < kQuad; ++l) raw[l] = from[l];
+  }
+#pragma unroll
+  for (int l = 0; l < kQuad; ++l) to[l] = value_of(raw[l]);
+}
+
+template <class S, class E>
+__device__ __forceinline__ void store_quad(E* to, bool whole, const S (&from)[kQuad]) {
+  E raw[kQuad];
+#pragma unroll
+  for (int l = 0; l < kQuad; ++l) assign(raw[l], from[l]);
+  if (whole) {
+    using Bits = std::conditional_t<sizeof(E) == 2, Bits64, Bits128>;
+#pragma unroll
+    for (std::size_t k = 0; k < kQuad * sizeof(E) / sizeof(Bits); ++k) {
+      Bits bits;
+      __builtin_memcpy(&bits, reinterpret_cast<const char*>(raw) + k * sizeof(Bits), sizeof(Bits));
+      reinterpret_cast<Bits*>(to)[k] = bits;
+    }
+  } else {
+#pragma unroll
+    for (int l = 0; l < kQuad; ++l) to[l] = raw[l];
+  }
+}
+
+template <class E>
+__device__ __forceinline__ bool takes_quads(const E* first) {
+  return reinterpret_cast<std::uintptr_t>(first) % (kQuad * sizeof(E) < 16 ? kQuad * sizeof(E) : 16) == 0;
+}
+
+// ---- what a pass sees of one element -----------------------------------------------------------------------------
+
+template <class S, int K>
+struct ThreadSums {
+  double sum[K];
+  S largest;
+};
+
+// A group's numbers in the state's type.
+template <class S>
+struct GroupNumbers {
+  S alpha, alpha_prev, weight_decay;
+  bool decays;
+  bool moves;  // false where alpha is 0: then p keeps every bit, the sign of a zero included
+};
+
+template <class S, int K>
+struct At {
+  S p_, g_, grad_prev_, d_, h_;
+  const GroupNumbers<S>& group;
+  ThreadSums<S, K>& sums;
+
+  __device__ __forceinline__ S g() const { return g_; }
+  __device__ __forceinline__ S p() const { return p_; }
+  __device__ __forceinline__ S grad_prev() const { return grad_prev_; }
+  __device__ __forceinline__ S d() const { return d_; }
+  __device__ __forceinline__ S h() const { return h_; }
+  __device__ __forceinline__ S alpha() const { return group.alpha; }
+  __device__ __forceinline__ S alpha_prev() const { return group.alpha_prev; }
+  __device__ __forceinline__ bool moves() const { return group.moves; }
+  __device__ __forceinline__ void set_p(S p) { p_ = p; }
+  __device__ __forceinline__ void set_grad_prev(S g) { grad_prev_ = g; }
+  __device__ __forceinline__ void set_d(S d) { d_ = d; }
+  __device__ __forceinline__ void set_h(S h) { h_ = h; }
+
+  __device__ __forceinline__ double wide(S x) const { return static_cast<double>(x); }
+  __device__ __forceinline__ double wide_grad_prev() const { return wide(grad_prev_); }
+  __device__ __forceinline__ double wide_d() const { return wide(d_); }
+  __device__ __forceinline__ void add(int j, double a, double b) {
+    // A product of two floats is exact in double, so fma has the bits of multiply and add.
+    sums.sum[j] = sizeof(S) == sizeof(float) ? __builtin_fma(a, b, sums.sum[j]) : sums.sum[j] + a * b;
+  }
+  __device__ __forceinline__ void largest(S size) { sums.largest = size > sums.largest ? size : sums.largest; }
+};
+
+// What holds for a whole launch.
+template <class S>
+struct Launch {
+  const Arguments& a;
+  S inverse_scale;
+
+  __device__ explicit Launch(const Arguments& arguments) : a(arguments), inverse_scale(1) {
+    if (a.grad_scale.address == nullptr) return;
+    inverse_scale = static_cast<S>(1.0 / static_cast<double>(*static_cast<const float*>(a.grad_scale.address)));
+  }
+  // The gradient the method sees.
+  __device__ __forceinline__ S gradient(S g, S p, const GroupNumbers<S>& group) const {
+    if (a.grad_scale.address != nullptr) g = unscaled(g, inverse_scale);
+    if (a.options.maximize) g = -g;
+    return group.decays ? decayed_gradient(g, group.weight_decay, p) : g;
+  }
+  __device__ __forceinline__ const GroupInput* inputs() const { return a.group_table ? a.group_table : a.groups; }
+  __device__ __forceinline__ GroupNumbers<S> group(std::int32_t index) const {
+    const double alpha = a.alpha[index], weight_decay = inputs()[index].weight_decay;
+    return {static_cast<S>(alpha), static_cast<S>(a.alpha_prev[index]), static_cast<S>(weight_decay),
+            weight_decay != 0.0, alpha != 0.0};
+  }
+};
+
+template <class S>
+__device__ __forceinline__ S* stream(void* base, std::int64_t position) {
+  return static_cast<S*>(base) + position;
+}
+
+// The first of segments [low, high) that ends after `position`; high where none does.
+__device__ __forceinline__ std::int64_t find_segment(const Segment* segments, std::int64_t low, std::int64_t high,
+                                                     std::int64_t position) {
+  while (low < high) {
+    const std::int64_t middle = low + (high - low) / 2;
+    if (segments[middle].offset + segments[middle].n > position) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// Q times four elements, half a tile apart, all in one segment. `room` is where a resident tile's g, and behind it d,
+// lie in shared memory, or -1.
+template <class S, class E, int Q, class Pass, int K>
+__device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& pass, const Segment& segment,
+                                          std::int64_t position, int room, ThreadSums<S, K>& sums) {
+  constexpr int kApart = kQuad * kThreads;
+  const State& state = launch.a.state;
+  const bool whole = launch.a.aligned_state;
+  const GroupNumbers<S> group = launch.group(segment.group);
+  const unsigned reads = pass.reads(), writes = pass.writes();
+  E* const p_at = static_cast<E*>(segment.p) + (position - segment.offset);
+  const E* const g_at = static_cast<const E*>(segment.g) + (position - segment.offset);
+  const bool whole_p = takes_quads(p_at), whole_g = takes_quads(g_at);
+  const bool loaded = room >= 0 && !Pass::kMaxGradient;  // pass 1 has left g and d in shared memory
+  const int local = static_cast<int>(position % kTile);
+
+  S p[Q][kQuad] = {}, g[Q][kQuad] = {}, grad_prev[Q][kQuad] = {}, d[Q][kQuad] = {}, h[Q][kQuad] = {};
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    const std::int64_t at = position + q * kApart;
+    if (loaded) {
+      load_quad(resident<S>(room) + local + q * kApart, true, g[q]);
+      if (reads & kD) load_quad(resident<S>(room) + kTile + local + q * kApart, true, d[q]);
+    } else {
+      if (pass.kReadsGradient) load_quad(g_at + q * kApart, whole_g, g[q]);
+      if (reads & kD) load_quad(stream<S>(state.direction, at), whole, d[q]);
+    }
+    if ((reads & kP) || (pass.kReadsGradient && group.decays && !loaded)) load_quad(p_at + q * kApart, whole_p, p[q]);
+    if (reads & kGradPrev) load_quad(stream<S>(state.grad_prev, at), whole, grad_prev[q]);
+    if (reads & kH) load_quad(stream<S>(state.hessian_diag, at), whole, h[q]);
+  }
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+#pragma unroll
+    for (int l = 0; l < kQuad; ++l) {
+      if (pass.kReadsGradient && !loaded) g[q][l] = launch.gradient(g[q][l], p[q][l], group);
+    }
+    if (Pass::kMaxGradient && room >= 0) {
+      store_quad(resident<S>(room) + local + q * kApart, true, g[q]);
+      store_quad(resident<S>(room) + kTile + local + q * kApart, true, d[q]);
+    }
+#pragma unroll
+    for (int l = 0; l < kQuad; ++l) {
+      At<S, K> at{p[q][l], g[q][l], grad_prev[q][l], d[q][l], h[q][l], group, sums};
+      pass(at);
+      p[q][l] = at.p_, grad_prev[q][l] = at.grad_prev_, d[q][l] = at.d_, h[q][l] = at.h_;
+    }
+    const std::int64_t at = position + q * kApart;
+    if (writes & kH) store_quad(stream<S>(state.hessian_diag, at), whole, h[q]);
+    if (writes & kGradPrev) store_quad(stream<S>(state.grad_prev, at), whole, grad_prev[q]);
+    if (writes & kD) store_quad(stream<S>(state.direction, at), whole, d[q]);
+    if ((writes & kP) && group.moves) store_quad(p_at + q * kApart, whole_p, p[q]);
+  }
+}
+
+// One element of a segment.
+template <class S, class E, class Pass, int K>
+__device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pass, const Segment& segment,
+                                        std::int64_t position, int room, ThreadSums<S, K>& sums) {
+  const State& state = launch.a.state;
+  const GroupNumbers<S> group = launch.group(segment.group);
+  const unsigned reads = pass.reads(), writes = pass.writes();
+  E* const p_at = static_cast<E*>(segment.p) + (position - segment.offset);
+  const E* const g_at = static_cast<const E*>(segment.g) + (position - segment.offset);
+  const bool loaded = room >= 0 && !Pass::kMaxGradient;
+  const int local = static_cast<int>(position % kTile);
+
+  const bool needs_p = (reads & kP) || (pass.kReadsGradient && group.decays && !loaded);
+  const S p = needs_p ? value_of(*p_at) : S{};
+  const S g = loaded                ? resident<S>(room)[local]
+              : pass.kReadsGradient ? launch.gradient(value_of(*g_at), p, group)
+                                    : S{};
+  At<S, K> at{p,
+              g,
+              reads & kGradPrev ? *stream<S>(state.grad_prev, position) : S{},
+              reads & kD ? *stream<S>(state.direction, position) : S{},
+              reads & kH ? *stream<S>(state.hessian_diag, position) : S{},
+              group,
+              sums};
+  if (Pass::kMaxGradient && room >= 0) {
+    resident<S>(room)[local] = at.g_;
+    resident<S>(room)[kTile + local] = at.d_;
+  }
+  pass(at);
+  if (writes & kH) *stream<S>(state.hessian_diag, position) = at.h_;
+  if (writes & kGradPrev) *stream<S>(state.grad_prev, position) = at.grad_prev_;
+  if (writes & kD) *stream<S>(state.direction, position) = at.d_;
+  if ((writes & kP) && group.moves) assign(*p_at, at.p_);
+}
+
+// Calls f(E{}) with the element type of the segment's p and g.
+template <class S, class F>
+__device__ __forceinline__ void with_element_type(DType dtype, F&& f) {
+  if constexpr (sizeof(S) == sizeof(double)) {
+    f(double{});
+  } else if (dtype == DType::f32) {
+    f(float{});
+  } else if (dtype == DType::bf16) {
+    f(BFloat16{});
+  } else {
+    f(Float16{});
+  }
+}
+
+template <class S, class Pass, int K>
+__device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, std::int64_t tile, int room,
+                                         ThreadSums<S, K>& sums) {
+  const Arguments& a = launch.a;
+  const std::int64_t begin = tile * kTile, end = begin + kTile;
+  const std::int64_t first = find_segment(a.segments, 0, a.n_segments, begin);
+  if (first == a.n_segments || a.segments[first].offset >= end) return;
+  const Segment& segment = a.segments[first];
+  const std::int64_t position = begin + kQuad * static_cast<int>(threadIdx.x);
+  if (segment.offset <= begin && segment.offset + segment.n >= end) {  // the tile lies in one segment: the usual case
+    with_element_type<S>(segment.dtype, [&](auto element) {
+      using E = decltype(element);
+      if constexpr (sizeof(S) == sizeof(float) && Pass::kMaxGradient) {  // pass 1 has registers for two at once
+        run_quads<S, E, 2>(launch, pass, segment, position, room, sums);
+      } else {
+#pragma unroll 1
+        for (int q = 0; q < 2; ++q) {
+          run_quads<S, E, 1>(launch, pass, segment, position + q * kQuad * kThreads, room, sums);
+        }
+      }
+    });
+    return;
+  }
+  std::int64_t s = first;
+#pragma unroll 1
+  for (int q = 0; q < 2; ++q) {
+    const std::int64_t at = position + q * kQuad * kThreads;
+    s = find_segment(a.segments, s, a.n_segments, at);
+    if (s == a.n_segments) return;
+    const Segment& here = a.segments[s];
+    if (here.offset <= at && here.offset + here.n >= at + kQuad) {
+      with_element_type<S>(
+          here.dtype, [&](auto element) { run_quads<S, decltype(element), 1>(launch, pass, here, at, room, sums); });
+      continue;
+    }
+#pragma unroll 1
+    for (int l = 0; l < kQuad; ++l) {
+      s = find_segment(a.segments, s, a.n_segments, at + l);
+      if (s == a.n_segments) return;
+      const Segment& one = a.segments[s];
+      if (one.offset > at + l) continue;
+      with_element_type<S>(one.dtype,
+                           [&](auto element) { run_one<S, decltype(element)>(launch, pass, one, at + l, room, sums); });
+    }
+  }
+}
+
+// ---- a pass over the block's spans, and what follows from its sums -----------------------------------------------
+
+template <class S, class Pass>
+__device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pass, Totals& totals) {
+  const Arguments& a = launch.a;
+  const std::int64_t tiles = tiles_of(a.state.n);
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const int last = block + (a.spans - 1 - block) / blocks * blocks;
+#pragma unroll 1
+  for (int span = Pass::kBackward ? last : block; 0 <= span && span < a.spans;
+       span += Pass::kBackward ? -blocks : blocks) {
+    const int local = span / blocks;
+    ThreadSums<S, Pass::kSums> sums = {};
+#pragma unroll 1
+    for (int t = 0; t < a.tiles_per_span; ++t) {
+      const std::int64_t tile = static_cast<std::int64_t>(span) * a.tiles_per_span + t;
+      if (tile >= tiles) break;
+      const int slot = local * a.tiles_per_span + t;
+      const int room = slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
+      run_tile(launch, pass, tile, room, sums);
+    }
+    double largest = static_cast<double>(sums.largest);
+    block_totals<Pass::kSums, Pass::kMaxGradient>(sums.sum, largest, totals, local);
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int j = 0; j < Pass::kSums; ++j) a.partials[j * a.spans + span] = sums.sum[j];
+      if (Pass::kMaxGradient) a.partials[Pass::kSums * a.spans + span] = largest;
+    }
+  }
+}
+
+// The sums over the grid, in thread 0 of the last block.
+template <int K, bool kMax>
+__device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], double& largest, Totals& totals) {
+#pragma unroll
+  for (int j = 0; j < K; ++j) x[j] = 0.0;
+  largest = 0.0;
+#pragma unroll 4
+  for (int span = static_cast<int>(threadIdx.x); span < a.spans; span += kThreads) {
+#pragma unroll
+    for (int j = 0; j < K; ++j) x[j] += a.partials[j * a.spans + span];
+    if (kMax) largest = Larger::of(largest, a.partials[K * a.spans + span]);
+  }
+  block_totals<K, kMax>(x, largest, totals, 0);
+}
+
+__device__ double number(DeviceNumber x) {
+  switch (x.dtype) {
+    case DType::f64:
+      return *static_cast<const double*>(x.address);
+    case DType::f32:
+      return static_cast<double>(*static_cast<const float*>(x.address));
+    case DType::bf16:
+      return static_cast<double>(value_of(*static_cast<const BFloat16*>(x.address)));
+    default:
+      return static_cast<double>(value_of(*static_cast<const Float16*>(x.address)));
+  }
+}
+
+// Before pass 1, by the one thread that decides: the line search and every group's step length.
+template <class S>
+__device__ Course open(const Launch<S>& launch) {
+  const Arguments& a = launch.a;
+  const double loss = a.loss_on_device.address != nullptr ? number(a.loss_on_device) : a.loss;
+  Course c = open_step(a.options, *a.scalars, a.state.hessian_diag != nullptr, a.set, loss);
+  for (std::int64_t i = 0; i < a.n_groups; ++i) {
+    const GroupInput& in = launch.inputs()[i];
+    const double lr = in.lr_on_device.address != nullptr ? number(in.lr_on_device) : in.lr;
+    a.alpha[i] = lr * c.next.ls_scale;
+    // The host checks an lr that it can see; one on the device is checked here.
+    if (!(is_finite(lr) && lr >= 0.0)) c.skip = true;
+  }
+  return c;
+}
+
+// The three deciders: what the last block does with a pass's sums.
+template <class S>
+__device__ void decide(const Launch<S>& launch, CurvatureDot<S>*, const double (&x)[1], double grad_max) {
+  const Arguments& a = launch.a;
+  Course c = open(launch);
+  const bool bad_lr = c.skip;
+  if (c.preconditioned) {
+    decide_curvature(c, a.options, x[0], grad_max, static_cast<double>(a.state.n), kLargest<S>);
+  }
+  c.skip = c.skip || bad_lr;
+  if (c.skip) a.scalars->skipped_steps += 1.0;
+  a.control->course = c;
+}
+template <class S>
+__device__ void decide(const Launch<S>& launch, CurvatureAndDots<S>*, const double (&x)[3], double) {
+  const Arguments& a = launch.a;
+  Course c = a.control->course;
+  decide_direction(c, a.options, x[0], x[1], x[2]);
+  if (c.skip) a.scalars->skipped_steps += 1.0;
+  a.control->course = c;
+}
+template <class S>
+__device__ void decide(const Launch<S>& launch, DirectionAndMove<S>*, const double (&x)[2], double) {
+  const Arguments& a = launch.a;
+  Course c = a.control->course;
+  conclude_step(c, x[0], x[1]);
+  *a.scalars = c.next;
+  for (std::int64_t i = 0; i < a.n_groups; ++i) a.alpha_prev[i] = a.alpha[i];
+}
+
+template <class S>
+NLCG_HD Constants<S> constants(double eps, double beta, double ys, double shs) {
+  const double bound = 0.25 * kLargest<S>;
+  return {static_cast<S>(eps), static_cast<S>(beta), static_cast<S>(inverse_root(ys, bound)),
+          static_cast<S>(inverse_root(shs, bound)), static_cast<S>(bound)};
+}
+
+// A pass of the step, as far as decided.
+template <class S>
+__device__ __forceinline__ CurvatureDot<S> decided(const Arguments&, CurvatureDot<S>*) {
+  return {};
+}
+template <class S>
+__device__ __forceinline__ CurvatureAndDots<S> decided(const Arguments& a, CurvatureAndDots<S>*) {
+  const Course& c = a.control->course;
+  return {constants<S>(c.eps, 0, c.next.ys, c.next.shs_used),
+          c.preconditioned,
+          c.curvature,
+          !c.deferred,
+          needs_rz_mid(c, a.options),
+          needs_gd(c, a.options)};
+}
+template <class S>
+__device__ __forceinline__ DirectionAndMove<S> decided(const Arguments& a, DirectionAndMove<S>*) {
+  const Course& c = a.control->course;
+  return {constants<S>(c.eps, c.next.beta, c.next.ys, c.next.shs_used), c.preconditioned, true, true, c.deferred};
+}
+
+// One pass of the step. True in the block that decided.
+template <class S, class Pass>
+__device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
+  const Launch<S> launch(a);
+  if (a.state.hessian_diag != nullptr || !Pass::kMaxGradient) {  // without a preconditioner pass 1 only decides
+    run_pass(launch, decided<S>(a, static_cast<Pass*>(nullptr)), totals);
+  }
+  if (!arrives_last(a.control->meeting)) return false;
+  double x[Pass::kSums], largest;
+  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
+  if (threadIdx.x == 0) decide<S>(launch, static_cast<Pass*>(nullptr), x, largest);
+  if constexpr (std::is_same_v<Pass, DirectionAndMove<S>>) {
+    __syncthreads();
+    const double step = a.scalars->step;
+    for (std::int64_t i = threadIdx.x; i < a.n_segments; i += kThreads) a.param_steps[a.segments[i].param] = step;
+  }
+  return true;
+}
+
+// A step that AMP has found to overflow changes nothing, counters included.
+__device__ __forceinline__ bool called_off(const Arguments& a) {
+  return a.found_inf.address != nullptr && *static_cast<const float*>(a.found_inf.address) != 0.0f;
+}
+
+// ---- kernels -----------------------------------------------------------------------------------------------------
+// Two blocks of 512 threads fit a multiprocessor at 64 registers a thread; with doubles one, at 128.
+template <class S>
+constexpr int kBlocksOf = sizeof(S) == sizeof(float) ? 2 : 1;
+
+template <class S, class Pass>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
+  __shared__ Totals totals;
+  if (called_off(a) || (!Pass::kMaxGradient && a.control->course.skip)) return;
+  pass_and_decide<S, Pass>(a, totals);
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_in_one(const __grid_constant__ Arguments a) {
+  __shared__ Totals totals;
+  if (called_off(a)) return;
+  __shared__ unsigned generation;  // before the first meeting; thread 0's
+  Meeting& meeting = a.control->meeting;
+  if (threadIdx.x == 0) generation = current_generation(meeting);
+  if (pass_and_decide<S, CurvatureDot<S>>(a, totals)) {
+    release(meeting);
+  } else {
+    await(meeting, generation, 0);
+  }
+  __syncthreads();
+  if (a.control->course.skip) return;
+  if (pass_and_decide<S, CurvatureAndDots<S>>(a, totals)) {
+    release(meeting);
+  } else {
+    await(meeting, generation, 1);
+  }
+  __syncthreads();
+  if (a.control->course.skip) return;
+  pass_and_decide<S, DirectionAndMove<S>>(a, totals);
+}
+
+template <class S, class Pass>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_constant__ Arguments a, const Pass pass) {
+  __shared__ Totals totals;
+  const Launch<S> launch(a);
+  run_pass(launch, pass, totals);
+  if (!arrives_last(a.control->meeting)) return;
+  double x[Pass::kSums], largest;
+  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
+  if (threadIdx.x != 0) return;
+#pragma unroll
+  for (int j = 0; j < Pass::kSums; ++j) a.control->sums[j] = x[j];
+}
+
+// As many rows as fit the kernel arguments of every CUDA (4 KB), and of CUDA 12.1 and newer (32,764 bytes).
+template <class Row, int kBytes>
+struct Rows {
+  static constexpr int kMax = (kBytes - 32) / static_cast<int>(sizeof(Row));
+  Row row[kMax];
+  int count;
+};
+
+template <class Row, int kBytes>
+__global__ void write_rows(const __grid_constant__ Rows<Row, kBytes> rows, Row* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < rows.count; i += static_cast<int>(blockDim.x)) to[i] = rows.row[i];
+}
+constexpr int kSmallRows = 4096, kLargeRows = 32764;
+
+// ---- launches ----------------------------------------------------------------------------------------------------
+
+void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // said here: not to be found again by somebody else
+  throw std::runtime_error("fastnlcg: " + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+// The caller's device again, whatever happens in between.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    changed_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+cudaStream_t stream_of(const CudaStep& cuda) { return static_cast<cudaStream_t>(cuda.stream); }
+
+struct Grid {
+  int blocks;
+  int threads = kThreads;
+  std::size_t shared_bytes = 0;
+  bool cooperative = false;
+};
+
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const CudaStep& cuda,
+            const std::type_identity_t<Parameters>&... arguments) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream_of(cuda);
+  config.attrs = &attribute;
+  config.numAttrs = grid.cooperative ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...),
+        "kernel " + std::string(name) + ", " + std::to_string(grid.blocks) + " blocks of " +
+            std::to_string(grid.threads) + " threads on device " + std::to_string(cuda.device));
+}
+
+// What fits a device at once, found out once.
+struct Limits {
+  bool cooperative;
+  int blocks_of_pass[3], blocks_in_one;
+  int resident_tiles;  // per block, without costing a block
+};
+
+int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+template <class Kernel>
+int blocks_per_multiprocessor(Kernel* kernel, std::size_t shared_bytes) {
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared_bytes), "occupancy query");
+  return blocks;
+}
+
+template <class S>
+const Limits& limits(int device) {
+  constexpr int kMostDevices = 64;
+  static std::mutex mutex;
+  static bool known[kMostDevices] = {};
+  static Limits all[kMostDevices];
+  if (device < 0 || device >= kMostDevices) {
+    throw std::runtime_error("fastnlcg: CUDA device " + std::to_string(device) + ", expected 0 to 63");
+  }
+  const std::lock_guard lock(mutex);
+  Limits& l = all[device];
+  if (known[device]) return l;
+  const int multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount);
+  l.cooperative = attribute_of(device, cudaDevAttrCooperativeLaunch) != 0;
+  l.blocks_of_pass[0] = multiprocessors * blocks_per_multiprocessor(step_pass<S, CurvatureDot<S>>, 0);
+  l.blocks_of_pass[1] = multiprocessors * blocks_per_multiprocessor(step_pass<S, CurvatureAndDots<S>>, 0);
+  l.blocks_of_pass[2] = multiprocessors * blocks_per_multiprocessor(step_pass<S, DirectionAndMove<S>>, 0);
+  const int without = blocks_per_multiprocessor(step_in_one<S>, 0);
+  l.blocks_in_one = multiprocessors * without;
+  const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(sizeof(Totals)) -
+                   1024;  // of the driver's own
+  l.resident_tiles = 0;
+  for (int tiles = most / kResidentBytes<S>; tiles > 0 && l.resident_tiles == 0; --tiles) {
+    const int bytes = tiles * kResidentBytes<S>;
+    check(cudaFuncSetAttribute(step_in_one<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          "shared memory of step_in_one");
+    if (blocks_per_multiprocessor(step_in_one<S>, static_cast<std::size_t>(bytes)) == without) l.resident_tiles = tiles;
+  }
+  known[device] = true;
+  return l;
+}
+
+// Where in the workspace what lies, in doubles; every part begins a cache line.
+struct Workspace {
+  std::int64_t control, scalars, alpha, alpha_prev, group_table, segments, partials, end;
+
+  Workspace(std::int64_t n, std::int64_t max_segments, std::int64_t groups) {
+    const std::int64_t spans = (tiles_of(n) + tiles_per_span(tiles_of(n)) - 1) / tiles_per_span(tiles_of(n));
+    std::int64_t next = 0;
+    const auto take = [&](std::int64_t bytes) {
+      const std::int64_t begin = next;
+      next += (bytes + 127) / 128 * 16;
+      return begin;
+    };
+    control = take(sizeof(Control));
+    scalars = take(sizeof(Scalars));
+    alpha = take(groups * 8);
+    alpha_prev = take(groups * 8);
+    group_table = take(groups * static_cast<std::int64_t>(sizeof(GroupInput)));
+    segments = take(max_segments * static_cast<std::int64_t>(sizeof(Segment)));
+    partials = take(kMaxSums * spans * 8);
+    end = next;
+  }
+};
+
+template <int kBytes, class Row>
+void write_rows_of(const Row* rows, std::int64_t first, std::int64_t last, Row* to, const CudaStep& cuda) {
+  Rows<Row, kBytes> part;
+  for (; first < last; first += part.count) {
+    part.count = static_cast<int>(std::min<std::int64_t>(last - first, part.kMax));
+    std::copy_n(rows + first, part.count, part.row);
+    launch("write_rows", write_rows<Row, kBytes>, {1, 128}, cuda, part, to + first);
+  }
+}
+template <class Row>
+void write_table(const Row* rows, std::int64_t first, std::int64_t last, double* to, const CudaStep& cuda) {
+  Row* const table = reinterpret_cast<Row*>(to);
+  if (last - first <= Rows<Row, kSmallRows>::kMax) {
+    write_rows_of<kSmallRows>(rows, first, last, table, cuda);
+  } else {
+    write_rows_of<kLargeRows>(rows, first, last, table, cuda);
+  }
+}
+
+// Brings the device's table of segments up to date, where it is not. A captured step writes all of it at every replay,
+// so from then on nobody knows what it holds.
+void write_segments(const Step& step, CudaStep& cuda, const Workspace& at) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream_of(cuda), &capture), "cudaStreamIsCapturing");
+  if (capture != cudaStreamCaptureStatusNone) cuda.tables_unknown = true;
+  std::int64_t first = 0, last = step.n_segments;
+  if (!cuda.tables_unknown && static_cast<std::int64_t>(cuda.written.size()) == step.n_segments) {
+    while (first < last && cuda.written[static_cast<std::size_t>(first)] == step.segments[first]) ++first;
+    while (first < last && cuda.written[static_cast<std::size_t>(last - 1)] == step.segments[last - 1]) --last;
+  }
+  cuda.written.clear();  // a launch may fail
+  write_table(step.segments, first, last, cuda.workspace + at.segments, cuda);
+  cuda.written.assign(step.segments, step.segments + step.n_segments);
+}
+
+Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& at) {
+  Arguments a = {};
+  const std::int64_t tiles = tiles_of(step.state.n);
+  a.segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
+  a.n_segments = step.n_segments;
+  a.state = step.state;
+  a.tiles_per_span = static_cast<int>(tiles_per_span(tiles));
+  a.spans = static_cast<int>((tiles + a.tiles_per_span - 1) / a.tiles_per_span);
+  a.options = step.options;
+  a.set = step.set;
+  a.loss = step.loss;
+  a.loss_on_device = cuda.loss;
+  a.grad_scale = cuda.grad_scale;
+  a.found_inf = cuda.found_inf;
+  a.n_groups = step.n_groups;
+  a.scalars = reinterpret_cast<Scalars*>(cuda.workspace + at.scalars);
+  a.alpha = cuda.workspace + at.alpha;
+  a.alpha_prev = cuda.workspace + at.alpha_prev;
+  a.control = reinterpret_cast<Control*>(cuda.workspace + at.control);
+  a.partials = cuda.workspace + at.partials;
+  a.param_steps = step.param_steps;
+  a.aligned_state = true;
+  for (const void* stream : {step.state.grad_prev, step.state.direction, step.state.hessian_diag}) {
+    if (reinterpret_cast<std::uintptr_t>(stream) % 16 != 0) a.aligned_state = false;
+  }
+  return a;
+}
+
+void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, Arguments& a) {
+  std::vector<GroupInput> inputs(static_cast<std::size_t>(step.n_groups));
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    inputs[i] = {step.groups[i].lr, step.groups[i].weight_decay, i < cuda.lr.size() ? cuda.lr[i] : DeviceNumber{}};
+  }
+  if (step.n_groups <= kInlineGroups) {
+    std::copy(inputs.begin(), inputs.end(), a.groups);
+  } else {
+    write_table(inputs.data(), 0, step.n_groups, cuda.workspace + at.group_table, cuda);
+    a.group_table = reinterpret_cast<const GroupInput*>(cuda.workspace + at.group_table);
+  }
+}
+
+// Up to here one launch is worth its lower occupancy. Predicted from counted bytes, not measured: see the README.
+constexpr std::int64_t kOneLaunchElements = 40'000'000;
+
+template <class S>
+void step_in(const Step& step, CudaStep& cuda) {
+  const Workspace at(step.state.n, cuda.max_segments, step.n_groups);
+  const Limits& fits = limits<S>(cuda.device);
+  write_segments(step, cuda, at);
+  Arguments a = arguments_of(step, cuda, at);
+  write_groups(step, cuda, at, a);
+  const int spans = a.spans;
+  const auto grid = [&](int most) { return std::min(spans, cuda.blocks > 0 ? std::min(cuda.blocks, most) : most); };
+  const bool automatic = cuda.form == CudaStep::Form::automatic;
+  const bool wanted = automatic ? step.state.n <= kOneLaunchElements : cuda.form == CudaStep::Form::one_launch;
+  if (wanted && fits.cooperative) {
+    const int blocks = grid(fits.blocks_in_one);
+    const std::int64_t needed = std::int64_t{(spans + blocks - 1) / blocks} * a.tiles_per_span;
+    if (step.state.hessian_diag != nullptr) {
+      a.resident_tiles = static_cast<int>(std::min<std::int64_t>(fits.resident_tiles, needed));
+      if (cuda.resident_tiles >= 0) a.resident_tiles = std::min(a.resident_tiles, cuda.resident_tiles);
+    }
+    const std::size_t bytes = static_cast<std::size_t>(a.resident_tiles) * kResidentBytes<S>;
+    launch("step_in_one", step_in_one<S>, {blocks, kThreads, bytes, true}, cuda, a);
+    cuda.launches = 1;
+    return;
+  }
+  const int first = step.state.hessian_diag != nullptr ? grid(fits.blocks_of_pass[0]) : 1;
+  launch("step_pass 1", step_pass<S, CurvatureDot<S>>, {first}, cuda, a);
+  launch("step_pass 2", step_pass<S, CurvatureAndDots<S>>, {grid(fits.blocks_of_pass[1])}, cuda, a);
+  launch("step_pass 3", step_pass<S, DirectionAndMove<S>>, {grid(fits.blocks_of_pass[2])}, cuda, a);
+  cuda.launches = 3;
+}
+
+// ---- the parts ---------------------------------------------------------------------------------------------------
+
+void copy_to_host(void* to, const void* from, std::size_t bytes, const CudaStep& cuda) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_of(cuda)), "copy of scalars to the host");
+}
+void copy_to_device(void* to, const void* from, std::size_t bytes, const CudaStep& cuda) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_of(cuda)), "copy of scalars to the device");
+}
+void wait_for(const CudaStep& cuda) { check(cudaStreamSynchronize(stream_of(cuda)), "waiting for the stream"); }
+
+// One pass with the host's numbers; its sums where wanted.
+template <class S, class Pass>
+void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pass, double* sums) {
+  const Workspace at(step.state.n, cuda.max_segments, step.n_groups);
+  write_segments(step, cuda, at);
+  Arguments a = arguments_of(step, cuda, at);
+  write_groups(step, cuda, at, a);
+  const int multiprocessors = attribute_of(cuda.device, cudaDevAttrMultiProcessorCount);
+  const int most = multiprocessors * blocks_per_multiprocessor(part<S, Pass>, 0);
+  const int blocks = std::min(a.spans, cuda.blocks > 0 ? cuda.blocks : most);
+  launch(name, part<S, Pass>, {blocks}, cuda, a, pass);
+  if (sums == nullptr) return;
+  copy_to_host(sums, a.control->sums, Pass::kSums * sizeof(double), cuda);
+  wait_for(cuda);
+}
+
+// A workspace for one call.
+class Scratch {
+ public:
+  Scratch(const Step& step, CudaStep& cuda) : cuda_(cuda) {
+    cuda.max_segments = step.n_segments;
+    const Workspace at(step.state.n, step.n_segments, step.n_groups);
+    const std::size_t bytes = static_cast<std::size_t>(at.end) * sizeof(double);
+    void* memory = nullptr;
+    check(cudaMallocAsync(&memory, bytes, stream_of(cuda)), "workspace of " + std::to_string(bytes) + " bytes");
+    cuda.workspace = static_cast<double*>(memory);
+    try {
+      check(cudaMemsetAsync(memory, 0, bytes, stream_of(cuda)), "cudaMemsetAsync");
+      for (std::int64_t i = 0; i < step.n_groups; ++i) {
+        copy_to_device(cuda.workspace + at.alpha + i, &step.groups[i].alpha, sizeof(double), cuda);
+        copy_to_device(cuda.workspace + at.alpha_prev + i, &step.groups[i].alpha_prev, sizeof(double), cuda);
+      }
+    } catch (...) {
+      release();
+      throw;
+    }
+  }
+  ~Scratch() { release(); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+ private:
+  void release() {
+    cudaFreeAsync(cuda_.workspace, stream_of(cuda_));
+    cuda_.workspace = nullptr;
+    cuda_.written.clear();
+  }
+  CudaStep& cuda_;
+};
+
+template <class S>
+bool update_curvature_in(const Step& step, CudaStep& cuda, double* ys, double* shs) {
+  const Scratch scratch(step, cuda);
+  double sums[kMaxSums];
+  run_part<S>("bfgs_diag_update, sums", step, cuda, CurvatureSums<S>{}, sums);
+  *ys = sums[0] - sums[1];
+  *shs = sums[2];
+  if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
+  const Constants<S> c = constants<S>(1, 0, *ys, *shs);
+  run_part<S>("bfgs_diag_update", step, cuda, CurvatureAndDots<S>{c, true, true, true, false, false}, nullptr);
+  return true;
+}
+
+template <class S>
+void preconditioned_dots_in(const Step& step, CudaStep& cuda, double* rz, double* rz_mid) {
+  const Scratch scratch(step, cuda);
+  const bool preconditioned = step.state.hessian_diag != nullptr, mid = step.state.grad_prev != nullptr;
+  const Constants<S> c = constants<S>(step.options.eps, 0, 0, 0);
+  double sums[kMaxSums];
+  run_part<S>("preconditioned_dots", step, cuda, CurvatureAndDots<S>{c, preconditioned, false, false, mid, false},
+              sums);
+  *rz = sums[0];
+  *rz_mid = sums[1];
+}
+
+template <class S>
+void update_direction_in(const Step& step, CudaStep& cuda, double beta) {
+  const Scratch scratch(step, cuda);
+  const bool move = step.segments[0].p != nullptr, keep_grad = step.state.grad_prev != nullptr;
+  const Constants<S> c = constants<S>(step.options.eps, beta, 0, 0);
+  const DirectionAndMove<S> pass{c, step.state.hessian_diag != nullptr, keep_grad, move, false};
+  run_part<S>("direction_update", step, cuda, pass, nullptr);
+}
+
+template <class S>
+void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
+  double sums[kMaxSums];
+  run_part<S>("state_norms", step, cuda, StateNorms<S>{}, sums);
+  *gg = sums[0];
+  *dd = sums[1];
+  *gd = sums[2];
+}
+
+}  // namespace
+
+// ---- what step_cuda.h promises -----------------------------------------------------------------------------------
+
+CudaStatus cuda_status() {
+  CudaStatus status = {true, FASTNLCG_CUDA_ARCHITECTURES, CUDART_VERSION, 0, {}, ""};
+  cudaDriverGetVersion(&status.driver_version);
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    status.why_off = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+    return status;
+  }
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    status.devices.push_back(std::string(properties.name) + " (sm_" +
+                             std::to_string(properties.major * 10 + properties.minor) + ")");
+  }
+  if (count == 0) status.why_off = "no CUDA device";
+  return status;
+}
+
+int cuda_device_of(const void* memory) {
+  cudaPointerAttributes attributes = {};
+  check(cudaPointerGetAttributes(&attributes, memory), "cudaPointerGetAttributes");
+  return attributes.device;
+}
+
+std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::int64_t groups) {
+  return Workspace(n, max_segments, groups).end;
+}
+
+#define NLCG_BY_TYPE(verb, ...) (step.state.dtype == DType::f64 ? verb<double>(__VA_ARGS__) : verb<float>(__VA_ARGS__))
+
+void cuda_step(const Step& step, CudaStep& cuda) {
+  const DeviceGuard guard(cuda.device);
+  NLCG_BY_TYPE(step_in, step, cuda);
+}
+
+void cuda_read_scalars(const CudaStep& cuda, Scalars* scalars, Group* groups, std::int64_t n_groups) {
+  const DeviceGuard guard(cuda.device);
+  const Workspace at(0, cuda.max_segments, n_groups);
+  copy_to_host(scalars, cuda.workspace + at.scalars, sizeof(Scalars), cuda);
+  for (std::int64_t i = 0; i < n_groups; ++i) {
+    copy_to_host(&groups[i].alpha_prev, cuda.workspace + at.alpha_prev + i, sizeof(double), cuda);
+  }
+  wait_for(cuda);
+}
+
+void cuda_write_scalars(const CudaStep& cuda, const Scalars& scalars, const Group* groups, std::int64_t n_groups) {
+  const DeviceGuard guard(cuda.device);
+  const Workspace at(0, cuda.max_segments, n_groups);
+  copy_to_device(cuda.workspace + at.scalars, &scalars, sizeof(Scalars), cuda);
+  for (std::int64_t i = 0; i < n_groups; ++i) {
+    copy_to_device(cuda.workspace + at.alpha_prev + i, &groups[i].alpha_prev, sizeof(double), cuda);
+  }
+  wait_for(cuda);  // the numbers are the caller's, and may be gone
+}
+
+void cuda_state_norms(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
+  const DeviceGuard guard(cuda.device);
+  NLCG_BY_TYPE(state_norms_in, step, cuda, gg, dd, gd);
+}
+
+bool cuda_update_curvature(const Step& step, CudaStep& cuda, double* ys, double* shs) {
+  const DeviceGuard guard(cuda.device);
+  return NLCG_BY_TYPE(update_curvature_in, step, cuda, ys, shs);
+}
+
+void cuda_preconditioned_dots(const Step& step, CudaStep& cuda, double* rz, double* rz_mid) {
+  const DeviceGuard guard(cuda.device);
+  NLCG_BY_TYPE(preconditioned_dots_in, step, cuda, rz, rz_mid);
+}
+
+void cuda_update_direction(const Step& step, CudaStep& cuda, double beta) {
+  const DeviceGuard guard(cuda.device);
+  NLCG_BY_TYPE(update_direction_in, step, cuda, beta);
+}
+
+void cuda_flat_step(const Step& step, CudaStep& cuda) {
+  const DeviceGuard guard(cuda.device);
+  const Scratch scratch(step, cuda);
+  cuda_write_scalars(cuda, *step.scalars, step.groups, step.n_groups);
+  cuda_step(step, cuda);
+  cuda_read_scalars(cuda, step.scalars, step.groups, step.n_groups);
+}
+
+}  // namespace fastnlcg

@@ -1,0 +1,275 @@
+// Enough of CUDA on the CPU to run cuda/step_kernel.cu unchanged, for tests: device memory is host memory, a stream is
+// none, and a launch has happened when it returns.
+//
+// Every CUDA thread is a fiber: an own stack, switched to by hand, run until it waits at a barrier or a shuffle. The
+// threads of a block share one operating-system thread, so shared memory is thread-local; blocks run side by side, at
+// most kBlocksAtOnce of them, or all of them in a cooperative launch. So indices, tails, tables, barriers and the order
+// of sums are those of the kernels. What it cannot show: races within a warp, coalescing, alignment faults, time.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+#define CUDART_VERSION 0
+
+namespace fastnlcg {
+
+// ---- fibers ------------------------------------------------------------------------------------------------------
+
+// Saves the registers that a call must preserve on this stack, puts `to` in place of it, and returns there.
+extern "C" void fastnlcg_switch_stack(void** from, void* to);
+asm(R"(
+.text
+.weak fastnlcg_switch_stack
+.type fastnlcg_switch_stack, @function
+fastnlcg_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fastnlcg_switch_stack, .-fastnlcg_switch_stack
+)");
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned width) : x(width) {}
+};
+
+// One block: its threads take turns.
+class Block {
+ public:
+  Block(unsigned threads, const std::function<void()>& body) : body_(body), fibers_(threads), lanes_(threads) {}
+  void run();
+
+  // Called by the running thread.
+  void wait_for_block() { wait([this] { return barrier_; }, arrived_, fibers_.size(), barrier_); }
+  void wait_for_warp() {
+    Warp& warp = warps_[current_ / 32];
+    wait([&warp] { return warp.barrier; }, warp.arrived, std::min<std::size_t>(32, fibers_.size()), warp.barrier);
+  }
+  void yield() { fastnlcg_switch_stack(&fibers_[current_].stack_pointer, scheduler_); }
+
+  double& lane(std::size_t thread) { return lanes_[thread]; }
+  std::size_t current() const { return current_; }
+  std::size_t size() const { return fibers_.size(); }
+
+ private:
+  static constexpr std::size_t kStack = 64 * 1024;
+  struct Fiber {
+    std::unique_ptr<char[]> stack;
+    void* stack_pointer = nullptr;
+    bool done = false;
+  };
+  struct Warp {
+    std::size_t arrived = 0;
+    std::uint64_t barrier = 0;
+  };
+
+  template <class Now>
+  void wait(Now now, std::size_t& arrived, std::size_t expected, std::uint64_t& barrier) {
+    const std::uint64_t before = now();
+    if (++arrived == expected) {
+      arrived = 0;
+      ++barrier;
+    }
+    while (now() == before) yield();
+  }
+  static void enter();
+
+  const std::function<void()>& body_;
+  std::vector<Fiber> fibers_;
+  std::vector<double> lanes_;
+  Warp warps_[32];
+  std::size_t arrived_ = 0, current_ = 0;
+  std::uint64_t barrier_ = 0;
+  void* scheduler_ = nullptr;
+};
+
+inline thread_local Block* this_block = nullptr;
+inline thread_local Index threadIdx, blockIdx;
+inline thread_local dim3 gridDim, blockDim;
+alignas(128) inline thread_local unsigned char resident_memory[96 * 1024];
+
+inline void Block::enter() {
+  Block& block = *this_block;
+  block.body_();
+  block.fibers_[block.current_].done = true;
+  block.yield();
+  std::abort();  // nobody comes back to a finished thread
+}
+
+inline void Block::run() {
+  this_block = this;
+  for (Fiber& fiber : fibers_) {
+    fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
+    auto top = reinterpret_cast<std::uintptr_t>(fiber.stack.get() + kStack) / 16 * 16;
+    auto* frame = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, and 8 bytes of alignment
+    std::fill_n(frame, 8, nullptr);
+    frame[6] = reinterpret_cast<void*>(&Block::enter);
+    fiber.stack_pointer = frame;
+  }
+  for (std::size_t left = fibers_.size(); left > 0;) {
+    for (current_ = 0; current_ < fibers_.size(); ++current_) {
+      if (fibers_[current_].done) continue;
+      threadIdx.x = static_cast<unsigned>(current_);
+      fastnlcg_switch_stack(&scheduler_, fibers_[current_].stack_pointer);
+      if (fibers_[current_].done) --left;
+    }
+  }
+}
+
+// ---- what device code calls --------------------------------------------------------------------------------------
+
+inline void __syncthreads() { this_block->wait_for_block(); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __nanosleep(unsigned) { std::this_thread::yield(); }
+inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::atomic_ref<unsigned>(*at).fetch_add(value); }
+inline double __shfl_down_sync(unsigned, double x, unsigned apart) {
+  Block& block = *this_block;
+  const std::size_t own = block.current();
+  block.lane(own) = x;
+  block.wait_for_warp();
+  const std::size_t other = own + apart;
+  const double y = other / 32 == own / 32 && other < block.size() ? block.lane(other) : x;
+  block.wait_for_warp();
+  return y;
+}
+
+// ---- what host code calls ----------------------------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice = 101, cudaErrorCooperativeLaunchTooLarge = 720 };
+using cudaStream_t = void*;
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrCooperativeLaunch,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+enum { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+struct cudaDeviceProp {
+  char name[32] = "emulated on the CPU";
+  int major = 0, minor = 0;
+};
+struct cudaPointerAttributes {
+  int device = 0;
+};
+
+constexpr int kMultiprocessors = 3;
+constexpr unsigned kBlocksAtOnce = 2;  // of a launch that is not cooperative
+
+inline const char* cudaGetErrorName(cudaError_t e) {
+  return e == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorCooperativeLaunchTooLarge";
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "said by the emulation"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaErrorInvalidDevice; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) { return *properties = {}, cudaSuccess; }
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void*) { return *a = {}, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  // Its variable stands for a device that cannot launch cooperatively.
+  *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors
+           : attribute == cudaDevAttrCooperativeLaunch ? std::getenv("FASTNLCG_EMULATE_OLD_DEVICE") == nullptr
+                                                       : static_cast<int>(sizeof(resident_memory));
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, std::size_t) {
+  return *blocks = 2, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) {
+  return *s = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+inline cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_t) {
+  *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  std::memset(*memory, 0xff, bytes);  // nobody may count on zeros
+  return cudaSuccess;
+}
+inline cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return std::free(memory), cudaSuccess; }
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const std::type_identity_t<Parameters>&... arguments) {
+  const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
+  const bool cooperative = config->numAttrs > 0 && config->attrs->val.cooperative;
+  if (cooperative && blocks > 2 * kMultiprocessors) return cudaErrorCooperativeLaunchTooLarge;
+  if (config->dynamicSmemBytes > sizeof(resident_memory)) std::abort();
+  const std::function<void()> body = [&] { kernel(arguments...); };
+  std::atomic<unsigned> next{0};
+  const auto work = [&] {
+    for (unsigned b; (b = next.fetch_add(1)) < blocks;) {
+      blockIdx = {cooperative ? b : blocks - 1 - b};  // no order is promised
+      gridDim = config->gridDim;
+      blockDim = config->blockDim;
+      std::memset(resident_memory, 0xff, sizeof(resident_memory));
+      Block(threads, body).run();
+    }
+  };
+  std::vector<std::thread> workers;
+  for (unsigned w = 1; w < (cooperative ? blocks : std::min(blocks, kBlocksAtOnce)); ++w) workers.emplace_back(work);
+  work();
+  for (std::thread& worker : workers) worker.join();
+  return cudaSuccess;
+}
+
+}  // namespace fastnlcg
