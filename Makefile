@@ -3,17 +3,19 @@
 # make bench   step times beside torch's optimizers, one thread
 # make lint    ruff, mypy --strict, clang-format
 # make cuda    compile the CUDA part for all architectures, warnings as errors (needs nvcc)
+# make gpu     on a machine with a GPU, nvcc and torch, and nothing to download: everything that needs a GPU, into
+#              build/gpu.json
 # make format  what lint asks for
 #
 # Everything happens in .venv, which is made when it is missing and brought up to date when the sources have changed.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc cuda python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc cuda python tests/emulation -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
 TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark hypothesis scikit-learn matplotlib tqdm \
-         ruff mypy clang-format
-CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh)
+         ruff mypy clang-format nvidia-cuda-nvdisasm
+CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh tests/emulation/*)
 
-.PHONY: demo test bench lint cuda format clean
+.PHONY: demo test bench lint cuda gpu format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/fastnlcg
@@ -40,6 +42,10 @@ format: .venv/tools
 cuda: .venv/tools
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/cuda . \
 	  -C cmake.define.FASTNLCG_CUDA=ON -C cmake.define.FASTNLCG_WERROR=ON
+
+# With the python of that machine, not .venv's
+gpu:
+	$(PYTHON) bench/gpu.py
 
 clean:
 	rm -rf .venv build demo

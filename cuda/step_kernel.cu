@@ -98,24 +98,25 @@ __device__ __forceinline__ S* resident(int room) {
 
 // ---- loads and stores --------------------------------------------------------------------------------------------
 
-// Four elements at once, where their address allows it.
-struct alignas(16) Bits128 {
-  std::uint32_t word[4];
-};
-struct alignas(8) Bits64 {
-  std::uint32_t word[2];
-};
+// Four elements at once, where their address allows it: in pieces of 16 bytes, or 8 for 16-bit types.
+template <class E>
+using Piece = std::conditional_t<sizeof(E) == 2, uint2, uint4>;
+template <class E>
+constexpr int kPieces = kQuad * static_cast<int>(sizeof(E)) / static_cast<int>(sizeof(Piece<E>));
 
+template <class E>
+__device__ __forceinline__ void put_piece(E (&raw)[kQuad], int k, Piece<E> piece) {
+  __builtin_memcpy(reinterpret_cast<char*>(raw) + k * sizeof(piece), &piece, sizeof(piece));
+}
+
+// __ldca and __stwb are ordinary loads and stores of global memory. Written as assignments they would be joined with the
+// other branch, and split.
 template <class S, class E>
 __device__ __forceinline__ void load_quad(const E* from, bool whole, S (&to)[kQuad]) {
   E raw[kQuad];
   if (whole) {
-    using Bits = std::conditional_t<sizeof(E) == 2, Bits64, Bits128>;
 #pragma unroll
-    for (std::size_t k = 0; k < kQuad * sizeof(E) / sizeof(Bits); ++k) {
-      const Bits bits = reinterpret_cast<const Bits*>(from)[k];
-      __builtin_memcpy(reinterpret_cast<char*>(raw) + k * sizeof(Bits), &bits, sizeof(Bits));
-    }
+    for (int k = 0; k < kPieces<E>; ++k) put_piece(raw, k, __ldca(reinterpret_cast<const Piece<E>*>(from) + k));
   } else {
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) raw[l] = from[l];
@@ -124,23 +125,37 @@ __device__ __forceinline__ void load_quad(const E* from, bool whole, S (&to)[kQu
   for (int l = 0; l < kQuad; ++l) to[l] = value_of(raw[l]);
 }
 
+template <class E>
+__device__ __forceinline__ Piece<E> piece_of(const E (&raw)[kQuad], int k) {
+  Piece<E> piece;
+  __builtin_memcpy(&piece, reinterpret_cast<const char*>(raw) + k * sizeof(piece), sizeof(piece));
+  return piece;
+}
+
 template <class S, class E>
 __device__ __forceinline__ void store_quad(E* to, bool whole, const S (&from)[kQuad]) {
   E raw[kQuad];
 #pragma unroll
   for (int l = 0; l < kQuad; ++l) assign(raw[l], from[l]);
   if (whole) {
-    using Bits = std::conditional_t<sizeof(E) == 2, Bits64, Bits128>;
 #pragma unroll
-    for (std::size_t k = 0; k < kQuad * sizeof(E) / sizeof(Bits); ++k) {
-      Bits bits;
-      __builtin_memcpy(&bits, reinterpret_cast<const char*>(raw) + k * sizeof(Bits), sizeof(Bits));
-      reinterpret_cast<Bits*>(to)[k] = bits;
-    }
+    for (int k = 0; k < kPieces<E>; ++k) __stwb(reinterpret_cast<Piece<E>*>(to) + k, piece_of(raw, k));
   } else {
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) to[l] = raw[l];
   }
+}
+
+// The same in shared memory.
+template <class S>
+__device__ __forceinline__ void load_resident(const S* from, S (&to)[kQuad]) {
+#pragma unroll
+  for (int k = 0; k < kPieces<S>; ++k) put_piece(to, k, reinterpret_cast<const Piece<S>*>(from)[k]);
+}
+template <class S>
+__device__ __forceinline__ void store_resident(S* to, const S (&from)[kQuad]) {
+#pragma unroll
+  for (int k = 0; k < kPieces<S>; ++k) reinterpret_cast<Piece<S>*>(to)[k] = piece_of(from, k);
 }
 
 template <class E>
@@ -257,8 +272,8 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
   for (int q = 0; q < Q; ++q) {
     const std::int64_t at = position + q * kApart;
     if (loaded) {
-      load_quad(resident<S>(room) + local + q * kApart, true, g[q]);
-      if (reads & kD) load_quad(resident<S>(room) + kTile + local + q * kApart, true, d[q]);
+      load_resident(resident<S>(room) + local + q * kApart, g[q]);
+      if (reads & kD) load_resident(resident<S>(room) + kTile + local + q * kApart, d[q]);
     } else {
       if (pass.kReadsGradient) load_quad(g_at + q * kApart, whole_g, g[q]);
       if (reads & kD) load_quad(stream<S>(state.direction, at), whole, d[q]);
@@ -274,8 +289,8 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
       if (pass.kReadsGradient && !loaded) g[q][l] = launch.gradient(g[q][l], p[q][l], group);
     }
     if (Pass::kMaxGradient && room >= 0) {
-      store_quad(resident<S>(room) + local + q * kApart, true, g[q]);
-      store_quad(resident<S>(room) + kTile + local + q * kApart, true, d[q]);
+      store_resident(resident<S>(room) + local + q * kApart, g[q]);
+      store_resident(resident<S>(room) + kTile + local + q * kApart, d[q]);
     }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {

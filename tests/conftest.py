@@ -15,3 +15,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every instruction set this processor has."""
     return backends.use(request.param, monkeypatch).name
+
+
+@pytest.fixture(params=backends.parameters(*_native.instruction_sets(), "emulated"))
+def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
+    """Those whose memory is the CPU's."""
+    return backends.use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=backends.parameters("cpu", "emulated"))
+def cpu_or_emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
+    return backends.use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=backends.parameters("emulated", "cuda"))
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
+    """The CUDA path, emulated or not."""
+    return backends.use(request.param, monkeypatch)

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import backends
 import numpy as np
 import pytest
 import torch
@@ -133,6 +134,7 @@ class TestAHyperParameters:
         assert optimizer.diagnostics().step == 3
 
 
+@pytest.mark.usefixtures("cpu_or_emulated")
 class TestBParameterLists:
     def test_11_to_15(self) -> None:
         with pytest.raises(ValueError, match="empty"):
@@ -330,6 +332,7 @@ class TestCTypeDeviceLayout:
         assert runs[0] == runs[1]
 
 
+@pytest.mark.usefixtures("cpu_or_emulated")
 class TestENumbers:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize(
@@ -343,7 +346,8 @@ class TestENumbers:
         ps[1].grad[0, 1] = value
         optimizer.step(loss=100.0)
         assert everything(ps, optimizer) == before
-        assert [p._version for p in ps] == versions
+        if not backends.current.on_gpu:  # where the host does not know of the skip
+            assert [p._version for p in ps] == versions
         assert optimizer.diagnostics().skipped_steps == 1
         for _ in range(3):
             one_step(ps, optimizer)
@@ -443,6 +447,7 @@ class TestENumbers:
                 optimizer.step(loss=bad)
 
 
+@pytest.mark.usefixtures("cpu_or_emulated")
 class TestFState:
     def bad(self, change: object, match: str) -> None:
         ps, optimizer = stepped()

@@ -14,6 +14,7 @@ from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference
 from torch import Tensor, nn
 
 UPDATES = ("fletcher_reeves", "polak_ribiere")
+pytestmark = pytest.mark.usefixtures("cpu_or_emulated")
 
 
 # ---- trajectories ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def arrays(n: int = N, dtype: str = "float32", seed: int = 0) -> dict[str, np.nd
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-12), ("float32", 1e-5)])
-def test_the_parts_compute_the_equations(backend: Backend, dtype: str, rtol: float) -> None:
+def test_the_parts_compute_the_equations(on_host: Backend, dtype: str, rtol: float) -> None:
     x = arrays(dtype=dtype)
     x["g"] = (x["g_prev"] - 0.3 * x["d"]).astype(dtype)  # so that ys > 0 for negative d . y
     e = {key: value.astype(float) for key, value in x.items()}
@@ -59,7 +59,7 @@ def test_the_parts_compute_the_equations(backend: Backend, dtype: str, rtol: flo
     np.testing.assert_array_equal(x["g_prev"], x["g"])
 
 
-def test_the_gate_keeps_h(backend: Backend) -> None:
+def test_the_gate_keeps_h(on_host: Backend) -> None:
     x = arrays()
     before = x["h"].copy()
     curvature = ops.bfgs_diag_update(x["h"], x["g"], x["g"].copy(), x["d"], alpha_prev=0.5)
@@ -73,7 +73,7 @@ def test_the_gate_keeps_h(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("update", ["fletcher_reeves", "polak_ribiere"])
-def test_a_step_from_its_parts_has_the_bits_of_the_fused_step(backend: Backend, update: str) -> None:
+def test_a_step_from_its_parts_has_the_bits_of_the_fused_step(on_host: Backend, update: str) -> None:
     """The recipe in the module's docstring."""
     x, lr = arrays(), 0.05
     x["h"][:], x["d"][:], x["g_prev"][:] = 1, 0, 0

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import platform
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ STEPS = 20
 N = 4097  # one tile and a tail
 
 
-def self_check() -> dict[str, Any]:
-    """Takes 20 steps of native float64 and float32 beside the reference; returns the largest relative differences."""
+def self_check(device: str = "cpu") -> dict[str, Any]:
+    """Takes 20 steps of native float64 and float32 beside the reference; returns the largest relative differences.
+    Without torch on the CPU only."""
     worst = {"float64": 0.0, "float32": 0.0}
     for update in ("fletcher_reeves", "polak_ribiere"):
         rng = np.random.default_rng(0)
@@ -29,16 +31,27 @@ def self_check() -> dict[str, Any]:
         options = reference.Options(update=update)
         for dtype in worst:
             p, expected = start.astype(dtype), start.astype(dtype).astype(np.float64)
-            g_prev, d, h = np.zeros(N, dtype), np.zeros(N, dtype), np.ones(N, dtype)
+            buffers = [np.zeros(N, dtype), np.zeros(N, dtype), np.ones(N, dtype)]
+            place, fetch = _transport(device)
+            p, (g_prev, d, h) = place(p), map(place, buffers)
             scalars, state = ops.Scalars(), reference.initial_state(N, options)
             for _ in range(STEPS):
                 gradient = (curvature * expected).astype(dtype)  # both see the same gradient
-                ops.nlcg_step(p, gradient, g_prev, d, h, scalars, lr=0.05, update=update)
+                ops.nlcg_step(p, place(gradient), g_prev, d, h, scalars, lr=0.05, update=update)
                 expected, state = reference.nlcg_step(expected, gradient.astype(np.float64), state, options, lr=0.05)
-            error = float(np.max(np.abs(p - expected)) / np.max(np.abs(expected)))
+            error = float(np.max(np.abs(fetch(p) - expected)) / np.max(np.abs(expected)))
             worst[dtype] = max(worst[dtype], error)
     # float64: rounding of 20 steps; float32: 20 steps of 2^-24 each, amplified by the quotients in h.
     return {"differences": worst, "passed": worst["float64"] < 1e-12 and worst["float32"] < 1e-4}
+
+
+def _transport(device: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """To the device, and back."""
+    if device == "cpu":
+        return np.asarray, np.asarray
+    import torch
+
+    return lambda array: torch.from_numpy(array).to(device), lambda tensor: tensor.cpu().numpy()
 
 
 def report() -> dict[str, Any]:
@@ -52,6 +65,15 @@ def report() -> dict[str, Any]:
         instruction_set, why_off = _native.instruction_set(), ""
     except ValueError as error:  # FASTNLCG_ISA names one that this processor lacks
         instruction_set, why_off = None, str(error)
+    cuda = _native.cuda_status()
+    checked: dict[str, Any] = self_check() if instruction_set else {"differences": {}, "passed": False}
+    if torch_version is not None and not cuda["why_off"] and torch.cuda.is_available():
+        on_gpu = self_check("cuda")
+        differences = {f"{key} on the GPU": error for key, error in on_gpu["differences"].items()}
+        checked = {
+            "differences": {**checked["differences"], **differences},
+            "passed": checked["passed"] and on_gpu["passed"],
+        }
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -64,8 +86,8 @@ def report() -> dict[str, Any]:
             "threads": _native.num_threads(),
             "why_off": why_off,
         },
-        "cuda": _native.cuda_status(),
-        "self_check": self_check() if instruction_set else {"differences": {}, "passed": False},
+        "cuda": cuda,
+        "self_check": checked,
     }
 
 
@@ -80,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(facts, indent=2))
         return 0 if check["passed"] else 1
     cpu, cuda = facts["cpu"], facts["cuda"]
-    built = f"built for sm {cuda['architectures'].replace('-real', '')} " if cuda["built"] else ""
+    built = f"built for sm {cuda['architectures'].replace('-real', '')}; " if cuda["built"] else ""
     print(f"fastnlcg     {facts['version']} ({facts['compiler']})")
     print(f"python       {facts['python']}, numpy {facts['numpy']}, torch {facts['torch'] or 'not installed'}")
     print(f"cpu          {cpu['why_off'] or cpu['instruction_set']} (of {', '.join(cpu['instruction_sets'])})")

@@ -61,8 +61,8 @@ def cuda_off() -> str:
 
 
 def current_stream(device: str, *arrays: object) -> int:
-    """The stream on which the caller of these arrays works on ``device``, a ``cudaStream_t``: torch's current stream where
-    one of them is torch's (or none is given), CuPy's where one is CuPy's, else the default stream."""
+    """The stream, a ``cudaStream_t``, on which the caller of these arrays works on ``device``: torch's current one
+    where an array is torch's (or none is given), CuPy's where one is CuPy's, else the default stream."""
     makers = {type(array).__module__.partition(".")[0] for array in arrays}
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and (not arrays or any(isinstance(array, torch.Tensor) for array in arrays)):

@@ -26,7 +26,17 @@ _DTYPES = {
 }
 # Options that hold for the whole optimizer, because its sums run over all groups. Every group carries them, so that
 # checkpoints do.
-_SHARED = ("update", "preconditioner", "line_search", "eps", "curvature_eps", "restart", "nonfinite", "maximize", "capturable")
+_SHARED = (
+    "update",
+    "preconditioner",
+    "line_search",
+    "eps",
+    "curvature_eps",
+    "restart",
+    "nonfinite",
+    "maximize",
+    "capturable",
+)
 # Scalars of the native step that a checkpoint needs: in the first parameter group, as plain numbers.
 _SCALARS = ("rz", "gs", "shs", "grad_max", "ls_scale", "loss_prev", "skipped_steps")
 _DEFAULT_SCALARS = {**dict.fromkeys(_SCALARS, 0.0), "ls_scale": 1.0, "loss_prev": None}
@@ -86,10 +96,10 @@ class NLCG(torch.optim.Optimizer):
     describe the edit, and the clamp on beta and the gate on the sums keep that harmless. A gradient with other strides
     than its parameter is copied first; all else is read in place. ``p.grad`` is left as it was.
 
-    On a GPU a step is enqueued on torch's current stream; it neither waits nor allocates, and whether it was skipped only
-    the device knows. The first step, and the first with a new parameter, lay out the state, and cannot be captured into
-    a CUDA graph; :meth:`diagnostics` and :meth:`state_dict` wait. CPU and GPU compute the same formulas on the same
-    numbers, but add up in different orders, so their trajectories agree to rounding, not to the bit.
+    On a GPU a step is enqueued on torch's current stream; it neither waits nor allocates, and whether it was skipped
+    only the device knows. The first step, and the first with a new parameter, lay out the state, and cannot be captured
+    into a CUDA graph; :meth:`diagnostics` and :meth:`state_dict` wait. CPU and GPU compute the same formulas on the
+    same numbers, but add up in different orders, so their trajectories agree to rounding, not to the bit.
 
     A step in one thread at a time; a second gets a RuntimeError. Exceptions, interrupts and skipped steps leave
     parameters and state as they were.
@@ -109,9 +119,9 @@ class NLCG(torch.optim.Optimizer):
         nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; ``"propagate"``: as
             torch's own optimizers.
         maximize: maximize the objective; the line search's comparison turns round too.
-        capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a tensor on
-            the device, and a GradScaler leaves unscaling and the decision to skip to the step, without waiting. A graph
-            is replayed while the same parameters have gradients at the same addresses.
+        capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a
+            tensor on the device (a step skips where it is negative or not finite), and a GradScaler leaves unscaling
+            and the decision to skip to the step, without waiting.
         foreach, fused: accepted for compatibility; the step is always fused.
         differentiable: not supported.
 
@@ -236,6 +246,8 @@ class NLCG(torch.optim.Optimizer):
                 if table.native is not None and table.moving:
                     if _on_gpu(table.moving[0].device):
                         moved = self._step_on_gpu(table, lr, weight_decay, now)
+                    elif options["capturable"]:
+                        raise RuntimeError("capturable=True needs CUDA parameters; these are on the CPU")
                     else:
                         rates = [float(rate) for rate in lr]
                         moved = table.native.step(rates, weight_decay, table.set, float(now), _native.num_threads())
@@ -250,11 +262,14 @@ class NLCG(torch.optim.Optimizer):
         self, table: _Table, lr: list[float | Tensor], weight_decay: list[float], loss: float | Tensor
     ) -> bool:
         """Enqueues the step on the current stream. Numbers that lie on the device are read there."""
-        native = table.native
+        native, device = table.native, table.moving[0].device
         assert native is not None
+        for name, x in (("loss", loss), *(("lr", rate) for rate in lr)):
+            if isinstance(x, Tensor) and x.device != device:
+                raise RuntimeError(f"{name} is on {x.device}, the parameters on {device}")
         if self._options["capturable"] is False and _native.capturing():
             raise RuntimeError("a step can be captured into a CUDA graph only with capturable=True")
-        native.stream = _native.current_stream(str(table.moving[0].device))
+        native.stream = _native.current_stream(str(device))
         return native.step(
             [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
             weight_decay,
@@ -263,7 +278,9 @@ class NLCG(torch.optim.Optimizer):
             1,
             lr_on_device=[_number(rate) for rate in lr],
             loss_on_device=_number(loss),
-            grad_scale=_number(getattr(self, "grad_scale", None)),  # given by GradScaler, see _step_supports_amp_scaling
+            grad_scale=_number(
+                getattr(self, "grad_scale", None)
+            ),  # given by GradScaler, see _step_supports_amp_scaling
             found_inf=_number(getattr(self, "found_inf", None)),
         )
 
@@ -498,7 +515,7 @@ class NLCG(torch.optim.Optimizer):
         device = layout[0].device
         if _on_gpu(device) and _native.capturing():
             raise RuntimeError(
-                "the state cannot be laid out while a CUDA graph is captured: take a step with the same parameters first"
+                "the state cannot be laid out while a CUDA graph is captured: take a step with these parameters first"
             )
         self._save_scalars()
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in layout) else torch.float32
@@ -650,7 +667,7 @@ def _shared_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_hyper_parameters(group: Mapping[str, Any]) -> None:
-    _check_lr(group["lr"])
+    _check_lr(group["lr"], capturable=group.get("capturable", False) is True)
     _native.check_real("weight_decay", group["weight_decay"], minimum=0.0)
     line_search = group["line_search"]
     if line_search is not None and not (isinstance(line_search, tuple | list) and len(line_search) == 4):
@@ -705,8 +722,8 @@ def _check_devices(stateful: list[int], params: list[Tensor]) -> None:
         first = params[stateful[0]]
         if params[i].device != first.device:
             raise RuntimeError(
-                f"parameter {i} is on {params[i].device}, parameter {stateful[0]} on {first.device}: one optimizer steps "
-                "one device; use one for each"
+                f"parameter {i} is on {params[i].device}, parameter {stateful[0]} on {first.device}: one optimizer "
+                "steps one device; use one for each"
             )
 
 

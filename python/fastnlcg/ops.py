@@ -2,13 +2,13 @@
 DLPack. In place, explicit scalars, no torch needed: what you use to write an optimizer, or a framework, of your own.
 
 All arrays of a call are on one device, the CPU or a GPU, contiguous, of the same length n (the shape does not matter),
-and do not overlap. ``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``, ``h``) is float32,
-or float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the state's dtype, sums in
-double in an order that n alone fixes: the same bits for any thread count, instruction set and address, and for any GPU
-(though not the CPU's: its order is another).
+and do not overlap. ``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``,
+``h``) is float32, or float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the state's
+dtype, sums in double in an order that n alone fixes: the same bits for any thread count, instruction set and address,
+and for any GPU (though not the CPU's bits: that order is another).
 
-Arrays on a GPU come through DLPack or ``__cuda_array_interface__``. The work goes to ``stream``, a ``cudaStream_t`` as an
-integer: by default torch's current stream for torch's tensors, CuPy's for CuPy's arrays, else the default stream. A
+Arrays on a GPU come through DLPack or ``__cuda_array_interface__``. The work goes to ``stream``, a ``cudaStream_t`` as
+an integer: by default torch's current stream for torch's tensors, CuPy's for CuPy's arrays, else the default stream. A
 function that returns numbers waits for them; :class:`fastnlcg.NLCG` never does.
 
 A step from its parts (Fletcher-Reeves, without the safeguards of :func:`nlcg_step`)::
@@ -22,8 +22,8 @@ For Polak-Ribiere take ``rz_mid = preconditioned_dots(g, g_prev, h).rz_mid`` bef
 old ``h``.
 
 Errors, all before anything is written: TypeError for something that is no array or has the wrong dtype, ValueError for
-different lengths, overlap, a read-only or non-contiguous array, several devices, or a number out of range. RuntimeError,
-with the kernel's name and CUDA's text, where CUDA fails.
+different lengths, overlap, a read-only or non-contiguous array, several devices, or a number out of range.
+RuntimeError, with the kernel's name and CUDA's text, where CUDA fails.
 """
 
 from __future__ import annotations

@@ -153,6 +153,27 @@ inline void Block::run() {
 inline void __syncthreads() { this_block->wait_for_block(); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __nanosleep(unsigned) { std::this_thread::yield(); }
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+// Of global memory only, and aligned.
+template <class T>
+T* checked(T* at) {
+  const auto address = reinterpret_cast<std::uintptr_t>(at), shared = reinterpret_cast<std::uintptr_t>(resident_memory);
+  if (address % sizeof(T) != 0 || address - shared < sizeof(resident_memory)) std::abort();
+  return at;
+}
+template <class T>
+T __ldca(const T* from) {
+  return *checked(from);
+}
+template <class T>
+void __stwb(T* to, T value) {
+  *checked(to) = value;
+}
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::atomic_ref<unsigned>(*at).fetch_add(value); }
 inline double __shfl_down_sync(unsigned, double x, unsigned apart) {
   Block& block = *this_block;

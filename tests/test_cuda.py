@@ -1,0 +1,595 @@
+"""The CUDA path: emulated on the CPU everywhere, and on a GPU where there is one.
+
+test_step.py holds its kernels to the reference; here is what only a GPU has: forms of launching, grids, residency,
+numbers on the device, graphs, streams.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import backends
+import numpy as np
+import pytest
+import torch
+from backends import Backend
+from fastnlcg import NLCG, OnlineLineSearch, _native, ops, reference
+from fastnlcg.reference import Options
+from lockstep import Cut, Lockstep
+from test_step import random_cuts
+from torch import Tensor, nn
+
+only_gpu = pytest.mark.parametrize("gpu", backends.parameters("cuda"), indirect=True)
+only_emulated = pytest.mark.parametrize("gpu", backends.parameters("emulated"), indirect=True)
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------
+
+
+def trajectory(cuts: list[Cut], options: Options, form: str, blocks: int, resident: int, steps: int = 5) -> dict:
+    lockstep = Lockstep(cuts, options, lr=(0.05, 0.02), weight_decay=(0.0, 0.1))
+    lockstep.native.set_launch(form, blocks, resident)
+    for _ in range(steps):
+        lockstep.noisy_gradients()
+        lockstep.run()
+    assert lockstep.native.launches == (1 if form == "one" else 3)
+    assert lockstep.native.scalars["step"] == steps
+    return lockstep.snapshot()
+
+
+CUTS = {
+    "whole": [Cut(9 * 4096 + 5, "float32")],
+    "doubles": [Cut(5 * 4096 + 3, "float64")],
+    "scattered": [*random_cuts(3000, ("float32", "bfloat16", "float16")), Cut(14_000, "float32", 1), Cut(7, "float16")],
+}
+
+
+@pytest.mark.parametrize("options", [Options(), Options(update="polak_ribiere", restart="descent", eps=0.0)], ids=str)
+@pytest.mark.parametrize("name", CUTS)
+def test_same_bits_for_any_form_grid_and_residency(gpu: Backend, name: str, options: Options) -> None:
+    """The sums' order depends on the place in the flat state alone. eps = 0 defers the update of h to pass 3."""
+    expected = trajectory(CUTS[name], options, "three", 1, 0)
+    for form, blocks, resident in (
+        *(("three", blocks, 0) for blocks in (2, 3, 0)),
+        *(("one", blocks, resident) for blocks in (1, 2, 3, 0) for resident in (0, 1, -1)),
+    ):
+        assert trajectory(CUTS[name], options, form, blocks, resident) == expected, (form, blocks, resident)
+
+
+@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+@pytest.mark.parametrize("form", ["one", "three"])
+def test_both_forms_follow_the_reference(gpu: Backend, form: str, preconditioner: str | None) -> None:
+    options = Options(preconditioner=preconditioner, update="polak_ribiere", restart="powell")
+    lockstep = Lockstep([Cut(4096, "float32"), Cut(4096 + 77, "bfloat16")], options, shift=1)
+    lockstep.native.set_launch(form)
+    for t in range(10):
+        lockstep.noisy_gradients()
+        if t != 6:
+            lockstep.checked_step()
+            continue
+        lockstep.g[1][3] = math.nan
+        before = lockstep.native.scalars
+        state = {key: tensor.clone() for key, tensor in lockstep.state.items()}
+        lockstep.run()
+        assert all(torch.equal(state[key], lockstep.state[key]) for key in state)
+        after = lockstep.native.scalars
+        assert repr({**after, "skipped_steps": 0.0}) == repr(before)
+    assert lockstep.native.scalars["skipped_steps"] == 1
+
+
+def test_spans_of_several_tiles(gpu: Backend) -> None:
+    """Beyond 4096 tiles a partial sum covers two; every element is visited once, the last included."""
+    n = 4096 * 4096 + 4099
+    g, d = (torch.zeros(n, dtype=dtype, device=gpu.device) for dtype in (torch.float16, torch.float32))
+    marked = [0, 4095, 4096, 8192, 4096 * 4096 - 1, 4096 * 4096, n - 1]
+    g[marked] = torch.arange(1.0, 8.0, dtype=torch.float16, device=gpu.device)
+    assert ops.preconditioned_dots(g, None, None).rz == sum(k * k for k in range(1, 8))
+    ops.direction_update(d, g, None, beta=0.0)
+    assert d[marked].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0]
+    assert int(torch.count_nonzero(d)) == len(marked)
+
+
+def test_more_segments_and_groups_than_fit_the_arguments_of_a_launch(gpu: Backend) -> None:
+    for count in (84, 85, 700, 1500):  # 84 rows of a small launch, 681 of a large one
+        cuts = [Cut(1 + i % 5, "float32", group=i % 17) for i in range(count)]
+        rates = tuple(0.01 + 0.001 * k for k in range(17))
+        lockstep = Lockstep(cuts, Options(), lr=rates, weight_decay=tuple(0.01 * k for k in range(17)))
+        for _ in range(3):
+            lockstep.noisy_gradients()
+            lockstep.checked_step()
+        # one gradient moves: only its row is written anew
+        lockstep.g[count // 2] = lockstep.g[count // 2].clone()
+        lockstep.noisy_gradients()
+        lockstep.checked_step()
+
+
+@only_emulated
+def test_without_cooperative_launches_there_are_three(gpu: Backend) -> None:
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import pytest, torch, backends
+backends.use("emulated", pytest.MonkeyPatch())
+from fastnlcg import NLCG
+p = torch.nn.Parameter(torch.ones(100))
+optimizer = NLCG([p], 0.1)
+for _ in range(3):
+    p.grad = p.detach() * 2
+    optimizer.step()
+optimizer._table.native.set_launch("one")  # asked for, and refused
+p.grad = p.detach() * 2
+optimizer.step()
+print(optimizer.diagnostics().launches, p.sum().item())
+"""
+    outputs = []
+    for old in ({}, {"FASTNLCG_EMULATE_OLD_DEVICE": "1"}):
+        environment = {**os.environ, **old}
+        done = subprocess.run(
+            [sys.executable, "-c", code, os.path.dirname(__file__)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.split())
+    assert [o[0] for o in outputs] == ["1", "3"]
+    assert outputs[0][1] == outputs[1][1]
+
+
+# ---- the compiled code -----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+# Wide loads and stores of one kernel: one for each stream, element type (float32 and two 16-bit types for p and g) and
+# way (inside a segment, at its edge); pass 1 takes two at once inside. 16-bit p and g are 8 bytes wide.
+WIDE = {
+    "step_pass<float, CurvatureDot": (15, 0),
+    "step_pass<float, CurvatureAndDots": (22, 6),
+    "step_pass<float, DirectionAndMove": (22, 20),
+    "step_in_one<float>": (59, 26),
+    "step_pass<double, CurvatureDot": (12, 0),
+    "step_pass<double, CurvatureAndDots": (20, 4),
+    "step_pass<double, DirectionAndMove": (20, 16),
+    "step_in_one<double>": (52, 20),
+}
+
+
+def disassembler() -> str | None:
+    found = [*Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin/nvdisasm")]
+    return shutil.which("nvdisasm") or (str(found[0]) if found else None)
+
+
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or disassembler() is None, reason="needs nvcc, and nvdisasm (nvidia-cuda-nvdisasm)"
+)
+def test_machine_code_has_wide_accesses_and_no_spills(tmp_path: Path) -> None:
+    """sm_90: every stream moves in 16-byte accesses, and nothing goes through local memory."""
+    flags = ["-std=c++20", "-O3", "--fmad=false", "-arch=sm_90", "-Xptxas=-v", '-DFASTNLCG_CUDA_ARCHITECTURES="90"']
+    cubin = tmp_path / "step.cubin"
+    built = subprocess.run(
+        ["nvcc", *flags, "-cubin", "-o", str(cubin), "cuda/step_kernel.cu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.stderr)
+    assert len(usage) >= len(WIDE)
+    assert set(usage) == {("0", "0", "0")}
+    code = subprocess.run([disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"\n\s*\.section\s+\.text\.", code)[1:]
+    mangled = "\n".join(section.split(",")[0] for section in sections)
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = [name.replace("fastnlcg::", "").replace("(anonymous namespace)::", "") for name in names]
+    for kernel, (loads, stores) in WIDE.items():
+        (body,) = [section for name, section in zip(found, sections, strict=True) if kernel in name]
+        assert len(re.findall(r"LDG\.E\.128", body)) >= loads, kernel
+        assert len(re.findall(r"STG\.E\.128", body)) >= stores, kernel
+        assert not re.search(r"\b(LDL|STL)\b", body), kernel
+
+
+# ---- flat buffers ----------------------------------------------------------------------------------------------------
+
+
+def device_arrays(gpu: Backend, n: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    rng = np.random.default_rng(seed)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    kinds = {"p": dtype, "g": dtype, "g_prev": state, "d": state, "h": state}
+    values = {name: rng.standard_normal(n) for name in kinds}
+    values["h"] = rng.uniform(0.5, 2.0, n)
+    values["g"] = values["g_prev"] + 0.3 * values["d"]  # ys > 0
+    return {name: torch.from_numpy(values[name]).to(gpu.device, kind) for name, kind in kinds.items()}
+
+
+def on_cpu(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.cpu().clone() for name, t in x.items()}
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_parts_agree_with_the_cpu(gpu: Backend, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64: to 1e-12, though in another order of addition; also where nothing is aligned to 16 bytes."""
+    x = device_arrays(gpu, 20_011, torch.float64)
+    y = on_cpu(x)
+    x = {name: torch.cat([t[:shift], t])[shift:] if shift else t for name, t in x.items()}
+
+    def steps(x: dict[str, Tensor]) -> tuple:
+        dots = ops.preconditioned_dots(x["g"], x["g_prev"], x["h"], eps=0.1)
+        curvature = ops.bfgs_diag_update(x["h"], x["g"], x["g_prev"], x["d"], alpha_prev=0.5)
+        ops.direction_update(x["d"], x["g"], x["h"], beta=0.7, p=x["p"], alpha=0.1, g_prev=x["g_prev"])
+        scalars = ops.Scalars()
+        moved = ops.nlcg_step(**x, scalars=scalars, lr=0.05, weight_decay=0.1)
+        return (*dots, *curvature, moved, scalars.rz, scalars.step)
+
+    on_gpu = steps(x)
+    with monkeypatch.context() as original:
+        original.undo()
+        backends.use("cpu", original)
+        expected = steps(y)
+    assert on_gpu == tuple(pytest.approx(v, rel=1e-12) for v in expected)
+    for name in y:
+        np.testing.assert_allclose(x[name].cpu().numpy(), y[name].numpy(), rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+class Interface:
+    """An array that has ``__cuda_array_interface__`` and nothing else."""
+
+    def __init__(self, tensor: Tensor, **changes: object) -> None:
+        self.tensor = tensor
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": {torch.float32: "<f4", torch.float64: "<f8", torch.int32: "<i4"}[tensor.dtype],
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+            **changes,
+        }
+
+
+def test_cuda_array_interface(gpu: Backend) -> None:
+    x = device_arrays(gpu, 1000, torch.float32)
+    expected = ops.preconditioned_dots(x["g"], x["g_prev"], x["h"])
+    wrapped = {name: Interface(t) for name, t in x.items()}
+    assert ops.preconditioned_dots(wrapped["g"], wrapped["g_prev"], wrapped["h"]) == expected
+    matrix = Interface(x["g"].view(10, 100), strides=(400, 4))
+    assert ops.preconditioned_dots(matrix, wrapped["g_prev"], wrapped["h"]) == expected
+    for wrong, error, match in (
+        (Interface(x["g"], strides=(8,)), ValueError, "g is not contiguous"),
+        (Interface(x["g"].to(torch.int32)), TypeError, "typestr '<i4'"),
+        (Interface(x["g"], shape=7), ValueError, "lacks shape"),
+        (Interface(x["g"], strides=(4, 4)), ValueError, "strides"),
+        (Interface(x["g"], data=(0, False)), ValueError, "no memory"),
+        (Interface(x["g"], shape=(999,)), ValueError, "different lengths"),
+    ):
+        with pytest.raises(error, match=match):
+            ops.preconditioned_dots(wrong, wrapped["g_prev"], wrapped["h"])
+    with pytest.raises(ValueError, match="d is read-only"):
+        ops.direction_update(Interface(x["d"], data=(x["d"].data_ptr(), True)), wrapped["g"], None, beta=0.0)
+    with pytest.raises(TypeError, match="stream"):
+        ops.preconditioned_dots(x["g"], None, None, stream="0")
+
+
+def test_a_cuda_buffer_without_a_gpu_is_refused() -> None:
+    """Faults 43: nobody touches the address."""
+    if backends.GPU:
+        pytest.skip("this machine has a GPU")
+    array = np.ones(4, np.float32)
+    with pytest.raises((ValueError, RuntimeError), match="cuda"):
+        ops.preconditioned_dots(backends.OnDevice(array), None, None)
+
+
+# ---- NLCG ------------------------------------------------------------------------------------------------------------
+
+
+def parameters(gpu: Backend, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    rng = np.random.default_rng(0)
+    shapes = ((64, 3, 3, 3), (10,), (), (33, 17), (5000,))
+    return [nn.Parameter(torch.from_numpy(np.array(rng.standard_normal(s))).to(gpu.device, dtype)) for s in shapes]
+
+
+def set_gradients(ps: list[nn.Parameter], scale: float = 1.0) -> Tensor:
+    """Of a quadratic; returns its value, on the device."""
+    loss = torch.zeros((), dtype=torch.float32, device=ps[0].device)
+    for k, p in enumerate(ps, start=1):
+        p.grad = (scale * k * p.detach()).to(p.dtype)
+        loss += 0.5 * k * p.detach().float().square().sum()
+    return loss
+
+
+def bits(optimizer: NLCG) -> str:
+    state = optimizer.state_dict()
+    tensors = [p.detach() for p in optimizer._parameters()]
+    tensors += [t for entry in state["state"].values() for t in entry.values()]
+    scalars = [{k: v for k, v in g.items() if k not in ("lr", "params", "capturable")} for g in state["param_groups"]]
+    return repr([t.double().cpu().flatten().numpy().tobytes() for t in tensors] + scalars)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("update", ["fletcher_reeves", "polak_ribiere"])
+def test_the_optimizer_follows_the_float64_reference(gpu: Backend, update: str, dtype: torch.dtype) -> None:
+    ps = parameters(gpu, dtype)
+    optimizer = NLCG(ps, 0.02, update=update, weight_decay=0.01, line_search=OnlineLineSearch())
+    o = Options(update=update, line_search=OnlineLineSearch().as_tuple())
+
+    def flat(tensors: list[Tensor]) -> np.ndarray:
+        return torch.cat([t.detach().double().flatten() for t in tensors]).cpu().numpy()
+
+    p, state = flat(ps), reference.initial_state(sum(q.numel() for q in ps), o)
+    for _ in range(30):
+        loss = set_gradients(ps)
+        p, state = reference.nlcg_step(
+            p, flat([q.grad for q in ps]), state, o, lr=0.02, weight_decay=0.01, loss=float(loss)
+        )
+        optimizer.step(loss=loss)
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-4}[dtype]
+    assert np.linalg.norm(flat(ps) - p) <= tolerance * np.linalg.norm(p)
+    d = optimizer.diagnostics()
+    assert (d.step, d.skipped_steps, d.launches) == (30, 0, 1)
+    assert d.rz == pytest.approx(state.rz, rel=50 * tolerance)
+    assert d.ls_scale == pytest.approx(state.ls_scale)
+    assert all(optimizer.state[q]["step"].item() == 30 for q in ps)
+
+
+def test_numbers_on_the_device_are_as_good_as_the_hosts(gpu: Backend) -> None:
+    """lr as a tensor the step reads when it runs, loss as a tensor of any float type."""
+    runs = []
+    for on_device in (False, True):
+        ps = parameters(gpu)
+        lr: float | Tensor = torch.tensor(0.03, device=gpu.device) if on_device else float(np.float32(0.03))
+        optimizer = NLCG(ps, lr, line_search=OnlineLineSearch(), capturable=on_device)
+        for t in range(6):
+            value = (1.0, 1.5, 1.25, 2.0, math.nan, 0.5)[t]
+            set_gradients(ps)
+            dtype = (torch.float32, torch.float64, torch.bfloat16, torch.float16)[t % 4]
+            optimizer.step(loss=torch.tensor(value, dtype=dtype, device=gpu.device) if on_device else value)
+            if on_device:
+                optimizer.param_groups[0]["lr"].mul_(0.5)
+            else:
+                optimizer.param_groups[0]["lr"] *= 0.5
+        assert optimizer.diagnostics().ls_scale < 1.0
+        runs.append(bits(optimizer))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1])
+def test_a_bad_lr_on_the_device_skips_the_step(gpu: Backend, bad: float) -> None:
+    ps = parameters(gpu)
+    optimizer = NLCG(ps, torch.tensor(0.1, device=gpu.device), capturable=True)
+    set_gradients(ps)
+    optimizer.step()
+    before = bits(optimizer)
+    optimizer.param_groups[0]["lr"].fill_(bad)
+    optimizer.step()
+    assert optimizer.diagnostics().skipped_steps == 1
+    assert bits(optimizer).replace("'skipped_steps': 1.0", "'skipped_steps': 0.0") == before
+
+
+@pytest.mark.parametrize("scale", [65536.0, 1000.0])
+def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(gpu: Backend, scale: float) -> None:
+    """An overflow freezes everything, counters included; the next step equals a run without it."""
+    plain, scaled = parameters(gpu), parameters(gpu)
+    expected = NLCG(plain, 0.02, line_search=OnlineLineSearch())
+    optimizer = NLCG(scaled, 0.02, line_search=OnlineLineSearch(), capturable=True)
+    scaler = torch.amp.GradScaler(gpu.device, init_scale=scale, growth_interval=1000)
+    scaler.scale(torch.ones((), device=gpu.device))
+    for t in range(5):
+        loss = set_gradients(scaled, scale)
+        overflows = t == 2
+        if overflows:
+            scaled[0].grad.view(-1)[5] = math.inf
+        before, kept = bits(optimizer), scaled[1].grad.clone()
+        scaler.step(optimizer, loss=loss)
+        assert torch.equal(scaled[1].grad, kept)  # p.grad is left as it was
+        if overflows:
+            assert bits(optimizer) == before
+            scaler.update(scale)
+            continue
+        scaler.update()
+        loss = set_gradients(plain)
+        if scale != 65536.0:  # not a power of two: the same roundings as GradScaler's
+            inverse = torch.tensor(scale).double().reciprocal().float().to(gpu.device)
+            for k, p in enumerate(plain, start=1):
+                p.grad = (scale * k * p.detach()) * inverse
+        expected.step(loss=loss)
+    assert bits(optimizer) == bits(expected)
+    assert optimizer.diagnostics().skipped_steps == 0
+    assert optimizer.diagnostics().step == 4
+
+
+def test_checkpoints_move_between_cpu_and_gpu(gpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    ps = parameters(gpu, torch.float64)
+    optimizer = NLCG(ps, 0.02, update="polak_ribiere")
+    for _ in range(5):
+        set_gradients(ps)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    cut = [p.detach().cpu().clone() for p in ps]
+    for _ in range(5):
+        set_gradients(ps)
+        optimizer.step()
+    with monkeypatch.context() as original:
+        original.undo()
+        backends.use("cpu", original)
+        qs = [nn.Parameter(p) for p in cut]
+        other = NLCG(qs, 0.02, update="polak_ribiere")
+        other.load_state_dict(saved)
+        for _ in range(5):
+            set_gradients(qs)
+            other.step()
+        assert other.diagnostics().step == 10
+        back = copy.deepcopy(other.state_dict())
+    for p, q in zip(ps, qs, strict=True):
+        np.testing.assert_allclose(p.detach().cpu().numpy(), q.detach().numpy(), rtol=1e-11)
+    optimizer.load_state_dict(back)
+    set_gradients(ps)
+    optimizer.step()
+    assert optimizer.diagnostics().step == 11
+
+
+def test_a_step_that_was_skipped_does_not_change_the_last_set(gpu: Backend) -> None:
+    """The host does not know of the skip; the device compares with the last step that moved something."""
+    ps = parameters(gpu, torch.float64)
+    optimizer = NLCG(ps, 0.02)
+    for t in range(8):
+        set_gradients(ps)
+        if t == 4:
+            ps[1].grad = None
+            ps[0].grad.view(-1)[0] = math.nan
+        optimizer.step()
+        d = optimizer.diagnostics()
+        assert d.skipped_steps == (t >= 4)
+        if t > 0:
+            assert d.beta > 0  # step 5 has the set of step 3
+
+
+def test_what_is_refused(gpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    ps = parameters(gpu)
+    optimizer = NLCG(ps, 0.1)
+    set_gradients(ps)
+    monkeypatch.setattr(_native, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="laid out while a CUDA graph is captured"):
+        optimizer.step()
+    monkeypatch.setattr(_native, "capturing", lambda: False)
+    optimizer.step()
+    before = bits(optimizer)
+    monkeypatch.setattr(_native, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="only with capturable=True"):
+        optimizer.step()
+    monkeypatch.setattr(_native, "capturing", lambda: False)
+    assert bits(optimizer) == before
+    for value, error in ((torch.ones(2, device=gpu.device), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="loss"):
+            NLCG(ps, 0.1, line_search=OnlineLineSearch()).step(loss=value)
+    with pytest.raises(TypeError, match="lr"):
+        NLCG(ps, torch.ones((), dtype=torch.int32, device=gpu.device), capturable=True)
+
+
+def test_capturable_needs_cuda_parameters() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = NLCG([p], 0.1, capturable=True)
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="capturable=True needs CUDA"):
+        optimizer.step()
+    with pytest.raises(TypeError, match="capturable"):
+        NLCG([p], 0.1, capturable=1)
+
+
+# ---- on a GPU only ---------------------------------------------------------------------------------------------------
+
+
+@only_gpu
+@pytest.mark.parametrize("form", ["one", "three"])
+def test_graph_replay_has_the_bits_of_eager_steps(gpu: Backend, form: str) -> None:
+    runs = []
+    for graphed in (False, True):
+        ps = parameters(gpu)
+        lr = torch.tensor(0.02, device="cuda")
+        optimizer = NLCG(ps, lr, line_search=OnlineLineSearch(), capturable=True)
+        loss = torch.zeros((), device="cuda")
+
+        def one_step(
+            ps: list[nn.Parameter] = ps, optimizer: NLCG = optimizer, loss: Tensor = loss, lr: Tensor = lr
+        ) -> None:
+            loss.copy_(set_gradients(ps))
+            optimizer.step(loss=loss)
+            lr.mul_(0.9)
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                one_step()
+                optimizer._table.native.set_launch(form)
+        torch.cuda.current_stream().wait_stream(side)
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                one_step()
+            for _ in range(7):
+                graph.replay()
+            one_step()  # eager again, with other addresses
+            graph.replay()
+        else:
+            for _ in range(9):
+                one_step()
+        assert optimizer.diagnostics().step == 12
+        runs.append(bits(optimizer))
+    assert runs[0] == runs[1]
+
+
+@only_gpu
+def test_a_step_neither_waits_nor_allocates(gpu: Backend) -> None:
+    ps = parameters(gpu)
+    optimizer = NLCG(ps, torch.tensor(0.02, device="cuda"), line_search=OnlineLineSearch(), capturable=True)
+    losses = []
+    for _ in range(3):
+        losses.append(set_gradients(ps))
+        optimizer.step(loss=losses[-1])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            optimizer.step(loss=losses[-1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@only_gpu
+def test_streams(gpu: Backend) -> None:
+    """A step follows what the caller's current stream holds."""
+    runs = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        ps = parameters(gpu)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer = NLCG(ps, 0.02)
+            for _ in range(5):
+                torch.cuda._sleep(1_000_000)
+                set_gradients(ps)
+                optimizer.step()
+            runs.append(bits(optimizer))
+    assert runs[0] == runs[1]
+
+
+@only_gpu
+def test_cupy_arrays(gpu: Backend) -> None:
+    cupy = pytest.importorskip("cupy")
+    x = device_arrays(gpu, 10_007, torch.float32)
+    expected = ops.preconditioned_dots(x["g"], x["g_prev"], x["h"])
+    with cupy.cuda.Stream(non_blocking=True):
+        y = {name: cupy.asarray(t.cpu().numpy()) for name, t in x.items()}
+        assert ops.preconditioned_dots(y["g"], y["g_prev"], y["h"]) == expected
+        ops.direction_update(y["d"], y["g"], y["h"], beta=0.5)
+        found = cupy.asnumpy(y["d"])
+    ops.direction_update(x["d"], x["g"], x["h"], beta=0.5)
+    np.testing.assert_array_equal(found, x["d"].cpu().numpy())
+
+
+@only_gpu
+def test_beyond_two_billion_elements_on_the_gpu(gpu: Backend) -> None:
+    n = (1 << 31) + 20
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    g = torch.zeros(n, dtype=torch.float16, device="cuda")
+    marked = [0, 1 << 30, (1 << 31) - 1, 1 << 31, n - 1]
+    g[marked] = torch.arange(1.0, 6.0, dtype=torch.float16, device="cuda")
+    assert ops.preconditioned_dots(g, None, None).rz == 55
+    d = torch.zeros(n, device="cuda")
+    ops.direction_update(d, g, None, beta=0.0)
+    assert d[marked].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
+
+
+@only_gpu
+def test_cpu_and_gpu_parameters_do_not_mix(gpu: Backend) -> None:
+    ps = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="cuda"))]
+    optimizer = NLCG(ps, 0.1)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"parameter 1 is on cuda:0, parameter 0 on cpu"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_the_report_says_why_cuda_is_off() -> None:
+    done = subprocess.run([sys.executable, "-m", "fastnlcg", "--json"], capture_output=True, text=True, check=True)
+    cuda = json.loads(done.stdout)["cuda"]
+    assert bool(cuda["why_off"]) == (not cuda["devices"])
