@@ -153,8 +153,9 @@ LISTS = ("resnet32", "resnet18", "resnet50", "gpt2", "flat1B")
 BYTES = {"sgd_fused": 20, "adam_fused": 28, "rmsprop_foreach": 72, "nlcg": 56}
 
 
-def plain_nlcg(ps: list, gs: list, state: dict, lr: float) -> None:
-    """The same step, Fletcher-Reeves, from torch's foreach operations, without waiting: decisions are tensors."""
+def plain_nlcg(ps: list, gs: list, state: dict, lr: float) -> object:
+    """The same step, Fletcher-Reeves, from torch's foreach operations, without waiting: decisions are tensors. Returns
+    the new rz for the caller to keep: compiled by torch 2.13, a copy into a 0-dimensional input is lost."""
     import torch
 
     h, d, g_prev = state["h"], state["d"], state["g_prev"]
@@ -179,7 +180,7 @@ def plain_nlcg(ps: list, gs: list, state: dict, lr: float) -> None:
     torch._foreach_sub_(d, z)
     torch._foreach_add_(ps, d, alpha=lr)
     torch._foreach_copy_(g_prev, gs)
-    state["rz"].copy_(rz)
+    return rz
 
 
 def steppers(ps: list, lr: float) -> dict[str, Callable[[], Callable[[], object]]]:
@@ -201,7 +202,11 @@ def steppers(ps: list, lr: float) -> dict[str, Callable[[], Callable[[], object]
             "rz": torch.ones((), device=ps[0].device),
         }
         function = torch.compile(plain_nlcg) if compiled else plain_nlcg
-        step = torch.no_grad()(lambda: function(ps, [p.grad for p in ps], state, lr))
+
+        @torch.no_grad()
+        def step() -> None:
+            state["rz"].copy_(function(ps, [p.grad for p in ps], state, lr))
+
         step()
         return step
 

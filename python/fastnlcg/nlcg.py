@@ -112,7 +112,7 @@ class NLCG(torch.optim.Optimizer):
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
             closure or from ``step(loss=...)``. Under data parallelism pass the loss averaged over ranks.
         weight_decay: L2 coefficient, >= 0: the gradient seen is ``g + weight_decay * p``.
-        eps: added to h where it divides, >= 0. At 0 every step with a curvature update costs one more pass.
+        eps: added to h where it divides, >= 0. At 0 a step with a curvature update moves 4 more bytes per parameter.
         curvature_eps: the curvature gate, >= 0.
         restart: when to forget the direction, beta = 0. None: never (the paper); ``"descent"``: where d would not
             descend, ``-rz + beta * sum(g d) >= 0``; ``"powell"``: where ``|rz_mid| >= 0.2 * rz``; N: every N steps.

@@ -1,0 +1,117 @@
+"""Images as uint8 tensors that stay on the device, and their augmentation there.
+
+Two layouts: an image folder, ``train/<class>/*.jpg`` and ``test/<class>/*.jpg`` (or ``val``), whose images have one
+size; and the python files that CIFAR-10 and CIFAR-100 are published as.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+CACHE = Path(__file__).parent.parent.parent / "build" / "images"
+PAD = 4
+
+
+@dataclass
+class Images:
+    """``x`` is uint8, (n, 3, height, width); ``y`` int64, (n,)."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+    mean: Tensor
+    std: Tensor
+
+    def to(self, device: str) -> Images:
+        parts = (self.train_x, self.train_y, self.test_x, self.test_y)
+        moved = [part.to(device) for part in parts]
+        return Images(*moved, self.classes, self.mean.to(device), self.std.to(device))
+
+    def normalized(self, x: Tensor) -> Tensor:
+        return (x.float() / 255 - self.mean) / self.std
+
+    def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A random crop of the image padded by four zeros, flipped or not: as (He et al., 2015)."""
+        n, _, height, width = x.shape
+        x = pad(x, (PAD, PAD, PAD, PAD))
+        draw = {"generator": generator, "device": x.device}
+        top, left = (torch.randint(2 * PAD + 1, (n, 1, 1), **draw) for _ in range(2))
+        flip = torch.randint(2, (n, 1, 1), **draw).bool()
+        rows = top + torch.arange(height, device=x.device)[:, None]
+        columns = torch.arange(width, device=x.device)[None, :]
+        columns = left + torch.where(flip, width - 1 - columns, columns)
+        return x[torch.arange(n, device=x.device)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+
+
+def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    from PIL import Image
+
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    files = [(path, label) for label, name in enumerate(names) for path in sorted((folder / name).iterdir())]
+    images = [np.asarray(Image.open(path).convert("RGB")) for path, _ in files]
+    if len({image.shape for image in images}) != 1:
+        raise ValueError(f"the images in {folder} have different sizes; expected one")
+    return np.stack(images).transpose(0, 3, 1, 2), np.array([label for _, label in files]), names
+
+
+def read_pickles(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    hundred = (folder / "train").is_file()
+    parts = [["train"], ["test"]] if hundred else [[f"data_batch_{k}" for k in range(1, 6)], ["test_batch"]]
+    found = []
+    for files in parts:
+        batches = [pickle.loads((folder / file).read_bytes(), encoding="bytes") for file in files]
+        labels = [batch[b"fine_labels" if hundred else b"labels"] for batch in batches]
+        x = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        found.append((x, np.concatenate(labels)))
+    return found
+
+
+def load(folder: Path, train_images: int | None = None, test_images: int | None = None) -> Images:
+    """The images of a folder in either layout. ``train_images`` and ``test_images`` take so many, drawn once and for
+    all (the same for every seed). Decoded images are kept in build/images."""
+    folder = folder.resolve()
+    cache = CACHE / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}.npz"
+    if cache.exists():
+        kept = np.load(cache)
+        (train_x, train_y), (test_x, test_y) = ((kept[f"{part}_x"], kept[f"{part}_y"]) for part in ("train", "test"))
+    else:
+        if (folder / "train").is_dir():
+            train_x, train_y, names = read_folder(folder / "train")
+            test_x, test_y, test_names = read_folder(folder / ("test" if (folder / "test").is_dir() else "val"))
+            if names != test_names:
+                raise ValueError(f"train and test of {folder} have different classes")
+        else:
+            (train_x, train_y), (test_x, test_y) = read_pickles(folder)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(".partial.npz")
+        np.savez(partial, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
+        partial.rename(cache)
+    classes = int(train_y.max()) + 1
+    draw = np.random.default_rng(0)
+    for count, size in ((train_images, len(train_y)), (test_images, len(test_y))):
+        if count is not None and not 0 < count <= size:
+            raise ValueError(f"{count} images of {size}")
+    train = np.sort(draw.permutation(len(train_y))[:train_images])
+    test = np.sort(draw.permutation(len(test_y))[:test_images])
+    x = torch.from_numpy(np.ascontiguousarray(train_x[train]))
+    flat = x.permute(1, 0, 2, 3).reshape(3, -1).double() / 255
+    mean, std = (t.float().view(1, 3, 1, 1) for t in (flat.mean(1), flat.std(1)))
+    return Images(
+        x,
+        torch.from_numpy(train_y[train].astype(np.int64)),
+        torch.from_numpy(np.ascontiguousarray(test_x[test])),
+        torch.from_numpy(test_y[test].astype(np.int64)),
+        classes,
+        mean,
+        std,
+    )

@@ -1,0 +1,61 @@
+"""The CIFAR ResNets of He et al. (arXiv:1512.03385, section 4.2): three stages of 16, 32 and 64 channels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import pad, relu
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.first_norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.second_norm = nn.BatchNorm2d(width)
+        self.stride, self.grow = stride, width - channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = relu(self.first_norm(self.first(x)))
+        y = self.second_norm(self.second(y))
+        if self.grow:  # option A: subsampled, with zeros for the new channels
+            x = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grow))
+        return relu(x + y)
+
+
+class CifarResNet(nn.Module):
+    """``depth`` = 6 k + 2 layers: k blocks a stage; 8 and 32 here."""
+
+    def __init__(self, depth: int, classes: int) -> None:
+        super().__init__()
+        if depth % 6 != 2:
+            raise ValueError(f"depth must be 6 k + 2, got {depth}")
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(16)
+        blocks, channels = [], 16
+        for width in (16, 32, 64):
+            for k in range((depth - 2) // 6):
+                blocks.append(Block(channels, width, 2 if k == 0 and width > 16 else 1))
+                channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(relu(self.stem_norm(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def make(name: str, classes: int) -> nn.Module:
+    """``resnet8``, ``resnet32``, ...; ``resnet50`` is torchvision's."""
+    if name == "resnet50":
+        import torchvision
+
+        return torchvision.models.resnet50(num_classes=classes)
+    return CifarResNet(int(name.removeprefix("resnet")), classes)
+
+
+def count(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
