@@ -39,9 +39,15 @@ format: .venv/tools
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# What every kernel needs on every architecture goes to build/cuda/resources.txt; spills are said.
 cuda: .venv/tools
-	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/cuda . \
-	  -C cmake.define.FASTNLCG_CUDA=ON -C cmake.define.FASTNLCG_WERROR=ON
+	mkdir -p build/cuda
+	$(BIN)/python -m pip wheel -v --no-deps --no-build-isolation -w build/cuda . -C build.verbose=true \
+	  -C cmake.define.FASTNLCG_CUDA=ON -C cmake.define.FASTNLCG_WERROR=ON \
+	  -C cmake.define.CMAKE_CUDA_FLAGS=--resource-usage > build/cuda/log.txt 2>&1 || (cat build/cuda/log.txt; exit 1)
+	grep -E "entry function|bytes spill|registers" build/cuda/log.txt | c++filt > build/cuda/resources.txt
+	@echo "$$(grep -c 'entry function' build/cuda/resources.txt) kernels compiled;" \
+	  "with spills: $$(grep -cE '[1-9][0-9]* bytes spill' build/cuda/resources.txt), see build/cuda/resources.txt"
 
 # With the python of that machine, not .venv's
 gpu:

@@ -48,7 +48,9 @@ class NativeStep {
   NativeStep(const std::string& state_dtype, std::int64_t n, BufferPtr grad_prev, BufferPtr direction,
              BufferPtr hessian_diag, BufferPtr param_steps, int groups, const std::string& device, BufferPtr workspace,
              std::uintptr_t stream)
-      : owners_{grad_prev, direction, hessian_diag, param_steps, workspace}, groups_(groups < 0 ? 0 : groups), device_(device) {
+      : owners_{grad_prev, direction, hessian_diag, param_steps, workspace},
+        groups_(groups < 0 ? 0 : groups),
+        device_(device) {
     if (on_device() && (device_.rfind("cuda:", 0) != 0 || device_.size() == 5)) throw bad("no kernels for " + device_);
     step_.state.dtype = dtype_from(state_dtype);
     if (step_.state.dtype != DType::f64 && step_.state.dtype != DType::f32)
@@ -155,6 +157,7 @@ class NativeStep {
       layouts.push_back({shape, strides});
       end = offset + n;
     }
+    if (segments.size() > (std::size_t{1} << 30)) throw bad(std::to_string(segments.size()) + " segments");
     if (cuda_.workspace != nullptr && static_cast<std::int64_t>(segments.size()) > cuda_.max_segments) {
       throw bad(std::to_string(segments.size()) + " segments in a workspace for " + std::to_string(cuda_.max_segments));
     }
@@ -540,8 +543,8 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def("advise_huge_pages", &Buffer::advise_huge_pages);
 
   py::class_<NativeStep>(m, "Step", py::module_local())
-      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int, const std::string&,
-                    BufferPtr, std::uintptr_t>(),
+      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int,
+                    const std::string&, BufferPtr, std::uintptr_t>(),
            "state_dtype"_a, "n"_a, "grad_prev"_a, "direction"_a, "hessian_diag"_a, "param_steps"_a, "groups"_a,
            "device"_a = "cpu", "workspace"_a = nullptr, "stream"_a = 0)
       .def("set_options", &NativeStep::set_options, "update"_a, "restart"_a, "restart_every"_a, "eps"_a,

@@ -4,9 +4,8 @@
 //     step_in_one<S>       the three passes in one launch: the blocks wait for that decision. What pass 1 loaded, g and
 //                          d, stays in shared memory as far as it fits
 //     part<S, Pass>        one pass with numbers from the host, for the flat-buffer functions
-//     write_rows<Row>      the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and
-//     safe
-//                          to capture into a graph
+//     write_rows<Row>      the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and a
+//                          graph can capture it
 //
 // A tile is 4096 elements of the flat state. Thread t of 512 takes four consecutive elements at 4 t and four at
 // 2048 + 4 t: one 16-byte load a stream. Where a segment ends inside four elements, or there is none, they are taken
@@ -42,6 +41,8 @@ struct GroupInput {
 };
 constexpr int kInlineGroups = 16;  // more of them lie in a table
 
+constexpr int kListedTiles = 512;
+
 // What the blocks share, in device memory.
 struct Control {
   Meeting meeting;
@@ -51,7 +52,7 @@ struct Control {
 
 struct Arguments {
   const Segment* segments;
-  std::int64_t n_segments;
+  int n_segments;
   State state;
   int spans, tiles_per_span;
   Options options;
@@ -68,6 +69,10 @@ struct Arguments {
   double* param_steps;
   int resident_tiles;  // per block
   bool aligned_state;  // the streams of the state, to 16 bytes
+  // The first segment that ends behind each tile's begin, and one past the last tile: where there are few tiles, the
+  // latency of a search would show. `listed` says whether these are filled in.
+  bool listed;
+  int first_segment[kListedTiles + 1];
 };
 
 constexpr int kQuad = 4;
@@ -109,8 +114,8 @@ __device__ __forceinline__ void put_piece(E (&raw)[kQuad], int k, Piece<E> piece
   __builtin_memcpy(reinterpret_cast<char*>(raw) + k * sizeof(piece), &piece, sizeof(piece));
 }
 
-// __ldca and __stwb are ordinary loads and stores of global memory. Written as assignments they would be joined with the
-// other branch, and split.
+// __ldca and __stwb are ordinary loads and stores of global memory. Written as assignments they would be joined with
+// the other branch, and split.
 template <class S, class E>
 __device__ __forceinline__ void load_quad(const E* from, bool whole, S (&to)[kQuad]) {
   E raw[kQuad];
@@ -238,10 +243,9 @@ __device__ __forceinline__ S* stream(void* base, std::int64_t position) {
 }
 
 // The first of segments [low, high) that ends after `position`; high where none does.
-__device__ __forceinline__ std::int64_t find_segment(const Segment* segments, std::int64_t low, std::int64_t high,
-                                                     std::int64_t position) {
+__device__ __forceinline__ int find_segment(const Segment* segments, int low, int high, std::int64_t position) {
   while (low < high) {
-    const std::int64_t middle = low + (high - low) / 2;
+    const int middle = low + (high - low) / 2;
     if (segments[middle].offset + segments[middle].n > position) {
       high = middle;
     } else {
@@ -356,11 +360,11 @@ __device__ __forceinline__ void with_element_type(DType dtype, F&& f) {
 }
 
 template <class S, class Pass, int K>
-__device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, std::int64_t tile, int room,
+__device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, int tile, int room,
                                          ThreadSums<S, K>& sums) {
   const Arguments& a = launch.a;
-  const std::int64_t begin = tile * kTile, end = begin + kTile;
-  const std::int64_t first = find_segment(a.segments, 0, a.n_segments, begin);
+  const std::int64_t begin = std::int64_t{tile} * kTile, end = begin + kTile;
+  const int first = a.listed ? a.first_segment[tile] : find_segment(a.segments, 0, a.n_segments, begin);
   if (first == a.n_segments || a.segments[first].offset >= end) return;
   const Segment& segment = a.segments[first];
   const std::int64_t position = begin + kQuad * static_cast<int>(threadIdx.x);
@@ -378,11 +382,12 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
     });
     return;
   }
-  std::int64_t s = first;
+  int s = first;
+  const int beyond = a.listed ? a.first_segment[tile + 1] : a.n_segments;
 #pragma unroll 1
   for (int q = 0; q < 2; ++q) {
     const std::int64_t at = position + q * kQuad * kThreads;
-    s = find_segment(a.segments, s, a.n_segments, at);
+    s = find_segment(a.segments, s, beyond, at);
     if (s == a.n_segments) return;
     const Segment& here = a.segments[s];
     if (here.offset <= at && here.offset + here.n >= at + kQuad) {
@@ -392,7 +397,7 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
     }
 #pragma unroll 1
     for (int l = 0; l < kQuad; ++l) {
-      s = find_segment(a.segments, s, a.n_segments, at + l);
+      s = find_segment(a.segments, s, beyond, at + l);
       if (s == a.n_segments) return;
       const Segment& one = a.segments[s];
       if (one.offset > at + l) continue;
@@ -407,7 +412,7 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
 template <class S, class Pass>
 __device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pass, Totals& totals) {
   const Arguments& a = launch.a;
-  const std::int64_t tiles = tiles_of(a.state.n);
+  const int tiles = static_cast<int>(tiles_of(a.state.n));
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const int last = block + (a.spans - 1 - block) / blocks * blocks;
 #pragma unroll 1
@@ -417,7 +422,7 @@ __device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pa
     ThreadSums<S, Pass::kSums> sums = {};
 #pragma unroll 1
     for (int t = 0; t < a.tiles_per_span; ++t) {
-      const std::int64_t tile = static_cast<std::int64_t>(span) * a.tiles_per_span + t;
+      const int tile = span * a.tiles_per_span + t;
       if (tile >= tiles) break;
       const int slot = local * a.tiles_per_span + t;
       const int room = slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
@@ -493,15 +498,14 @@ __device__ void decide(const Launch<S>& launch, CurvatureDot<S>*, const double (
 template <class S>
 __device__ void decide(const Launch<S>& launch, CurvatureAndDots<S>*, const double (&x)[3], double) {
   const Arguments& a = launch.a;
-  Course c = a.control->course;
+  Course& c = a.control->course;
   decide_direction(c, a.options, x[0], x[1], x[2]);
   if (c.skip) a.scalars->skipped_steps += 1.0;
-  a.control->course = c;
 }
 template <class S>
 __device__ void decide(const Launch<S>& launch, DirectionAndMove<S>*, const double (&x)[2], double) {
   const Arguments& a = launch.a;
-  Course c = a.control->course;
+  Course& c = a.control->course;
   conclude_step(c, x[0], x[1]);
   *a.scalars = c.next;
   for (std::int64_t i = 0; i < a.n_groups; ++i) a.alpha_prev[i] = a.alpha[i];
@@ -549,7 +553,8 @@ __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& tota
   if constexpr (std::is_same_v<Pass, DirectionAndMove<S>>) {
     __syncthreads();
     const double step = a.scalars->step;
-    for (std::int64_t i = threadIdx.x; i < a.n_segments; i += kThreads) a.param_steps[a.segments[i].param] = step;
+    for (int i = static_cast<int>(threadIdx.x); i < a.n_segments; i += kThreads)
+      a.param_steps[a.segments[i].param] = step;
   }
   return true;
 }
@@ -790,7 +795,7 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   Arguments a = {};
   const std::int64_t tiles = tiles_of(step.state.n);
   a.segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
-  a.n_segments = step.n_segments;
+  a.n_segments = static_cast<int>(step.n_segments);
   a.state = step.state;
   a.tiles_per_span = static_cast<int>(tiles_per_span(tiles));
   a.spans = static_cast<int>((tiles + a.tiles_per_span - 1) / a.tiles_per_span);
@@ -810,6 +815,11 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   a.aligned_state = true;
   for (const void* stream : {step.state.grad_prev, step.state.direction, step.state.hessian_diag}) {
     if (reinterpret_cast<std::uintptr_t>(stream) % 16 != 0) a.aligned_state = false;
+  }
+  a.listed = tiles <= kListedTiles;
+  for (std::int64_t tile = 0, s = 0; a.listed && tile <= tiles; ++tile) {
+    while (s < step.n_segments && step.segments[s].offset + step.segments[s].n <= tile * kTile) ++s;
+    a.first_segment[tile] = static_cast<int>(s);
   }
   return a;
 }

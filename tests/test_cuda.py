@@ -97,6 +97,14 @@ def test_spans_of_several_tiles(gpu: Backend) -> None:
     assert int(torch.count_nonzero(d)) == len(marked)
 
 
+def test_tiles_that_are_not_listed_in_the_arguments(gpu: Backend) -> None:
+    """Beyond 512 tiles a tile's first segment is searched for."""
+    lockstep = Lockstep([*random_cuts(9000, ("float32",)), Cut(513 * 4096, "float32"), Cut(3, "float16")], Options())
+    for _ in range(3):
+        lockstep.noisy_gradients()
+        lockstep.checked_step()
+
+
 def test_more_segments_and_groups_than_fit_the_arguments_of_a_launch(gpu: Backend) -> None:
     for count in (84, 85, 700, 1500):  # 84 rows of a small launch, 681 of a large one
         cuts = [Cut(1 + i % 5, "float32", group=i % 17) for i in range(count)]

@@ -7,6 +7,7 @@ size; and the python files that CIFAR-10 and CIFAR-100 are published as.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def load(folder: Path, train_images: int | None = None, test_images: int | None 
         else:
             (train_x, train_y), (test_x, test_y) = read_pickles(folder)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(".partial.npz")
+        partial = cache.with_suffix(f".{os.getpid()}.npz")  # two runs may begin at once
         np.savez(partial, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
         partial.rename(cache)
     classes = int(train_y.max()) + 1

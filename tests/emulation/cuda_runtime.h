@@ -72,7 +72,9 @@ class Block {
   void run();
 
   // Called by the running thread.
-  void wait_for_block() { wait([this] { return barrier_; }, arrived_, fibers_.size(), barrier_); }
+  void wait_for_block() {
+    wait([this] { return barrier_; }, arrived_, fibers_.size(), barrier_);
+  }
   void wait_for_warp() {
     Warp& warp = warps_[current_ / 32];
     wait([&warp] { return warp.barrier; }, warp.arrived, std::min<std::size_t>(32, fibers_.size()), warp.barrier);
