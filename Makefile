@@ -5,17 +5,19 @@
 # make cuda    compile the CUDA part for all architectures, warnings as errors (needs nvcc)
 # make gpu     on a machine with a GPU, nvcc and torch, and nothing to download: everything that needs a GPU, into
 #              build/gpu.json
+# make study   the convergence study on the CPU: make study DATA=folder-of-images (hours; goes on where it was cut off)
+# make gpu-study   its part for a GPU, on a machine as for make gpu: make gpu-study DATA=folder-of-images
 # make format  what lint asks for
 #
 # Everything happens in .venv, which is made when it is missing and brought up to date when the sources have changed.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc cuda python tests/emulation -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
-TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark hypothesis scikit-learn matplotlib tqdm \
+TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark hypothesis scikit-learn matplotlib tqdm pillow pytorch-optimizer \
          ruff mypy clang-format nvidia-cuda-nvdisasm
 CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh tests/emulation/*)
 
-.PHONY: demo test bench lint cuda gpu format clean
+.PHONY: demo test bench lint cuda gpu study gpu-study format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/fastnlcg
@@ -52,6 +54,16 @@ cuda: .venv/tools
 # With the python of that machine, not .venv's
 gpu:
 	$(PYTHON) bench/gpu.py
+
+study: .venv/fastnlcg
+	$(BIN)/python bench/convergence/study.py --data $(DATA) --rows build/study.jsonl --jobs $$(nproc)
+	$(BIN)/python bench/convergence/plots.py build/study.jsonl build/study
+
+gpu-study:
+	$(PYTHON) bench/gpu.py --only build --out build/gpu-build.json
+	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/study.py --data $(DATA) --rows build/gpu-study.jsonl \
+	  --device cuda --studies gpu
+	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/plots.py build/gpu-study.jsonl build/gpu-study
 
 clean:
 	rm -rf .venv build demo

@@ -26,6 +26,14 @@ struct Constants {
   T eps, beta, rsqrt_ys, rsqrt_shs, bound;
 };
 
+// From the scalars, in the state's type; 0 where a pass does not use them.
+template <class S>
+NLCG_HD Constants<S> constants(double eps, double beta, double ys, double shs) {
+  const double bound = 0.25 * kLargest<S>;
+  return {static_cast<S>(eps), static_cast<S>(beta), static_cast<S>(inverse_root(ys, bound)),
+          static_cast<S>(inverse_root(shs, bound)), static_cast<S>(bound)};
+}
+
 template <class T>
 struct CurvatureDot {  // pass 1
   static constexpr int kSums = 1;

@@ -19,6 +19,8 @@ namespace fastnlcg {
 constexpr double kLargestDouble = 1.7976931348623157e308;
 constexpr double kSmallestDouble = 2.2250738585072014e-308;
 constexpr double kLargestFloat = 3.4028234663852886e38;
+template <class S>
+constexpr double kLargest = sizeof(S) == sizeof(float) ? kLargestFloat : kLargestDouble;
 
 enum class DType : std::int32_t { f64, f32, bf16, f16 };
 enum class UpdateRule : std::int32_t { fletcher_reeves, polak_ribiere };

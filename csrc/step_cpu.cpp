@@ -315,13 +315,9 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums], bool s
 }
 
 template <class S>
-constexpr double kLargest = sizeof(S) == sizeof(float) ? kLargestFloat : kLargestDouble;
-
-template <class S>
-Constants<Vector<S>> constants(double eps, double beta, double ys, double shs) {
-  const double bound = 0.25 * kLargest<S>;
-  const auto all = [](double x) { return broadcast<Vector<S>>(static_cast<S>(x)); };
-  return {all(eps), all(beta), all(inverse_root(ys, bound)), all(inverse_root(shs, bound)), all(bound)};
+Constants<Vector<S>> in_all_lanes(const Constants<S>& c) {
+  const auto all = [](S x) { return broadcast<Vector<S>>(x); };
+  return {all(c.eps), all(c.beta), all(c.rsqrt_ys), all(c.rsqrt_shs), all(c.bound)};
 }
 
 // 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
@@ -351,7 +347,7 @@ void step_in(const Step& step) {
     if (c.skip) return skip();
   }
 
-  const Constants<V> curvature = constants<S>(c.eps, 0, c.next.ys, c.next.shs_used);
+  const Constants<V> curvature = in_all_lanes(constants<S>(c.eps, 0, c.next.ys, c.next.shs_used));
   reduce<S>(
       step,
       CurvatureAndDots<V>{curvature, preconditioned, c.curvature, !c.deferred, needs_rz_mid(c, o), needs_gd(c, o)},
@@ -359,7 +355,7 @@ void step_in(const Step& step) {
   decide_direction(c, o, sums[0], sums[1], sums[2]);
   if (c.skip) return skip();
 
-  const Constants<V> direction = constants<S>(c.eps, c.next.beta, c.next.ys, c.next.shs_used);
+  const Constants<V> direction = in_all_lanes(constants<S>(c.eps, c.next.beta, c.next.ys, c.next.shs_used));
   reduce<S>(step, DirectionAndMove<V>{direction, preconditioned, true, true, c.deferred}, sums,
             streams(step, c.deferred));
   conclude_step(c, sums[0], sums[1]);
@@ -378,7 +374,8 @@ bool update_curvature_in(const Step& step, double* ys, double* shs) {
   *ys = sums[0] - sums[1];
   *shs = sums[2];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  reduce<S>(step, CurvatureAndDots<V>{constants<S>(1, 0, *ys, *shs), true, true, true, false, false}, sums);
+  reduce<S>(step, CurvatureAndDots<V>{in_all_lanes(constants<S>(1, 0, *ys, *shs)), true, true, true, false, false},
+            sums);
   return true;
 }
 
@@ -387,7 +384,7 @@ void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
   using V = Vector<S>;
   double sums[kMaxSums];
   const bool preconditioned = step.state.hessian_diag != nullptr, mid = step.state.grad_prev != nullptr;
-  const Constants<V> c = constants<S>(step.options.eps, 0, 0, 0);
+  const Constants<V> c = in_all_lanes(constants<S>(step.options.eps, 0, 0, 0));
   reduce<S>(step, CurvatureAndDots<V>{c, preconditioned, false, false, mid, false}, sums);
   *rz = sums[0];
   *rz_mid = sums[1];
@@ -398,7 +395,7 @@ void update_direction_in(const Step& step, double beta) {
   using V = Vector<S>;
   double sums[kMaxSums];
   const bool move = step.n_segments > 0 && step.segments[0].p != nullptr, keep_grad = step.state.grad_prev != nullptr;
-  const Constants<V> c = constants<S>(step.options.eps, beta, 0, 0);
+  const Constants<V> c = in_all_lanes(constants<S>(step.options.eps, beta, 0, 0));
   reduce<S>(step, DirectionAndMove<V>{c, step.state.hessian_diag != nullptr, keep_grad, move, false}, sums,
             streams(step, false));
 }

@@ -1,6 +1,15 @@
 """The study: many runs, a few at a time, one row each; those that have a row already are not run again.
 
-python bench/convergence/study.py --data FOLDER --rows build/study.jsonl --jobs 2
+    make study DATA=FOLDER                                         the CPU study, into build/study.jsonl
+    python bench/convergence/study.py --data FOLDER --rows FILE --studies batch4096 peaks --jobs 2
+
+The studies, in the order in which they are run (so that what is cut off is the least needed):
+
+    batch4096, batch16384, batch1024    every optimizer on the paper's schedule, three seeds
+    peaks                               one seed at other peaks, at batch 4096
+    best                                the other seeds at each optimizer's best peak: that of the lowest training loss
+    small                               batches 128 and 256, with restarts
+    gpu                                 ResNet-32 on all images, 60 epochs: make gpu-study, where there is a GPU
 """
 
 from __future__ import annotations
@@ -11,35 +20,95 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from train import Run, run
 
-SHARED = ("nlcg_fr", "momentum", "nlcg_pr", "rmsprop", "nlcg_pr_search", "nlcg_fr_none", "nlcg_fr_search", "sgd")
+Rows = list[dict[str, object]]
+SEEDS = (0, 1, 2)
+PAPER = ("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "nlcg_pr_search", "nlcg_fr_none", "nlcg_fr_search", "sgd")
+# Factors on the paper's peak. Those that scale their own steps live three decades lower.
+GRID = {
+    **dict.fromkeys(("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "sgd"), (0.1, 0.3, 1.0, 3.0)),
+    "lars": (1.0, 3.0, 10.0, 30.0),
+    **dict.fromkeys(("lamb", "adamw"), (0.001, 0.003, 0.01, 0.03)),
+}
+SMALL = ("nlcg_fr", "nlcg_pr", "nlcg_fr_none", "momentum", "nlcg_fr_descent", "nlcg_pr_powell")
 
 
-def shared_schedule() -> Iterator[Run]:
-    """The paper's comparison: one schedule for all."""
-    for seed in range(3):
-        for batch in (4096, 16384, 1024):
-            for optimizer in SHARED:
-                yield Run(optimizer, batch, seed)
+def shared(batch: int) -> Callable[[Rows], Iterator[Run]]:
+    return lambda rows: (Run(optimizer, batch, seed) for seed in SEEDS for optimizer in PAPER)
 
 
-STUDIES = {"shared": shared_schedule}
+def peaks(rows: Rows) -> Iterator[Run]:
+    for k in range(4):
+        for optimizer, factors in GRID.items():
+            yield Run(optimizer, 4096, peak=factors[k])
+
+
+def best_peak(rows: Rows, optimizer: str, batch: int = 4096) -> float | None:
+    """Of the seed 0 rows; by training loss, so that the test images have no say."""
+    found = [r for r in rows if (r["optimizer"], r["batch"], r["seed"]) == (optimizer, batch, 0)]
+    finite = [r for r in found if r["final_loss"] == r["final_loss"]]
+    return min(finite, key=lambda r: r["final_loss"])["peak"] if finite else None
+
+
+def best(rows: Rows) -> Iterator[Run]:
+    for seed in SEEDS[1:]:
+        for optimizer in GRID:
+            peak = best_peak(rows, optimizer)
+            if peak is not None:
+                yield Run(optimizer, 4096, seed, peak)
+
+
+def small(rows: Rows) -> Iterator[Run]:
+    return (Run(optimizer, batch) for batch in (256, 128) for optimizer in SMALL)
+
+
+def gpu(rows: Rows) -> Iterator[Run]:
+    for seed in SEEDS:
+        for batch in (4096, 16384, 512):
+            for optimizer in PAPER:
+                yield Run(optimizer, batch, seed, model="resnet32", epochs=60, train_images=None, test_images=None)
+
+
+STUDIES: dict[str, Callable[[Rows], Iterator[Run]]] = {
+    "batch4096": shared(4096),
+    "batch16384": shared(16384),
+    "batch1024": shared(1024),
+    "peaks": peaks,
+    "best": best,
+    "small": small,
+    "gpu": gpu,
+}
 
 
 def key(config: Run) -> str:
     return json.dumps(dataclasses.asdict(config), sort_keys=True)
 
 
-def finished(rows: Path) -> set[str]:
-    if not rows.exists():
-        return set()
-    names = {field.name for field in dataclasses.fields(Run)}
-    lines = (json.loads(line) for line in rows.read_text().splitlines())
-    return {json.dumps({k: v for k, v in row.items() if k in names}, sort_keys=True) for row in lines}
+def read(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def missing(name: str, path: Path) -> list[Run]:
+    """The runs of a study that have no row yet, each once."""
+    names = [field.name for field in dataclasses.fields(Run)]
+    rows = read(path)
+    done = {json.dumps({k: row[k] for k in names}, sort_keys=True) for row in rows}
+    return [Run(**json.loads(text)) for text in dict.fromkeys(map(key, STUDIES[name](rows))) if text not in done]
+
+
+def one(config: Run, arguments: argparse.Namespace) -> None:
+    row = run(config, arguments.data, arguments.device)
+    with arguments.rows.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(
+        f"{config.optimizer:<16} batch {config.batch:>6} seed {config.seed} peak {config.peak:g}: "
+        f"{row['final_accuracy']:.1f} %, loss {row['final_loss']:.3f}, {row['seconds'][-1]:.0f} s",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -48,33 +117,27 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, required=True, help="where rows are appended, one JSON a line")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=[s for s in STUDIES if s != "gpu"])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a run, as JSON: what the jobs are
     arguments = parser.parse_args()
     if arguments.one:
-        row = run(Run(**json.loads(arguments.one)), arguments.data, arguments.device)
-        with arguments.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            f"{row['optimizer']:<16} batch {row['batch']:>6} seed {row['seed']} peak {row['peak']:g}: "
-            f"{row['final_accuracy']:.1f} %, loss {row['final_loss']:.3f}, {row['seconds'][-1]:.0f} s",
-            flush=True,
-        )
+        one(Run(**json.loads(arguments.one)), arguments)
         return 0
-    done = finished(arguments.rows)
-    waiting = [config for name in arguments.studies for config in STUDIES[name]() if key(config) not in done]
+    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--data", str(arguments.data), "--rows", str(arguments.rows)]
     command += ["--device", arguments.device]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else None
-    running: list[subprocess.Popen[bytes]] = []
     failed = 0
-    while waiting or running:
-        while waiting and len(running) < arguments.jobs:
-            running.append(subprocess.Popen([*command, "--one", key(waiting.pop(0))], env=environment))
-        os.wait()
-        for process in [process for process in running if process.poll() is not None]:
-            running.remove(process)
-            failed += process.returncode != 0
+    for name in arguments.studies:
+        waiting, running = missing(name, arguments.rows), []
+        print(f"{name}: {len(waiting)} runs", flush=True)
+        while waiting or running:
+            while waiting and len(running) < arguments.jobs:
+                running.append(subprocess.Popen([*command, "--one", key(waiting.pop(0))], env=environment))
+            os.wait()
+            for process in [process for process in running if process.poll() is not None]:
+                running.remove(process)
+                failed += process.returncode != 0
     return int(failed > 0)
 
 

@@ -1,0 +1,175 @@
+"""bench/convergence on images made here: loaders, augmentation, a run, the list of runs, plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import data
+import models
+import numpy as np
+import plots
+import pytest
+import study
+import torch
+from PIL import Image
+from train import OPTIMIZERS, Run, run
+
+RNG = np.random.default_rng(0)
+SMALL = {"batch": 32, "micro": 16, "epochs": 2, "train_images": 64, "test_images": 20}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes, bright and dark, as an image folder."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    for part, count in (("train", 40), ("test", 10)):
+        for name, low in (("bright", 128), ("dark", 0)):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = RNG.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / part / name / f"{k:03}.png")
+    return tmp_path / "images"
+
+
+def test_image_folder(folder: Path) -> None:
+    for _ in range(2):  # read, and from the cache
+        images = data.load(folder)
+        assert images.train_x.shape == (80, 3, 32, 32)
+        assert images.train_x.dtype == torch.uint8
+        assert images.classes == 2
+        bright = images.train_x.float().mean((1, 2, 3)) > 128
+        assert torch.equal(bright, images.train_y == 0)
+    z = images.normalized(images.train_x)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
+    part = data.load(folder, 30, 8)
+    assert (len(part.train_y), len(part.test_y)) == (30, 8)
+    assert torch.equal(part.train_x, data.load(folder, 30, 8).train_x)
+    with pytest.raises(ValueError, match="81 images of 80"):
+        data.load(folder, 81)
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_published_python_files(classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    root, label = tmp_path / "cifar", b"fine_labels" if classes == 100 else b"labels"
+    root.mkdir()
+    files = ["train", "test"] if classes == 100 else [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+    pixels = {file: RNG.integers(0, 256, (20, 3072), dtype=np.uint8) for file in files}
+    for file in files:
+        content = {
+            b"data": pixels[file],
+            label: list(range(classes - 20, classes)) if classes == 100 else [*range(10)] * 2,
+        }
+        (root / file).write_bytes(pickle.dumps(content))
+    images = data.load(root)
+    assert images.classes == classes
+    assert len(images.train_y) == 20 * (len(files) - 1)
+    assert torch.equal(images.test_x[3], torch.from_numpy(pixels[files[-1]][3].reshape(3, 32, 32)))
+
+
+def test_augmentation_is_a_crop_of_the_padded_image_flipped_or_not(folder: Path) -> None:
+    images = data.load(folder)
+    x = images.train_x[:40]
+    y = images.augmented(x, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    seen = set()
+    for before, after in zip(padded, y, strict=True):
+        crops = {
+            (top, left, flip): (
+                before[:, top : top + 32, left : left + 32].flip(2)
+                if flip
+                else before[:, top : top + 32, left : left + 32]
+            )
+            for top in range(9)
+            for left in range(9)
+            for flip in (False, True)
+        }
+        (found,) = [key for key, crop in crops.items() if torch.equal(crop, after)]
+        seen.add(found)
+    assert len(seen) > 20
+    assert {flip for *_, flip in seen} == {False, True}
+
+
+def test_models() -> None:
+    assert models.count(models.make("resnet32", 10)) == 464_154  # 0.46 M, table 6 of He et al.
+    assert models.make("resnet8", 10)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(ValueError, match="depth"):
+        models.make("resnet9", 10)
+
+
+@pytest.mark.parametrize("optimizer", ["nlcg_fr", "nlcg_pr_search", "momentum", "rmsprop"])
+def test_a_run_learns_and_its_row_repeats_it(optimizer: str, folder: Path) -> None:
+    config = Run(optimizer, seed=1, peak=3.0, **SMALL)
+    row = json.loads(json.dumps(run(config, folder, compiled=False)))
+    assert row["steps"] == 4
+    assert row["final_loss"] < row["loss"][0]
+    assert len(row["accuracy"]) == 2
+    assert len(row["diagnostics"]) == (4 if optimizer.startswith("nlcg") else 0)
+    again = Run(**{field.name: row[field.name] for field in dataclasses.fields(Run)})
+    assert again == config
+    assert run(again, folder, compiled=False)["loss"] == row["loss"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_can_be_made(name: str) -> None:
+    if name in ("lars", "lamb"):
+        pytest.importorskip("pytorch_optimizer")
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = OPTIMIZERS[name]([p], 0.1, 0.01)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert (p < 1).all()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+def test_micro_batches_are_averaged(folder: Path) -> None:
+    """One step: where batch normalization sees all of both batches, the loss before it is the same."""
+    losses = [run(Run("sgd", **{**SMALL, "micro": micro}), folder, compiled=False)["loss"][0] for micro in (32, 64)]
+    assert losses[0] == losses[1]
+    halves = run(Run("sgd", **SMALL), folder, compiled=False)["loss"][0]
+    assert halves == pytest.approx(losses[0], rel=0.2)
+
+
+def test_a_run_that_diverges_ends(folder: Path) -> None:
+    row = run(Run("sgd", peak=1e30, **{**SMALL, "epochs": 5}), folder, compiled=False)
+    assert len(row["accuracy"]) < 5
+
+
+def test_only_missing_runs_are_run(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    everything = study.missing("batch4096", rows)
+    assert len(everything) == len(study.PAPER) * len(study.SEEDS)
+    rows.write_text(json.dumps({**dataclasses.asdict(everything[0]), "final_loss": 1.0}) + "\n")
+    assert study.missing("batch4096", rows) == everything[1:]
+    assert everything[0] not in study.missing("peaks", rows)
+    assert study.missing("best", rows) == [dataclasses.replace(everything[0], seed=seed) for seed in study.SEEDS[1:]]
+
+
+def test_the_best_peak_is_that_of_the_lowest_training_loss() -> None:
+    rows = [
+        {"optimizer": "sgd", "batch": 4096, "seed": seed, "peak": peak, "final_loss": loss}
+        for seed, peak, loss in ((0, 0.1, 2.0), (0, 1.0, 1.5), (0, 3.0, float("nan")), (1, 0.3, 1.0))
+    ]
+    assert study.best_peak(rows, "sgd") == 1.0
+    assert study.best_peak(rows, "momentum") is None
+
+
+def test_plots_and_table(folder: Path, tmp_path: Path) -> None:
+    rows = [
+        run(Run(optimizer, seed=seed, **{**SMALL, "batch": batch, "epochs": 3}), folder, compiled=False)
+        for optimizer in ("nlcg_fr", "momentum")
+        for batch in (16, 32)
+        for seed in (0, 1)
+    ]
+    plots.curves([row for row in rows if row["batch"] == 16], tmp_path, 16)
+    plots.accuracies(rows, tmp_path)
+    for name in ("loss-steps", "loss-seconds", "accuracy-batch", "accuracy-epochs"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    lines = plots.table(rows).splitlines()
+    assert len(lines) == 2 + 4
+    assert "NLCG-FR" in lines[2]
