@@ -5,6 +5,12 @@ import pytest
 from fastnlcg import _native
 
 
+def pytest_report_header() -> str:
+    cuda = "a GPU" if backends.GPU else f"not a GPU ({backends.NO_GPU})"
+    emulation = "the emulation of CUDA" if backends.EMULATION else f"not the emulation ({backends.NO_EMULATION})"
+    return f"fastnlcg on: {', '.join(_native.instruction_sets())}; {emulation}; {cuda}"
+
+
 @pytest.fixture(params=backends.parameters(*backends.all_names()))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
     """Every instruction set this processor has, the emulated GPU, a GPU: one after another."""
