@@ -160,8 +160,11 @@ def plain_nlcg(ps: list, gs: list, state: dict, lr: float) -> object:
 
     h, d, g_prev = state["h"], state["d"], state["g_prev"]
 
+    def flat(x: torch.Tensor) -> torch.Tensor:  # dense, in whatever order of dimensions
+        return x.as_strided((x.numel(),), (1,))
+
     def dot(a: list, b: list) -> torch.Tensor:
-        return torch.stack([torch.dot(x.view(-1), y.view(-1)) for x, y in zip(a, b, strict=True)]).sum()
+        return torch.stack([torch.dot(flat(x), flat(y)) for x, y in zip(a, b, strict=True)]).sum()
 
     y = torch._foreach_sub(gs, g_prev)
     s = torch._foreach_mul(d, lr)
