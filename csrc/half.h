@@ -71,4 +71,21 @@ NLCG_HD void assign(double& to, double x) { to = x; }
 NLCG_HD void assign(BFloat16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_bf16<std::uint32_t>(x)); }
 NLCG_HD void assign(Float16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_f16<std::uint32_t>(x)); }
 
+// Calls f(E{}) with the element type E of a segment's p and g, beside state of type S. What f may run on is its affair.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class S, class F>
+NLCG_HD void with_element_type(DType dtype, F&& f) {
+  if constexpr (sizeof(S) == sizeof(double)) {
+    f(double{});
+  } else if (dtype == DType::f32) {
+    f(float{});
+  } else if (dtype == DType::bf16) {
+    f(BFloat16{});
+  } else {
+    f(Float16{});
+  }
+}
+
 }  // namespace fastnlcg

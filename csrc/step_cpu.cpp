@@ -139,20 +139,6 @@ Stream<S, P> stream_at(const Step& step, const Segment& segment, std::int64_t po
           state(step.state.direction), state(step.state.hessian_diag)};
 }
 
-// Calls f(P{}) with the element type of the segment's p and g.
-template <class S, class F>
-NLCG_INLINE void with_element_type(DType dtype, F&& f) {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    f(double{});
-  } else if (dtype == DType::f32) {
-    f(float{});
-  } else if (dtype == DType::bf16) {
-    f(BFloat16{});
-  } else {
-    f(Float16{});
-  }
-}
-
 // One block on the stack. Lanes without a segment hold g = d = 0, h = 1: they add zeros and are not scattered.
 template <class S>
 struct alignas(kVectorBytes) Staged {

@@ -53,7 +53,6 @@ struct CudaStep {
   int resident_tiles = -1;  // per block, kept in shared memory between the passes; -1: as many as fit
 
   // What the device's tables hold, so that they are rewritten only where something changed.
-  bool layout_written = false;
   bool tables_unknown = false;  // a captured graph writes the pointers when it is replayed
   std::vector<Segment> written;
   int launches = 0;  // of the last step's passes: 1 or 3

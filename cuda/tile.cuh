@@ -318,20 +318,6 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
   if ((writes & kP) && group.moves) assign(*p_at, at.p_);
 }
 
-// Calls f(E{}) with the element type of the segment's p and g.
-template <class S, class F>
-__device__ __forceinline__ void with_element_type(DType dtype, F&& f) {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    f(double{});
-  } else if (dtype == DType::f32) {
-    f(float{});
-  } else if (dtype == DType::bf16) {
-    f(BFloat16{});
-  } else {
-    f(Float16{});
-  }
-}
-
 template <class S, class Pass, int K>
 __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, int tile, int room,
                                          ThreadSums<S, K>& sums) {

@@ -278,9 +278,8 @@ class NLCG(torch.optim.Optimizer):
             1,
             lr_on_device=[_number(rate) for rate in lr],
             loss_on_device=_number(loss),
-            grad_scale=_number(
-                getattr(self, "grad_scale", None)
-            ),  # given by GradScaler, see _step_supports_amp_scaling
+            # what GradScaler sets, where _step_supports_amp_scaling
+            grad_scale=_number(getattr(self, "grad_scale", None)),
             found_inf=_number(getattr(self, "found_inf", None)),
         )
 
@@ -293,7 +292,8 @@ class NLCG(torch.optim.Optimizer):
                 params = self._parameters()
                 stateful = [i for i, p in enumerate(params) if self.state.get(p)]
                 native = self._flatten(params, stateful, _shared_options(self.param_groups[0]))
-                self._set_segments(native, params, stateful, list(*self._sets))
+                (last_set,) = self._sets  # the only one that _flatten knows
+                self._set_segments(native, params, stateful, list(last_set))
             if native is None:
                 return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
             self._use_stream(native)
