@@ -1,14 +1,17 @@
-"""Images as uint8 tensors that stay on the device, and their augmentation there.
+"""Images, in batches of micro-batches.
 
-Two layouts: an image folder, ``train/<class>/*.jpg`` and ``test/<class>/*.jpg`` (or ``val``), whose images have one
-size; and the python files that CIFAR-10 and CIFAR-100 are published as.
+Small ones stay on the device as uint8 tensors, and are augmented there. Two layouts: an image folder,
+``train/<class>/*.jpg`` and ``test/<class>/*.jpg`` (or ``val``), whose images have one size; and the python files that
+CIFAR-10 and CIFAR-100 are published as. ImageNet, a folder of images of all sizes, is decoded by worker processes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+Pairs = Iterator[tuple[Tensor, Tensor]]
 CACHE = Path(__file__).parent.parent.parent / "build" / "images"
 PAD = 4
 
@@ -38,8 +42,25 @@ class Images:
         moved = [part.to(device) for part in parts]
         return Images(*moved, self.classes, self.mean.to(device), self.std.to(device))
 
+    def __len__(self) -> int:
+        return len(self.train_y)
+
+    def epoch(self, batch: int, micro: int, generator: torch.Generator) -> Iterator[Pairs]:
+        """Every batch, as its micro-batches, each drawn from ``generator`` when its turn comes. What does not fill a
+        batch is left out."""
+        order = torch.randperm(len(self), generator=generator, device=self.train_x.device)
+        for indices in order[: len(self) // batch * batch].split(batch):
+            yield (
+                (self.normalized(self.augmented(self.train_x[part], generator)), self.train_y[part])
+                for part in indices.split(micro)
+            )
+
+    def test(self) -> Pairs:
+        for x, y in zip(self.test_x.split(1000), self.test_y.split(1000), strict=True):
+            yield self.normalized(x), y
+
     def normalized(self, x: Tensor) -> Tensor:
-        return (x.float() / 255 - self.mean) / self.std
+        return ((x.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """A random crop of the image padded by four zeros, flipped or not: as (He et al., 2015)."""
@@ -116,3 +137,55 @@ def load(folder: Path, train_images: int | None = None, test_images: int | None 
         mean,
         std,
     )
+
+
+class ImageNet:
+    """``train/<class>/*`` and ``val/<class>/*`` of any size, by torchvision: crops of random scale and place made
+    224 x 224, flipped or not; for the test, the centre. Workers decode, crop and flip; the device normalizes."""
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, folder: Path, device: str, train_images: int | None = None, test_images: int | None = None):
+        from torchvision import datasets, transforms
+
+        crop = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+        centre = [transforms.Resize(256), transforms.CenterCrop(224)]
+        self.parts = []
+        for name, first, count in (("train", crop, train_images), ("val", centre, test_images)):
+            part = datasets.ImageFolder(folder / name, transforms.Compose([*first, transforms.PILToTensor()]))
+            self.classes = len(part.classes)
+            drawn = np.sort(np.random.default_rng(0).permutation(len(part))[:count])
+            self.parts.append(torch.utils.data.Subset(part, drawn.tolist()))
+        self.device = device
+        self.mean, self.std = (torch.tensor(t, device=device).view(1, 3, 1, 1) for t in (self.MEAN, self.STD))
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def loaded(self, part: int, size: int, order: Tensor | None, generator: torch.Generator | None) -> Pairs:
+        loader = torch.utils.data.DataLoader(
+            self.parts[part],
+            size,
+            sampler=None if order is None else order.tolist(),
+            generator=generator,
+            num_workers=len(os.sched_getaffinity(0)),
+            pin_memory=self.device != "cpu",
+        )
+        for x, y in loader:
+            moved = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            yield (moved.float() / 255 - self.mean) / self.std, y.to(self.device, non_blocking=True)
+
+    def epoch(self, batch: int, micro: int, generator: torch.Generator) -> Iterator[Pairs]:
+        """As of :class:`Images`. The workers draw from seeds of their own, which ``generator`` gives."""
+        if batch % micro:
+            raise ValueError(f"a batch of {batch} in micro-batches of {micro}")
+        draws = torch.Generator().manual_seed(
+            int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        )
+        order = torch.randperm(len(self), generator=draws)[: len(self) // batch * batch]
+        pairs = self.loaded(0, micro, order, draws)
+        for _ in range(len(order) // batch):
+            yield itertools.islice(pairs, batch // micro)
+
+    def test(self) -> Pairs:
+        return self.loaded(1, 250, None, None)

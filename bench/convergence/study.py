@@ -23,11 +23,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from train import Run, run
 
 Rows = list[dict[str, object]]
 SEEDS = (0, 1, 2)
-PAPER = ("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "nlcg_pr_search", "nlcg_fr_none", "nlcg_fr_search", "sgd")
+PAPER = ("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "nlcg_pr_search", "nlcg_fr_none")
+ALSO = ("nlcg_fr_search", "sgd")
 # Factors on the paper's peak. Those that scale their own steps live three decades lower.
 GRID = {
     **dict.fromkeys(("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "sgd"), (0.1, 0.3, 1.0, 3.0)),
@@ -38,7 +40,9 @@ SMALL = ("nlcg_fr", "nlcg_pr", "nlcg_fr_none", "momentum", "nlcg_fr_descent", "n
 
 
 def shared(batch: int) -> Callable[[Rows], Iterator[Run]]:
-    return lambda rows: (Run(optimizer, batch, seed) for seed in SEEDS for optimizer in PAPER)
+    return lambda rows: (
+        Run(optimizer, batch, seed) for group in (PAPER, ALSO) for seed in SEEDS for optimizer in group
+    )
 
 
 def peaks(rows: Rows) -> Iterator[Run]:
@@ -69,7 +73,7 @@ def small(rows: Rows) -> Iterator[Run]:
 def gpu(rows: Rows) -> Iterator[Run]:
     for seed in SEEDS:
         for batch in (4096, 16384, 512):
-            for optimizer in PAPER:
+            for optimizer in PAPER + ALSO:
                 yield Run(optimizer, batch, seed, model="resnet32", epochs=60, train_images=None, test_images=None)
 
 
@@ -92,12 +96,13 @@ def read(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def missing(name: str, path: Path) -> list[Run]:
+def missing(name: str, path: Path, precision: str) -> list[Run]:
     """The runs of a study that have no row yet, each once."""
     names = [field.name for field in dataclasses.fields(Run)]
-    rows = read(path)
+    rows = [row for row in read(path) if row["precision"] == precision]
     done = {json.dumps({k: row[k] for k in names}, sort_keys=True) for row in rows}
-    return [Run(**json.loads(text)) for text in dict.fromkeys(map(key, STUDIES[name](rows))) if text not in done]
+    wanted = dict.fromkeys(key(dataclasses.replace(run, precision=precision)) for run in STUDIES[name](rows))
+    return [Run(**json.loads(text)) for text in wanted if text not in done]
 
 
 def one(config: Run, arguments: argparse.Namespace) -> None:
@@ -117,6 +122,12 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, required=True, help="where rows are appended, one JSON a line")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32",
+        help="of the network's products; bfloat16 where the processor has it, half the time",
+    )
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=[s for s in STUDIES if s != "gpu"])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a run, as JSON: what the jobs are
     arguments = parser.parse_args()
@@ -129,7 +140,7 @@ def main() -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else None
     failed = 0
     for name in arguments.studies:
-        waiting, running = missing(name, arguments.rows), []
+        waiting, running = missing(name, arguments.rows, arguments.precision), []
         print(f"{name}: {len(waiting)} runs", flush=True)
         while waiting or running:
             while waiting and len(running) < arguments.jobs:

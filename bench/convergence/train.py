@@ -15,8 +15,8 @@ from pathlib import Path
 import fastnlcg
 import models
 import torch
-from data import Images, load
-from fastnlcg import NLCG, OnlineLineSearch, paper_schedule
+from data import ImageNet, Images, load
+from fastnlcg import NLCG, Diagnostics, OnlineLineSearch, paper_schedule
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 @dataclass(frozen=True)
 class Run:
     """``peak`` is a factor on the paper's 0.1 * batch / 256. ``micro`` images pass through the network at once, and
-    share the statistics of batch normalization, whatever the batch."""
+    share the statistics of batch normalization, whatever the batch. ``precision`` is that of the network's products
+    (torch.autocast); parameters, gradients and the optimizer's state are float32."""
 
     optimizer: str
     batch: int
@@ -36,6 +37,7 @@ class Run:
     test_images: int | None = 4000
     micro: int = 256
     weight_decay: float = 0.0
+    precision: str = "float32"
 
     @property
     def peak_lr(self) -> float:
@@ -78,20 +80,47 @@ OPTIMIZERS: dict[str, Maker] = {
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, images: Images) -> float:
+def accuracy(net: nn.Module, images: Images | ImageNet) -> float:
     """Percent of the test images."""
     net.eval()
-    right = 0
-    for x, y in zip(images.test_x.split(1000), images.test_y.split(1000), strict=True):
-        right += int((net(images.normalized(x)).argmax(1) == y).sum())
+    counts = [(int((net(x).argmax(1) == y).sum()), len(y)) for x, y in images.test()]
     net.train()
-    return 100.0 * right / len(images.test_y)
+    right, all_of_them = map(sum, zip(*counts, strict=True))
+    return 100.0 * right / all_of_them
+
+
+def quantiles_of_h(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Least, 1 %, half, 99 %, largest; nothing without a preconditioner."""
+    h = [state["hessian_diag"].flatten() for state in optimizer.state.values() if "hessian_diag" in state]
+    if not h:
+        return []
+    sorted_h = torch.cat(h).sort().values
+    return [rounded(float(sorted_h[int(q * (len(sorted_h) - 1))])) for q in (0.0, 0.01, 0.5, 0.99, 1.0)]
+
+
+def rounded(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def summary(steps: list[Diagnostics]) -> dict[str, float]:
+    """Of the steps of an epoch."""
+    if not steps:
+        return {}
+    medians = {name: statistics.median(getattr(d, name) for d in steps) for name in ("ys", "shs", "rz", "cosine")}
+    return {
+        "beta": rounded(statistics.mean(d.beta for d in steps)),
+        "beta_is_1": rounded(statistics.mean(d.beta == 1.0 for d in steps)),
+        "updated": rounded(statistics.mean(d.updated for d in steps)),
+        **{name: rounded(x) for name, x in medians.items()},
+        "ls_scale": rounded(steps[-1].ls_scale),
+    }
 
 
 def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True) -> dict[str, object]:
     """Trains, and returns the row. ``compiled``: the network by torch.compile, a quarter faster on a CPU."""
-    images = load(folder, config.train_images, config.test_images).to(device)
-    n = len(images.train_y)
+    part = (config.train_images, config.test_images)
+    images = ImageNet(folder, device, *part) if config.model == "resnet50" else load(folder, *part).to(device)
+    n = len(images)
     if config.batch > n:
         raise ValueError(f"a batch of {config.batch} of {n} images")
     torch.manual_seed(config.seed)
@@ -105,25 +134,28 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
     )
     generator = torch.Generator(device).manual_seed(config.seed)
     micro = min(config.micro, config.batch)
-    losses, accuracies, seconds, step_ms, optimizer_ms, diagnostics = [], [], [], [], [], []
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, config.precision == "bfloat16")
+    losses, accuracies, seconds, step_ms, optimizer_ms, diagnostics, h = [], [], [], [], [], [], []
     if compiled:  # before the clock starts; the step leaves no trace
         kept = copy.deepcopy(net.state_dict())
-        x = images.normalized(images.train_x[:micro]).contiguous(memory_format=torch.channels_last)
-        cross_entropy(forward(x), images.train_y[:micro]).backward()
+        x, y = next(next(images.epoch(config.batch, micro, torch.Generator(device))))
+        with autocast:
+            value = cross_entropy(forward(x), y)
+        value.backward()
         net.load_state_dict(kept)
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     started = time.perf_counter()
     for _ in range(config.epochs):
-        order = torch.randperm(n, generator=generator, device=device)[: steps * config.batch]
-        for batch in order.split(config.batch):
+        of_epoch = []
+        for batch in images.epoch(config.batch, micro, generator):
             begin = time.perf_counter()
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
-            for part in batch.split(micro):
-                x = images.normalized(images.augmented(images.train_x[part], generator))
-                value = cross_entropy(forward(x.contiguous(memory_format=torch.channels_last)), images.train_y[part])
-                (value * (len(part) / len(batch))).backward()  # the mean over the batch
-                loss += value.detach() * (len(part) / len(batch))
+            for x, y in batch:
+                with autocast:
+                    value = cross_entropy(forward(x), y)
+                (value * (len(y) / config.batch)).backward()  # the mean over the batch
+                loss += value.detach() * (len(y) / config.batch)
             synchronize()
             middle = time.perf_counter()
             if isinstance(optimizer, NLCG):
@@ -138,9 +170,11 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
             step_ms.append((end - begin) * 1e3)
             optimizer_ms.append((end - middle) * 1e3)
             if isinstance(optimizer, NLCG):
-                d = optimizer.diagnostics()
-                diagnostics.append([d.beta, float(d.updated), d.ys, d.shs, d.rz, d.cosine, d.ls_scale])
-        accuracies.append(accuracy(net, images))
+                of_epoch.append(optimizer.diagnostics())
+        with autocast:
+            accuracies.append(accuracy(net, images))
+        diagnostics.append(summary(of_epoch))
+        h.append(quantiles_of_h(optimizer))
         if not math.isfinite(losses[-1]):
             break
     return {
@@ -157,8 +191,8 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
         "seconds": [round(x, 2) for x in seconds],
         "step_ms": statistics.median(step_ms),
         "optimizer_ms": statistics.median(optimizer_ms),
-        # per step: beta, h updated, ys, shs, rz, cos(g, -d), ls_scale
-        "diagnostics": [[float(f"{x:.4g}") for x in row] for row in diagnostics],
+        "diagnostics": diagnostics,  # per epoch, and the next too
+        "h_quantiles": h,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": {"fastnlcg": fastnlcg.__version__, "torch": torch.__version__},

@@ -1,0 +1,106 @@
+"""Time per training step of every optimizer, in one run, and the optimizer's share of it.
+
+    python bench/convergence/cost.py OUT.json [--models resnet32] [--device cuda] [--rounds 20]
+
+In every round each optimizer in turn gets fresh gradients of one micro-batch, is timed alone, and moves parameters of
+its own; so all meet the same caches and the same noise of the machine, and a training step of k micro-batches costs k
+times the gradients' median and once the optimizer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import fastnlcg
+import models
+import torch
+from fastnlcg import NLCG
+from torch import nn
+from torch.nn.functional import cross_entropy
+from train import OPTIMIZERS
+
+BATCHES = (256, 1024, 4096, 16384)
+
+
+def measure(model: str, device: str, rounds: int, micro: int, precision: str) -> dict[str, object]:
+    """The row: milliseconds for the gradients of ``micro`` random images and for each optimizer's step, and from them
+    its share of a training step at several batches, in percent."""
+    torch.manual_seed(0)
+    net = models.make(model, 10).to(device, memory_format=torch.channels_last)
+    forward = torch.compile(net)
+    own = {name: [nn.Parameter(p.detach().clone()) for p in net.parameters()] for name in OPTIMIZERS}
+    optimizers = {name: OPTIMIZERS[name](ps, 1e-3, 0.0) for name, ps in own.items()}
+    side = 224 if model == "resnet50" else 32
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    gradients, steps = [], {name: [] for name in OPTIMIZERS}
+    for k in range(rounds + 2):  # two to warm up: the compiler, and state
+        for name, optimizer in optimizers.items():
+            x = torch.randn(micro, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+            y = torch.randint(10, (micro,), device=device)
+            net.zero_grad()
+            synchronize()
+            times = [time.perf_counter()]
+            with torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bfloat16"):
+                loss = cross_entropy(forward(x), y)
+            loss.backward()
+            synchronize()
+            times.append(time.perf_counter())
+            for p, mine in zip(net.parameters(), own[name], strict=True):
+                mine.grad = p.grad
+            number = loss.detach()
+            synchronize()
+            times.append(time.perf_counter())
+            if isinstance(optimizer, NLCG):
+                optimizer.step(loss=number)
+            else:
+                optimizer.step()
+            synchronize()
+            times.append(time.perf_counter())
+            if k >= 2:
+                gradients.append((times[1] - times[0]) * 1e3)
+                steps[name].append((times[3] - times[2]) * 1e3)
+    gradient = statistics.median(gradients)
+    medians = {name: statistics.median(own_times) for name, own_times in steps.items()}
+    return {
+        "model": model,
+        "parameters": models.count(net),
+        "micro": micro,
+        "precision": precision,
+        "rounds": rounds,
+        "gradient_ms": round(gradient, 3),
+        "step_ms": {name: round(ms, 4) for name, ms in medians.items()},
+        "share_percent": {
+            name: {batch: round(100 * ms / (ms + gradient * batch / micro), 4) for batch in BATCHES}
+            for name, ms in medians.items()
+        },
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"fastnlcg": fastnlcg.__version__, "torch": torch.__version__},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", nargs="+", default=["resnet8", "resnet32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--micro", type=int, default=256)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    a = parser.parse_args()
+    rows = [measure(model, a.device, a.rounds, a.micro, a.precision) for model in a.models]
+    a.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        print(f"{row['model']}, {row['gradient_ms']:.0f} ms for the gradients of {row['micro']} images")
+        for name, ms in row["step_ms"].items():
+            shares = ", ".join(f"{share:.2f} % at {batch}" for batch, share in row["share_percent"][name].items())
+            print(f"  {name:<16} {ms:.3f} ms, {shares}")
+
+
+if __name__ == "__main__":
+    main()
