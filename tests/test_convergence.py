@@ -7,6 +7,7 @@ import json
 import pickle
 from pathlib import Path
 
+import cost
 import data
 import models
 import numpy as np
@@ -109,7 +110,8 @@ def test_a_run_learns_and_its_row_repeats_it(optimizer: str, folder: Path) -> No
     assert row["steps"] == 4
     assert row["final_loss"] < row["loss"][0]
     assert len(row["accuracy"]) == 2
-    assert len(row["diagnostics"]) == (4 if optimizer.startswith("nlcg") else 0)
+    for of_epoch, h in zip(row["diagnostics"], row["h_quantiles"], strict=True):
+        assert (set(of_epoch) >= {"beta", "updated", "ys"} and len(h) == 5) or not optimizer.startswith("nlcg")
     again = Run(**{field.name: row[field.name] for field in dataclasses.fields(Run)})
     assert again == config
     assert run(again, folder, compiled=False)["loss"] == row["loss"]
@@ -142,12 +144,15 @@ def test_a_run_that_diverges_ends(folder: Path) -> None:
 
 def test_only_missing_runs_are_run(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    everything = study.missing("batch4096", rows)
-    assert len(everything) == len(study.PAPER) * len(study.SEEDS)
+    everything = study.missing("batch4096", rows, "bfloat16")
+    assert len(everything) == len(study.PAPER + study.ALSO) * len(study.SEEDS)
+    assert {config.precision for config in everything} == {"bfloat16"}
     rows.write_text(json.dumps({**dataclasses.asdict(everything[0]), "final_loss": 1.0}) + "\n")
-    assert study.missing("batch4096", rows) == everything[1:]
-    assert everything[0] not in study.missing("peaks", rows)
-    assert study.missing("best", rows) == [dataclasses.replace(everything[0], seed=seed) for seed in study.SEEDS[1:]]
+    assert study.missing("batch4096", rows, "bfloat16") == everything[1:]
+    assert len(study.missing("batch4096", rows, "float32")) == len(everything)
+    assert everything[0] not in study.missing("peaks", rows, "bfloat16")
+    others = [dataclasses.replace(everything[0], seed=seed) for seed in study.SEEDS[1:]]
+    assert study.missing("best", rows, "bfloat16") == others
 
 
 def test_the_best_peak_is_that_of_the_lowest_training_loss() -> None:
@@ -159,17 +164,27 @@ def test_the_best_peak_is_that_of_the_lowest_training_loss() -> None:
     assert study.best_peak(rows, "momentum") is None
 
 
-def test_plots_and_table(folder: Path, tmp_path: Path) -> None:
+def test_plots_and_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        run(Run(optimizer, seed=seed, **{**SMALL, "batch": batch, "epochs": 3}), folder, compiled=False)
+        run(Run(optimizer, seed=seed, peak=peak, **{**SMALL, "batch": batch, "epochs": 3}), folder, compiled=False)
         for optimizer in ("nlcg_fr", "momentum")
         for batch in (16, 32)
-        for seed in (0, 1)
+        for seed, peak in ((0, 1.0), (1, 1.0), (0, 2.0))
     ]
-    plots.curves([row for row in rows if row["batch"] == 16], tmp_path, 16)
-    plots.accuracies(rows, tmp_path)
+    rows.append({**rows[0], "seed": 2, "final_loss": float("nan"), "accuracy": [10.0]})
+    (tmp_path / "convergence.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "cost.jsonl").write_text(json.dumps(cost.measure("resnet8", "cpu", 1, 4, "float32", compiled=False)))
+    monkeypatch.setattr("sys.argv", ["plots.py", str(tmp_path)])
+    plots.main()
     for name in ("loss-steps", "loss-seconds", "accuracy-batch", "accuracy-epochs"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    lines = plots.table(rows).splitlines()
-    assert len(lines) == 2 + 4
-    assert "NLCG-FR" in lines[2]
+    tables = plots.tables(rows)
+    accuracy, loss = (tables[name].splitlines() for name in ("Test accuracy, %", "Training loss in the last epoch"))
+    assert accuracy[0] == "|  | batch 16 | batch 32 |"
+    assert [line.split(" | ")[0] for line in accuracy[2:]] == ["| NLCG-FR", "| Momentum"]
+    mean, deviation = plots.spread([row["final_loss"] for row in rows[6:8]])
+    assert loss[3].split(" | ")[1] == f"{mean:.3f} ± {deviation:.3f} (2)"
+    assert "diverged" in loss[2]
+    (fr, momentum) = plots.by_peak(rows, 32).splitlines()[2:]
+    assert fr.startswith("| NLCG-FR | ")
+    assert len(momentum.split(" | ")) == 4

@@ -27,12 +27,14 @@ from train import OPTIMIZERS
 BATCHES = (256, 1024, 4096, 16384)
 
 
-def measure(model: str, device: str, rounds: int, micro: int, precision: str) -> dict[str, object]:
+def measure(
+    model: str, device: str, rounds: int, micro: int, precision: str, *, compiled: bool = True
+) -> dict[str, object]:
     """The row: milliseconds for the gradients of ``micro`` random images and for each optimizer's step, and from them
     its share of a training step at several batches, in percent."""
     torch.manual_seed(0)
     net = models.make(model, 10).to(device, memory_format=torch.channels_last)
-    forward = torch.compile(net)
+    forward = torch.compile(net) if compiled else net
     own = {name: [nn.Parameter(p.detach().clone()) for p in net.parameters()] for name in OPTIMIZERS}
     optimizers = {name: OPTIMIZERS[name](ps, 1e-3, 0.0) for name, ps in own.items()}
     side = 224 if model == "resnet50" else 32

@@ -1,24 +1,25 @@
-"""From rows to the paper's figures and a table.
+"""From rows to the paper's figures and tables.
 
-    python bench/convergence/plots.py ROWS.jsonl FOLDER
+    python bench/convergence/plots.py FOLDER      with convergence.jsonl (study.py) and cost.jsonl (cost.py) in it
 
-    loss-steps.png, loss-seconds.png   training loss at the largest batch but one (the paper's figures 2 and 3)
+    loss-steps.png, loss-seconds.png   training loss at batch 4096 (the paper's figures 2 and 3)
     accuracy-batch.png                 test accuracy over batch size (figures 4 and 7)
     accuracy-epochs.png                test accuracy over epochs at the largest batch (figures 5, 6 and 8)
+    tables.md                          test accuracy and training loss, on the paper's schedule and over peaks
 
-Lines are means over seeds on the paper's schedule, shades and bars one standard deviation.
+Lines are means over seeds on the paper's schedule, shades and bars one standard deviation. Seconds are steps times the
+time per step that cost.py measured for all in one run: those of the runs themselves tell of the machine's other work.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from study import Rows, read
+from study import Rows, best_peak, read
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,7 +46,7 @@ LABELS = {
 
 def spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation; 0 for one value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def grouped(rows: Rows, *names: str) -> dict[tuple, Rows]:
@@ -60,81 +61,132 @@ def of_optimizers(rows: Rows) -> dict[str, Rows]:
     return {name: found[name,] for name in LABELS if (name,) in found}
 
 
-def curves(rows: Rows, folder: Path, batch: int) -> None:
-    at_batch = [row for row in rows if row["batch"] == batch]
-    for axis, name in (("optimizer steps", "loss-steps"), ("seconds on one core", "loss-seconds")):
+def seconds_per_step(cost: Rows, row: dict[str, object]) -> float | None:
+    """None where cost.py has not measured that network and optimizer."""
+    for measured in cost:
+        if measured["model"] == row["model"] and row["optimizer"] in measured["step_ms"]:
+            gradient_ms = measured["gradient_ms"] * row["batch"] / measured["micro"]
+            return (gradient_ms + measured["step_ms"][row["optimizer"]]) / 1e3
+    return None
+
+
+def complete(rows: Rows) -> Rows:
+    """Those that did not diverge."""
+    return [row for row in rows if len(row["accuracy"]) == row["epochs"]]
+
+
+def finished(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def curves(rows: Rows, cost: Rows, folder: Path, batch: int) -> None:
+    at_batch = complete([row for row in rows if row["batch"] == batch])
+    per_epoch = at_batch[0]["steps"] // at_batch[0]["epochs"]
+    kernel = np.ones(per_epoch) / per_epoch
+    for name, axis in (("loss-steps", "optimizer steps"), ("loss-seconds", "seconds")):
         figure, axes = plt.subplots(figsize=(7, 4.5))
         for optimizer, own in of_optimizers(at_batch).items():
-            loss = np.array([row["loss"] for row in own if len(row["loss"]) == max(len(r["loss"]) for r in own)])
-            width = 4  # steps of one epoch at batch 4096 of 16384
-            kernel = np.ones(width) / width
-            mean, deviation = (np.convolve(x, kernel, "valid") for x in (loss.mean(0), loss.std(0)))
-            x = np.arange(width, len(loss[0]) + 1)
-            if name == "loss-seconds":
-                x = np.mean([row["seconds"] for row in own], axis=0)[width - 1 :]
+            seconds = seconds_per_step(cost, own[0])
+            if name == "loss-seconds" and seconds is None:
+                continue
+            loss = np.array([np.convolve(row["loss"], kernel, "valid") for row in own])
+            mean, deviation = loss.mean(0), loss.std(0)
+            x = np.arange(per_epoch, per_epoch + len(mean)) * (seconds if name == "loss-seconds" else 1)
             (line,) = axes.plot(x, mean, label=LABELS[optimizer], lw=1.5)
             axes.fill_between(x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.12, lw=0)
-        axes.set(xlabel=axis, ylabel="training loss", title=f"{rows[0]['model']}, batch {batch}, the paper's schedule")
-        axes.legend(fontsize=8)
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        plt.close(figure)
+        axes.set(xlabel=axis, ylabel="training loss, mean over an epoch", title=title(rows, f"batch {batch}"))
+        finished(figure, axes, folder / f"{name}.png")
+
+
+def title(rows: Rows, what: str) -> str:
+    return f"{rows[0]['model']} on {rows[0]['data']}, the paper's schedule, {what}"
 
 
 def accuracies(rows: Rows, folder: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    batches = sorted({row["batch"] for row in rows})
     for optimizer, own in of_optimizers(rows).items():
         by_batch = sorted(grouped(own, "batch").items())
         points = [spread([row["final_accuracy"] for row in group]) for _, group in by_batch]
-        batches = [batch for (batch,), _ in by_batch]
-        axes.errorbar(batches, *zip(*points, strict=True), label=LABELS[optimizer], marker="o", ms=4, capsize=3, lw=1.2)
-    axes.set(xlabel="batch", ylabel="test accuracy, %", xscale="log", title=f"{rows[0]['epochs']} epochs")
-    axes.set_xticks(sorted({row["batch"] for row in rows}), sorted({row["batch"] for row in rows}), minor=False)
+        x = [batch for (batch,), _ in by_batch]
+        axes.errorbar(x, *zip(*points, strict=True), label=LABELS[optimizer], marker="o", ms=4, capsize=3, lw=1.2)
+    axes.set(xlabel="batch", ylabel="test accuracy, %", xscale="log", title=title(rows, f"{rows[0]['epochs']} epochs"))
+    axes.set_xticks(batches, batches, minor=False)
     axes.minorticks_off()
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(folder / "accuracy-batch.png", dpi=130)
-    plt.close(figure)
+    finished(figure, axes, folder / "accuracy-batch.png")
 
-    largest = max(row["batch"] for row in rows)
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for optimizer, own in of_optimizers([row for row in rows if row["batch"] == largest]).items():
-        values = np.array([row["accuracy"] for row in own if len(row["accuracy"]) == own[0]["epochs"]])
-        if len(values):
-            x = np.arange(1, values.shape[1] + 1)
-            axes.errorbar(x, values.mean(0), values.std(0), label=LABELS[optimizer], capsize=2, lw=1.2)
-    axes.set(xlabel="epoch", ylabel="test accuracy, %", title=f"batch {largest}")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(folder / "accuracy-epochs.png", dpi=130)
-    plt.close(figure)
+    for optimizer, own in of_optimizers(complete([row for row in rows if row["batch"] == batches[-1]])).items():
+        values = np.array([row["accuracy"] for row in own])
+        x = np.arange(1, values.shape[1] + 1)
+        axes.errorbar(x, values.mean(0), values.std(0), label=LABELS[optimizer], capsize=2, lw=1.2)
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title(rows, f"batch {batches[-1]}"))
+    finished(figure, axes, folder / "accuracy-epochs.png")
 
 
-def table(rows: Rows) -> str:
-    """Markdown: test accuracy and training loss in the last epoch, mean and deviation over seeds."""
-    lines = [
-        "| batch | optimizer | peak lr | seeds | test accuracy, % | training loss | ms / step | optimizer's share |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for (batch, peak), group in sorted(grouped(rows, "batch", "peak_lr").items()):
-        for optimizer, own in of_optimizers(group).items():
-            accuracy, loss = (spread([row[key] for row in own]) for key in ("final_accuracy", "final_loss"))
-            step, share = (statistics.median(row[key] for row in own) for key in ("step_ms", "optimizer_ms"))
-            lines.append(
-                f"| {batch} | {LABELS[optimizer]} | {peak:g} | {len(own)} | {accuracy[0]:.1f} ± {accuracy[1]:.1f} "
-                f"| {loss[0]:.3f} ± {loss[1]:.3f} | {step:.0f} | {share / step:.2%} |"
-            )
-    return "\n".join(lines)
+def cell(own: Rows, key: str, digits: int) -> str:
+    """Mean and standard deviation, and of how many where it is not three."""
+    if not own:
+        return ""
+    mean, deviation = spread([row[key] for row in own])
+    if not np.isfinite(mean):
+        return "diverged"
+    many = "" if len(own) == 3 else f" ({len(own)})"
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(own) > 1 else "") + many
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+
+
+def by_batch(rows: Rows, key: str, digits: int) -> str:
+    """Optimizers by batches, on the paper's schedule."""
+    shared = [row for row in rows if row["peak"] == 1.0]
+    batches = sorted({row["batch"] for row in shared})
+    found = grouped(shared, "optimizer", "batch")
+    names = [name for name in LABELS if any((name, batch) in found for batch in batches)]
+    lines = [[LABELS[name], *(cell(found[name, batch], key, digits) for batch in batches)] for name in names]
+    return markdown(["", *(f"batch {batch}" for batch in batches)], lines)
+
+
+def by_peak(rows: Rows, batch: int) -> str:
+    """Test accuracy of seed 0 over factors on the paper's peak; last, the mean over seeds at the best one."""
+    at_batch = [row for row in rows if row["batch"] == batch]
+    found = grouped([row for row in at_batch if row["seed"] == 0], "optimizer", "peak")
+    factors = sorted({peak for _, peak in found})
+    lines = []
+    for name, own in of_optimizers(at_batch).items():
+        if sum((name, peak) in found for peak in factors) > 1:
+            peak = best_peak(rows, name, batch)
+            all_seeds = cell([row for row in own if row["peak"] == peak], "final_accuracy", 1)
+            cells = [cell(found[name, factor], "final_accuracy", 1).removesuffix(" (1)") for factor in factors]
+            lines.append([LABELS[name], *cells, f"{all_seeds} at {peak:g}"])
+    return markdown(["", *(f"{factor:g}" for factor in factors), "at its best peak"], lines)
+
+
+def tables(rows: Rows) -> dict[str, str]:
+    batches = {row["batch"] for row in rows}
+    found = {
+        "Test accuracy, %": by_batch(rows, "final_accuracy", 1),
+        "Training loss in the last epoch": by_batch(rows, "final_loss", 3),
+    }
+    return found | ({"Test accuracy, %, over factors on the peak": by_peak(rows, 4096)} if 4096 in batches else {})
 
 
 def main() -> None:
-    rows, folder = read(Path(sys.argv[1])), Path(sys.argv[2])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(sys.argv[1])
+    rows, cost = read(folder / "convergence.jsonl"), read(folder / "cost.jsonl")
     shared = [row for row in rows if row["peak"] == 1.0]
     batches = sorted({row["batch"] for row in shared})
-    curves(shared, folder, 4096 if 4096 in batches else batches[-1])
+    curves(shared, cost, folder, 4096 if 4096 in batches else batches[-1])
     accuracies(shared, folder)
-    print(table(rows))
+    text = "\n\n".join(f"{name}\n\n{table}" for name, table in tables(rows).items())
+    (folder / "tables.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
