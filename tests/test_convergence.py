@@ -15,7 +15,9 @@ import plots
 import pytest
 import study
 import torch
+from fastnlcg import NLCG
 from PIL import Image
+from safeguards import SafeguardedNLCG
 from train import OPTIMIZERS, Run, run
 
 RNG = np.random.default_rng(0)
@@ -119,14 +121,63 @@ def test_a_run_learns_and_its_row_repeats_it(optimizer: str, folder: Path) -> No
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_can_be_made(name: str) -> None:
-    if name in ("lars", "lamb"):
-        pytest.importorskip("pytorch_optimizer")
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = OPTIMIZERS[name]([p], 0.1, 0.01)
     p.grad = torch.ones(3)
     optimizer.step()
     assert (p < 1).all()
-    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+    if not isinstance(optimizer, SafeguardedNLCG):
+        assert optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+def test_without_safeguards_it_is_nlcg() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.randn(7)]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = NLCG(ours, 0.05), SafeguardedNLCG(theirs, 0.05)
+    scales = torch.linspace(0.5, 4.0, 15).view(5, 3), torch.linspace(0.1, 2.0, 7)
+    for _ in range(12):
+        for ps, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for p, scale in zip(ps, scales, strict=True):
+                p.grad = scale * p.detach() + 0.1 * torch.sin(3 * p.detach())
+            optimizer.step()
+        assert optimizers[0].diagnostics().rz == pytest.approx(optimizers[1].rz, rel=1e-4)
+        for a, b in zip(ours, theirs, strict=True):  # float32, in another order: 12 steps of a few eps each
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+    assert optimizers[0].diagnostics().updated
+
+
+GUARDED = {
+    "nlcg_fr_damped": lambda h, free: bool((h - 1).abs().sum() < (free - 1).abs().sum()),
+    "nlcg_fr_h_max": lambda h, free: h.max() == 10.0 < free.max(),
+    "nlcg_fr_mean": lambda h, free: h.max() < free.max(),
+    "nlcg_fr_signal": lambda h, free: h.max() < free.max(),
+    "nlcg_fr_cosine": lambda h, free: h.max() < free.max(),
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_safeguards_hold_h_back_under_noise(name: str) -> None:
+    """Gradients of pure noise: the plain update inflates h."""
+    found = []
+    for optimizer_name in (name, None):
+        p = torch.nn.Parameter(torch.zeros(1000))
+        optimizer = OPTIMIZERS[optimizer_name]([p], 0.01, 0.0) if optimizer_name else SafeguardedNLCG([p], 0.01)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(60):
+            p.grad = torch.randn(1000, generator=generator)
+            optimizer.step()
+        found.append(optimizer.h)
+    assert GUARDED[name](*found), [(float(h.mean()), float(h.max())) for h in found]
+
+
+def test_y_from_one_batch(folder: Path) -> None:
+    """Twice the gradients, another trajectory from the second step on."""
+    plain, again = (
+        run(Run(name, **SMALL), folder, compiled=False)["loss"] for name in ("nlcg_fr_beta_max", "nlcg_fr_same_batch")
+    )
+    assert plain[:2] == again[:2]
+    assert plain[2] != again[2]
 
 
 def test_micro_batches_are_averaged(folder: Path) -> None:

@@ -24,6 +24,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from train import OPTIMIZERS
 
+NAMES = (
+    *("nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_pr_search", "nlcg_fr_none"),
+    *("momentum", "rmsprop", "sgd", "lars", "lamb", "adamw"),
+)
 BATCHES = (256, 1024, 4096, 16384)
 
 
@@ -35,11 +39,11 @@ def measure(
     torch.manual_seed(0)
     net = models.make(model, 10).to(device, memory_format=torch.channels_last)
     forward = torch.compile(net) if compiled else net
-    own = {name: [nn.Parameter(p.detach().clone()) for p in net.parameters()] for name in OPTIMIZERS}
+    own = {name: [nn.Parameter(p.detach().clone()) for p in net.parameters()] for name in NAMES}
     optimizers = {name: OPTIMIZERS[name](ps, 1e-3, 0.0) for name, ps in own.items()}
     side = 224 if model == "resnet50" else 32
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    gradients, steps = [], {name: [] for name in OPTIMIZERS}
+    gradients, steps = [], {name: [] for name in NAMES}
     for k in range(rounds + 2):  # two to warm up: the compiler, and state
         for name, optimizer in optimizers.items():
             x = torch.randn(micro, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)

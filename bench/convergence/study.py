@@ -1,6 +1,6 @@
 """The study: many runs, a few at a time, one row each; those that have a row already are not run again.
 
-    make study DATA=FOLDER                                         the CPU study, into build/study.jsonl
+    make study DATA=FOLDER                                         the CPU study, into build/study
     python bench/convergence/study.py --data FOLDER --rows FILE --studies batch4096 peaks --jobs 2
 
 The studies, in the order in which they are run (so that what is cut off is the least needed):
@@ -8,7 +8,8 @@ The studies, in the order in which they are run (so that what is cut off is the 
     batch4096, batch16384, batch1024    every optimizer on the paper's schedule, three seeds
     peaks                               one seed at other peaks, at batch 4096
     best                                the other seeds at each optimizer's best peak: that of the lowest training loss
-    small                               batches 128 and 256, with restarts
+    small                               batches 256 and 128
+    tried                               safeguards against the noise of small batches: 4096 images, batch 128
     gpu                                 ResNet-32 on all images, 60 epochs: make gpu-study, where there is a GPU
 """
 
@@ -36,7 +37,13 @@ GRID = {
     "lars": (1.0, 3.0, 10.0, 30.0),
     **dict.fromkeys(("lamb", "adamw"), (0.001, 0.003, 0.01, 0.03)),
 }
-SMALL = ("nlcg_fr", "nlcg_pr", "nlcg_fr_none", "momentum", "nlcg_fr_descent", "nlcg_pr_powell")
+SMALL = ("nlcg_fr", "nlcg_fr_none", "momentum", "nlcg_pr", "rmsprop")
+# Against the noise of small batches: where the numbers are small enough to try many.
+TRIED = (
+    *("nlcg_fr", "nlcg_fr_none", "momentum", "nlcg_fr_same_batch", "nlcg_fr_mean", "nlcg_fr_damped", "nlcg_fr_cosine"),
+    *("nlcg_fr_signal", "nlcg_fr_h_max", "nlcg_fr_beta_max", "nlcg_fr_descent", "nlcg_fr_powell"),
+    *("nlcg_pr", "nlcg_pr_powell", "nlcg_pr_none"),
+)
 
 
 def shared(batch: int) -> Callable[[Rows], Iterator[Run]]:
@@ -70,6 +77,10 @@ def small(rows: Rows) -> Iterator[Run]:
     return (Run(optimizer, batch) for batch in (256, 128) for optimizer in SMALL)
 
 
+def tried(rows: Rows) -> Iterator[Run]:
+    return (Run(name, 128, seed, train_images=4096) for seed in SEEDS for name in TRIED)
+
+
 def gpu(rows: Rows) -> Iterator[Run]:
     for seed in SEEDS:
         for batch in (4096, 16384, 512):
@@ -84,6 +95,7 @@ STUDIES: dict[str, Callable[[Rows], Iterator[Run]]] = {
     "peaks": peaks,
     "best": best,
     "small": small,
+    "tried": tried,
     "gpu": gpu,
 }
 
@@ -125,12 +137,14 @@ def main() -> int:
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
-        default="bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32",
-        help="of the network's products; bfloat16 where the processor has it, half the time",
+        help="of the network's products; by default bfloat16 on a GPU or a processor that has it: half the time",
     )
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=[s for s in STUDIES if s != "gpu"])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a run, as JSON: what the jobs are
     arguments = parser.parse_args()
+    if arguments.precision is None:
+        has_it = arguments.device != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+        arguments.precision = "bfloat16" if has_it else "float32"
     if arguments.one:
         one(Run(**json.loads(arguments.one)), arguments)
         return 0

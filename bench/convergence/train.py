@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import platform
 import statistics
@@ -15,9 +16,10 @@ from pathlib import Path
 import fastnlcg
 import models
 import torch
-from data import ImageNet, Images, load
+from data import ImageNet, Images, Pairs, load
 from fastnlcg import NLCG, Diagnostics, OnlineLineSearch, paper_schedule
-from torch import nn
+from safeguards import SafeguardedNLCG, Safeguards
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 
@@ -57,6 +59,10 @@ def nlcg(**options: object) -> Maker:
     return lambda ps, lr, decay: NLCG(ps, lr, weight_decay=decay, **options)
 
 
+def safeguarded(**options: object) -> Maker:
+    return lambda ps, lr, decay: SafeguardedNLCG(ps, lr, Safeguards(**options))
+
+
 PR = {"update": "polak_ribiere"}
 OPTIMIZERS: dict[str, Maker] = {
     "nlcg_fr": nlcg(),
@@ -69,6 +75,13 @@ OPTIMIZERS: dict[str, Maker] = {
     "nlcg_pr_descent": nlcg(restart="descent", **PR),
     "nlcg_fr_powell": nlcg(restart="powell"),
     "nlcg_pr_powell": nlcg(restart="powell", **PR),
+    "nlcg_fr_same_batch": safeguarded(same_batch=True),
+    "nlcg_fr_mean": safeguarded(mean=0.9),
+    "nlcg_fr_damped": safeguarded(damped=(0.2, 1.0)),
+    "nlcg_fr_cosine": safeguarded(cosine=0.2),
+    "nlcg_fr_signal": safeguarded(signal=0.5),
+    "nlcg_fr_h_max": safeguarded(h_max=10.0),
+    "nlcg_fr_beta_max": safeguarded(beta_max=0.9),
     "momentum": lambda ps, lr, decay: torch.optim.SGD(ps, lr, momentum=0.9, weight_decay=decay),
     # the settings of the authors' CIFAR script
     "rmsprop": lambda ps, lr, decay: torch.optim.RMSprop(ps, lr, alpha=0.9, momentum=0.9, eps=1.0, weight_decay=decay),
@@ -92,6 +105,7 @@ def accuracy(net: nn.Module, images: Images | ImageNet) -> float:
 def quantiles_of_h(optimizer: torch.optim.Optimizer) -> list[float]:
     """Least, 1 %, half, 99 %, largest; nothing without a preconditioner."""
     h = [state["hessian_diag"].flatten() for state in optimizer.state.values() if "hessian_diag" in state]
+    h += [optimizer.h] if isinstance(optimizer, SafeguardedNLCG) else []
     if not h:
         return []
     sorted_h = torch.cat(h).sort().values
@@ -136,32 +150,40 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
     micro = min(config.micro, config.batch)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, config.precision == "bfloat16")
     losses, accuracies, seconds, step_ms, optimizer_ms, diagnostics, h = [], [], [], [], [], [], []
+
+    def gradients(pairs: Pairs) -> Tensor:
+        """Of the mean over the batch, into p.grad; the mean itself."""
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=device)
+        for x, y in pairs:
+            with autocast:
+                value = cross_entropy(forward(x), y)
+            (value * (len(y) / config.batch)).backward()
+            loss += value.detach() * (len(y) / config.batch)
+        return loss
+
+    again = isinstance(optimizer, SafeguardedNLCG) and optimizer.safeguards.same_batch
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     if compiled:  # before the clock starts; the step leaves no trace
         kept = copy.deepcopy(net.state_dict())
-        x, y = next(next(images.epoch(config.batch, micro, torch.Generator(device))))
-        with autocast:
-            value = cross_entropy(forward(x), y)
-        value.backward()
+        gradients(itertools.islice(next(images.epoch(config.batch, micro, torch.Generator(device))), 1))
         net.load_state_dict(kept)
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     started = time.perf_counter()
     for _ in range(config.epochs):
         of_epoch = []
         for batch in images.epoch(config.batch, micro, generator):
             begin = time.perf_counter()
-            optimizer.zero_grad()
-            loss = torch.zeros((), device=device)
-            for x, y in batch:
-                with autocast:
-                    value = cross_entropy(forward(x), y)
-                (value * (len(y) / config.batch)).backward()  # the mean over the batch
-                loss += value.detach() * (len(y) / config.batch)
+            pairs = list(batch) if again else batch
+            loss = gradients(pairs)
             synchronize()
             middle = time.perf_counter()
             if isinstance(optimizer, NLCG):
                 optimizer.step(loss=loss)
             else:
                 optimizer.step()
+            if again:
+                gradients(pairs)
+                optimizer.observe()
             synchronize()
             end = time.perf_counter()
             schedule.step()
