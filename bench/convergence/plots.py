@@ -175,23 +175,54 @@ def by_peak(rows: Rows, batch: int) -> str:
     return markdown(["", *(f"{factor:g}" for factor in factors), "at its best peak"], lines)
 
 
+def comparable(rows: Rows) -> Rows:
+    """The largest group that differs in nothing but optimizer, batch, seed and peak."""
+    return max(grouped(rows, "model", "train_images", "epochs", "micro", "precision").values(), key=len)
+
+
+def safeguards(rows: Rows) -> str:
+    """Where many were tried, at one small batch: what they do to h by the last epoch."""
+    lines = []
+    for name, own in of_optimizers(rows).items():
+        h = [row["h_quantiles"][-1] for row in own if row["h_quantiles"][-1]]
+        middle, largest = (f"{np.median([q[k] for q in h]):.3g}" if h else "" for k in (2, 4))
+        lines.append([LABELS[name], cell(own, "final_accuracy", 1), cell(own, "final_loss", 3), middle, largest])
+    return markdown(["", "test accuracy, %", "training loss", "median of h", "largest h"], lines)
+
+
 def tables(rows: Rows) -> dict[str, str]:
-    batches = {row["batch"] for row in rows}
+    main_rows = comparable(rows)
     found = {
-        "Test accuracy, %": by_batch(rows, "final_accuracy", 1),
-        "Training loss in the last epoch": by_batch(rows, "final_loss", 3),
+        "Test accuracy, %": by_batch(main_rows, "final_accuracy", 1),
+        "Training loss in the last epoch": by_batch(main_rows, "final_loss", 3),
     }
-    return found | ({"Test accuracy, %, over factors on the peak": by_peak(rows, 4096)} if 4096 in batches else {})
+    if any(row["batch"] == 4096 for row in main_rows):
+        found["Test accuracy, %, over factors on the peak"] = by_peak(main_rows, 4096)
+    small = [row for row in rows if (row["batch"], row["train_images"]) == (128, 4096)]
+    return found | ({"Safeguards, batch 128, 4096 images": safeguards(small)} if small else {})
+
+
+def costs(cost: Rows) -> str:
+    lines = []
+    for row in cost:
+        for name, ms in row["step_ms"].items():
+            shares = [f"{share:.2f}" for share in row["share_percent"][name].values()]
+            lines.append([row["model"], f"{row['gradient_ms']:.0f}", LABELS[name], f"{ms:.2f}", *shares])
+    header = ["", f"gradients of {cost[0]['micro']} images, ms", "", "step, ms"]
+    return markdown(
+        [*header, *(f"share at {batch}, %" for batch in next(iter(cost[0]["share_percent"].values())))], lines
+    )
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     rows, cost = read(folder / "convergence.jsonl"), read(folder / "cost.jsonl")
-    shared = [row for row in rows if row["peak"] == 1.0]
+    shared = [row for row in comparable(rows) if row["peak"] == 1.0]
     batches = sorted({row["batch"] for row in shared})
     curves(shared, cost, folder, 4096 if 4096 in batches else batches[-1])
     accuracies(shared, folder)
-    text = "\n\n".join(f"{name}\n\n{table}" for name, table in tables(rows).items())
+    found = tables(rows) | {"Cost": costs(cost)}
+    text = "\n\n".join(f"{name}\n\n{table}" for name, table in found.items())
     (folder / "tables.md").write_text(text + "\n")
     print(text)
 

@@ -123,7 +123,7 @@ def one(config: Run, arguments: argparse.Namespace) -> None:
         file.write(json.dumps(row) + "\n")
     print(
         f"{config.optimizer:<16} batch {config.batch:>6} seed {config.seed} peak {config.peak:g}: "
-        f"{row['final_accuracy']:.1f} %, loss {row['final_loss']:.3f}, {row['seconds'][-1]:.0f} s",
+        f"{row['final_accuracy']:.1f} %, loss {row['final_loss']:.3f}, {row['seconds']:.0f} s",
         flush=True,
     )
 

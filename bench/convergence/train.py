@@ -149,7 +149,7 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
     generator = torch.Generator(device).manual_seed(config.seed)
     micro = min(config.micro, config.batch)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, config.precision == "bfloat16")
-    losses, accuracies, seconds, step_ms, optimizer_ms, diagnostics, h = [], [], [], [], [], [], []
+    losses, accuracies, diagnostics, h = [], [], [], []
 
     def gradients(pairs: Pairs) -> Tensor:
         """Of the mean over the batch, into p.grad; the mean itself."""
@@ -163,7 +163,6 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
         return loss
 
     again = isinstance(optimizer, SafeguardedNLCG) and optimizer.safeguards.same_batch
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     if compiled:  # before the clock starts; the step leaves no trace
         kept = copy.deepcopy(net.state_dict())
         gradients(itertools.islice(next(images.epoch(config.batch, micro, torch.Generator(device))), 1))
@@ -172,11 +171,8 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
     for _ in range(config.epochs):
         of_epoch = []
         for batch in images.epoch(config.batch, micro, generator):
-            begin = time.perf_counter()
             pairs = list(batch) if again else batch
             loss = gradients(pairs)
-            synchronize()
-            middle = time.perf_counter()
             if isinstance(optimizer, NLCG):
                 optimizer.step(loss=loss)
             else:
@@ -184,13 +180,8 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
             if again:
                 gradients(pairs)
                 optimizer.observe()
-            synchronize()
-            end = time.perf_counter()
             schedule.step()
             losses.append(float(loss))
-            seconds.append(end - started)
-            step_ms.append((end - begin) * 1e3)
-            optimizer_ms.append((end - middle) * 1e3)
             if isinstance(optimizer, NLCG):
                 of_epoch.append(optimizer.diagnostics())
         with autocast:
@@ -210,9 +201,7 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
         "accuracy": [round(x, 3) for x in accuracies],
         "final_loss": statistics.mean(losses[-steps:]),
         "final_accuracy": accuracies[-1],
-        "seconds": [round(x, 2) for x in seconds],
-        "step_ms": statistics.median(step_ms),
-        "optimizer_ms": statistics.median(optimizer_ms),
+        "seconds": round(time.perf_counter() - started, 1),  # with whatever else the machine did; see cost.py
         "diagnostics": diagnostics,  # per epoch, and the next too
         "h_quantiles": h,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
