@@ -150,6 +150,7 @@ def test_without_safeguards_it_is_nlcg() -> None:
 GUARDED = {
     "nlcg_fr_damped": lambda h, free: bool((h - 1).abs().sum() < (free - 1).abs().sum()),
     "nlcg_fr_h_max": lambda h, free: h.max() == 10.0 < free.max(),
+    "nlcg_fr_rescaled": lambda h, free: abs((1 / h).mean() - 1) < 1e-3 < abs((1 / free).mean() - 1),
     "nlcg_fr_mean": lambda h, free: h.max() < free.max(),
     "nlcg_fr_signal": lambda h, free: h.max() < free.max(),
     "nlcg_fr_cosine": lambda h, free: h.max() < free.max(),

@@ -22,7 +22,7 @@ import torch
 from fastnlcg import NLCG
 from torch import nn
 from torch.nn.functional import cross_entropy
-from train import OPTIMIZERS
+from train import OPTIMIZERS, fast_precision
 
 NAMES = (
     *("nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_pr_search", "nlcg_fr_none"),
@@ -97,9 +97,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--micro", type=int, default=256)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"))
     a = parser.parse_args()
-    rows = [measure(model, a.device, a.rounds, a.micro, a.precision) for model in a.models]
+    precision = a.precision or fast_precision(a.device)
+    rows = [measure(model, a.device, a.rounds, a.micro, precision) for model in a.models]
     a.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         print(f"{row['model']}, {row['gradient_ms']:.0f} ms for the gradients of {row['micro']} images")

@@ -41,6 +41,7 @@ LABELS = {
     "nlcg_fr_cosine": "NLCG-FR, cos(y, s) at least 0.2",
     "nlcg_fr_signal": "NLCG-FR, no pair where the slope is gone",
     "nlcg_fr_h_max": "NLCG-FR, h at most 10",
+    "nlcg_fr_rescaled": "NLCG-FR, h scaled to a mean of 1 / h of 1",
     "nlcg_fr_beta_max": "NLCG-FR, beta at most 0.9",
     "momentum": "Momentum",
     "rmsprop": "RMSProp",
@@ -196,7 +197,7 @@ def tables(rows: Rows) -> dict[str, str]:
         "Test accuracy, %": by_batch(main_rows, "final_accuracy", 1),
         "Training loss in the last epoch": by_batch(main_rows, "final_loss", 3),
     }
-    if any(row["batch"] == 4096 for row in main_rows):
+    if len({row["peak"] for row in main_rows if row["batch"] == 4096}) > 1:
         found["Test accuracy, %, over factors on the peak"] = by_peak(main_rows, 4096)
     small = [row for row in rows if (row["batch"], row["train_images"]) == (128, 4096)]
     return found | ({"Safeguards, batch 128, 4096 images": safeguards(small)} if small else {})

@@ -29,6 +29,8 @@ class Safeguards:
     """the least |sum(g s)| / |sum(g_prev s)|: what is left of the slope if the difference is more than noise"""
     h_max: float = math.inf
     """an upper bound on h"""
+    rescaled: bool = False
+    """h scaled after each update so that the mean of 1 / h is 1: it turns the step, and leaves its length to lr"""
     beta_max: float = 1.0
     """an upper bound on beta"""
 
@@ -85,6 +87,8 @@ class SafeguardedNLCG(torch.optim.Optimizer):
         accepted &= abs(slope + ys) >= o.signal * abs(slope)
         if accepted:
             self.h = (h + y**2 / ys - (h * s) ** 2 / shs).abs().clamp(max=o.h_max)
+            if o.rescaled:
+                self.h *= (1 / self.h).mean()
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -10,6 +10,7 @@ The studies, in the order in which they are run (so that what is cut off is the 
     best                                the other seeds at each optimizer's best peak: that of the lowest training loss
     small                               batches 256 and 128
     tried                               safeguards against the noise of small batches: 4096 images, batch 128
+    normalization                       batch 4096, its statistics of batch normalization those of the whole batch
     gpu                                 ResNet-32 on all images, 60 epochs: make gpu-study, where there is a GPU
 """
 
@@ -24,8 +25,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from train import Run, run
+from train import Run, fast_precision, run
 
 Rows = list[dict[str, object]]
 SEEDS = (0, 1, 2)
@@ -41,7 +41,7 @@ SMALL = ("nlcg_fr", "nlcg_fr_none", "momentum", "nlcg_pr", "rmsprop")
 # Against the noise of small batches: where the numbers are small enough to try many.
 TRIED = (
     *("nlcg_fr", "nlcg_fr_none", "momentum", "nlcg_fr_same_batch", "nlcg_fr_mean", "nlcg_fr_damped", "nlcg_fr_cosine"),
-    *("nlcg_fr_signal", "nlcg_fr_h_max", "nlcg_fr_beta_max", "nlcg_fr_descent", "nlcg_fr_powell"),
+    *("nlcg_fr_signal", "nlcg_fr_h_max", "nlcg_fr_rescaled", "nlcg_fr_beta_max", "nlcg_fr_descent", "nlcg_fr_powell"),
     *("nlcg_pr", "nlcg_pr_powell", "nlcg_pr_none"),
 )
 
@@ -66,9 +66,10 @@ def best_peak(rows: Rows, optimizer: str, batch: int = 4096) -> float | None:
 
 
 def best(rows: Rows) -> Iterator[Run]:
+    usual = [row for row in rows if row["micro"] == Run.micro]
     for seed in SEEDS[1:]:
         for optimizer in GRID:
-            peak = best_peak(rows, optimizer)
+            peak = best_peak(usual, optimizer)
             if peak is not None:
                 yield Run(optimizer, 4096, seed, peak)
 
@@ -78,7 +79,13 @@ def small(rows: Rows) -> Iterator[Run]:
 
 
 def tried(rows: Rows) -> Iterator[Run]:
-    return (Run(name, 128, seed, train_images=4096) for seed in SEEDS for name in TRIED)
+    for seed in SEEDS:
+        yield Run("nlcg_fr_same_batch", 4096, seed)
+        yield from (Run(name, 128, seed, train_images=4096) for name in TRIED)
+
+
+def normalization(rows: Rows) -> Iterator[Run]:
+    return (Run(name, 4096, seed, micro=4096) for seed in SEEDS for name in ("nlcg_fr", "momentum"))
 
 
 def gpu(rows: Rows) -> Iterator[Run]:
@@ -96,6 +103,7 @@ STUDIES: dict[str, Callable[[Rows], Iterator[Run]]] = {
     "best": best,
     "small": small,
     "tried": tried,
+    "normalization": normalization,
     "gpu": gpu,
 }
 
@@ -142,9 +150,7 @@ def main() -> int:
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=[s for s in STUDIES if s != "gpu"])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a run, as JSON: what the jobs are
     arguments = parser.parse_args()
-    if arguments.precision is None:
-        has_it = arguments.device != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-        arguments.precision = "bfloat16" if has_it else "float32"
+    arguments.precision = arguments.precision or fast_precision(arguments.device)
     if arguments.one:
         one(Run(**json.loads(arguments.one)), arguments)
         return 0
