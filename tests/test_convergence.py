@@ -240,3 +240,18 @@ def test_plots_and_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (fr, momentum) = plots.by_peak(rows, 32).splitlines()[2:]
     assert fr.startswith("| NLCG-FR | ")
     assert len(momentum.split(" | ")) == 4
+
+
+def test_what_the_readmes_show_is_in_the_committed_rows() -> None:
+    root = Path(__file__).parent.parent
+    folder = root / "bench" / "results" / "convergence"
+    rows = study.read(folder / "convergence.jsonl")
+    tables = plots.tables(rows)
+    text = (folder / "README.md").read_text()
+    for table in (*tables.values(), plots.costs(study.read(folder / "cost.jsonl"))):
+        assert table in text
+    assert tables["Test accuracy, %"] in (root / "README.md").read_text()
+    names = {field.name for field in dataclasses.fields(Run)}
+    assert all(names <= set(row) for row in rows)
+    configurations = [tuple(row[name] for name in sorted(names)) for row in rows]
+    assert len(set(configurations)) == len(rows)

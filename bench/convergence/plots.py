@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from study import Rows, best_peak, read
+from study import ALSO, GRID, PAPER, Rows, best_peak, read
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -177,7 +177,8 @@ def by_peak(rows: Rows, batch: int) -> str:
 
 
 def comparable(rows: Rows) -> Rows:
-    """The largest group that differs in nothing but optimizer, batch, seed and peak."""
+    """The largest group that differs in nothing but optimizer, batch, seed and peak; without what was merely tried."""
+    rows = [row for row in rows if row["optimizer"] in {*PAPER, *ALSO, *GRID}]
     return max(grouped(rows, "model", "train_images", "epochs", "micro", "precision").values(), key=len)
 
 
@@ -203,16 +204,15 @@ def tables(rows: Rows) -> dict[str, str]:
     return found | ({"Safeguards, batch 128, 4096 images": safeguards(small)} if small else {})
 
 
-def costs(cost: Rows) -> str:
-    lines = []
+def costs(cost: Rows, batches: tuple[str, ...] = ("256", "4096")) -> str:
+    """Milliseconds of a step, and its share of a training step, for each network."""
+    header, lines = [""], {name: [LABELS[name]] for name in cost[0]["step_ms"]}
     for row in cost:
+        gradients = f"{row['gradient_ms']:.0f} ms for the gradients of {row['micro']} images"
+        header += [f"{row['model']} ({gradients}): step, ms", *(f"share at batch {batch}, %" for batch in batches)]
         for name, ms in row["step_ms"].items():
-            shares = [f"{share:.2f}" for share in row["share_percent"][name].values()]
-            lines.append([row["model"], f"{row['gradient_ms']:.0f}", LABELS[name], f"{ms:.2f}", *shares])
-    header = ["", f"gradients of {cost[0]['micro']} images, ms", "", "step, ms"]
-    return markdown(
-        [*header, *(f"share at {batch}, %" for batch in next(iter(cost[0]["share_percent"].values())))], lines
-    )
+            lines[name] += [f"{ms:.2f}", *(f"{row['share_percent'][name][batch]:.2f}" for batch in batches)]
+    return markdown(header, list(lines.values()))
 
 
 def main() -> None:

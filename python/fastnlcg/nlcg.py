@@ -108,7 +108,8 @@ class NLCG(torch.optim.Optimizer):
         params: parameters or groups. Groups may have their own ``lr`` and ``weight_decay``; everything else is shared.
         lr: learning rate, a float or one-element tensor >= 0; schedulers own it. The paper's peak is 0.1 * batch / 256.
         update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1).
-        preconditioner: ``"bfgs"``, the diagonal of Algorithm 2, or None for plain NLCG, ``z = -g``.
+        preconditioner: ``"bfgs"``, the diagonal of Algorithm 2, or None for plain NLCG, ``z = -g``. At small batches
+            take None: the noise in y inflates h until the steps vanish (bench/results/convergence/README.md).
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
             closure or from ``step(loss=...)``. Under data parallelism pass the loss averaged over ranks.
         weight_decay: L2 coefficient, >= 0: the gradient seen is ``g + weight_decay * p``.
