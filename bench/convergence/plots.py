@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from PIL import Image
 from study import ALSO, GRID, PAPER, Rows, best_peak, read
 
 mpl.use("Agg")
@@ -89,6 +90,7 @@ def finished(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the size
 
 
 def curves(rows: Rows, cost: Rows, folder: Path, batch: int) -> None:
