@@ -100,7 +100,9 @@ def test_augmentation_is_a_crop_of_the_padded_image_flipped_or_not(folder: Path)
 
 def test_models() -> None:
     assert models.count(models.make("resnet32", 10)) == 464_154  # 0.46 M, table 6 of He et al.
-    assert models.make("resnet8", 10)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    for name, parameters in (("resnet8", 75_290), ("resnet8p", 75_290 + 16 * 32 + 32 * 64 + 2 * (32 + 64))):
+        assert models.count(models.make(name, 10)) == parameters
+        assert models.make(name, 10)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     with pytest.raises(ValueError, match="depth"):
         models.make("resnet9", 10)
 
@@ -189,6 +191,20 @@ def test_micro_batches_are_averaged(folder: Path) -> None:
     assert halves == pytest.approx(losses[0], rel=0.2)
 
 
+def test_without_augmentation_images_come_as_they_are(folder: Path) -> None:
+    images = data.load(folder)
+    generator = torch.Generator().manual_seed(0)
+    (batch,) = images.epoch(80, 80, generator, augment=False)
+    ((x, y),) = batch
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(x, images.normalized(images.train_x[order]))
+    assert torch.equal(y, images.train_y[order])
+    plain, drawn = (
+        run(Run("sgd", **SMALL, augment=augment), folder, compiled=False)["loss"][0] for augment in (False, True)
+    )
+    assert plain != drawn
+
+
 def test_a_run_that_diverges_ends(folder: Path) -> None:
     row = run(Run("sgd", peak=1e30, **{**SMALL, "epochs": 5}), folder, compiled=False)
     assert len(row["accuracy"]) < 5
@@ -240,6 +256,30 @@ def test_plots_and_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (fr, momentum) = plots.by_peak(rows, 32).splitlines()[2:]
     assert fr.startswith("| NLCG-FR | ")
     assert len(momentum.split(" | ")) == 4
+
+
+def test_settings_are_compared_at_equal_schedule() -> None:
+    usual = {
+        **dataclasses.asdict(Run("momentum", 4096)),
+        "final_accuracy": 30.0,
+        "final_loss": 2.0,
+        "h_quantiles": [[]],
+    }
+    rows = [
+        usual,
+        {**usual, "final_accuracy": 90.0, "peak": 0.1},
+        {**usual, "final_accuracy": 91.0, "epochs": 60},
+        {**usual, "final_accuracy": 40.0, "micro": 4096, "augment": False},
+        {**usual, "final_accuracy": 50.0, "model": "resnet8p"},
+        {**usual, "final_accuracy": 60.0, "optimizer": "sgd"},
+    ]
+    table = plots.tables(rows)["Test accuracy, %, batch 4096, by setting"].splitlines()
+    assert table[0].split(" | ")[1:] == [
+        "resnet8, crops and flips, 256 normalized together",
+        "resnet8, plain images, 4096 normalized together",
+        "resnet8p, crops and flips, 256 normalized together |",
+    ]
+    assert table[2:] == ["| Momentum | 30.0 (1) | 40.0 (1) | 50.0 (1) |"]
 
 
 def test_what_the_readmes_show_is_in_the_committed_rows() -> None:

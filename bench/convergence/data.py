@@ -45,13 +45,14 @@ class Images:
     def __len__(self) -> int:
         return len(self.train_y)
 
-    def epoch(self, batch: int, micro: int, generator: torch.Generator) -> Iterator[Pairs]:
+    def epoch(self, batch: int, micro: int, generator: torch.Generator, augment: bool = True) -> Iterator[Pairs]:
         """Every batch, as its micro-batches, each drawn from ``generator`` when its turn comes. What does not fill a
         batch is left out."""
+        drawn = self.augmented if augment else lambda x, _: x
         order = torch.randperm(len(self), generator=generator, device=self.train_x.device)
         for indices in order[: len(self) // batch * batch].split(batch):
             yield (
-                (self.normalized(self.augmented(self.train_x[part], generator)), self.train_y[part])
+                (self.normalized(drawn(self.train_x[part], generator)), self.train_y[part])
                 for part in indices.split(micro)
             )
 
@@ -175,8 +176,10 @@ class ImageNet:
             moved = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             yield (moved.float() / 255 - self.mean) / self.std, y.to(self.device, non_blocking=True)
 
-    def epoch(self, batch: int, micro: int, generator: torch.Generator) -> Iterator[Pairs]:
+    def epoch(self, batch: int, micro: int, generator: torch.Generator, augment: bool = True) -> Iterator[Pairs]:
         """As of :class:`Images`. The workers draw from seeds of their own, which ``generator`` gives."""
+        if not augment:
+            raise ValueError("images of all sizes are trained on by random crops only, got augment=False")
         if batch % micro:
             raise ValueError(f"a batch of {batch} in micro-batches of {micro}")
         draws = torch.Generator().manual_seed(

@@ -7,26 +7,32 @@ from torch.nn.functional import pad, relu
 
 
 class Block(nn.Module):
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, stride: int, projection: bool) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
         self.first_norm = nn.BatchNorm2d(width)
         self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.second_norm = nn.BatchNorm2d(width)
         self.stride, self.grow = stride, width - channels
+        self.projection = None
+        if self.grow and projection:  # option B
+            self.projection = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = relu(self.first_norm(self.first(x)))
         y = self.second_norm(self.second(y))
-        if self.grow:  # option A: subsampled, with zeros for the new channels
+        if self.projection is not None:
+            x = self.projection(x)
+        elif self.grow:  # option A: subsampled, with zeros for the new channels
             x = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grow))
         return relu(x + y)
 
 
 class CifarResNet(nn.Module):
-    """``depth`` = 6 k + 2 layers: k blocks a stage; 8 and 32 here."""
+    """``depth`` = 6 k + 2 layers: k blocks a stage; 8 and 32 here. As published: shortcuts of option A,
+    their initialization. ``projections``: as in many implementations, option B and torch's initialization."""
 
-    def __init__(self, depth: int, classes: int) -> None:
+    def __init__(self, depth: int, classes: int, projections: bool = False) -> None:
         super().__init__()
         if depth % 6 != 2:
             raise ValueError(f"depth must be 6 k + 2, got {depth}")
@@ -35,12 +41,12 @@ class CifarResNet(nn.Module):
         blocks, channels = [], 16
         for width in (16, 32, 64):
             for k in range((depth - 2) // 6):
-                blocks.append(Block(channels, width, 2 if k == 0 and width > 16 else 1))
+                blocks.append(Block(channels, width, 2 if k == 0 and width > 16 else 1, projections))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(64, classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not projections:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,12 +55,12 @@ class CifarResNet(nn.Module):
 
 
 def make(name: str, classes: int) -> nn.Module:
-    """``resnet8``, ``resnet32``, ...; ``resnet50`` is torchvision's."""
+    """``resnet8``, ``resnet32``, ...; ``resnet8p``, ... with projections; ``resnet50`` is torchvision's."""
     if name == "resnet50":
         import torchvision
 
         return torchvision.models.resnet50(num_classes=classes)
-    return CifarResNet(int(name.removeprefix("resnet")), classes)
+    return CifarResNet(int(name.removeprefix("resnet").removesuffix("p")), classes, name.endswith("p"))
 
 
 def count(net: nn.Module) -> int:

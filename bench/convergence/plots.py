@@ -5,7 +5,7 @@
     loss-steps.png, loss-seconds.png   training loss at batch 4096 (the paper's figures 2 and 3)
     accuracy-batch.png                 test accuracy over batch size (figures 4 and 7)
     accuracy-epochs.png                test accuracy over epochs at the largest batch (figures 5, 6 and 8)
-    tables.md                          test accuracy and training loss, on the paper's schedule and over peaks
+    tables.md                          test accuracy and training loss; over peaks and settings
 
 Lines are means over seeds on the paper's schedule, shades and bars one standard deviation. Seconds are steps times the
 time per step that cost.py measured for all in one run: those of the runs themselves tell of the machine's other work.
@@ -181,7 +181,24 @@ def by_peak(rows: Rows, batch: int) -> str:
 def comparable(rows: Rows) -> Rows:
     """The largest group that differs in nothing but optimizer, batch, seed and peak; without what was merely tried."""
     rows = [row for row in rows if row["optimizer"] in {*PAPER, *ALSO, *GRID}]
-    return max(grouped(rows, "model", "train_images", "epochs", "micro", "precision").values(), key=len)
+    return max(grouped(rows, "model", "train_images", "epochs", "micro", "augment", "precision").values(), key=len)
+
+
+def settings(rows: Rows) -> str:
+    """Networks, augmentation and batch normalization, at one batch and on the paper's schedule."""
+    found = grouped(rows, "optimizer", "model", "augment", "micro")
+    columns = sorted({key[1:] for key in found}, key=lambda key: (key[0], not key[1], key[2]))
+    header = [
+        f"{model}, {'crops and flips' if augment else 'plain images'}, {micro} normalized together"
+        for model, augment, micro in columns
+    ]
+    several = {
+        name: own for name, own in of_optimizers(rows).items() if len(grouped(own, "model", "augment", "micro")) > 1
+    }
+    lines = [
+        [LABELS[name], *(cell(found[(name, *column)], "final_accuracy", 1) for column in columns)] for name in several
+    ]
+    return markdown(["", *header], lines)
 
 
 def safeguards(rows: Rows) -> str:
@@ -202,6 +219,11 @@ def tables(rows: Rows) -> dict[str, str]:
     }
     if len({row["peak"] for row in main_rows if row["batch"] == 4096}) > 1:
         found["Test accuracy, %, over factors on the peak"] = by_peak(main_rows, 4096)
+    same = ("train_images", "epochs", "precision")
+    alike = [row for row in rows if all(row[name] == main_rows[0][name] for name in same)]
+    of_settings = [row for row in alike if (row["batch"], row["peak"]) == (4096, 1.0)]
+    if len(grouped(of_settings, "model", "augment", "micro")) > 1:
+        found["Test accuracy, %, batch 4096, by setting"] = settings(of_settings)
     small = [row for row in rows if (row["batch"], row["train_images"]) == (128, 4096)]
     return found | ({"Safeguards, batch 128, 4096 images": safeguards(small)} if small else {})
 

@@ -10,7 +10,9 @@ The studies, in the order in which they are run (so that what is cut off is the 
     best                                the other seeds at each optimizer's best peak: that of the lowest training loss
     small                               batches 256 and 128
     tried                               safeguards against the noise of small batches: 4096 images, batch 128
-    normalization                       batch 4096, its statistics of batch normalization those of the whole batch
+    setting                             one seed at batch 4096: plain images, batch normalization over the whole batch,
+                                        a network with projections
+    more                                two more seeds of those that the claim is about, at batch 4096
     gpu                                 ResNet-32 on all images, 60 epochs: make gpu-study, where there is a GPU
 """
 
@@ -33,10 +35,12 @@ PAPER = ("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "nlcg_pr_search", "nlcg_fr
 ALSO = ("nlcg_fr_search", "sgd")
 # Factors on the paper's peak. Those that scale their own steps live three decades lower.
 GRID = {
-    **dict.fromkeys(("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "sgd"), (0.1, 0.3, 1.0, 3.0)),
+    **dict.fromkeys(("nlcg_fr", "nlcg_pr", "nlcg_fr_none", "momentum", "rmsprop", "sgd"), (0.1, 0.3, 1.0, 3.0)),
     "lars": (1.0, 3.0, 10.0, 30.0),
     **dict.fromkeys(("lamb", "adamw"), (0.001, 0.003, 0.01, 0.03)),
 }
+CLAIM = ("nlcg_fr", "momentum", "rmsprop", "nlcg_pr")
+SETTING = (*CLAIM, "nlcg_fr_none")
 SMALL = ("nlcg_fr", "nlcg_fr_none", "momentum", "nlcg_pr", "rmsprop")
 # Against the noise of small batches: where the numbers are small enough to try many.
 TRIED = (
@@ -66,7 +70,7 @@ def best_peak(rows: Rows, optimizer: str, batch: int = 4096) -> float | None:
 
 
 def best(rows: Rows) -> Iterator[Run]:
-    usual = [row for row in rows if row["micro"] == Run.micro]
+    usual = [row for row in rows if all(row[name] == getattr(Run, name) for name in ("model", "micro", "augment"))]
     for seed in SEEDS[1:]:
         for optimizer in GRID:
             peak = best_peak(usual, optimizer)
@@ -84,8 +88,16 @@ def tried(rows: Rows) -> Iterator[Run]:
         yield from (Run(name, 128, seed, train_images=4096) for name in TRIED)
 
 
-def normalization(rows: Rows) -> Iterator[Run]:
-    return (Run(name, 4096, seed, micro=4096) for seed in SEEDS for name in ("nlcg_fr", "momentum"))
+def setting(rows: Rows) -> Iterator[Run]:
+    plain = {"micro": 4096, "augment": False}
+    for change in ({**plain, "model": "resnet8p"}, plain):
+        yield from (Run(name, 4096, **change) for name in SETTING)
+    for change in ({"micro": 4096}, {"augment": False}):
+        yield from (Run(name, 4096, **change) for name in ("nlcg_fr", "momentum"))
+
+
+def more(rows: Rows) -> Iterator[Run]:
+    return (Run(name, 4096, seed) for seed in (3, 4) for name in CLAIM)
 
 
 def gpu(rows: Rows) -> Iterator[Run]:
@@ -103,7 +115,8 @@ STUDIES: dict[str, Callable[[Rows], Iterator[Run]]] = {
     "best": best,
     "small": small,
     "tried": tried,
-    "normalization": normalization,
+    "setting": setting,
+    "more": more,
     "gpu": gpu,
 }
 

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 class Run:
     """``peak`` is a factor on the paper's 0.1 * batch / 256. ``micro`` images pass through the network at once, and
     share the statistics of batch normalization, whatever the batch. ``precision`` is that of the network's products
-    (torch.autocast); parameters, gradients and the optimizer's state are float32."""
+    (torch.autocast); parameters, gradients and the optimizer's state are float32. ``augment``: crops and flips."""
 
     optimizer: str
     batch: int
@@ -40,6 +40,7 @@ class Run:
     micro: int = 256
     weight_decay: float = 0.0
     precision: str = "float32"
+    augment: bool = True
 
     @property
     def peak_lr(self) -> float:
@@ -177,7 +178,7 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
     started = time.perf_counter()
     for _ in range(config.epochs):
         of_epoch = []
-        for batch in images.epoch(config.batch, micro, generator):
+        for batch in images.epoch(config.batch, micro, generator, config.augment):
             pairs = list(batch) if again else batch
             loss = gradients(pairs)
             if isinstance(optimizer, NLCG):
