@@ -253,9 +253,12 @@ def test_plots_and_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     mean, deviation = plots.spread([row["final_loss"] for row in rows[6:8]])
     assert loss[3].split(" | ")[1] == f"{mean:.3f} ± {deviation:.3f} (2)"
     assert "diverged" in loss[2]
-    (fr, momentum) = plots.by_peak(rows, 32).splitlines()[2:]
-    assert fr.startswith("| NLCG-FR | ")
-    assert len(momentum.split(" | ")) == 4
+    for batch in (16, 32):
+        header, _, fr, momentum = tables[f"Test accuracy, %, batch {batch}, over factors on the peak"].splitlines()
+        assert header == "|  | 1 | 2 | at its best peak |"
+        assert fr.startswith("| NLCG-FR | ")
+        at_2 = next(r for r in rows if (r["optimizer"], r["batch"], r["peak"]) == ("momentum", batch, 2.0))
+        assert momentum.split(" | ")[2] == f"{at_2['final_accuracy']:.1f}"
 
 
 def test_settings_are_compared_at_equal_schedule() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 from study import ALSO, GRID, PAPER, Rows, best_peak, read
 
@@ -53,9 +54,10 @@ LABELS = {
 }
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation; 0 for one value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def spread(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the first axis, the runs; 0 for one run."""
+    runs = np.asarray(values)
+    return runs.mean(0), runs.std(0, ddof=1) if len(runs) > 1 else np.zeros(runs.shape[1:])
 
 
 def grouped(rows: Rows, *names: str) -> dict[tuple, Rows]:
@@ -103,8 +105,7 @@ def curves(rows: Rows, cost: Rows, folder: Path, batch: int) -> None:
             seconds = seconds_per_step(cost, own[0])
             if name == "loss-seconds" and seconds is None:
                 continue
-            loss = np.array([np.convolve(row["loss"], kernel, "valid") for row in own])
-            mean, deviation = loss.mean(0), loss.std(0)
+            mean, deviation = spread([np.convolve(row["loss"], kernel, "valid") for row in own])
             x = np.arange(per_epoch, per_epoch + len(mean)) * (seconds if name == "loss-seconds" else 1)
             (line,) = axes.plot(x, mean, label=LABELS[optimizer], lw=1.5)
             axes.fill_between(x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.12, lw=0)
@@ -131,9 +132,8 @@ def accuracies(rows: Rows, folder: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for optimizer, own in of_optimizers(complete([row for row in rows if row["batch"] == batches[-1]])).items():
-        values = np.array([row["accuracy"] for row in own])
-        x = np.arange(1, values.shape[1] + 1)
-        axes.errorbar(x, values.mean(0), values.std(0), label=LABELS[optimizer], capsize=2, lw=1.2)
+        mean, deviation = spread([row["accuracy"] for row in own])
+        axes.errorbar(np.arange(1, len(mean) + 1), mean, deviation, label=LABELS[optimizer], capsize=2, lw=1.2)
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title=title(rows, f"batch {batches[-1]}"))
     finished(figure, axes, folder / "accuracy-epochs.png")
 
@@ -170,7 +170,7 @@ def by_peak(rows: Rows, batch: int) -> str:
     factors = sorted({peak for _, peak in found})
     lines = []
     for name, own in of_optimizers(at_batch).items():
-        if sum((name, peak) in found for peak in factors) > 1:
+        if any((name, peak) in found for peak in factors if peak != 1.0):
             peak = best_peak(rows, name, batch)
             all_seeds = cell([row for row in own if row["peak"] == peak], "final_accuracy", 1)
             cells = [cell(found[name, factor], "final_accuracy", 1).removesuffix(" (1)") for factor in factors]
@@ -217,8 +217,9 @@ def tables(rows: Rows) -> dict[str, str]:
         "Test accuracy, %": by_batch(main_rows, "final_accuracy", 1),
         "Training loss in the last epoch": by_batch(main_rows, "final_loss", 3),
     }
-    if len({row["peak"] for row in main_rows if row["batch"] == 4096}) > 1:
-        found["Test accuracy, %, over factors on the peak"] = by_peak(main_rows, 4096)
+    for (batch,), own in sorted(grouped(main_rows, "batch").items()):
+        if len({row["peak"] for row in own}) > 1:
+            found[f"Test accuracy, %, batch {batch}, over factors on the peak"] = by_peak(own, batch)
     same = ("train_images", "epochs", "precision")
     alike = [row for row in rows if all(row[name] == main_rows[0][name] for name in same)]
     of_settings = [row for row in alike if (row["batch"], row["peak"]) == (4096, 1.0)]

@@ -8,6 +8,7 @@ The studies, in the order in which they are run (so that what is cut off is the 
     batch4096, batch16384, batch1024    every optimizer on the paper's schedule, three seeds
     peaks                               one seed at other peaks, at batch 4096
     best                                the other seeds at each optimizer's best peak: that of the lowest training loss
+    peaks16384                          one seed at lower peaks, at batch 16384; AdamW beside those of the claim
     small                               batches 256 and 128
     tried                               safeguards against the noise of small batches: 4096 images, batch 128
     setting                             one seed at batch 4096: plain images, batch normalization over the whole batch,
@@ -78,6 +79,11 @@ def best(rows: Rows) -> Iterator[Run]:
                 yield Run(optimizer, 4096, seed, peak)
 
 
+def peaks16384(rows: Rows) -> Iterator[Run]:
+    yield from (Run(name, 16384, peak=peak) for peak in (0.3, 0.1) for name in SETTING)
+    yield from (Run("adamw", 16384, peak=peak) for peak in (0.001, 0.0003))
+
+
 def small(rows: Rows) -> Iterator[Run]:
     return (Run(optimizer, batch) for batch in (256, 128) for optimizer in SMALL)
 
@@ -113,6 +119,7 @@ STUDIES: dict[str, Callable[[Rows], Iterator[Run]]] = {
     "batch1024": shared(1024),
     "peaks": peaks,
     "best": best,
+    "peaks16384": peaks16384,
     "small": small,
     "tried": tried,
     "setting": setting,
