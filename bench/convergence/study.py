@@ -80,7 +80,7 @@ def best(rows: Rows) -> Iterator[Run]:
 
 
 def peaks16384(rows: Rows) -> Iterator[Run]:
-    yield from (Run(name, 16384, peak=peak) for peak in (0.3, 0.1) for name in SETTING)
+    yield from (Run(name, 16384, peak=peak) for peak in (0.3, 0.1, 0.03) for name in SETTING)
     yield from (Run("adamw", 16384, peak=peak) for peak in (0.001, 0.0003))
 
 
