@@ -92,7 +92,7 @@ def finished(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the size
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
 
 
 def curves(rows: Rows, cost: Rows, folder: Path, batch: int) -> None:
