@@ -204,6 +204,8 @@ def test_without_augmentation_images_come_as_they_are(folder: Path) -> None:
         run(Run("sgd", **SMALL, augment=augment), folder, compiled=False)["loss"][0] for augment in (False, True)
     )
     assert plain != drawn
+    with pytest.raises(ValueError, match="augment=False"):
+        next(data.ImageNet.epoch(None, 4, 4, generator, augment=False))
 
 
 def test_a_run_that_diverges_ends(folder: Path) -> None:
@@ -221,6 +223,11 @@ def test_only_missing_runs_are_run(tmp_path: Path) -> None:
     assert len(study.missing("batch4096", rows, "float32")) == len(everything)
     assert everything[0] not in study.missing("peaks", rows, "bfloat16")
     others = [dataclasses.replace(everything[0], seed=seed) for seed in study.SEEDS[1:]]
+    assert study.missing("best", rows, "bfloat16") == others
+    better = {"peak": 3.0, "final_loss": 0.1}
+    with rows.open("a") as file:  # in another setting: of no account
+        for other in ({"augment": False}, {"micro": 4096}, {"model": "resnet8p"}):
+            file.write(json.dumps({**dataclasses.asdict(everything[0]), **better, **other}) + "\n")
     assert study.missing("best", rows, "bfloat16") == others
 
 
@@ -273,17 +280,21 @@ def test_settings_are_compared_at_equal_schedule() -> None:
         usual,
         {**usual, "final_accuracy": 90.0, "peak": 0.1},
         {**usual, "final_accuracy": 91.0, "epochs": 60},
+        {**usual, "final_accuracy": 35.0, "augment": False},
         {**usual, "final_accuracy": 40.0, "micro": 4096, "augment": False},
         {**usual, "final_accuracy": 50.0, "model": "resnet8p"},
         {**usual, "final_accuracy": 60.0, "optimizer": "sgd"},
     ]
-    table = plots.tables(rows)["Test accuracy, %, batch 4096, by setting"].splitlines()
+    tables = plots.tables(rows)
+    assert tables["Test accuracy, %"].splitlines()[2:] == ["| Momentum | 30.0 (1) |", "| SGD | 60.0 (1) |"]
+    table = tables["Test accuracy, %, batch 4096, by setting"].splitlines()
     assert table[0].split(" | ")[1:] == [
         "resnet8, crops and flips, 256 normalized together",
+        "resnet8, plain images, 256 normalized together",
         "resnet8, plain images, 4096 normalized together",
         "resnet8p, crops and flips, 256 normalized together |",
     ]
-    assert table[2:] == ["| Momentum | 30.0 (1) | 40.0 (1) | 50.0 (1) |"]
+    assert table[2:] == ["| Momentum | 30.0 (1) | 35.0 (1) | 40.0 (1) | 50.0 (1) |"]
 
 
 def test_what_the_readmes_show_is_in_the_committed_rows() -> None:

@@ -41,8 +41,7 @@ GRID = {
     **dict.fromkeys(("lamb", "adamw"), (0.001, 0.003, 0.01, 0.03)),
 }
 CLAIM = ("nlcg_fr", "momentum", "rmsprop", "nlcg_pr")
-SETTING = (*CLAIM, "nlcg_fr_none")
-SMALL = ("nlcg_fr", "nlcg_fr_none", "momentum", "nlcg_pr", "rmsprop")
+FEW = (*CLAIM, "nlcg_fr_none")
 # Against the noise of small batches: where the numbers are small enough to try many.
 TRIED = (
     *("nlcg_fr", "nlcg_fr_none", "momentum", "nlcg_fr_same_batch", "nlcg_fr_mean", "nlcg_fr_damped", "nlcg_fr_cosine"),
@@ -80,12 +79,12 @@ def best(rows: Rows) -> Iterator[Run]:
 
 
 def peaks16384(rows: Rows) -> Iterator[Run]:
-    yield from (Run(name, 16384, peak=peak) for peak in (0.3, 0.1, 0.03) for name in SETTING)
+    yield from (Run(name, 16384, peak=peak) for peak in (0.3, 0.1, 0.03) for name in FEW)
     yield from (Run("adamw", 16384, peak=peak) for peak in (0.001, 0.0003))
 
 
 def small(rows: Rows) -> Iterator[Run]:
-    return (Run(optimizer, batch) for batch in (256, 128) for optimizer in SMALL)
+    return (Run(optimizer, batch) for batch in (256, 128) for optimizer in FEW)
 
 
 def tried(rows: Rows) -> Iterator[Run]:
@@ -97,7 +96,7 @@ def tried(rows: Rows) -> Iterator[Run]:
 def setting(rows: Rows) -> Iterator[Run]:
     plain = {"micro": 4096, "augment": False}
     for change in ({**plain, "model": "resnet8p"}, plain):
-        yield from (Run(name, 4096, **change) for name in SETTING)
+        yield from (Run(name, 4096, **change) for name in FEW)
     for change in ({"micro": 4096}, {"augment": False}):
         yield from (Run(name, 4096, **change) for name in ("nlcg_fr", "momentum"))
 
