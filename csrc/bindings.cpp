@@ -17,6 +17,7 @@
 #include "../cuda/step_cuda.h"
 #include "buffer.h"
 #include "dlpack.h"
+#include "passes.h"
 #include "step_cpu.h"
 
 namespace py = pybind11;
@@ -39,16 +40,24 @@ DType dtype_from(const std::string& name) {
 UpdateRule update_from(const std::string& name) {
   if (name == "fletcher_reeves") return UpdateRule::fletcher_reeves;
   if (name == "polak_ribiere") return UpdateRule::polak_ribiere;
+  if (name == "heavy_ball") return UpdateRule::heavy_ball;
   throw bad("unknown update '" + name + "'");
+}
+
+Preconditioner preconditioner_from(const std::string& name) {
+  if (name == "none") return Preconditioner::none;
+  if (name == "bfgs") return Preconditioner::bfgs;
+  if (name == "adam") return Preconditioner::adam;
+  throw bad("unknown preconditioner '" + name + "'");
 }
 
 // One optimizer's native side: the table of segments, the state's buffers, the scalars, the workspace.
 class NativeStep {
  public:
   NativeStep(const std::string& state_dtype, std::int64_t n, BufferPtr grad_prev, BufferPtr direction,
-             BufferPtr hessian_diag, BufferPtr param_steps, int groups, const std::string& device, BufferPtr workspace,
-             std::uintptr_t stream)
-      : owners_{grad_prev, direction, hessian_diag, param_steps, workspace},
+             BufferPtr diagonal, BufferPtr param_steps, BufferPtr beta2_powers, int groups, const std::string& device,
+             BufferPtr workspace, std::uintptr_t stream)
+      : owners_{grad_prev, direction, diagonal, param_steps, beta2_powers, workspace},
         groups_(groups < 0 ? 0 : groups),
         device_(device) {
     if (on_device() && (device_.rfind("cuda:", 0) != 0 || device_.size() == 5)) throw bad("no kernels for " + device_);
@@ -59,13 +68,19 @@ class NativeStep {
     step_.state.n = n;
     step_.state.grad_prev = state_pointer("grad_prev", grad_prev, state_dtype);
     step_.state.direction = state_pointer("direction", direction, state_dtype);
-    step_.state.hessian_diag = state_pointer("hessian_diag", hessian_diag, state_dtype);
+    step_.state.diagonal = state_pointer("diagonal", diagonal, state_dtype);
     if (param_steps) {
       check("param_steps", *param_steps, "float64");
       step_.param_steps = static_cast<double*>(param_steps->data());
       params_ = param_steps->size();
+      if (beta2_powers) {
+        check("beta2_powers", *beta2_powers, "float64");
+        if (beta2_powers->size() != params_) throw bad("one beta2_power a parameter");
+        step_.beta2_powers = static_cast<double*>(beta2_powers->data());
+      }
     } else {
       step_.param_steps = &own_param_step_;
+      step_.beta2_powers = &own_beta2_power_;
       params_ = 1;
     }
     for (Group& group : groups_) group = {};
@@ -97,10 +112,11 @@ class NativeStep {
   NativeStep(const NativeStep&) = delete;
   NativeStep& operator=(const NativeStep&) = delete;
 
-  void set_options(const std::string& update, const std::string& restart, std::int64_t restart_every, double eps,
-                   double curvature_eps, bool skip_nonfinite, bool maximize,
-                   std::optional<std::array<double, 4>> line_search) {
+  void set_options(const std::string& preconditioner, const std::string& update, const std::string& restart,
+                   std::int64_t restart_every, double eps, double curvature_eps, double beta2, double beta_max,
+                   bool skip_nonfinite, bool maximize, std::optional<std::array<double, 4>> line_search) {
     Options o;
+    o.preconditioner = preconditioner_from(preconditioner);
     o.update = update_from(update);
     if (restart == "never") {
       o.restart = Restart::never;
@@ -116,6 +132,8 @@ class NativeStep {
     o.restart_every = static_cast<double>(restart_every);
     o.eps = eps;
     o.curvature_eps = curvature_eps;
+    o.beta2 = beta2;
+    o.beta_max = beta_max;
     o.skip_nonfinite = skip_nonfinite;
     o.maximize = maximize;
     o.line_search = line_search.has_value();
@@ -237,7 +255,7 @@ class NativeStep {
     held_.clear();
     if (lr.size() != groups_.size() || weight_decay.size() != groups_.size())
       throw bad("one lr and weight_decay a group");
-    if (!step_.state.grad_prev || !step_.state.direction) throw bad("a step needs grad_prev and direction");
+    if (const std::string missing = missing_streams(); !missing.empty()) throw bad("a step needs " + missing);
     for (std::size_t i = 0; i < groups_.size(); ++i) {
       groups_[i].lr = lr[i];
       groups_[i].weight_decay = weight_decay[i];
@@ -273,7 +291,7 @@ class NativeStep {
 
   std::tuple<double, double, double> state_norms(int threads) {
     const Busy busy(*this);
-    if (!step_.state.grad_prev || !step_.state.direction) throw bad("norms need grad_prev and direction");
+    if (!step_.state.direction) throw bad("norms need direction");
     // Over a copy of the table: what refresh() has pointed at belongs to the step that follows it, and may be gone.
     std::vector<Segment> segments = segments_;
     for (Segment& segment : segments) segment.p = nullptr, segment.g = nullptr;
@@ -323,12 +341,16 @@ class NativeStep {
     if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
   }
 
+  // beta2^k of a flat buffer.
+  double beta2_power() const { return own_beta2_power_; }
+  void set_beta2_power(double value) { own_beta2_power_ = value; }
+
   // How a step runs on a device; the bits do not depend on it. Only tests and benchmarks have a reason to.
   void set_launch(const std::string& form, int blocks, int resident_tiles) {
-    if (form != "automatic" && form != "one" && form != "three") throw bad("unknown form '" + form + "'");
+    if (form != "automatic" && form != "one" && form != "separate") throw bad("unknown form '" + form + "'");
     cuda_.form = form == "automatic" ? CudaStep::Form::automatic
                  : form == "one"     ? CudaStep::Form::one_launch
-                                     : CudaStep::Form::three_launches;
+                                     : CudaStep::Form::separate_launches;
     cuda_.blocks = blocks;
     cuda_.resident_tiles = resident_tiles;
   }
@@ -339,7 +361,7 @@ class NativeStep {
   // The parts, for one segment over buffers that this call holds.
   std::tuple<double, double, bool> update_curvature(const Buffer& g, double alpha_prev, int threads) {
     prepare(nullptr, g, 0, alpha_prev, threads);
-    if (!step_.state.grad_prev || !step_.state.direction || !step_.state.hessian_diag) throw bad("missing state");
+    if (!step_.state.grad_prev || !step_.state.direction || !step_.state.diagonal) throw bad("missing state");
     double ys = 0, shs = 0;
     bool updated = false;
     run([&] { updated = cuda_update_curvature(step_, cuda_, &ys, &shs); },
@@ -348,14 +370,17 @@ class NativeStep {
   }
   std::pair<double, double> preconditioned_dots(const Buffer& g, int threads) {
     prepare(nullptr, g, 0, 0, threads);
+    check_diagonal();
     double rz = 0, rz_mid = 0;
     run([&] { cuda_preconditioned_dots(step_, cuda_, &rz, &rz_mid); },
         [&](const CpuVerbs& cpu) { cpu.preconditioned_dots(step_, &rz, &rz_mid); });
     return {rz, rz_mid};
   }
-  void update_direction(const Buffer* p, const Buffer& g, double alpha, double beta, int threads) {
+  void update_direction(const Buffer* p, const Buffer& g, double alpha, double weight_decay, double beta, int threads) {
     prepare(p, g, alpha, 0, threads);
+    groups_[0].weight_decay = weight_decay;
     if (!step_.state.direction) throw bad("missing state");
+    check_diagonal();
     run([&] { cuda_update_direction(step_, cuda_, beta); },
         [&](const CpuVerbs& cpu) { cpu.update_direction(step_, beta); });
   }
@@ -391,6 +416,22 @@ class NativeStep {
       if (tensor.shape[k] != 1 && tensor.strides[k] != layout.strides[k]) return false;
     }
     return true;
+  }
+
+  // The state that the passes of these options need and that is not there.
+  std::string missing_streams() const {
+    const State& state = step_.state;
+    const unsigned needed = with_preconditioner(
+        step_.options.preconditioner, [&](auto preconditioner) { return preconditioner.streams(step_.options); });
+    if ((needed & kGradPrev) && state.grad_prev == nullptr) return "grad_prev";
+    if ((needed & kD) && state.direction == nullptr) return "direction";
+    if ((needed & kDiagonal) && state.diagonal == nullptr) return "the preconditioner's diagonal";
+    if (step_.options.preconditioner == Preconditioner::adam && step_.beta2_powers == nullptr) return "beta2_powers";
+    return "";
+  }
+  void check_diagonal() const {
+    if (step_.options.preconditioner != Preconditioner::none && step_.state.diagonal == nullptr)
+      throw bad("missing state");
   }
 
   bool on_device() const { return device_ != "cpu"; }
@@ -479,6 +520,7 @@ class NativeStep {
     f("step", s.step), f("skipped_steps", s.skipped_steps), f("rz", s.rz), f("gs", s.gs), f("shs", s.shs);
     f("grad_max", s.grad_max), f("ls_scale", s.ls_scale), f("loss_prev", s.loss_prev), f("set", s.set);
     f("beta", s.beta), f("ys", s.ys), f("shs_used", s.shs_used), f("updated", s.updated);
+    f("gg", s.gg), f("gd", s.gd);
   }
 
   std::vector<BufferPtr> owners_;
@@ -489,7 +531,7 @@ class NativeStep {
   bool pointed_ = false;
   std::vector<double> partials_;
   Scalars scalars_;
-  double own_param_step_ = 0;
+  double own_param_step_ = 0, own_beta2_power_ = 1;
   std::int64_t params_ = 0;
   Step step_ = {};
   std::string device_;
@@ -543,12 +585,12 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def("advise_huge_pages", &Buffer::advise_huge_pages);
 
   py::class_<NativeStep>(m, "Step", py::module_local())
-      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int,
+      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int,
                     const std::string&, BufferPtr, std::uintptr_t>(),
-           "state_dtype"_a, "n"_a, "grad_prev"_a, "direction"_a, "hessian_diag"_a, "param_steps"_a, "groups"_a,
-           "device"_a = "cpu", "workspace"_a = nullptr, "stream"_a = 0)
-      .def("set_options", &NativeStep::set_options, "update"_a, "restart"_a, "restart_every"_a, "eps"_a,
-           "curvature_eps"_a, "skip_nonfinite"_a, "maximize"_a, "line_search"_a)
+           "state_dtype"_a, "n"_a, "grad_prev"_a, "direction"_a, "diagonal"_a, "param_steps"_a, "beta2_powers"_a,
+           "groups"_a, "device"_a = "cpu", "workspace"_a = nullptr, "stream"_a = 0)
+      .def("set_options", &NativeStep::set_options, "preconditioner"_a, "update"_a, "restart"_a, "restart_every"_a,
+           "eps"_a, "curvature_eps"_a, "beta2"_a, "beta_max"_a, "skip_nonfinite"_a, "maximize"_a, "line_search"_a)
       .def("set_segments", &NativeStep::set_segments)
       .def("point", py::overload_cast<const py::list&, const py::list&>(&NativeStep::point), "p"_a, "g"_a)
       .def("refresh", &NativeStep::refresh, "exchange"_a, "moving"_a, "resting"_a, "tensor_type"_a)
@@ -561,7 +603,9 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def("state_norms", &NativeStep::state_norms, "threads"_a)
       .def_property("scalars", &NativeStep::scalars, &NativeStep::set_scalars)
       .def_property("alpha_prev", &NativeStep::alpha_prev, &NativeStep::set_alpha_prev)
+      .def_property("beta2_power", &NativeStep::beta2_power, &NativeStep::set_beta2_power)
       .def("update_curvature", &NativeStep::update_curvature, "g"_a, "alpha_prev"_a, "threads"_a)
       .def("preconditioned_dots", &NativeStep::preconditioned_dots, "g"_a, "threads"_a)
-      .def("update_direction", &NativeStep::update_direction, "p"_a, "g"_a, "alpha"_a, "beta"_a, "threads"_a);
+      .def("update_direction", &NativeStep::update_direction, "p"_a, "g"_a, "alpha"_a, "weight_decay"_a, "beta"_a,
+           "threads"_a);
 }

@@ -1,6 +1,6 @@
 // SIMD vectors of the width this file is compiled for, in GCC's vector extensions: arithmetic is written with plain
-// operators, so the functions of nlcg_math.h take a vector wherever they take a float. Loads, stores and the
-// double-precision accumulators are all there is here; no formula of the method.
+// operators, so the functions of nlcg_math.h take a vector wherever they take a float. Loads, stores, the operations
+// without an operator and the double-precision accumulators are all there is here; no formula of the method.
 //
 // Included by step_cpu.cpp only, once per instruction set. Everything is in an unnamed namespace: a function compiled
 // for AVX-512 must never be the copy that the linker keeps for the baseline.
@@ -57,6 +57,16 @@ constexpr int kVectors = kBlock / kLanes<S>;  // per block
 using Bits64 = std::uint64_t __attribute__((vector_size(kVectorBytes)));
 NLCG_INLINE Float magnitude(Float x) { return bits_of<Float>(bits_of<Bits32>(x) & 0x7fffffffu); }
 NLCG_INLINE Double magnitude(Double x) { return bits_of<Double>(bits_of<Bits64>(x) & 0x7fffffffffffffffu); }
+#if defined(__AVX512F__)
+NLCG_INLINE Float square_root(Float x) { return _mm512_sqrt_ps(x); }
+NLCG_INLINE Double square_root(Double x) { return _mm512_sqrt_pd(x); }
+#elif defined(__AVX2__)
+NLCG_INLINE Float square_root(Float x) { return _mm256_sqrt_ps(x); }
+NLCG_INLINE Double square_root(Double x) { return _mm256_sqrt_pd(x); }
+#else
+NLCG_INLINE Float square_root(Float x) { return _mm_sqrt_ps(x); }
+NLCG_INLINE Double square_root(Double x) { return _mm_sqrt_pd(x); }
+#endif
 
 template <class V, class S>
 NLCG_INLINE V broadcast(S x) {

@@ -5,11 +5,17 @@
 //     y     = g - g_prev                                  s = alpha_prev * d
 //     h_new = | h + y^2 / ys - (h s)^2 / shs |            ys = sum(y s),  shs = sum(s h s)
 //     w     = g / (h + eps), the spec's z = -w            rz = sum(g w), rz_mid = sum(g g_prev / (h_old + eps))
-//     beta  = rz_new / rz  or  (rz_new - rz_mid) / rz     clamped to [0, 1]
+//     beta  = rz_new / rz  or  (rz_new - rz_mid) / rz     clamped to [0, beta_max]
 //     d_new = beta d - w                                  p_new = p + alpha d_new
 //
+// Adam's diagonal (Kingma & Ba, arXiv:1412.6980, Algorithm 1) in the place of the BFGS one, with decoupled weight decay
+// (Loshchilov & Hutter, arXiv:1711.05101):
+//
+//     v     = beta2 v + (1 - beta2) g^2                   h = sqrt(v / (1 - beta2^k)),  k updates of v
+//     p_new = (1 - alpha weight_decay) p + alpha d_new
+//
 // The first half is per element. `T` is one float or double, or a SIMD vector of them; every instruction set calls the
-// same functions (and so will CUDA), so an element's bits cannot depend on who computed it. For that reason
+// same functions, and so does every CUDA thread, so an element's bits cannot depend on who computed it. For that reason
 // the project compiles with floating-point contraction off: an fma here and a multiply-add there would differ.
 // The second half is the scalar recurrences between the passes, in double.
 //
@@ -22,9 +28,11 @@ namespace fastnlcg {
 
 // ---- per element -------------------------------------------------------------------------------------------------
 
-// |x|. The vector overload is in lanes.h.
+// |x| and its root. The vector overloads are in lanes.h.
 NLCG_HD float magnitude(float x) { return __builtin_fabsf(x); }
 NLCG_HD double magnitude(double x) { return __builtin_fabs(x); }
+NLCG_HD float square_root(float x) { return __builtin_sqrtf(x); }
+NLCG_HD double square_root(double x) { return __builtin_sqrt(x); }
 
 // The gradient of a loss that was multiplied by a scale (AMP): as torch's GradScaler unscales it.
 template <class T>
@@ -67,6 +75,18 @@ NLCG_HD T bfgs_diagonal(T h, T y, T s, T rsqrt_ys, T rsqrt_shs, T bound) {
   return at_most(magnitude(T(h + y_scaled * y_scaled - hs_scaled * hs_scaled)), bound);
 }
 
+// Adam's second moment, v. `bound` as above: a |g| whose square overflows must not freeze the element for good.
+template <class T>
+NLCG_HD T second_moment(T v, T g, T beta2, T one_minus_beta2, T bound) {
+  return at_most(T(beta2 * v + one_minus_beta2 * (g * g)), bound);
+}
+
+// Adam's diagonal, h. root_correction = 1 / sqrt(1 - beta2^k)
+template <class T>
+NLCG_HD T adam_diagonal(T v, T root_correction) {
+  return square_root(v) * root_correction;
+}
+
 // w = -z: the preconditioned gradient (the paper's -s = -M^-1 r). The sign is left to the sums and to the direction,
 // where it costs nothing; without a preconditioner w = g.
 template <class T>
@@ -78,6 +98,12 @@ NLCG_HD T preconditioned_gradient(T g, T h, T eps) {
 template <class T>
 NLCG_HD T conjugate_direction(T w, T beta, T d) {
   return beta * d - w;
+}
+
+// Decoupled weight decay. kept = 1 - alpha * weight_decay
+template <class T>
+NLCG_HD T decayed_parameter(T p, T kept) {
+  return p * kept;
 }
 
 // p_new = p + s with the new s
@@ -99,6 +125,13 @@ NLCG_HD bool is_finite(double x) { return x - x == 0.0; }
 // 1 / sqrt(x) for a sum of squares, 0 where there is none; `bound` keeps it inside the state's type.
 NLCG_HD double inverse_root(double x, double bound) { return x > 0.0 ? at_most(1.0 / __builtin_sqrt(x), bound) : 0.0; }
 
+// Adam's bias correction, 1 / sqrt(1 - beta2^k), from beta2^k; 0 before the first update, when v is 0.
+template <class S>
+NLCG_HD S root_correction(double beta2_power) {
+  const S missing = static_cast<S>(1.0 - beta2_power);
+  return missing > S{0} ? S{1} / square_root(missing) : S{0};
+}
+
 // The curvature gate; false for NaN and Inf.
 NLCG_HD bool curvature_accepted(double ys, double shs, double curvature_eps) {
   return ys > curvature_eps && shs > curvature_eps && is_finite(ys) && is_finite(shs);
@@ -113,11 +146,12 @@ NLCG_HD bool may_overflow(double grad_max, double grad_prev_max, double eps, dou
   return !(z < 0.25 * largest && n * g * z < 0.25 * kLargestDouble);
 }
 
-// beta of Algorithm 1, clamped to [0, 1]; 0 where rz is 0 or the quotient is not finite.
-NLCG_HD double conjugacy(UpdateRule rule, double rz, double rz_new, double rz_mid) {
-  const double beta = (rule == UpdateRule::polak_ribiere ? rz_new - rz_mid : rz_new) / rz;
+// beta of Algorithm 1, clamped to [0, beta_max]; 0 where rz is 0 or the quotient is not finite. Heavy ball: beta_max.
+NLCG_HD double conjugacy(const Options& o, double rz, double rz_new, double rz_mid) {
+  if (o.update == UpdateRule::heavy_ball) return o.beta_max;
+  const double beta = (o.update == UpdateRule::polak_ribiere ? rz_new - rz_mid : rz_new) / rz;
   if (rz == 0.0 || !is_finite(beta)) return 0.0;
-  return beta < 0.0 ? 0.0 : (beta > 1.0 ? 1.0 : beta);
+  return beta < 0.0 ? 0.0 : (beta > o.beta_max ? o.beta_max : beta);
 }
 
 // Whether beta must be 0 although the update rule says otherwise. gd = sum(g * d) with the old direction.
@@ -155,17 +189,16 @@ NLCG_HD double line_search_scale(const Options& o, double scale, double loss, do
 // What one step has decided so far. `next` becomes the scalars when, and only when, the step is concluded.
 struct Course {
   Scalars next;
-  bool skip;            // a sum is not finite: nothing may change but the counter
-  bool preconditioned;  // z = -g / (h + eps), not z = -g
-  bool same;            // g_prev and d speak of the parameters that move now
-  bool curvature;       // h is updated
-  bool deferred;        // by pass 3, because the sums of pass 2 may not be finite
-  double eps;           // 0 in the first step: z = -g / h
+  bool skip;       // a sum is not finite: nothing may change but the counter
+  bool same;       // g_prev and d speak of the parameters that move now
+  bool curvature;  // bfgs: h is updated
+  bool deferred;   // bfgs: by pass 3, because the sums of pass 2 may not be finite
+  double eps;      // bfgs: 0 in the first step, z = -g / h
 };
 
 // Before pass 1: the line search, and whether the past still counts.
-NLCG_HD Course open_step(const Options& o, const Scalars& now, bool preconditioned, double set, double loss) {
-  Course c{now, false, preconditioned, now.step != 0.0 && now.set == set, false, false, now.step == 0.0 ? 0.0 : o.eps};
+NLCG_HD Course open_step(const Options& o, const Scalars& now, double set, double loss) {
+  Course c{now, false, now.step != 0.0 && now.set == set, false, false, now.step == 0.0 ? 0.0 : o.eps};
   if (o.line_search && is_finite(loss)) {
     const double signed_loss = o.maximize ? -loss : loss;
     c.next.ls_scale = line_search_scale(o, now.ls_scale, signed_loss, now.loss_prev);
@@ -175,7 +208,7 @@ NLCG_HD Course open_step(const Options& o, const Scalars& now, bool precondition
   return c;
 }
 
-// After pass 1: is h updated? `gs` = sum(g s) over this gradient and the last move.
+// bfgs, after pass 1: is h updated? `gs` = sum(g s) over this gradient and the last move.
 NLCG_HD void decide_curvature(Course& c, const Options& o, double gs, double grad_max, double n, double largest) {
   c.skip = o.skip_nonfinite && !(is_finite(gs) && is_finite(grad_max));
   c.next.ys = c.same ? gs - c.next.gs : 0.0;
@@ -186,25 +219,22 @@ NLCG_HD void decide_curvature(Course& c, const Options& o, double gs, double gra
   c.next.grad_max = grad_max;
 }
 
-// Which of pass 2's sums somebody will look at: sum(g g_prev / (h + eps)), and sum(g d) with the old direction.
-NLCG_HD bool needs_rz_mid(const Course& c, const Options& o) {
-  return c.same && (o.update == UpdateRule::polak_ribiere || o.restart == Restart::powell);
+// Which sums the options look at, where the past counts: sum(g g_prev / (h + eps)), which takes a g_prev in the state,
+// and sum(g d) with the old direction.
+NLCG_HD bool needs_rz_mid(const Options& o) {
+  return o.update == UpdateRule::polak_ribiere || o.restart == Restart::powell;
 }
-NLCG_HD bool needs_gd(const Course& c, const Options& o) { return c.same && o.restart == Restart::descent; }
+NLCG_HD bool needs_gd(const Options& o) { return o.restart == Restart::descent; }
 
-// After pass 2: beta.
+// After the pass that forms rz: beta.
 NLCG_HD void decide_direction(Course& c, const Options& o, double rz_new, double rz_mid, double gd) {
   c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid) && is_finite(gd)));
-  c.next.beta = c.same ? conjugacy(o.update, c.next.rz, rz_new, rz_mid) : 0.0;
+  c.next.beta = c.same ? conjugacy(o, c.next.rz, rz_new, rz_mid) : 0.0;
   if (restart_due(o, c.next.step, c.next.beta, rz_new, rz_mid, gd)) c.next.beta = 0.0;
   c.next.rz = rz_new;
 }
 
-// After pass 3: `gs` = sum(g s) and `shs` = sum(s h s) over the move just made, for the next step.
-NLCG_HD void conclude_step(Course& c, double gs, double shs) {
-  c.next.step += 1.0;
-  c.next.gs = gs;
-  c.next.shs = shs;
-}
+// After the last pass.
+NLCG_HD void conclude_step(Course& c) { c.next.step += 1.0; }
 
 }  // namespace fastnlcg

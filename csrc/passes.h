@@ -1,17 +1,30 @@
-// The three passes of a step, and two more for the parts: which formulas and which sums, written once for SIMD vectors
-// (step_cpu.cpp) and for CUDA threads (step_kernel.cu).
+// The passes of a step: which formulas and which sums, written once for SIMD vectors (step_cpu.cpp) and for CUDA threads
+// (step_kernel.cu). Each preconditioner has its section here, and one line in with_preconditioner() at the end; no
+// caller knows how many passes it takes or which streams it has.
 //
-//     pass 1   CurvatureDot       reads g, d              sum(g s), max|g|                             8 bytes per
-//     element pass 2   CurvatureAndDots   reads g, g_prev, d, h   writes h; rz_new, rz_mid, sum(g d)          20 pass 3
-//     DirectionAndMove   reads p, g, d, h        writes p, d, g_prev; sum(g s), sum(s h s)   28
+//     none   PlainDots         reads g                    rz                                            4 bytes
+//            PlainMove         reads p, g, d              writes p, d, g_prev                          24
+//     bfgs   CurvatureDot      reads g, d                 sum(g s), max |g|                             8
+//            CurvatureAndDots  reads g, g_prev, d, h      writes h; rz, rz_mid, sum(g d)               20
+//            CurvatureAndMove  reads p, g, d, h           writes p, d, g_prev; sum(g s), sum(s h s)    28
+//     adam   AdamDots          reads g, v                 rz, rz_mid, sum(g d)                          8
+//            AdamMove          reads p, g, d, v           writes p, d, v; sum(g g), sum(g d)           28
 //
-// ys = sum(y s) = sum(g s) - sum(g_prev s): pass 3 forms the second sum while it has both factors in registers, so the
-// next step's pass 1 needs to stream only g and d. Both are sums of the stored numbers in the same order: an unchanged
-// gradient gives ys = 0 exactly.
+// per float32 element; PlainDots and AdamDots read g_prev or d where an option asks for rz_mid or sum(g d).
 //
 // A pass is a functor over one place `at` in the flat state: a SIMD vector of elements, or one element in a thread's
 // registers. `at.g()` is the gradient the method sees; the others are what is stored there and the group's numbers;
 // `at.wide_...()` are the same in double; `at.add(j, a, b)` adds a b to sum j. A pass asks for what it uses, once.
+//
+// Around it, a pass of the step has
+//
+//     decided(course, options, fill)    the pass, as far as the passes before it have decided; fill(x) is x as a T
+//     decide(course, options, sums, largest, n, limit)    what follows from its sums; `limit` is the largest S
+//
+// and these constants: kSums; kMaxGradient (it also forms max |g|); kBackward (it walks from the end, to find in the
+// cache what the pass before read last); kOpens (first of its step: `decided` may use the options alone);
+// kResident (the stream beside g that the first pass may leave on chip for the others); kL2 (weight decay is part of the
+// gradient); kBiasCorrected (it asks for at.root()).
 #pragma once
 
 #include "nlcg_math.h"
@@ -19,25 +32,109 @@
 namespace fastnlcg {
 
 // The streams of a step, as bits.
-enum Streams : unsigned { kP = 1, kGradPrev = 2, kD = 4, kH = 8 };
+enum Streams : unsigned { kP = 1, kGradPrev = 2, kD = 4, kDiagonal = 8 };
+
+// What most passes are.
+struct Pass {
+  static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = false, kOpens = false;
+  static constexpr bool kL2 = true, kBiasCorrected = false;
+  static constexpr unsigned kResident = 0;
+};
+
+// The passes of a step, in order.
+template <template <class> class... P>
+struct PassList {};
+
+// ---- no preconditioner: z = -g -----------------------------------------------------------------------------------
 
 template <class T>
-struct Constants {
+struct PlainDots : Pass {
+  static constexpr int kSums = 3;
+  static constexpr bool kOpens = true;
+  bool mid, descent;
+  NLCG_HD unsigned reads() const { return (mid ? kGradPrev : 0u) | (descent ? kD : 0u); }
+  NLCG_HD unsigned writes() const { return 0; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const auto wide_g = at.wide(at.g());
+    at.add(0, wide_g, wide_g);
+    if (mid) at.add(1, wide_g, at.wide_grad_prev());
+    if (descent) at.add(2, wide_g, at.wide_d());
+  }
+
+  template <class Fill>
+  NLCG_HD static PlainDots decided(const Course&, const Options& o, Fill) {
+    return {{}, needs_rz_mid(o), needs_gd(o)};
+  }
+  NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double, double, double) {
+    decide_direction(c, o, sums[0], sums[1], sums[2]);
+  }
+};
+
+template <class T>
+struct PlainMove : Pass {
+  static constexpr int kSums = 1;
+  static constexpr bool kBackward = true;
+  T beta;
+  bool keep_grad, move;
+  NLCG_HD unsigned reads() const { return (move ? kP : 0u) | kD; }
+  NLCG_HD unsigned writes() const { return (move ? kP : 0u) | (keep_grad ? kGradPrev : 0u) | kD; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const T g = at.g();
+    const T d = conjugate_direction(g, beta, at.d());
+    at.set_d(d);
+    if (keep_grad) at.set_grad_prev(g);
+    if (move && at.moves()) at.set_p(moved(at.p(), scaled_direction(at.alpha(), d)));
+  }
+
+  template <class Fill>
+  NLCG_HD static PlainMove decided(const Course& c, const Options&, Fill fill) {
+    return {{}, fill(c.next.beta), true, true};
+  }
+  NLCG_HD static void decide(Course& c, const Options&, const double*, double, double, double) { conclude_step(c); }
+};
+
+struct Plain {
+  using Passes = PassList<PlainDots, PlainMove>;
+  NLCG_HD static unsigned streams(const Options&) { return kGradPrev | kD; }  // of state, that a step needs
+  // For the parts, which know their numbers.
+  template <class Fill>
+  static auto dots(const Options&, bool mid, Fill fill) {
+    return PlainDots<decltype(fill(0.0))>{{}, mid, false};
+  }
+  template <class Fill>
+  static auto move(const Options&, double beta, bool keep_grad, bool move, Fill fill) {
+    return PlainMove<decltype(fill(0.0))>{{}, fill(beta), keep_grad, move};
+  }
+};
+
+// ---- the paper's: diagonal BFGS ----------------------------------------------------------------------------------
+//
+// ys = sum(y s) = sum(g s) - sum(g_prev s): the last pass forms the second sum while it has both factors in registers,
+// so the next step's first pass needs to stream only g and d. Both are sums of the stored numbers in the same order: an
+// unchanged gradient gives ys = 0 exactly.
+
+template <class T>
+struct BfgsConstants {
   T eps, beta, rsqrt_ys, rsqrt_shs, bound;
 };
 
-// From the scalars, in the state's type; 0 where a pass does not use them.
-template <class S>
-NLCG_HD Constants<S> constants(double eps, double beta, double ys, double shs) {
-  const double bound = 0.25 * kLargest<S>;
-  return {static_cast<S>(eps), static_cast<S>(beta), static_cast<S>(inverse_root(ys, bound)),
-          static_cast<S>(inverse_root(shs, bound)), static_cast<S>(bound)};
+// From the scalars; 0 where a pass does not use them.
+template <class Fill>
+NLCG_HD auto bfgs_constants(double eps, double beta, double ys, double shs, Fill fill) {
+  const double bound = 0.25 * kLargest<typename Fill::Scalar>;
+  return BfgsConstants<decltype(fill(0.0))>{fill(eps), fill(beta), fill(inverse_root(ys, bound)),
+                                            fill(inverse_root(shs, bound)), fill(bound)};
 }
 
 template <class T>
-struct CurvatureDot {  // pass 1
+struct CurvatureDot : Pass {
   static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = true, kMaxGradient = true, kBackward = false;
+  static constexpr bool kMaxGradient = true, kOpens = true;
+  static constexpr unsigned kResident = kD;
   NLCG_HD unsigned reads() const { return kD; }
   NLCG_HD unsigned writes() const { return 0; }
 
@@ -47,13 +144,20 @@ struct CurvatureDot {  // pass 1
     at.add(0, at.wide(g), at.wide(scaled_direction(at.alpha_prev(), at.d())));
     at.largest(magnitude(g));
   }
+
+  template <class Fill>
+  NLCG_HD static CurvatureDot decided(const Course&, const Options&, Fill) {
+    return {};
+  }
+  NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double largest, double n, double limit) {
+    decide_curvature(c, o, sums[0], largest, n, limit);
+  }
 };
 
 template <class T>
-struct CurvatureSums {  // all of ys and shs at once, for a caller without the sums of the step before
+struct CurvatureSums : Pass {  // all of ys and shs at once, for a caller without the sums of the step before
   static constexpr int kSums = 3;
-  static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = false;
-  NLCG_HD unsigned reads() const { return kGradPrev | kD | kH; }
+  NLCG_HD unsigned reads() const { return kGradPrev | kD | kDiagonal; }
   NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
@@ -62,96 +166,244 @@ struct CurvatureSums {  // all of ys and shs at once, for a caller without the s
     const auto wide_s = at.wide(s);
     at.add(0, at.wide(at.g()), wide_s);
     at.add(1, at.wide_grad_prev(), wide_s);
-    at.add(2, at.wide(curvature_along(at.h(), s)), wide_s);
+    at.add(2, at.wide(curvature_along(at.diagonal(), s)), wide_s);
   }
 };
 
 template <class T>
-struct CurvatureAndDots {  // pass 2
+struct CurvatureAndDots : Pass {
   static constexpr int kSums = 3;
-  static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = true;
-  Constants<T> c;
-  bool preconditioned, curvature, store_h, mid, descent;
+  static constexpr bool kBackward = true;
+  static constexpr unsigned kResident = kD;
+  BfgsConstants<T> c;
+  bool curvature, store_h, mid, descent;
   NLCG_HD unsigned reads() const {
-    return (mid || curvature ? kGradPrev : 0u) | (descent || curvature ? kD : 0u) | (preconditioned ? kH : 0u);
+    return (mid || curvature ? kGradPrev : 0u) | (descent || curvature ? kD : 0u) | kDiagonal;
   }
-  NLCG_HD unsigned writes() const { return preconditioned && curvature && store_h ? kH : 0u; }
+  NLCG_HD unsigned writes() const { return curvature && store_h ? kDiagonal : 0u; }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
     const T g = at.g();
     const auto wide_g = at.wide(g);
-    if (!preconditioned) {
-      at.add(0, wide_g, wide_g);
-      if (mid) at.add(1, wide_g, at.wide_grad_prev());
-    } else {
-      T h = at.h();
-      if (mid) at.add(1, wide_g, at.wide(preconditioned_gradient(at.grad_prev(), h, c.eps)));
-      if (curvature) {
-        const T s = scaled_direction(at.alpha_prev(), at.d());
-        h = bfgs_diagonal(h, gradient_change(g, at.grad_prev()), s, c.rsqrt_ys, c.rsqrt_shs, c.bound);
-        if (store_h) at.set_h(h);
-      }
-      at.add(0, wide_g, at.wide(preconditioned_gradient(g, h, c.eps)));
+    T h = at.diagonal();
+    if (mid) at.add(1, wide_g, at.wide(preconditioned_gradient(at.grad_prev(), h, c.eps)));
+    if (curvature) {
+      const T s = scaled_direction(at.alpha_prev(), at.d());
+      h = bfgs_diagonal(h, gradient_change(g, at.grad_prev()), s, c.rsqrt_ys, c.rsqrt_shs, c.bound);
+      if (store_h) at.set_diagonal(h);
     }
+    at.add(0, wide_g, at.wide(preconditioned_gradient(g, h, c.eps)));
     if (descent) at.add(2, wide_g, at.wide_d());
+  }
+
+  template <class Fill>
+  NLCG_HD static CurvatureAndDots decided(const Course& c, const Options& o, Fill fill) {
+    return {{},           bfgs_constants(c.eps, 0, c.next.ys, c.next.shs_used, fill),
+            c.curvature,  !c.deferred,
+            c.same && needs_rz_mid(o), c.same && needs_gd(o)};
+  }
+  NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double, double, double) {
+    decide_direction(c, o, sums[0], sums[1], sums[2]);
   }
 };
 
 template <class T>
-struct DirectionAndMove {  // pass 3
+struct CurvatureAndMove : Pass {
   static constexpr int kSums = 2;
-  static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = false;
-  Constants<T> c;
-  bool preconditioned, keep_grad, move;
-  bool deferred;  // h is updated here: pass 2 might not have been allowed to
-  NLCG_HD unsigned reads() const {
-    return (move ? kP : 0u) | (deferred ? kGradPrev : 0u) | kD | (preconditioned ? kH : 0u);
-  }
+  static constexpr unsigned kResident = kD;
+  BfgsConstants<T> c;
+  bool keep_grad, move;
+  bool deferred;  // h is updated here: the pass before might not have been allowed to
+  NLCG_HD unsigned reads() const { return (move ? kP : 0u) | (deferred ? kGradPrev : 0u) | kD | kDiagonal; }
   NLCG_HD unsigned writes() const {
-    return (move ? kP : 0u) | (keep_grad ? kGradPrev : 0u) | kD | (deferred ? kH : 0u);
+    return (move ? kP : 0u) | (keep_grad ? kGradPrev : 0u) | kD | (deferred ? kDiagonal : 0u);
   }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
     const T g = at.g();
     const T d_old = at.d();
-    T h{}, w = g;
-    if (preconditioned) {
-      h = at.h();
-      if (deferred) {
-        const T s = scaled_direction(at.alpha_prev(), d_old);
-        h = bfgs_diagonal(h, gradient_change(g, at.grad_prev()), s, c.rsqrt_ys, c.rsqrt_shs, c.bound);
-        at.set_h(h);
-      }
-      w = preconditioned_gradient(g, h, c.eps);
+    T h = at.diagonal();
+    if (deferred) {
+      const T s = scaled_direction(at.alpha_prev(), d_old);
+      h = bfgs_diagonal(h, gradient_change(g, at.grad_prev()), s, c.rsqrt_ys, c.rsqrt_shs, c.bound);
+      at.set_diagonal(h);
     }
+    const T w = preconditioned_gradient(g, h, c.eps);
     const T d = conjugate_direction(w, c.beta, d_old);
     const T s = scaled_direction(at.alpha(), d);
     at.set_d(d);
     if (keep_grad) at.set_grad_prev(g);
     if (move && at.moves()) at.set_p(moved(at.p(), s));
-    if (preconditioned) {
-      const auto wide_s = at.wide(s);
-      at.add(0, at.wide(g), wide_s);
-      at.add(1, at.wide(curvature_along(h, s)), wide_s);
-    }
+    const auto wide_s = at.wide(s);
+    at.add(0, at.wide(g), wide_s);
+    at.add(1, at.wide(curvature_along(h, s)), wide_s);
+  }
+
+  template <class Fill>
+  NLCG_HD static CurvatureAndMove decided(const Course& c, const Options&, Fill fill) {
+    return {{}, bfgs_constants(c.eps, c.next.beta, c.next.ys, c.next.shs_used, fill), true, true, c.deferred};
+  }
+  NLCG_HD static void decide(Course& c, const Options&, const double* sums, double, double, double) {
+    conclude_step(c);
+    c.next.gs = sums[0];
+    c.next.shs = sums[1];
   }
 };
 
+struct Bfgs {
+  using Passes = PassList<CurvatureDot, CurvatureAndDots, CurvatureAndMove>;
+  NLCG_HD static unsigned streams(const Options&) { return kGradPrev | kD | kDiagonal; }
+  template <class Fill>
+  static auto dots(const Options& o, bool mid, Fill fill) {
+    return CurvatureAndDots<decltype(fill(0.0))>{{}, bfgs_constants(o.eps, 0, 0, 0, fill), false, false, mid, false};
+  }
+  template <class Fill>
+  static auto move(const Options& o, double beta, bool keep_grad, bool move, Fill fill) {
+    return CurvatureAndMove<decltype(fill(0.0))>{{}, bfgs_constants(o.eps, beta, 0, 0, fill), keep_grad, move, false};
+  }
+  // The update of h by itself.
+  template <class Fill>
+  static auto update(double ys, double shs, Fill fill) {
+    return CurvatureAndDots<decltype(fill(0.0))>{{}, bfgs_constants(1, 0, ys, shs, fill), true, true, false, false};
+  }
+};
+
+// ---- Adam's diagonal ---------------------------------------------------------------------------------------------
+//
+// v needs no curvature pair, so two passes are enough. It is formed in both and stored by the second, when the step is
+// decided: a step that skips leaves it alone.
+
 template <class T>
-struct StateNorms {  // for diagnostics: |g_prev|^2, |d|^2, g_prev . d
+struct AdamConstants {
+  T eps, beta, beta2, one_minus_beta2, bound;
+};
+
+template <class Fill>
+NLCG_HD auto adam_constants(const Options& o, double beta, Fill fill) {
+  return AdamConstants<decltype(fill(0.0))>{fill(o.eps), fill(beta), fill(o.beta2), fill(1.0 - o.beta2),
+                                            fill(0.25 * kLargest<typename Fill::Scalar>)};
+}
+
+template <class T>
+struct AdamDots : Pass {
   static constexpr int kSums = 3;
-  static constexpr bool kReadsGradient = false, kMaxGradient = false, kBackward = false;
-  NLCG_HD unsigned reads() const { return kGradPrev | kD; }
+  static constexpr bool kOpens = true, kL2 = false, kBiasCorrected = true;
+  static constexpr unsigned kResident = kDiagonal;
+  AdamConstants<T> c;
+  bool mid, descent;
+  NLCG_HD unsigned reads() const { return kDiagonal | (mid ? kGradPrev : 0u) | (descent ? kD : 0u); }
   NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
-    const auto g = at.wide_grad_prev(), d = at.wide_d();
-    at.add(0, g, g);
+    const T g = at.g();
+    const T v_old = at.diagonal();
+    const T h = adam_diagonal(second_moment(v_old, g, c.beta2, c.one_minus_beta2, c.bound), at.root());
+    const auto wide_g = at.wide(g);
+    at.add(0, wide_g, at.wide(preconditioned_gradient(g, h, c.eps)));
+    if (mid) {
+      const T h_old = adam_diagonal(v_old, at.root_prev());
+      at.add(1, wide_g, at.wide(preconditioned_gradient(at.grad_prev(), h_old, c.eps)));
+    }
+    if (descent) at.add(2, wide_g, at.wide_d());
+  }
+
+  template <class Fill>
+  NLCG_HD static AdamDots decided(const Course&, const Options& o, Fill fill) {
+    return {{}, adam_constants(o, 0, fill), needs_rz_mid(o), needs_gd(o)};
+  }
+  NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double, double, double) {
+    decide_direction(c, o, sums[0], sums[1], sums[2]);
+  }
+};
+
+template <class T>
+struct AdamMove : Pass {
+  static constexpr int kSums = 2;
+  static constexpr bool kBackward = true, kL2 = false, kBiasCorrected = true;
+  static constexpr unsigned kResident = kDiagonal;
+  AdamConstants<T> c;
+  bool keep_grad, move;
+  NLCG_HD unsigned reads() const { return (move ? kP : 0u) | kD | kDiagonal; }
+  NLCG_HD unsigned writes() const { return (move ? kP : 0u) | (keep_grad ? kGradPrev : 0u) | kD | kDiagonal; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const T g = at.g();
+    const T v = second_moment(at.diagonal(), g, c.beta2, c.one_minus_beta2, c.bound);
+    const T w = preconditioned_gradient(g, adam_diagonal(v, at.root()), c.eps);
+    const T d = conjugate_direction(w, c.beta, at.d());
+    at.set_diagonal(v);
+    at.set_d(d);
+    if (keep_grad) at.set_grad_prev(g);
+    if (move && at.moves()) {
+      at.set_p(moved(decayed_parameter(at.p(), at.kept()), scaled_direction(at.alpha(), d)));
+    }
+    const auto wide_g = at.wide(g);
+    at.add(0, wide_g, wide_g);
+    at.add(1, wide_g, at.wide(d));
+  }
+
+  template <class Fill>
+  NLCG_HD static AdamMove decided(const Course& c, const Options& o, Fill fill) {
+    return {{}, adam_constants(o, c.next.beta, fill), needs_rz_mid(o), true};
+  }
+  NLCG_HD static void decide(Course& c, const Options&, const double* sums, double, double, double) {
+    conclude_step(c);
+    c.next.updated = 1.0;
+    c.next.gg = sums[0];
+    c.next.gd = sums[1];
+  }
+};
+
+struct Adam {
+  using Passes = PassList<AdamDots, AdamMove>;
+  NLCG_HD static unsigned streams(const Options& o) { return (needs_rz_mid(o) ? kGradPrev : 0u) | kD | kDiagonal; }
+  template <class Fill>
+  static auto dots(const Options& o, bool mid, Fill fill) {
+    return AdamDots<decltype(fill(0.0))>{{}, adam_constants(o, 0, fill), mid, false};
+  }
+  template <class Fill>
+  static auto move(const Options& o, double beta, bool keep_grad, bool move, Fill fill) {
+    return AdamMove<decltype(fill(0.0))>{{}, adam_constants(o, beta, fill), keep_grad, move};
+  }
+};
+
+// ---- every preconditioner ----------------------------------------------------------------------------------------
+
+// The only place that knows them all.
+template <class F>
+decltype(auto) with_preconditioner(Preconditioner kind, F&& f) {
+  switch (kind) {
+    case Preconditioner::bfgs:
+      return f(Bfgs{});
+    case Preconditioner::adam:
+      return f(Adam{});
+    default:
+      return f(Plain{});
+  }
+}
+
+// For diagnostics: |d|^2, and where the state keeps g, |g|^2 and g . d.
+template <class T>
+struct StateNorms : Pass {
+  static constexpr int kSums = 3;
+  static constexpr bool kReadsGradient = false;
+  bool grad;
+  NLCG_HD unsigned reads() const { return (grad ? kGradPrev : 0u) | kD; }
+  NLCG_HD unsigned writes() const { return 0; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const auto d = at.wide_d();
     at.add(1, d, d);
-    at.add(2, g, d);
+    if (grad) {
+      const auto g = at.wide_grad_prev();
+      at.add(0, g, g);
+      at.add(2, g, d);
+    }
   }
 };
 

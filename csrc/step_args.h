@@ -23,7 +23,8 @@ template <class S>
 constexpr double kLargest = sizeof(S) == sizeof(float) ? kLargestFloat : kLargestDouble;
 
 enum class DType : std::int32_t { f64, f32, bf16, f16 };
-enum class UpdateRule : std::int32_t { fletcher_reeves, polak_ribiere };
+enum class Preconditioner : std::int32_t { none, bfgs, adam };
+enum class UpdateRule : std::int32_t { fletcher_reeves, polak_ribiere, heavy_ball };
 enum class Restart : std::int32_t { never, descent, powell, every };
 
 struct Segment {
@@ -32,7 +33,7 @@ struct Segment {
   std::int64_t offset;  // of its first element in the flat state
   std::int64_t n;
   std::int32_t group;  // index into Step::groups
-  std::int32_t param;  // index into Step::param_steps
+  std::int32_t param;  // index into Step::param_steps and Step::beta2_powers
   DType dtype;
 
   bool operator==(const Segment&) const = default;
@@ -42,15 +43,18 @@ struct Group {
   double lr;            // from the caller
   double alpha;         // lr * ls_scale, formed by the step
   double alpha_prev;    // of the previous step
-  double weight_decay;  // L2
+  double weight_decay;  // L2 or decoupled, as the preconditioner's passes say
 };
 
 struct Options {
+  Preconditioner preconditioner = Preconditioner::none;
   UpdateRule update = UpdateRule::fletcher_reeves;
   Restart restart = Restart::never;
   double restart_every = 0;
   double eps = 1e-8;
   double curvature_eps = 1e-8;
+  double beta_max = 1.0;
+  double beta2 = 0.999;
   bool skip_nonfinite = true;
   bool maximize = false;
   bool line_search = false;
@@ -75,15 +79,17 @@ struct Scalars {
   double beta;
   double ys;
   double shs_used;
-  double updated;  // 1 where h was updated
+  double updated;  // 1 where the preconditioner's diagonal was updated
+  double gg;       // sum(g g) and sum(g d), where the state does not keep g
+  double gd;
 };
 constexpr int kScalars = sizeof(Scalars) / sizeof(double);
 
-// The three streams of state, float32 or (for float64 parameters) float64.
+// The streams of state, float32 or (for float64 parameters) float64. Null where the options have no use for one.
 struct State {
   void* grad_prev;
   void* direction;
-  void* hessian_diag;  // null: no preconditioner, z = -g
+  void* diagonal;  // the preconditioner's own: h of bfgs, v of adam
   std::int64_t n;
   DType dtype;
 };
@@ -96,7 +102,8 @@ struct Step {
   State state;
   Options options;
   Scalars* scalars;
-  double* param_steps;  // per parameter: the step that moved it last
+  double* param_steps;   // per parameter: the step that moved it last
+  double* beta2_powers;  // per parameter: beta2^k after k updates of v; null without one
   double* partials;     // workspace: kMaxSums per tile, see partials_needed
   double set;   // names the set of parameters with gradients; another than the last step's: the past is forgotten
   double loss;  // NaN: none given

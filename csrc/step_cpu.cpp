@@ -25,22 +25,37 @@ struct Stream {
   const P* g;
   S* grad_prev;
   S* d;
-  S* h;
+  S* diagonal;
 };
 
-// A group's scalars, lane by lane: a straddling block may touch several groups.
+// What is one number in a segment, and its value there.
+enum Number { kAlpha, kAlphaPrev, kWeightDecay, kKept, kRoot, kRootPrev, kNumbers };
+
+template <class S, class Pass>
+void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers]) {
+  const Group& group = step.groups[segment.group];
+  x[kAlpha] = group.alpha;
+  x[kAlphaPrev] = group.alpha_prev;
+  x[kWeightDecay] = group.weight_decay;
+  x[kKept] = 1.0 - group.alpha * group.weight_decay;
+  if constexpr (Pass::kBiasCorrected) {
+    const double power = step.beta2_powers[segment.param];
+    x[kRoot] = root_correction<S>(power * step.options.beta2);
+    x[kRootPrev] = root_correction<S>(power);
+  }
+}
+
+// These numbers lane by lane: a straddling block may touch several segments.
 template <class S>
-struct GroupLanes {
-  Vector<S> alpha[kVectors<S>];
-  Vector<S> alpha_prev[kVectors<S>];
-  Vector<S> weight_decay[kVectors<S>];
-  bool decays;
-  bool moves;  // false where alpha is 0: then p keeps every bit, the sign of a zero included
+struct SegmentLanes {
+  Vector<S> number[kNumbers][kVectors<S>];
+  bool decays;  // g takes L2 weight decay
+  bool moves;   // false where alpha is 0: then p keeps every bit, the sign of a zero included
 };
 
-template <class S>
+template <class S, int K>
 struct Sums {
-  Accumulator sum[kMaxSums];
+  Accumulator sum[K];
   Vector<S> grad_max[kVectors<S>] = {};
 };
 
@@ -51,27 +66,30 @@ struct Flags {
 };
 
 // The vector at element `i` of the stream, vector `k` of its block.
-template <class S, class P>
+template <class S, class P, int K>
 struct At {
   const Stream<S, P>& stream;
   std::int64_t i;
   int k;
-  const GroupLanes<S>& group;
-  Sums<S>& sums;
+  const SegmentLanes<S>& segment;
+  Sums<S, K>& sums;
   Flags flags;
 
   NLCG_INLINE Vector<S> g() const {
     Vector<S> g = load(stream.g + i);
     if (flags.maximize) g = -g;
-    return group.decays ? decayed_gradient(g, group.weight_decay[k], p()) : g;
+    return segment.decays ? decayed_gradient(g, segment.number[kWeightDecay][k], p()) : g;
   }
   NLCG_INLINE Vector<S> p() const { return load(stream.p + i); }
   NLCG_INLINE Vector<S> grad_prev() const { return load(stream.grad_prev + i); }
   NLCG_INLINE Vector<S> d() const { return load(stream.d + i); }
-  NLCG_INLINE Vector<S> h() const { return load(stream.h + i); }
-  NLCG_INLINE Vector<S> alpha() const { return group.alpha[k]; }
-  NLCG_INLINE Vector<S> alpha_prev() const { return group.alpha_prev[k]; }
-  NLCG_INLINE bool moves() const { return group.moves; }
+  NLCG_INLINE Vector<S> diagonal() const { return load(stream.diagonal + i); }
+  NLCG_INLINE Vector<S> alpha() const { return segment.number[kAlpha][k]; }
+  NLCG_INLINE Vector<S> alpha_prev() const { return segment.number[kAlphaPrev][k]; }
+  NLCG_INLINE Vector<S> kept() const { return segment.number[kKept][k]; }
+  NLCG_INLINE Vector<S> root() const { return segment.number[kRoot][k]; }
+  NLCG_INLINE Vector<S> root_prev() const { return segment.number[kRootPrev][k]; }
+  NLCG_INLINE bool moves() const { return segment.moves; }
   NLCG_INLINE void set_p(Vector<S> p) { store(stream.p + i, p); }
   NLCG_INLINE void set_grad_prev(Vector<S> g) {
     if (flags.streaming) {
@@ -81,7 +99,7 @@ struct At {
     }
   }
   NLCG_INLINE void set_d(Vector<S> d) { store(stream.d + i, d); }
-  NLCG_INLINE void set_h(Vector<S> h) { store(stream.h + i, h); }
+  NLCG_INLINE void set_diagonal(Vector<S> x) { store(stream.diagonal + i, x); }
 
   NLCG_INLINE auto wide(Vector<S> x) const { return widen(x); }
   NLCG_INLINE auto wide_grad_prev() const { return load_wide(stream.grad_prev + i); }
@@ -95,37 +113,37 @@ struct At {
 
 // ---- from segments to blocks -------------------------------------------------------------------------------------
 
-template <class S>
-GroupLanes<S> lanes_of(const Group& group) {
-  GroupLanes<S> lanes;
-  for (int k = 0; k < kVectors<S>; ++k) {
-    lanes.alpha[k] = broadcast<Vector<S>>(static_cast<S>(group.alpha));
-    lanes.alpha_prev[k] = broadcast<Vector<S>>(static_cast<S>(group.alpha_prev));
-    lanes.weight_decay[k] = broadcast<Vector<S>>(static_cast<S>(group.weight_decay));
+template <class S, class Pass>
+SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
+  double x[kNumbers] = {};
+  numbers_of<S, Pass>(step, segment, x);
+  SegmentLanes<S> lanes;
+  for (int j = 0; j < kNumbers; ++j) {
+    for (int k = 0; k < kVectors<S>; ++k) lanes.number[j][k] = broadcast<Vector<S>>(static_cast<S>(x[j]));
   }
-  lanes.decays = group.weight_decay != 0.0;
-  lanes.moves = group.alpha != 0.0;
+  lanes.decays = Pass::kL2 && x[kWeightDecay] != 0.0;
+  lanes.moves = x[kAlpha] != 0.0;
   return lanes;
 }
 
-template <class Pass, class S, class P, int... K>
-NLCG_INLINE void one_block(const Pass& pass, const Stream<S, P>& stream, std::int64_t i, const GroupLanes<S>& group,
-                           Sums<S>& sums, Flags flags, std::integer_sequence<int, K...>) {
+template <class Pass, class S, class P, int K, int... Vectors>
+NLCG_INLINE void one_block(const Pass& pass, const Stream<S, P>& stream, std::int64_t i, const SegmentLanes<S>& segment,
+                           Sums<S, K>& sums, Flags flags, std::integer_sequence<int, Vectors...>) {
   const auto one_vector = [&](int k) __attribute__((always_inline)) {
-    At<S, P> at{stream, i + k * kLanes<S>, k, group, sums, flags};
+    At<S, P, K> at{stream, i + k * kLanes<S>, k, segment, sums, flags};
     pass(at);
   };
-  (one_vector(K), ...);
+  (one_vector(Vectors), ...);
 }
 
-template <class Pass, class S, class P>
-void run_blocks(const Pass& shared_pass, Stream<S, P> at, std::int64_t n, const GroupLanes<S>& shared_group,
-                Sums<S>& shared_sums, Flags flags) {
+template <class Pass, class S, class P, int K>
+void run_blocks(const Pass& shared_pass, Stream<S, P> at, std::int64_t n, const SegmentLanes<S>& shared_segment,
+                Sums<S, K>& shared_sums, Flags flags) {
   const Pass pass = shared_pass;  // copies: the compiler may then keep all of them in registers
-  const GroupLanes<S> group = shared_group;
-  Sums<S> sums = shared_sums;
+  const SegmentLanes<S> segment = shared_segment;
+  Sums<S, K> sums = shared_sums;
   for (std::int64_t i = 0; i < n; i += kBlock) {
-    one_block(pass, at, i, group, sums, flags, std::make_integer_sequence<int, kVectors<S>>{});
+    one_block(pass, at, i, segment, sums, flags, std::make_integer_sequence<int, kVectors<S>>{});
   }
   shared_sums = sums;
 }
@@ -136,14 +154,14 @@ Stream<S, P> stream_at(const Step& step, const Segment& segment, std::int64_t po
   const auto state = [&](void* base) { return base ? static_cast<S*>(base) + position : nullptr; };
   return {segment.p ? static_cast<P*>(segment.p) + local : nullptr,
           segment.g ? static_cast<const P*>(segment.g) + local : nullptr, state(step.state.grad_prev),
-          state(step.state.direction), state(step.state.hessian_diag)};
+          state(step.state.direction), state(step.state.diagonal)};
 }
 
-// One block on the stack. Lanes without a segment hold g = d = 0, h = 1: they add zeros and are not scattered.
+// One block on the stack. Lanes without a segment hold g = d = 0, h or v = 1: they add zeros and are not scattered.
 template <class S>
 struct alignas(kVectorBytes) Staged {
-  S p[kBlock], g[kBlock], grad_prev[kBlock], d[kBlock], h[kBlock];
-  S alpha[kBlock], alpha_prev[kBlock], weight_decay[kBlock];
+  S p[kBlock], g[kBlock], grad_prev[kBlock], d[kBlock], diagonal[kBlock];
+  S number[kNumbers][kBlock];
 };
 
 // Calls f(segment, lane) for every covered lane of the block at `position`; `first` is the first segment ending after
@@ -158,12 +176,15 @@ NLCG_INLINE void for_covered_lanes(const Step& step, std::int64_t first, std::in
   }
 }
 
-template <class S, class Pass>
-void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S>& sums,
+template <class S, class Pass, int K>
+void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S, K>& sums,
                 Flags flags) {
   Staged<S> block = {};
-  for (S& h : block.h) h = S{1};
-  bool decays = false, moves = false;
+  for (S& x : block.diagonal) x = S{1};
+  SegmentLanes<S> lanes;
+  lanes.decays = lanes.moves = false;
+  double x[kNumbers] = {};
+  const Segment* known = nullptr;  // whose numbers x holds
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       const auto from = stream_at<decltype(element), S>(step, segment, position + lane);
@@ -171,37 +192,32 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
       if (from.g) block.g[lane] = value_of(*from.g);
       if (from.grad_prev) block.grad_prev[lane] = *from.grad_prev;
       if (from.d) block.d[lane] = *from.d;
-      if (from.h) block.h[lane] = *from.h;
+      if (from.diagonal) block.diagonal[lane] = *from.diagonal;
     });
-    const Group& group = step.groups[segment.group];
-    block.alpha[lane] = static_cast<S>(group.alpha);
-    block.alpha_prev[lane] = static_cast<S>(group.alpha_prev);
-    block.weight_decay[lane] = static_cast<S>(group.weight_decay);
-    decays |= group.weight_decay != 0.0;
-    moves |= group.alpha != 0.0;
+    if (known != &segment) numbers_of<S, Pass>(step, *(known = &segment), x);
+    for (int j = 0; j < kNumbers; ++j) block.number[j][lane] = static_cast<S>(x[j]);
+    lanes.decays |= Pass::kL2 && x[kWeightDecay] != 0.0;
+    lanes.moves |= x[kAlpha] != 0.0;
   });
-  GroupLanes<S> lanes;
-  __builtin_memcpy(lanes.alpha, block.alpha, sizeof(block.alpha));
-  __builtin_memcpy(lanes.alpha_prev, block.alpha_prev, sizeof(block.alpha_prev));
-  __builtin_memcpy(lanes.weight_decay, block.weight_decay, sizeof(block.weight_decay));
-  lanes.decays = decays;
-  lanes.moves = moves;
-  run_blocks(pass, Stream<S, S>{block.p, block.g, block.grad_prev, block.d, block.h}, kBlock, lanes, sums, flags);
+  static_assert(sizeof(lanes.number) == sizeof(block.number));
+  __builtin_memcpy(lanes.number, block.number, sizeof(block.number));
+  run_blocks(pass, Stream<S, S>{block.p, block.g, block.grad_prev, block.d, block.diagonal}, kBlock, lanes, sums,
+             flags);
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       const auto to = stream_at<decltype(element), S>(step, segment, position + lane);
       if (writes & kGradPrev) *to.grad_prev = block.grad_prev[lane];
       if (writes & kD) *to.d = block.d[lane];
-      if ((writes & kP) && block.alpha[lane] != S{0}) assign(*to.p, block.p[lane]);
-      if (writes & kH) *to.h = block.h[lane];
+      if ((writes & kP) && block.number[kAlpha][lane] != S{0}) assign(*to.p, block.p[lane]);
+      if (writes & kDiagonal) *to.diagonal = block.diagonal[lane];
     });
   });
 }
 
 template <class S, class Pass>
 void run_tile(const Step& step, const Pass& pass, Flags flags, std::int64_t tile, double* out) {
-  Sums<S> sums;
+  Sums<S, Pass::kSums> sums;
   std::int64_t position = tile * kTile;
   const std::int64_t tile_end = position + kTile < step.state.n ? position + kTile : step.state.n;
   // First segment that ends after `position`.
@@ -228,7 +244,7 @@ void run_tile(const Step& step, const Pass& pass, Flags flags, std::int64_t tile
     if (segment.offset <= position && whole > 0) {
       with_element_type<S>(segment.dtype, [&](auto element) {
         run_blocks(pass, stream_at<decltype(element), S>(step, segment, position), whole,
-                   lanes_of<S>(step.groups[segment.group]), sums, flags);
+                   lanes_of<S, Pass>(step, segment), sums, flags);
       });
       position += whole;
     } else {
@@ -236,13 +252,14 @@ void run_tile(const Step& step, const Pass& pass, Flags flags, std::int64_t tile
       position += kBlock;
     }
   }
-  for (int j = 0; j < kMaxSums; ++j) out[j] = sums.sum[j].total();
+  for (int j = 0; j < Pass::kSums; ++j) out[j] = sums.sum[j].total();
   if constexpr (Pass::kMaxGradient) {
+    static_assert(Pass::kSums < kMaxSums);
     S largest{};
     for (const Vector<S>& v : sums.grad_max) {
       for (int lane = 0; lane < kLanes<S>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
     }
-    out[1] = static_cast<double>(largest);
+    out[Pass::kSums] = static_cast<double>(largest);
   }
 }
 
@@ -255,15 +272,26 @@ bool forked() {
   return getpid() != owner;
 }
 
-// Pass 2 walks backwards, in strips of half a megabyte per stream: it finds in the cache what pass 1 read last, and
-// pass 3, forwards again, what pass 2 left. A strip is long enough for the hardware's prefetchers, which like to walk
+// Every other pass walks backwards, in strips of half a megabyte per stream: it finds in the cache what the pass before
+// read last, and the next, forwards again, what it left. A strip is long enough for the hardware's prefetchers, which like to walk
 // forwards.
 constexpr std::int64_t kStrip = 32;
 
-// Runs the pass over all tiles and adds up the partial sums in the order of the tiles.
+// 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
+constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
+
+// Whether a pass that writes g_prev and does not read it stores it around the cache.
+template <class Pass>
+bool streams(const Step& step, const Pass& pass) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(step.state.grad_prev) % kVectorBytes == 0;
+  return aligned && (pass.writes() & ~pass.reads() & kGradPrev) && step.state.n >= kStreamingElements;
+}
+
+// Runs the pass over all tiles and adds up the partial sums in the order of the tiles; behind the sums, the maximum
+// where the pass forms one.
 template <class S, class Pass>
-void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums], bool streaming = false) {
-  const Flags flags{step.options.maximize, streaming};
+void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
+  const Flags flags{step.options.maximize, streams(step, pass)};
   const std::int64_t tiles = tiles_of(step.state.n);
   const auto range = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t done = begin; done < end; done += kStrip) {
@@ -290,106 +318,94 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums], bool s
   for (double& sum : sums) sum = 0.0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const double* partial = step.partials + tile * kMaxSums;
-    sums[0] += partial[0];
+    for (int j = 0; j < Pass::kSums; ++j) sums[j] += partial[j];
     if constexpr (Pass::kMaxGradient) {
-      sums[1] = partial[1] > sums[1] ? partial[1] : sums[1];
-    } else {
-      sums[1] += partial[1];
+      double& largest = sums[Pass::kSums];
+      largest = partial[Pass::kSums] > largest ? partial[Pass::kSums] : largest;
     }
-    sums[2] += partial[2];
   }
 }
 
+// A number of the scalars, in all lanes of the state's type.
 template <class S>
-Constants<Vector<S>> in_all_lanes(const Constants<S>& c) {
-  const auto all = [](S x) { return broadcast<Vector<S>>(x); };
-  return {all(c.eps), all(c.beta), all(c.rsqrt_ys), all(c.rsqrt_shs), all(c.bound)};
-}
-
-// 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
-constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
-
-// Whether pass 3 stores g_prev around the cache.
-bool streams(const Step& step, const bool deferred) {
-  const bool aligned = reinterpret_cast<std::uintptr_t>(step.state.grad_prev) % kVectorBytes == 0;
-  return aligned && !deferred && step.state.n >= kStreamingElements;
-}
+struct Fill {
+  using Scalar = S;
+  Vector<S> operator()(double x) const { return broadcast<Vector<S>>(static_cast<S>(x)); }
+};
 
 // ---- the step ----------------------------------------------------------------------------------------------------
 
+// One pass and what follows from it; false where the step ends here.
+template <class S, class Pass>
+bool pass_and_decide(const Step& step, Course& c) {
+  const Pass pass = Pass::decided(c, step.options, Fill<S>{});
+  double sums[kMaxSums + 1];
+  reduce<S>(step, pass, sums);
+  Pass::decide(c, step.options, sums, sums[Pass::kSums], static_cast<double>(step.state.n), kLargest<S>);
+  return !c.skip;
+}
+
+template <class S, template <class> class... P>
+bool every_pass(const Step& step, Course& c, PassList<P...>) {
+  return (pass_and_decide<S, P<Vector<S>>>(step, c) && ...);
+}
+
 template <class S>
 void step_in(const Step& step) {
-  using V = Vector<S>;
-  const Options& o = step.options;
-  const bool preconditioned = step.state.hessian_diag != nullptr;
-  Course c = open_step(o, *step.scalars, preconditioned, step.set, step.loss);
+  Course c = open_step(step.options, *step.scalars, step.set, step.loss);
   for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
-  const auto skip = [&] { step.scalars->skipped_steps += 1.0; };
-  double sums[kMaxSums];
-
-  if (preconditioned) {
-    reduce<S>(step, CurvatureDot<V>{}, sums);
-    decide_curvature(c, o, sums[0], sums[1], static_cast<double>(step.state.n), kLargest<S>);
-    if (c.skip) return skip();
+  const bool moved = with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
+    return every_pass<S>(step, c, typename decltype(preconditioner)::Passes{});
+  });
+  if (!moved) {
+    step.scalars->skipped_steps += 1.0;
+    return;
   }
-
-  const Constants<V> curvature = in_all_lanes(constants<S>(c.eps, 0, c.next.ys, c.next.shs_used));
-  reduce<S>(
-      step,
-      CurvatureAndDots<V>{curvature, preconditioned, c.curvature, !c.deferred, needs_rz_mid(c, o), needs_gd(c, o)},
-      sums);
-  decide_direction(c, o, sums[0], sums[1], sums[2]);
-  if (c.skip) return skip();
-
-  const Constants<V> direction = in_all_lanes(constants<S>(c.eps, c.next.beta, c.next.ys, c.next.shs_used));
-  reduce<S>(step, DirectionAndMove<V>{direction, preconditioned, true, true, c.deferred}, sums,
-            streams(step, c.deferred));
-  conclude_step(c, sums[0], sums[1]);
   *step.scalars = c.next;
   for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha_prev = step.groups[i].alpha;
-  for (std::int64_t i = 0; i < step.n_segments; ++i) step.param_steps[step.segments[i].param] = c.next.step;
+  for (std::int64_t i = 0; i < step.n_segments; ++i) {
+    const std::int32_t param = step.segments[i].param;
+    step.param_steps[param] = c.next.step;
+    if (step.beta2_powers) step.beta2_powers[param] *= step.options.beta2;
+  }
 }
 
 // ---- the parts ---------------------------------------------------------------------------------------------------
 
 template <class S>
 bool update_curvature_in(const Step& step, double* ys, double* shs) {
-  using V = Vector<S>;
-  double sums[kMaxSums];
-  reduce<S>(step, CurvatureSums<V>{}, sums);
+  double sums[kMaxSums + 1];
+  reduce<S>(step, CurvatureSums<Vector<S>>{}, sums);
   *ys = sums[0] - sums[1];
   *shs = sums[2];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  reduce<S>(step, CurvatureAndDots<V>{in_all_lanes(constants<S>(1, 0, *ys, *shs)), true, true, true, false, false},
-            sums);
+  reduce<S>(step, Bfgs::update(*ys, *shs, Fill<S>{}), sums);
   return true;
 }
 
 template <class S>
 void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
-  using V = Vector<S>;
-  double sums[kMaxSums];
-  const bool preconditioned = step.state.hessian_diag != nullptr, mid = step.state.grad_prev != nullptr;
-  const Constants<V> c = in_all_lanes(constants<S>(step.options.eps, 0, 0, 0));
-  reduce<S>(step, CurvatureAndDots<V>{c, preconditioned, false, false, mid, false}, sums);
+  double sums[kMaxSums + 1];
+  with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
+    reduce<S>(step, preconditioner.dots(step.options, step.state.grad_prev != nullptr, Fill<S>{}), sums);
+  });
   *rz = sums[0];
   *rz_mid = sums[1];
 }
 
 template <class S>
 void update_direction_in(const Step& step, double beta) {
-  using V = Vector<S>;
-  double sums[kMaxSums];
+  double sums[kMaxSums + 1];
   const bool move = step.n_segments > 0 && step.segments[0].p != nullptr, keep_grad = step.state.grad_prev != nullptr;
-  const Constants<V> c = in_all_lanes(constants<S>(step.options.eps, beta, 0, 0));
-  reduce<S>(step, DirectionAndMove<V>{c, step.state.hessian_diag != nullptr, keep_grad, move, false}, sums,
-            streams(step, false));
+  with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
+    reduce<S>(step, preconditioner.move(step.options, beta, keep_grad, move, Fill<S>{}), sums);
+  });
 }
 
 template <class S>
 void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
-  double sums[kMaxSums];
-  reduce<S>(step, StateNorms<Vector<S>>{}, sums);
+  double sums[kMaxSums + 1];
+  reduce<S>(step, StateNorms<Vector<S>>{{}, step.state.grad_prev != nullptr}, sums);
   *gg = sums[0];
   *dd = sums[1];
   *gd = sums[2];

@@ -13,14 +13,14 @@ namespace fastnlcg {
 struct CpuVerbs {
   const char* name;  // of the instruction set
 
-  // The whole step: three passes over tiles. 56 bytes of traffic per float32 parameter.
+  // The whole step: the passes of its preconditioner over tiles. passes.h counts their bytes.
   void (*step)(const Step&);
 
   // The parts, over the same passes; they neither read nor write `scalars`.
-  bool (*update_curvature)(const Step&, double* ys, double* shs);        // writes h where the gate is open: true
-  void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, g_prev, h
-  void (*update_direction)(const Step&, double beta);  // writes p (unless null), d, g_prev (unless null)
-  void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over g_prev and d
+  bool (*update_curvature)(const Step&, double* ys, double* shs);        // bfgs: writes h where the gate is open: true
+  void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, diagonal, g_prev (unless null)
+  void (*update_direction)(const Step&, double beta);  // writes p (unless null), d, g_prev (unless null); adam: v
+  void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over d, and g_prev (unless null)
 };
 
 extern const CpuVerbs kBaseline, kAvx2, kAvx512;

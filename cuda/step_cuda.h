@@ -47,7 +47,7 @@ struct CudaStep {
   DeviceNumber found_inf;        // float32: where it is not 0 the step changes nothing at all
 
   // How it runs. The bits do not depend on any of this.
-  enum class Form : std::int32_t { automatic, one_launch, three_launches };
+  enum class Form : std::int32_t { automatic, one_launch, separate_launches };
   Form form = Form::automatic;
   int blocks = 0;           // at most; 0: as many as fit the device
   int resident_tiles = -1;  // per block, kept in shared memory between the passes; -1: as many as fit
@@ -55,13 +55,13 @@ struct CudaStep {
   // What the device's tables hold, so that they are rewritten only where something changed.
   bool tables_unknown = false;  // a captured graph writes the pointers when it is replayed
   std::vector<Segment> written;
-  int launches = 0;  // of the last step's passes: 1 or 3
+  int launches = 0;  // of the last step's passes: 1, or one each
 };
 
 // Doubles of workspace for a state of n elements, at most so many segments, and so many groups.
 std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::int64_t groups);
 
-// The whole step: one cooperative launch, or three.
+// The whole step: one cooperative launch, or one for each pass.
 void cuda_step(const Step&, CudaStep&);
 
 // The scalars and alpha_prev of every group. Reading waits for the stream.

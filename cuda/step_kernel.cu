@@ -1,14 +1,14 @@
-// The CUDA step: the passes of passes.h over tiles, three launches or one cooperative launch, with the same bits.
+// The CUDA step: the passes of passes.h over tiles, one launch each or one cooperative launch, with the same bits.
 //
 //     step_pass<S, Pass>   one pass; the last block to finish adds the partial sums and decides what the next pass does
-//     step_in_one<S>       the three passes in one launch: the blocks wait for that decision. What pass 1 loaded, g and
-//                          d, stays in shared memory as far as it fits
+//     step_in_one<S, P>    all passes of preconditioner P in one launch: the blocks wait for that decision. What the
+//                          first loaded, g and one stream more, stays in shared memory as far as it fits
 //     part<S, Pass>        one pass with numbers from the host, for the flat-buffer functions
 //     write_rows<Row>      the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and a
 //                          graph can capture it
 //
 // A span is one tile of 4096 elements (tile.cuh), for huge states 2^k of them (tiles_per_span): one partial sum. A
-// block takes every gridDim-th span; pass 2 walks backwards, to find in the L2 cache what pass 1 read last.
+// block takes every gridDim-th span; every other pass walks backwards, to find in the L2 cache what was read last.
 //
 // Device code is loads, passes.h, sums, stores. It decides like the CPU, by the functions of nlcg_math.h, in one
 // thread. Scalars are read at the start of a step and written at its end: where a sum is not finite, nothing changes.
@@ -93,12 +93,12 @@ __device__ double number(DeviceNumber x) {
   }
 }
 
-// Before pass 1, by the one thread that decides: the line search and every group's step length.
+// Before the first decision, by the one thread that decides: the line search and every group's step length.
 template <class S>
 __device__ Course open(const Launch<S>& launch) {
   const Arguments& a = launch.a;
   const double loss = a.loss_on_device.address != nullptr ? number(a.loss_on_device) : a.loss;
-  Course c = open_step(a.options, *a.scalars, a.state.hessian_diag != nullptr, a.set, loss);
+  Course c = open_step(a.options, *a.scalars, a.set, loss);
   for (std::int64_t i = 0; i < a.n_groups; ++i) {
     const GroupInput& in = launch.inputs()[i];
     const double lr = in.lr_on_device.address != nullptr ? number(in.lr_on_device) : in.lr;
@@ -109,72 +109,50 @@ __device__ Course open(const Launch<S>& launch) {
   return c;
 }
 
-// The three deciders: what the last block does with a pass's sums.
+// A number of the scalars, in the state's type.
 template <class S>
-__device__ void decide(const Launch<S>& launch, CurvatureDot<S>*, const double (&x)[1], double grad_max) {
-  const Arguments& a = launch.a;
-  Course c = open(launch);
-  const bool bad_lr = c.skip;
-  if (c.preconditioned) {
-    decide_curvature(c, a.options, x[0], grad_max, static_cast<double>(a.state.n), kLargest<S>);
-  }
-  c.skip = c.skip || bad_lr;
-  if (c.skip) a.scalars->skipped_steps += 1.0;
-  a.control->course = c;
-}
-template <class S>
-__device__ void decide(const Launch<S>& launch, CurvatureAndDots<S>*, const double (&x)[3], double) {
-  const Arguments& a = launch.a;
-  Course& c = a.control->course;
-  decide_direction(c, a.options, x[0], x[1], x[2]);
-  if (c.skip) a.scalars->skipped_steps += 1.0;
-}
-template <class S>
-__device__ void decide(const Launch<S>& launch, DirectionAndMove<S>*, const double (&x)[2], double) {
-  const Arguments& a = launch.a;
-  Course& c = a.control->course;
-  conclude_step(c, x[0], x[1]);
-  *a.scalars = c.next;
-  for (std::int64_t i = 0; i < a.n_groups; ++i) a.alpha_prev[i] = a.alpha[i];
-}
+struct Fill {
+  using Scalar = S;
+  __host__ __device__ S operator()(double x) const { return static_cast<S>(x); }
+};
 
-// A pass of the step, as far as decided.
-template <class S>
-__device__ __forceinline__ CurvatureDot<S> decided(const Arguments&, CurvatureDot<S>*) {
-  return {};
-}
-template <class S>
-__device__ __forceinline__ CurvatureAndDots<S> decided(const Arguments& a, CurvatureAndDots<S>*) {
-  const Course& c = a.control->course;
-  return {constants<S>(c.eps, 0, c.next.ys, c.next.shs_used),
-          c.preconditioned,
-          c.curvature,
-          !c.deferred,
-          needs_rz_mid(c, a.options),
-          needs_gd(c, a.options)};
-}
-template <class S>
-__device__ __forceinline__ DirectionAndMove<S> decided(const Arguments& a, DirectionAndMove<S>*) {
-  const Course& c = a.control->course;
-  return {constants<S>(c.eps, c.next.beta, c.next.ys, c.next.shs_used), c.preconditioned, true, true, c.deferred};
-}
-
-// One pass of the step. True in the block that decided.
+// What the last block's first thread does with a pass's sums.
 template <class S, class Pass>
+__device__ __forceinline__ void decide(const Launch<S>& launch, const double* sums, double largest, bool concludes) {
+  const Arguments& a = launch.a;
+  Course& c = a.control->course;
+  bool bad_lr = false;
+  if (Pass::kOpens) {
+    c = open(launch);
+    bad_lr = c.skip;
+  }
+  Pass::decide(c, a.options, sums, largest, static_cast<double>(a.state.n), kLargest<S>);
+  c.skip = c.skip || bad_lr;
+  if (concludes) {  // nothing is left to be found: what could not be written has been decided before
+    *a.scalars = c.next;
+    for (std::int64_t i = 0; i < a.n_groups; ++i) a.alpha_prev[i] = a.alpha[i];
+  } else if (c.skip) {
+    a.scalars->skipped_steps += 1.0;
+  }
+}
+
+// One pass of the step; kLast: of its passes. True in the block that decided.
+template <class S, class Pass, bool kLast>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   const Launch<S> launch(a);
-  if (a.state.hessian_diag != nullptr || !Pass::kMaxGradient) {  // without a preconditioner pass 1 only decides
-    run_pass(launch, decided<S>(a, static_cast<Pass*>(nullptr)), totals);
-  }
+  run_pass(launch, Pass::decided(a.control->course, a.options, Fill<S>{}), totals);
   if (!arrives_last(a.control->meeting)) return false;
   double x[Pass::kSums], largest;
   grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
-  if (threadIdx.x == 0) decide<S>(launch, static_cast<Pass*>(nullptr), x, largest);
-  if constexpr (std::is_same_v<Pass, DirectionAndMove<S>>) {
+  if (threadIdx.x == 0) decide<S, Pass>(launch, x, largest, kLast);
+  if constexpr (kLast) {
     __syncthreads();
     const double step = a.scalars->step;
-    for (int i = static_cast<int>(threadIdx.x); i < a.n_segments; i += kThreads)
-      a.param_steps[a.segments[i].param] = step;
+    for (int i = static_cast<int>(threadIdx.x); i < a.n_segments; i += kThreads) {
+      const int param = a.segments[i].param;
+      a.param_steps[param] = step;
+      if (Pass::kBiasCorrected) a.beta2_powers[param] *= a.options.beta2;
+    }
   }
   return true;
 }
@@ -189,35 +167,43 @@ __device__ __forceinline__ bool called_off(const Arguments& a) {
 template <class S>
 constexpr int kBlocksOf = sizeof(S) == sizeof(float) ? 2 : 1;
 
-template <class S, class Pass>
+template <class S, class Pass, bool kLast>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
-  if (called_off(a) || (!Pass::kMaxGradient && a.control->course.skip)) return;
-  pass_and_decide<S, Pass>(a, totals);
+  if (called_off(a) || (!Pass::kOpens && a.control->course.skip)) return;
+  pass_and_decide<S, Pass, kLast>(a, totals);
 }
 
-template <class S>
+// The passes one after another, the blocks meeting after each but the last.
+template <class S, class First, class... Rest>
+__device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
+                                              unsigned meetings) {
+  constexpr bool kLast = sizeof...(Rest) == 0;
+  const bool decided = pass_and_decide<S, First, kLast>(a, totals);
+  if constexpr (!kLast) {
+    Meeting& meeting = a.control->meeting;
+    if (decided) {
+      release(meeting);
+    } else {
+      await(meeting, generation, meetings);
+    }
+    __syncthreads();
+    if (!a.control->course.skip) passes_in_one<S, Rest...>(a, totals, generation, meetings + 1);
+  }
+}
+template <class S, template <class> class... P>
+__device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
+                                              PassList<P...>) {
+  passes_in_one<S, P<S>...>(a, totals, generation, 0);
+}
+
+template <class S, class Preconditioner>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_in_one(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (called_off(a)) return;
   __shared__ unsigned generation;  // before the first meeting; thread 0's
-  Meeting& meeting = a.control->meeting;
-  if (threadIdx.x == 0) generation = current_generation(meeting);
-  if (pass_and_decide<S, CurvatureDot<S>>(a, totals)) {
-    release(meeting);
-  } else {
-    await(meeting, generation, 0);
-  }
-  __syncthreads();
-  if (a.control->course.skip) return;
-  if (pass_and_decide<S, CurvatureAndDots<S>>(a, totals)) {
-    release(meeting);
-  } else {
-    await(meeting, generation, 1);
-  }
-  __syncthreads();
-  if (a.control->course.skip) return;
-  pass_and_decide<S, DirectionAndMove<S>>(a, totals);
+  if (threadIdx.x == 0) generation = current_generation(a.control->meeting);
+  passes_in_one<S>(a, totals, generation, typename Preconditioner::Passes{});
 }
 
 template <class S, class Pass>
@@ -301,10 +287,11 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
             std::to_string(grid.threads) + " threads on device " + std::to_string(cuda.device));
 }
 
-// What fits a device at once, found out once.
+// What fits a device at once, found out once for each preconditioner and type.
+constexpr int kMostPasses = 3;
 struct Limits {
   bool cooperative;
-  int blocks_of_pass[3], blocks_in_one;
+  int blocks_of_pass[kMostPasses], blocks_in_one;
   int resident_tiles;  // per block, without costing a block
 };
 
@@ -321,8 +308,26 @@ int blocks_per_multiprocessor(Kernel* kernel, std::size_t shared_bytes) {
   return blocks;
 }
 
-template <class S>
+// Calls f(kernel, number) for the kernel of every pass.
+template <class S, class First, class... Rest, class F>
+void for_each_pass(F&& f, int number = 0) {
+  static_assert(sizeof...(Rest) < kMostPasses);
+  f(step_pass<S, First, sizeof...(Rest) == 0>, number);
+  if constexpr (sizeof...(Rest) > 0) for_each_pass<S, Rest...>(f, number + 1);
+}
+template <class S, template <class> class... P, class F>
+void for_each_pass(PassList<P...>, F&& f) {
+  for_each_pass<S, P<S>...>(f);
+}
+template <class S, template <class> class First, template <class> class... Rest>
+constexpr bool keeps_tiles(PassList<First, Rest...>) {
+  return First<S>::kResident != 0;
+}
+
+template <class S, class Preconditioner>
 const Limits& limits(int device) {
+  using Passes = typename Preconditioner::Passes;
+  const auto in_one = step_in_one<S, Preconditioner>;
   constexpr int kMostDevices = 64;
   static std::mutex mutex;
   static bool known[kMostDevices] = {};
@@ -335,19 +340,20 @@ const Limits& limits(int device) {
   if (known[device]) return l;
   const int multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount);
   l.cooperative = attribute_of(device, cudaDevAttrCooperativeLaunch) != 0;
-  l.blocks_of_pass[0] = multiprocessors * blocks_per_multiprocessor(step_pass<S, CurvatureDot<S>>, 0);
-  l.blocks_of_pass[1] = multiprocessors * blocks_per_multiprocessor(step_pass<S, CurvatureAndDots<S>>, 0);
-  l.blocks_of_pass[2] = multiprocessors * blocks_per_multiprocessor(step_pass<S, DirectionAndMove<S>>, 0);
-  const int without = blocks_per_multiprocessor(step_in_one<S>, 0);
+  for_each_pass<S>(Passes{}, [&](auto kernel, int number) {
+    l.blocks_of_pass[number] = multiprocessors * blocks_per_multiprocessor(kernel, 0);
+  });
+  const int without = blocks_per_multiprocessor(in_one, 0);
   l.blocks_in_one = multiprocessors * without;
   const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(sizeof(Totals)) -
                    1024;  // of the driver's own
   l.resident_tiles = 0;
-  for (int tiles = most / kResidentBytes<S>; tiles > 0 && l.resident_tiles == 0; --tiles) {
+  for (int tiles = keeps_tiles<S>(Passes{}) ? most / kResidentBytes<S> : 0; tiles > 0 && l.resident_tiles == 0;
+       --tiles) {
     const int bytes = tiles * kResidentBytes<S>;
-    check(cudaFuncSetAttribute(step_in_one<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+    check(cudaFuncSetAttribute(in_one, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "shared memory of step_in_one");
-    if (blocks_per_multiprocessor(step_in_one<S>, static_cast<std::size_t>(bytes)) == without) l.resident_tiles = tiles;
+    if (blocks_per_multiprocessor(in_one, static_cast<std::size_t>(bytes)) == without) l.resident_tiles = tiles;
   }
   known[device] = true;
   return l;
@@ -355,7 +361,7 @@ const Limits& limits(int device) {
 
 // Where in the workspace what lies, in doubles; every part begins a cache line.
 struct Workspace {
-  std::int64_t control, scalars, alpha, alpha_prev, group_table, segments, partials, end;
+  std::int64_t control, scalars, alpha, alpha_prev, of_param, group_table, segments, partials, end;
 
   Workspace(std::int64_t n, std::int64_t max_segments, std::int64_t groups) {
     const std::int64_t spans = (tiles_of(n) + tiles_per_span(tiles_of(n)) - 1) / tiles_per_span(tiles_of(n));
@@ -369,6 +375,7 @@ struct Workspace {
     scalars = take(sizeof(Scalars));
     alpha = take(groups * 8);
     alpha_prev = take(groups * 8);
+    of_param = take(2 * 8);  // param_steps and beta2_powers of a flat buffer
     group_table = take(groups * static_cast<std::int64_t>(sizeof(GroupInput)));
     segments = take(max_segments * static_cast<std::int64_t>(sizeof(Segment)));
     partials = take(kMaxSums * spans * 8);
@@ -432,8 +439,9 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   a.control = reinterpret_cast<Control*>(cuda.workspace + at.control);
   a.partials = cuda.workspace + at.partials;
   a.param_steps = step.param_steps;
+  a.beta2_powers = step.beta2_powers;
   a.aligned_state = true;
-  for (const void* stream : {step.state.grad_prev, step.state.direction, step.state.hessian_diag}) {
+  for (const void* stream : {step.state.grad_prev, step.state.direction, step.state.diagonal}) {
     if (reinterpret_cast<std::uintptr_t>(stream) % 16 != 0) a.aligned_state = false;
   }
   a.listed = tiles <= kListedTiles;
@@ -460,10 +468,10 @@ void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, A
 // Up to here one launch is worth its lower occupancy. Predicted from counted bytes, not measured: see the README.
 constexpr std::int64_t kOneLaunchElements = 40'000'000;
 
-template <class S>
-void step_in(const Step& step, CudaStep& cuda) {
+template <class S, class Preconditioner>
+void step_with(const Step& step, CudaStep& cuda) {
   const Workspace at(step.state.n, cuda.max_segments, step.n_groups);
-  const Limits& fits = limits<S>(cuda.device);
+  const Limits& fits = limits<S, Preconditioner>(cuda.device);
   write_segments(step, cuda, at);
   Arguments a = arguments_of(step, cuda, at);
   write_groups(step, cuda, at, a);
@@ -474,20 +482,25 @@ void step_in(const Step& step, CudaStep& cuda) {
   if (wanted && fits.cooperative) {
     const int blocks = grid(fits.blocks_in_one);
     const std::int64_t needed = std::int64_t{(spans + blocks - 1) / blocks} * a.tiles_per_span;
-    if (step.state.hessian_diag != nullptr) {
-      a.resident_tiles = static_cast<int>(std::min<std::int64_t>(fits.resident_tiles, needed));
-      if (cuda.resident_tiles >= 0) a.resident_tiles = std::min(a.resident_tiles, cuda.resident_tiles);
-    }
+    a.resident_tiles = static_cast<int>(std::min<std::int64_t>(fits.resident_tiles, needed));
+    if (cuda.resident_tiles >= 0) a.resident_tiles = std::min(a.resident_tiles, cuda.resident_tiles);
     const std::size_t bytes = static_cast<std::size_t>(a.resident_tiles) * kResidentBytes<S>;
-    launch("step_in_one", step_in_one<S>, {blocks, kThreads, bytes, true}, cuda, a);
+    launch("step_in_one", step_in_one<S, Preconditioner>, {blocks, kThreads, bytes, true}, cuda, a);
     cuda.launches = 1;
     return;
   }
-  const int first = step.state.hessian_diag != nullptr ? grid(fits.blocks_of_pass[0]) : 1;
-  launch("step_pass 1", step_pass<S, CurvatureDot<S>>, {first}, cuda, a);
-  launch("step_pass 2", step_pass<S, CurvatureAndDots<S>>, {grid(fits.blocks_of_pass[1])}, cuda, a);
-  launch("step_pass 3", step_pass<S, DirectionAndMove<S>>, {grid(fits.blocks_of_pass[2])}, cuda, a);
-  cuda.launches = 3;
+  cuda.launches = 0;
+  for_each_pass<S>(typename Preconditioner::Passes{}, [&](auto kernel, int number) {
+    launch("step_pass", kernel, {grid(fits.blocks_of_pass[number])}, cuda, a);
+    ++cuda.launches;
+  });
+}
+
+template <class S>
+void step_in(const Step& step, CudaStep& cuda) {
+  with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
+    step_with<S, decltype(preconditioner)>(step, cuda);
+  });
 }
 
 // ---- the parts ---------------------------------------------------------------------------------------------------
@@ -516,22 +529,25 @@ void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pa
   wait_for(cuda);
 }
 
-// A workspace for one call.
+// A workspace for one call over flat buffers, and the step with everything in it on the device.
 class Scratch {
  public:
-  Scratch(const Step& step, CudaStep& cuda) : cuda_(cuda) {
+  Scratch(const Step& host, CudaStep& cuda) : step(host), cuda_(cuda) {
     cuda.max_segments = step.n_segments;
     const Workspace at(step.state.n, step.n_segments, step.n_groups);
     const std::size_t bytes = static_cast<std::size_t>(at.end) * sizeof(double);
     void* memory = nullptr;
     check(cudaMallocAsync(&memory, bytes, stream_of(cuda)), "workspace of " + std::to_string(bytes) + " bytes");
     cuda.workspace = static_cast<double*>(memory);
+    step.param_steps = cuda.workspace + at.of_param;
+    step.beta2_powers = step.param_steps + 1;
     try {
       check(cudaMemsetAsync(memory, 0, bytes, stream_of(cuda)), "cudaMemsetAsync");
       for (std::int64_t i = 0; i < step.n_groups; ++i) {
         copy_to_device(cuda.workspace + at.alpha + i, &step.groups[i].alpha, sizeof(double), cuda);
         copy_to_device(cuda.workspace + at.alpha_prev + i, &step.groups[i].alpha_prev, sizeof(double), cuda);
       }
+      copy_to_device(step.beta2_powers, host.beta2_powers, sizeof(double), cuda);
     } catch (...) {
       release();
       throw;
@@ -540,6 +556,8 @@ class Scratch {
   ~Scratch() { release(); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+
+  Step step;
 
  private:
   void release() {
@@ -554,23 +572,22 @@ template <class S>
 bool update_curvature_in(const Step& step, CudaStep& cuda, double* ys, double* shs) {
   const Scratch scratch(step, cuda);
   double sums[kMaxSums];
-  run_part<S>("bfgs_diag_update, sums", step, cuda, CurvatureSums<S>{}, sums);
+  run_part<S>("bfgs_diag_update, sums", scratch.step, cuda, CurvatureSums<S>{}, sums);
   *ys = sums[0] - sums[1];
   *shs = sums[2];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  const Constants<S> c = constants<S>(1, 0, *ys, *shs);
-  run_part<S>("bfgs_diag_update", step, cuda, CurvatureAndDots<S>{c, true, true, true, false, false}, nullptr);
+  run_part<S>("bfgs_diag_update", scratch.step, cuda, Bfgs::update(*ys, *shs, Fill<S>{}), nullptr);
   return true;
 }
 
 template <class S>
 void preconditioned_dots_in(const Step& step, CudaStep& cuda, double* rz, double* rz_mid) {
   const Scratch scratch(step, cuda);
-  const bool preconditioned = step.state.hessian_diag != nullptr, mid = step.state.grad_prev != nullptr;
-  const Constants<S> c = constants<S>(step.options.eps, 0, 0, 0);
   double sums[kMaxSums];
-  run_part<S>("preconditioned_dots", step, cuda, CurvatureAndDots<S>{c, preconditioned, false, false, mid, false},
-              sums);
+  with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
+    const bool mid = step.state.grad_prev != nullptr;
+    run_part<S>("preconditioned_dots", scratch.step, cuda, preconditioner.dots(step.options, mid, Fill<S>{}), sums);
+  });
   *rz = sums[0];
   *rz_mid = sums[1];
 }
@@ -579,15 +596,16 @@ template <class S>
 void update_direction_in(const Step& step, CudaStep& cuda, double beta) {
   const Scratch scratch(step, cuda);
   const bool move = step.segments[0].p != nullptr, keep_grad = step.state.grad_prev != nullptr;
-  const Constants<S> c = constants<S>(step.options.eps, beta, 0, 0);
-  const DirectionAndMove<S> pass{c, step.state.hessian_diag != nullptr, keep_grad, move, false};
-  run_part<S>("direction_update", step, cuda, pass, nullptr);
+  with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
+    const auto pass = preconditioner.move(step.options, beta, keep_grad, move, Fill<S>{});
+    run_part<S>("direction_update", scratch.step, cuda, pass, nullptr);
+  });
 }
 
 template <class S>
 void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
   double sums[kMaxSums];
-  run_part<S>("state_norms", step, cuda, StateNorms<S>{}, sums);
+  run_part<S>("state_norms", step, cuda, StateNorms<S>{{}, step.state.grad_prev != nullptr}, sums);
   *gg = sums[0];
   *dd = sums[1];
   *gd = sums[2];
@@ -678,7 +696,8 @@ void cuda_flat_step(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
   const Scratch scratch(step, cuda);
   cuda_write_scalars(cuda, *step.scalars, step.groups, step.n_groups);
-  cuda_step(step, cuda);
+  cuda_step(scratch.step, cuda);
+  copy_to_host(step.beta2_powers, scratch.step.beta2_powers, sizeof(double), cuda);
   cuda_read_scalars(cuda, step.scalars, step.groups, step.n_groups);
 }
 

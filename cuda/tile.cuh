@@ -50,6 +50,7 @@ struct Arguments {
   Control* control;
   double* partials;  // [sum][span]
   double* param_steps;
+  double* beta2_powers;
   int resident_tiles;  // per block
   bool aligned_state;  // the streams of the state, to 16 bytes
   // The first segment that ends behind each tile's begin, and one past the last tile: where there are few tiles, the
@@ -149,32 +150,35 @@ struct ThreadSums {
   S largest;
 };
 
-// A group's numbers in the state's type.
+// What is one number in a segment, in the state's type.
 template <class S>
-struct GroupNumbers {
-  S alpha, alpha_prev, weight_decay;
-  bool decays;
-  bool moves;  // false where alpha is 0: then p keeps every bit, the sign of a zero included
+struct SegmentNumbers {
+  S alpha, alpha_prev, weight_decay, kept, root, root_prev;
+  bool decays;  // g takes L2 weight decay
+  bool moves;   // false where alpha is 0: then p keeps every bit, the sign of a zero included
 };
 
 template <class S, int K>
 struct At {
-  S p_, g_, grad_prev_, d_, h_;
-  const GroupNumbers<S>& group;
+  S p_, g_, grad_prev_, d_, diagonal_;
+  const SegmentNumbers<S>& segment;
   ThreadSums<S, K>& sums;
 
   __device__ __forceinline__ S g() const { return g_; }
   __device__ __forceinline__ S p() const { return p_; }
   __device__ __forceinline__ S grad_prev() const { return grad_prev_; }
   __device__ __forceinline__ S d() const { return d_; }
-  __device__ __forceinline__ S h() const { return h_; }
-  __device__ __forceinline__ S alpha() const { return group.alpha; }
-  __device__ __forceinline__ S alpha_prev() const { return group.alpha_prev; }
-  __device__ __forceinline__ bool moves() const { return group.moves; }
+  __device__ __forceinline__ S diagonal() const { return diagonal_; }
+  __device__ __forceinline__ S alpha() const { return segment.alpha; }
+  __device__ __forceinline__ S alpha_prev() const { return segment.alpha_prev; }
+  __device__ __forceinline__ S kept() const { return segment.kept; }
+  __device__ __forceinline__ S root() const { return segment.root; }
+  __device__ __forceinline__ S root_prev() const { return segment.root_prev; }
+  __device__ __forceinline__ bool moves() const { return segment.moves; }
   __device__ __forceinline__ void set_p(S p) { p_ = p; }
   __device__ __forceinline__ void set_grad_prev(S g) { grad_prev_ = g; }
   __device__ __forceinline__ void set_d(S d) { d_ = d; }
-  __device__ __forceinline__ void set_h(S h) { h_ = h; }
+  __device__ __forceinline__ void set_diagonal(S x) { diagonal_ = x; }
 
   __device__ __forceinline__ double wide(S x) const { return static_cast<double>(x); }
   __device__ __forceinline__ double wide_grad_prev() const { return wide(grad_prev_); }
@@ -197,16 +201,28 @@ struct Launch {
     inverse_scale = static_cast<S>(1.0 / static_cast<double>(*static_cast<const float*>(a.grad_scale.address)));
   }
   // The gradient the method sees.
-  __device__ __forceinline__ S gradient(S g, S p, const GroupNumbers<S>& group) const {
+  __device__ __forceinline__ S gradient(S g, S p, const SegmentNumbers<S>& segment) const {
     if (a.grad_scale.address != nullptr) g = unscaled(g, inverse_scale);
     if (a.options.maximize) g = -g;
-    return group.decays ? decayed_gradient(g, group.weight_decay, p) : g;
+    return segment.decays ? decayed_gradient(g, segment.weight_decay, p) : g;
   }
   __device__ __forceinline__ const GroupInput* inputs() const { return a.group_table ? a.group_table : a.groups; }
-  __device__ __forceinline__ GroupNumbers<S> group(std::int32_t index) const {
-    const double alpha = a.alpha[index], weight_decay = inputs()[index].weight_decay;
-    return {static_cast<S>(alpha), static_cast<S>(a.alpha_prev[index]), static_cast<S>(weight_decay),
-            weight_decay != 0.0, alpha != 0.0};
+  template <class Pass>
+  __device__ __forceinline__ SegmentNumbers<S> numbers(const Segment& segment) const {
+    const double alpha = a.alpha[segment.group], weight_decay = inputs()[segment.group].weight_decay;
+    SegmentNumbers<S> x = {};
+    x.alpha = static_cast<S>(alpha);
+    x.alpha_prev = static_cast<S>(a.alpha_prev[segment.group]);
+    x.weight_decay = static_cast<S>(weight_decay);
+    x.kept = static_cast<S>(1.0 - alpha * weight_decay);
+    x.decays = Pass::kL2 && weight_decay != 0.0;
+    x.moves = alpha != 0.0;
+    if (Pass::kBiasCorrected) {
+      const double power = a.beta2_powers[segment.param];
+      x.root = root_correction<S>(power * a.options.beta2);
+      x.root_prev = root_correction<S>(power);
+    }
+    return x;
   }
 };
 
@@ -228,58 +244,65 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
   return low;
 }
 
-// Q times four elements, half a tile apart, all in one segment. `room` is where a resident tile's g, and behind it d,
-// lie in shared memory, or -1.
+// Q times four elements, half a tile apart, all in one segment. `room` is where a resident tile's g, and behind it the
+// stream of kResident, lie in shared memory, or -1.
 template <class S, class E, int Q, class Pass, int K>
 __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& pass, const Segment& segment,
                                           std::int64_t position, int room, ThreadSums<S, K>& sums) {
   constexpr int kApart = kQuad * kThreads;
   const State& state = launch.a.state;
   const bool whole = launch.a.aligned_state;
-  const GroupNumbers<S> group = launch.group(segment.group);
+  const SegmentNumbers<S> numbers = launch.template numbers<Pass>(segment);
   const unsigned reads = pass.reads(), writes = pass.writes();
   E* const p_at = static_cast<E*>(segment.p) + (position - segment.offset);
   const E* const g_at = static_cast<const E*>(segment.g) + (position - segment.offset);
   const bool whole_p = takes_quads(p_at), whole_g = takes_quads(g_at);
-  const bool loaded = room >= 0 && !Pass::kMaxGradient;  // pass 1 has left g and d in shared memory
+  const bool loaded = room >= 0 && !Pass::kOpens;  // the first pass has left them in shared memory
   const int local = static_cast<int>(position % kTile);
 
-  S p[Q][kQuad] = {}, g[Q][kQuad] = {}, grad_prev[Q][kQuad] = {}, d[Q][kQuad] = {}, h[Q][kQuad] = {};
+  S p[Q][kQuad] = {}, g[Q][kQuad] = {}, grad_prev[Q][kQuad] = {}, d[Q][kQuad] = {}, diagonal[Q][kQuad] = {};
+  auto& kept = Pass::kResident == kD ? d : diagonal;  // the resident stream beside g
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
     const std::int64_t at = position + q * kApart;
     if (loaded) {
       load_resident(resident<S>(room) + local + q * kApart, g[q]);
-      if (reads & kD) load_resident(resident<S>(room) + kTile + local + q * kApart, d[q]);
+      if (reads & Pass::kResident) load_resident(resident<S>(room) + kTile + local + q * kApart, kept[q]);
     } else {
       if (pass.kReadsGradient) load_quad(g_at + q * kApart, whole_g, g[q]);
-      if (reads & kD) load_quad(stream<S>(state.direction, at), whole, d[q]);
     }
-    if ((reads & kP) || (pass.kReadsGradient && group.decays && !loaded)) load_quad(p_at + q * kApart, whole_p, p[q]);
+    if ((reads & kD) && !(loaded && Pass::kResident == kD)) {
+      load_quad(stream<S>(state.direction, at), whole, d[q]);
+    }
+    if ((reads & kP) || (pass.kReadsGradient && numbers.decays && !loaded)) {
+      load_quad(p_at + q * kApart, whole_p, p[q]);
+    }
     if (reads & kGradPrev) load_quad(stream<S>(state.grad_prev, at), whole, grad_prev[q]);
-    if (reads & kH) load_quad(stream<S>(state.hessian_diag, at), whole, h[q]);
+    if ((reads & kDiagonal) && !(loaded && Pass::kResident == kDiagonal)) {
+      load_quad(stream<S>(state.diagonal, at), whole, diagonal[q]);
+    }
   }
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
-      if (pass.kReadsGradient && !loaded) g[q][l] = launch.gradient(g[q][l], p[q][l], group);
+      if (pass.kReadsGradient && !loaded) g[q][l] = launch.gradient(g[q][l], p[q][l], numbers);
     }
-    if (Pass::kMaxGradient && room >= 0) {
+    if (Pass::kOpens && Pass::kResident != 0 && room >= 0) {
       store_resident(resident<S>(room) + local + q * kApart, g[q]);
-      store_resident(resident<S>(room) + kTile + local + q * kApart, d[q]);
+      store_resident(resident<S>(room) + kTile + local + q * kApart, kept[q]);
     }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
-      At<S, K> at{p[q][l], g[q][l], grad_prev[q][l], d[q][l], h[q][l], group, sums};
+      At<S, K> at{p[q][l], g[q][l], grad_prev[q][l], d[q][l], diagonal[q][l], numbers, sums};
       pass(at);
-      p[q][l] = at.p_, grad_prev[q][l] = at.grad_prev_, d[q][l] = at.d_, h[q][l] = at.h_;
+      p[q][l] = at.p_, grad_prev[q][l] = at.grad_prev_, d[q][l] = at.d_, diagonal[q][l] = at.diagonal_;
     }
     const std::int64_t at = position + q * kApart;
-    if (writes & kH) store_quad(stream<S>(state.hessian_diag, at), whole, h[q]);
+    if (writes & kDiagonal) store_quad(stream<S>(state.diagonal, at), whole, diagonal[q]);
     if (writes & kGradPrev) store_quad(stream<S>(state.grad_prev, at), whole, grad_prev[q]);
     if (writes & kD) store_quad(stream<S>(state.direction, at), whole, d[q]);
-    if ((writes & kP) && group.moves) store_quad(p_at + q * kApart, whole_p, p[q]);
+    if ((writes & kP) && numbers.moves) store_quad(p_at + q * kApart, whole_p, p[q]);
   }
 }
 
@@ -288,34 +311,34 @@ template <class S, class E, class Pass, int K>
 __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pass, const Segment& segment,
                                         std::int64_t position, int room, ThreadSums<S, K>& sums) {
   const State& state = launch.a.state;
-  const GroupNumbers<S> group = launch.group(segment.group);
+  const SegmentNumbers<S> numbers = launch.template numbers<Pass>(segment);
   const unsigned reads = pass.reads(), writes = pass.writes();
   E* const p_at = static_cast<E*>(segment.p) + (position - segment.offset);
   const E* const g_at = static_cast<const E*>(segment.g) + (position - segment.offset);
-  const bool loaded = room >= 0 && !Pass::kMaxGradient;
+  const bool loaded = room >= 0 && !Pass::kOpens;
   const int local = static_cast<int>(position % kTile);
 
-  const bool needs_p = (reads & kP) || (pass.kReadsGradient && group.decays && !loaded);
+  const bool needs_p = (reads & kP) || (pass.kReadsGradient && numbers.decays && !loaded);
   const S p = needs_p ? value_of(*p_at) : S{};
   const S g = loaded                ? resident<S>(room)[local]
-              : pass.kReadsGradient ? launch.gradient(value_of(*g_at), p, group)
+              : pass.kReadsGradient ? launch.gradient(value_of(*g_at), p, numbers)
                                     : S{};
   At<S, K> at{p,
               g,
               reads & kGradPrev ? *stream<S>(state.grad_prev, position) : S{},
               reads & kD ? *stream<S>(state.direction, position) : S{},
-              reads & kH ? *stream<S>(state.hessian_diag, position) : S{},
-              group,
+              reads & kDiagonal ? *stream<S>(state.diagonal, position) : S{},
+              numbers,
               sums};
-  if (Pass::kMaxGradient && room >= 0) {
+  if (Pass::kOpens && Pass::kResident != 0 && room >= 0) {
     resident<S>(room)[local] = at.g_;
-    resident<S>(room)[kTile + local] = at.d_;
+    resident<S>(room)[kTile + local] = Pass::kResident == kD ? at.d_ : at.diagonal_;
   }
   pass(at);
-  if (writes & kH) *stream<S>(state.hessian_diag, position) = at.h_;
+  if (writes & kDiagonal) *stream<S>(state.diagonal, position) = at.diagonal_;
   if (writes & kGradPrev) *stream<S>(state.grad_prev, position) = at.grad_prev_;
   if (writes & kD) *stream<S>(state.direction, position) = at.d_;
-  if ((writes & kP) && group.moves) assign(*p_at, at.p_);
+  if ((writes & kP) && numbers.moves) assign(*p_at, at.p_);
 }
 
 template <class S, class Pass, int K>
@@ -330,7 +353,7 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
   if (segment.offset <= begin && segment.offset + segment.n >= end) {  // the tile lies in one segment: the usual case
     with_element_type<S>(segment.dtype, [&](auto element) {
       using E = decltype(element);
-      if constexpr (sizeof(S) == sizeof(float) && Pass::kMaxGradient) {  // pass 1 has registers for two at once
+      if constexpr (sizeof(S) == sizeof(float) && std::is_same_v<Pass, CurvatureDot<S>>) {  // registers for two at once
         run_quads<S, E, 2>(launch, pass, segment, position, room, sums);
       } else {
 #pragma unroll 1

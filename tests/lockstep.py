@@ -65,18 +65,24 @@ class Lockstep:
             self.begin.append(offset)
             offset += cut.n
         kind = {"dtype": TORCH[self.state_type], "device": backend.device}
-        self.state = {"g_prev": torch.zeros(self.n, **kind), "d": torch.zeros(self.n, **kind)}
-        if options.preconditioner:
-            self.state["h"] = torch.ones(self.n, **kind)
+        preconditioner = _native.PRECONDITIONERS[options.preconditioner]
+        self.state = {"d": torch.zeros(self.n, **kind)}
+        if preconditioner.keeps_gradient or _native.needs_rz_mid(vars(options)):
+            self.state["g_prev"] = torch.zeros(self.n, **kind)
+        if preconditioner.diagonal:
+            self.state["diagonal"] = torch.full((self.n,), preconditioner.start, **kind)
         self.state["param_steps"] = torch.zeros(len(cuts), dtype=torch.float64, device=backend.device)
+        if preconditioner.counts_updates:
+            self.state["beta2_powers"] = torch.ones(len(cuts), dtype=torch.float64, device=backend.device)
         buffers = {key: _native.Buffer(tensor) for key, tensor in self.state.items()}
         self.native = _native.Step(
             self.state_type,
             self.n,
-            buffers["g_prev"],
+            buffers.get("g_prev"),
             buffers["d"],
-            buffers.get("h"),
+            buffers.get("diagonal"),
             buffers["param_steps"],
+            buffers.get("beta2_powers"),
             len(lr),
             **backend.placement(self.n, len(cuts), len(lr)),
         )
@@ -86,9 +92,9 @@ class Lockstep:
         self.active: list[int] = []
         self.use(list(range(len(cuts))))
 
-    g_prev = property(lambda self: self.state["g_prev"].cpu().numpy())
+    g_prev = property(lambda self: self.state["g_prev"].cpu().numpy() if "g_prev" in self.state else None)
     d = property(lambda self: self.state["d"].cpu().numpy())
-    h = property(lambda self: self.state["h"].cpu().numpy() if "h" in self.state else None)
+    diagonal = property(lambda self: self.state["diagonal"].cpu().numpy() if "diagonal" in self.state else None)
     param_steps = property(lambda self: self.state["param_steps"].cpu().numpy())
 
     def use(self, active: list[int]) -> None:
@@ -134,11 +140,12 @@ class Lockstep:
         last = self.per_element_steps() == before["step"] if before["step"] else mask
         p, g = self.flat(self.p), self.flat(self.g)
         state = reference.State(
-            g_prev=self.g_prev.astype(float),
+            g_prev=np.zeros(self.n) if self.g_prev is None else self.g_prev.astype(float),
             d=self.d.astype(float),
-            h=None if self.h is None else self.h.astype(float),
+            diagonal=None if self.diagonal is None else self.diagonal.astype(float),
             alpha_prev=alpha_prev,
             active=last,
+            beta2_power=self.per_element_of("beta2_powers") if "beta2_powers" in self.state else np.ones(self.n),
             step=int(before["step"]),
             skipped_steps=int(before["skipped_steps"]),
             rz=before["rz"],
@@ -152,27 +159,34 @@ class Lockstep:
         assert moved == (new.skipped_steps == state.skipped_steps) or self.backend.on_gpu
 
         # how far rounding can be amplified
-        eff = np.where(mask, reference.effective_gradient(g, p, wd, o.maximize), 0.0)
+        l2 = 0.0 * wd if reference.PRECONDITIONERS[o.preconditioner].decoupled else wd
+        eff = np.where(mask, reference.effective_gradient(g, p, l2, o.maximize), 0.0)
         d_old, gp_old = np.where(mask, state.d, 0.0), np.where(mask, state.g_prev, 0.0)
         y, s = eff - gp_old, alpha_prev * d_old
-        tol_g = np.where(wd != 0.0, K * u * (np.abs(g) + np.abs(wd * p)), 0.0)
+        tol_g = np.where(l2 != 0.0, K * u * (np.abs(g) + np.abs(wd * p)), 0.0)
         tol_ys = (
             SUM_ROUNDING * np.sum(np.abs(eff * s) + np.abs(gp_old * s))
             + K * u * np.sum(np.abs(y * s))
             + np.sum(tol_g * np.abs(s))
         )
-        if self.h is None:
-            h, h_new, tol_h = np.ones(self.n), np.ones(self.n), np.zeros(self.n)
-            eps = 0.0
-        else:
-            h, h_new = state.h, new.h
+        eps, tol_h, tol_diagonal = 0.0, np.zeros(self.n), np.zeros(self.n)
+        if o.preconditioner == "bfgs":
+            h, h_new = state.diagonal, new.diagonal
             eps = 0.0 if state.step == 0 else o.eps
-            tol_h = np.zeros(self.n)
             tol_shs = (SUM_ROUNDING + K * u) * new.shs
             if new.updated:
                 gain, loss_term = y**2 / new.ys, (h * s) ** 2 / new.shs
                 tol_h = K * u * (h + gain + loss_term) + 4 * np.abs(y) * tol_g / new.ys
                 tol_h += gain * tol_ys / new.ys + loss_term * tol_shs / new.shs
+            tol_diagonal = tol_h
+        elif o.preconditioner == "adam":  # sums and products of positive numbers
+            eps = o.eps
+            h = reference.adam_diagonal(state.diagonal, state.beta2_power)
+            h_new = reference.adam_diagonal(new.diagonal, np.where(mask, new.beta2_power, 0.0))
+            tol_h = K * u * h_new
+            tol_diagonal = K * u * new.diagonal
+        else:
+            h, h_new = np.ones(self.n), np.ones(self.n)
         w = eff / (h_new + eps)
         tol_w = np.abs(w) * (K * u + tol_h / (h_new + eps)) + tol_g / (h_new + eps)
         w_prev = gp_old / (h + eps)
@@ -193,18 +207,25 @@ class Lockstep:
             error = np.abs(np.asarray(actual, dtype=float) - np.asarray(expected, dtype=float))
             assert np.all(error <= tolerance), f"{name} at step {after['step']}: off by {np.max(error - tolerance)}"
 
-        close("g_prev", self.g_prev, new.g_prev, tol_g)
+        if self.g_prev is not None:
+            close("g_prev", self.g_prev, new.g_prev, tol_g)
         close("d", self.d, new.d, tol_d)
-        if self.h is not None:
-            close("h", self.h, new.h, tol_h)
+        if self.diagonal is not None:
+            close("diagonal", self.diagonal, new.diagonal, tol_diagonal)
+        assert bool(after["updated"]) == new.updated
+        if o.preconditioner == "bfgs":
             close("ys", after["ys"], new.ys, tol_ys)
             close("shs", after["shs_used"], new.shs, (SUM_ROUNDING + K * u) * new.shs)
-            assert bool(after["updated"]) == new.updated
             # what the next step will use: sums over the last move
             s_new = np.where(mask, alpha * self.d, 0.0)
             close("gs", after["gs"], np.sum(self.g_prev * s_new), K * u * np.sum(np.abs(self.g_prev * s_new)))
-            close("shs'", after["shs"], np.sum(s_new * self.h * s_new), K * u * np.sum(np.abs(s_new * self.h * s_new)))
+            close("shs'", after["shs"], np.sum(s_new * self.diagonal * s_new), K * u * np.sum(s_new * self.diagonal * s_new))
             assert after["grad_max"] == np.max(np.abs(np.where(mask, self.g_prev, 0.0)), initial=0.0)
+        if o.preconditioner == "adam":
+            d_new = np.where(mask, self.d, 0.0).astype(float)
+            close("gg", after["gg"], np.sum(eff**2), SUM_ROUNDING * np.sum(eff**2))
+            close("gd", after["gd"], np.sum(eff * d_new), SUM_ROUNDING * np.sum(np.abs(eff * d_new)))
+            np.testing.assert_array_equal(self.per_element_of("beta2_powers"), new.beta2_power)
         close("p", self.flat(self.p), p_new, np.where(mask, tol_p, 0.0))
         close("rz", after["rz"], new.rz, tol_rz)
         close("beta", after["beta"], new.beta, tol_beta)
@@ -217,4 +238,8 @@ class Lockstep:
         return new
 
     def per_element_steps(self) -> np.ndarray:
-        return np.concatenate([np.full(cut.n, step) for cut, step in zip(self.cuts, self.param_steps, strict=True)])
+        return self.per_element_of("param_steps")
+
+    def per_element_of(self, key: str) -> np.ndarray:
+        numbers = self.state[key].cpu().numpy()
+        return np.concatenate([np.full(cut.n, number) for cut, number in zip(self.cuts, numbers, strict=True)])

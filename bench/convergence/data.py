@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import adaptive_avg_pool2d, pad
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 CACHE = Path(__file__).parent.parent.parent / "build" / "images"
-PAD = 4
 
 
 @dataclass
@@ -64,11 +63,13 @@ class Images:
         return ((x.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """A random crop of the image padded by four zeros, flipped or not: as (He et al., 2015)."""
+        """A random crop of the image padded by an eighth of zeros (four at 32 pixels), flipped or not: as (He et al.,
+        2015)."""
         n, _, height, width = x.shape
-        x = pad(x, (PAD, PAD, PAD, PAD))
+        margin = height // 8
+        x = pad(x, (margin, margin, margin, margin))
         draw = {"generator": generator, "device": x.device}
-        top, left = (torch.randint(2 * PAD + 1, (n, 1, 1), **draw) for _ in range(2))
+        top, left = (torch.randint(2 * margin + 1, (n, 1, 1), **draw) for _ in range(2))
         flip = torch.randint(2, (n, 1, 1), **draw).bool()
         rows = top + torch.arange(height, device=x.device)[:, None]
         columns = torch.arange(width, device=x.device)[None, :]
@@ -99,9 +100,19 @@ def read_pickles(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def load(folder: Path, train_images: int | None = None, test_images: int | None = None) -> Images:
+def sized(images: np.ndarray, side: int | None) -> Tensor:
+    x = torch.from_numpy(np.ascontiguousarray(images))
+    if side is None or x.shape[-1] == side:
+        return x
+    return torch.cat([adaptive_avg_pool2d(part.float(), side).round().to(torch.uint8) for part in x.split(1000)])
+
+
+def load(
+    folder: Path, train_images: int | None = None, test_images: int | None = None, side: int | None = None
+) -> Images:
     """The images of a folder in either layout. ``train_images`` and ``test_images`` take so many, drawn once and for
-    all (the same for every seed). Decoded images are kept in build/images."""
+    all (the same for every seed); ``side`` averages them down to so many pixels. Decoded images are kept in
+    build/images."""
     folder = folder.resolve()
     cache = CACHE / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}.npz"
     if cache.exists():
@@ -126,13 +137,13 @@ def load(folder: Path, train_images: int | None = None, test_images: int | None 
             raise ValueError(f"{count} images of {size}")
     train = np.sort(draw.permutation(len(train_y))[:train_images])
     test = np.sort(draw.permutation(len(test_y))[:test_images])
-    x = torch.from_numpy(np.ascontiguousarray(train_x[train]))
+    x, test_x = (sized(part, side) for part in (train_x[train], test_x[test]))
     flat = x.permute(1, 0, 2, 3).reshape(3, -1).double() / 255
     mean, std = (t.float().view(1, 3, 1, 1) for t in (flat.mean(1), flat.std(1)))
     return Images(
         x,
         torch.from_numpy(train_y[train].astype(np.int64)),
-        torch.from_numpy(np.ascontiguousarray(test_x[test])),
+        test_x,
         torch.from_numpy(test_y[test].astype(np.int64)),
         classes,
         mean,

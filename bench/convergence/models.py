@@ -1,9 +1,11 @@
-"""The CIFAR ResNets of He et al. (arXiv:1512.03385, section 4.2): three stages of 16, 32 and 64 channels."""
+"""The CIFAR ResNets of He et al. (arXiv:1512.03385, section 4.2): three stages of 16, 32 and 64 channels; and a small
+transformer for text."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, relu
+from torch.nn.functional import pad, relu, scaled_dot_product_attention
 
 
 class Block(nn.Module):
@@ -54,8 +56,47 @@ class CifarResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class TransformerBlock(nn.Module):
+    """Causal attention and a perceptron, each behind its normalization (pre-norm)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first_norm, self.second_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(self.first_norm(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(n, length, width))
+        return x + self.mlp(self.second_norm(x))
+
+
+class Transformer(nn.Module):
+    """Next-character prediction: sequences (n, length) to logits (n, classes, length)."""
+
+    def __init__(self, classes: int, length: int, width: int = 64, heads: int = 4, blocks: int = 2) -> None:
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(classes, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(blocks)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        for table in (self.embedding, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device)
+        return self.head(self.norm(self.blocks(self.embedding(x) + self.position(places)))).transpose(1, 2)
+
+
 def make(name: str, classes: int) -> nn.Module:
-    """``resnet8``, ``resnet32``, ...; ``resnet8p``, ... with projections; ``resnet50`` is torchvision's."""
+    """``resnet8``, ``resnet32``, ...; ``resnet8p``, ... with projections; ``resnet50`` is torchvision's;
+    ``transformer``."""
+    if name == "transformer":
+        from text import LENGTH
+
+        return Transformer(classes, LENGTH)
     if name == "resnet50":
         import torchvision
 

@@ -1,4 +1,4 @@
-"""One run: a model, an optimizer, the paper's schedule; everything that is needed to repeat it goes into its row."""
+"""One run: a model, an optimizer, a schedule; everything that is needed to repeat it goes into its row."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ import fastnlcg
 import models
 import torch
 from data import ImageNet, Images, Pairs, load
-from fastnlcg import NLCG, Diagnostics, OnlineLineSearch, paper_schedule
+from fastnlcg import NLCG, Diagnostics, OnlineLineSearch, paper_schedule, warmup_cosine
 from safeguards import SafeguardedNLCG, Safeguards
+from text import Text
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True)
 class Run:
-    """``peak`` is a factor on the paper's 0.1 * batch / 256. ``micro`` images pass through the network at once, and
-    share the statistics of batch normalization, whatever the batch. ``precision`` is that of the network's products
-    (torch.autocast); parameters, gradients and the optimizer's state are float32. ``augment``: crops and flips."""
+    """``schedule`` is ``"paper"``, absolute, where ``peak`` is a factor on the paper's 0.1 * batch / 256; or
+    ``"cosine"`` (fastnlcg.warmup_cosine), relative, where ``peak`` is the learning rate itself. ``micro`` samples pass
+    through the network at once, and images among them share the statistics of batch normalization, whatever the batch.
+    ``precision`` is that of the network's products (torch.autocast); parameters, gradients and the optimizer's state
+    are float32. ``augment``: crops and flips. ``side``: images are averaged down to that many pixels a side. A sample
+    of the ``"transformer"`` is a sequence; an epoch draws ``train_images`` of them."""
 
     optimizer: str
     batch: int
@@ -41,10 +45,12 @@ class Run:
     weight_decay: float = 0.0
     precision: str = "float32"
     augment: bool = True
+    schedule: str = "paper"
+    side: int = 32
 
     @property
     def peak_lr(self) -> float:
-        return self.peak * 0.1 * self.batch / 256
+        return self.peak * 0.1 * self.batch / 256 if self.schedule == "paper" else self.peak
 
 
 def external(name: str) -> type[torch.optim.Optimizer]:
@@ -65,17 +71,29 @@ def safeguarded(**options: object) -> Maker:
 
 
 PR = {"update": "polak_ribiere"}
+BFGS = {"preconditioner": "bfgs"}
 OPTIMIZERS: dict[str, Maker] = {
-    "nlcg_fr": nlcg(),
-    "nlcg_pr": nlcg(**PR),
-    "nlcg_fr_search": nlcg(line_search=OnlineLineSearch()),
-    "nlcg_pr_search": nlcg(line_search=OnlineLineSearch(), **PR),
+    "nlcg_adam": nlcg(preconditioner="adam"),
+    "nlcg_adam_pr": nlcg(preconditioner="adam", **PR),
+    "nlcg_adam_search": nlcg(preconditioner="adam", line_search=OnlineLineSearch()),
+    "nlcg_adam_08": nlcg(preconditioner="adam", beta_max=0.8),
+    "nlcg_adam_095": nlcg(preconditioner="adam", beta_max=0.95),
+    "nlcg_adam_1": nlcg(preconditioner="adam", beta_max=1.0),
+    **{
+        f"nlcg_adam_constant_{beta:02}": nlcg(preconditioner="adam", update="heavy_ball", beta_max=beta / 100)
+        for beta in (70, 75, 80, 85, 90)
+    },
+    "nlcg_none_09": nlcg(preconditioner=None, beta_max=0.9),
+    "nlcg_fr": nlcg(**BFGS),
+    "nlcg_pr": nlcg(**BFGS, **PR),
+    "nlcg_fr_search": nlcg(**BFGS, line_search=OnlineLineSearch()),
+    "nlcg_pr_search": nlcg(**BFGS, line_search=OnlineLineSearch(), **PR),
     "nlcg_fr_none": nlcg(preconditioner=None),
     "nlcg_pr_none": nlcg(preconditioner=None, **PR),
-    "nlcg_fr_descent": nlcg(restart="descent"),
-    "nlcg_pr_descent": nlcg(restart="descent", **PR),
-    "nlcg_fr_powell": nlcg(restart="powell"),
-    "nlcg_pr_powell": nlcg(restart="powell", **PR),
+    "nlcg_fr_descent": nlcg(**BFGS, restart="descent"),
+    "nlcg_pr_descent": nlcg(**BFGS, restart="descent", **PR),
+    "nlcg_fr_powell": nlcg(**BFGS, restart="powell"),
+    "nlcg_pr_powell": nlcg(**BFGS, restart="powell", **PR),
     "nlcg_fr_same_batch": safeguarded(same_batch=True),
     "nlcg_fr_mean": safeguarded(mean=0.9),
     "nlcg_fr_damped": safeguarded(damped=(0.2, 1.0)),
@@ -89,6 +107,9 @@ OPTIMIZERS: dict[str, Maker] = {
     "rmsprop": lambda ps, lr, decay: torch.optim.RMSprop(ps, lr, alpha=0.9, momentum=0.9, eps=1.0, weight_decay=decay),
     "sgd": lambda ps, lr, decay: torch.optim.SGD(ps, lr, weight_decay=decay),
     "adamw": lambda ps, lr, decay: torch.optim.AdamW(ps, lr, weight_decay=decay),
+    "adamw_08": lambda ps, lr, decay: torch.optim.AdamW(ps, lr, betas=(0.8, 0.999), weight_decay=decay),
+    "adamw_095": lambda ps, lr, decay: torch.optim.AdamW(ps, lr, betas=(0.95, 0.999), weight_decay=decay),
+    "nadam": lambda ps, lr, decay: torch.optim.NAdam(ps, lr, weight_decay=decay, decoupled_weight_decay=True),
     "lars": lambda ps, lr, decay: external("LARS")(ps, lr, momentum=0.9, weight_decay=decay),
     "lamb": lambda ps, lr, decay: external("Lamb")(ps, lr, weight_decay=decay),
 }
@@ -100,14 +121,29 @@ def fast_precision(device: str) -> str:
     return "bfloat16" if has_it else "float32"
 
 
+Data = Images | ImageNet | Text
+
+
+def dataset(config: Run, folder: Path, device: str) -> Data:
+    part = (config.train_images, config.test_images)
+    if config.model == "transformer":
+        return Text(*part, device)
+    return ImageNet(folder, device, *part) if config.model == "resnet50" else load(folder, *part, config.side).to(device)
+
+
 @torch.no_grad()
-def accuracy(net: nn.Module, images: Images | ImageNet) -> float:
-    """Percent of the test images."""
+def evaluate(net: nn.Module, data: Data) -> tuple[float, float]:
+    """Of the test part: percent classified right, and the mean loss."""
     net.eval()
-    counts = [(int((net(x).argmax(1) == y).sum()), len(y)) for x, y in images.test()]
+    right = count = 0
+    total = 0.0
+    for x, y in data.test():
+        logits = net(x).float()
+        right += int((logits.argmax(1) == y).sum())
+        total += float(cross_entropy(logits, y, reduction="sum"))
+        count += y.numel()
     net.train()
-    right, all_of_them = map(sum, zip(*counts, strict=True))
-    return 100.0 * right / all_of_them
+    return 100.0 * right / count, total / count
 
 
 def quantiles_of_h(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -140,24 +176,27 @@ def summary(steps: list[Diagnostics]) -> dict[str, float]:
 
 def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True) -> dict[str, object]:
     """Trains, and returns the row. ``compiled``: the network by torch.compile, a quarter faster on a CPU."""
-    part = (config.train_images, config.test_images)
-    images = ImageNet(folder, device, *part) if config.model == "resnet50" else load(folder, *part).to(device)
-    n = len(images)
+    data = dataset(config, folder, device)
+    n = len(data)
     if config.batch > n:
-        raise ValueError(f"a batch of {config.batch} of {n} images")
+        raise ValueError(f"a batch of {config.batch} of {n} samples")
     torch.manual_seed(config.seed)
-    net = models.make(config.model, images.classes).to(device, memory_format=torch.channels_last)
+    net = models.make(config.model, data.classes).to(device, memory_format=torch.channels_last)
     forward = torch.compile(net) if compiled else net
     ps = list(net.parameters())
     optimizer = OPTIMIZERS[config.optimizer](ps, config.peak_lr, config.weight_decay)
     steps = n // config.batch
-    schedule = paper_schedule(
-        optimizer, batch_size=config.batch, epochs=config.epochs, steps_per_epoch=steps, peak_lr=config.peak_lr
+    schedule = (
+        paper_schedule(
+            optimizer, batch_size=config.batch, epochs=config.epochs, steps_per_epoch=steps, peak_lr=config.peak_lr
+        )
+        if config.schedule == "paper"
+        else warmup_cosine(optimizer, config.epochs * steps)
     )
     generator = torch.Generator(device).manual_seed(config.seed)
     micro = min(config.micro, config.batch)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, config.precision == "bfloat16")
-    losses, accuracies, diagnostics, h = [], [], [], []
+    losses, accuracies, test_losses, diagnostics, h = [], [], [], [], []
 
     def gradients(pairs: Pairs) -> Tensor:
         """Of the mean over the batch, into p.grad; the mean itself."""
@@ -166,19 +205,19 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
         for x, y in pairs:
             with autocast:
                 value = cross_entropy(forward(x), y)
-            (value * (len(y) / config.batch)).backward()
-            loss += value.detach() * (len(y) / config.batch)
+            (value * (len(x) / config.batch)).backward()
+            loss += value.detach() * (len(x) / config.batch)
         return loss
 
     again = isinstance(optimizer, SafeguardedNLCG) and optimizer.safeguards.same_batch
     if compiled:  # before the clock starts; the step leaves no trace
         kept = copy.deepcopy(net.state_dict())
-        gradients(itertools.islice(next(images.epoch(config.batch, micro, torch.Generator(device))), 1))
+        gradients(itertools.islice(next(data.epoch(config.batch, micro, torch.Generator(device))), 1))
         net.load_state_dict(kept)
     started = time.perf_counter()
     for _ in range(config.epochs):
         of_epoch = []
-        for batch in images.epoch(config.batch, micro, generator, config.augment):
+        for batch in data.epoch(config.batch, micro, generator, config.augment):
             pairs = list(batch) if again else batch
             loss = gradients(pairs)
             if isinstance(optimizer, NLCG):
@@ -193,7 +232,9 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
             if isinstance(optimizer, NLCG):
                 of_epoch.append(optimizer.diagnostics())
         with autocast:
-            accuracies.append(accuracy(net, images))
+            right, test_loss = evaluate(net, data)
+        accuracies.append(right)
+        test_losses.append(test_loss)
         diagnostics.append(summary(of_epoch))
         h.append(quantiles_of_h(optimizer))
         if not math.isfinite(losses[-1]):
@@ -201,12 +242,13 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
     return {
         **dataclasses.asdict(config),
         "peak_lr": config.peak_lr,
-        "data": folder.name,
+        "data": data.name if isinstance(data, Text) else folder.name,
         "compiled": compiled,
         "parameters": models.count(net),
         "steps": len(losses),
         "loss": [round(x, 5) for x in losses],
         "accuracy": [round(x, 3) for x in accuracies],
+        "test_loss": [round(x, 5) for x in test_losses],
         "final_loss": statistics.mean(losses[-steps:]),
         "final_accuracy": accuracies[-1],
         "seconds": round(time.perf_counter() - started, 1),  # with whatever else the machine did; see cost.py

@@ -2,11 +2,12 @@
 
     NLCG                the torch optimizer
     OnlineLineSearch    the paper's line search on the mini-batch loss, an option of NLCG
-    paper_schedule      the paper's learning-rate schedule, as a torch scheduler
+    warmup_cosine       linear warm-up and cosine decay relative to the peak, as a torch scheduler
+    paper_schedule      the paper's learning-rate schedule, likewise
     ops                 the step and its parts over flat buffers; no torch needed
     reference           the definition, in NumPy float64
 
-``NLCG``, ``Diagnostics`` and ``paper_schedule`` need torch, and import it when they are first used.
+``NLCG``, ``Diagnostics`` and the schedules need torch, and import it when they are first used.
 """
 
 from __future__ import annotations
@@ -18,13 +19,22 @@ from fastnlcg.line_search import OnlineLineSearch
 
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG, Diagnostics
-    from fastnlcg.schedules import paper_schedule
+    from fastnlcg.schedules import paper_schedule, warmup_cosine
 
-__all__ = ["NLCG", "Diagnostics", "OnlineLineSearch", "__version__", "ops", "paper_schedule", "reference"]
+__all__ = [
+    "NLCG",
+    "Diagnostics",
+    "OnlineLineSearch",
+    "__version__",
+    "ops",
+    "paper_schedule",
+    "reference",
+    "warmup_cosine",
+]
 
 __version__ = _native.version
 
-_NEED_TORCH = {"NLCG": "nlcg", "Diagnostics": "nlcg", "paper_schedule": "schedules"}
+_NEED_TORCH = {"NLCG": "nlcg", "Diagnostics": "nlcg", "paper_schedule": "schedules", "warmup_cosine": "schedules"}
 
 
 def __getattr__(name: str) -> object:

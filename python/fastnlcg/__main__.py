@@ -25,19 +25,23 @@ def self_check(device: str = "cpu") -> dict[str, Any]:
     """Takes 20 steps of native float64 and float32 beside the reference; returns the largest relative differences.
     Without torch on the CPU only."""
     worst = {"float64": 0.0, "float32": 0.0}
-    for update in ("fletcher_reeves", "polak_ribiere"):
+    forms = [(kind, update) for kind in _native.PRECONDITIONERS for update in ("fletcher_reeves", "polak_ribiere")]
+    for preconditioner, update in forms:
         rng = np.random.default_rng(0)
         curvature, start = rng.uniform(0.1, 3.0, N), rng.standard_normal(N)
-        options = reference.Options(update=update)
+        options = reference.Options(update=update, preconditioner=preconditioner)
         for dtype in worst:
             p, expected = start.astype(dtype), start.astype(dtype).astype(np.float64)
-            buffers = [np.zeros(N, dtype), np.zeros(N, dtype), np.ones(N, dtype)]
             place, fetch = _transport(device)
-            p, (g_prev, d, h) = place(p), map(place, buffers)
             scalars, state = ops.Scalars(), reference.initial_state(N, options)
+            p, g_prev, d = place(p), place(np.zeros(N, dtype)), place(np.zeros(N, dtype))
+            diagonal = None if state.diagonal is None else place(state.diagonal.astype(dtype))
             for _ in range(STEPS):
                 gradient = (curvature * expected).astype(dtype)  # both see the same gradient
-                ops.nlcg_step(p, place(gradient), g_prev, d, h, scalars, lr=0.05, update=update)
+                ops.nlcg_step(
+                    *(p, place(gradient), g_prev, d, diagonal, scalars),
+                    **{"lr": 0.05, "update": update, "preconditioner": preconditioner},
+                )
                 expected, state = reference.nlcg_step(expected, gradient.astype(np.float64), state, options, lr=0.05)
             error = float(np.max(np.abs(fetch(p) - expected)) / np.max(np.abs(expected)))
             worst[dtype] = max(worst[dtype], error)

@@ -41,8 +41,9 @@ class Step:
         n: int,
         grad_prev: Buffer | None,
         direction: Buffer | None,
-        hessian_diag: Buffer | None,
+        diagonal: Buffer | None,
         param_steps: Buffer | None,
+        beta2_powers: Buffer | None,
         groups: int,
         device: str = "cpu",
         workspace: Buffer | None = None,
@@ -50,11 +51,14 @@ class Step:
     ) -> None: ...
     def set_options(
         self,
+        preconditioner: str,
         update: str,
         restart: str,
         restart_every: int,
         eps: float,
         curvature_eps: float,
+        beta2: float,
+        beta_max: float,
         skip_nonfinite: bool,
         maximize: bool,
         line_search: tuple[float, float, float, float] | None,
@@ -81,6 +85,9 @@ class Step:
     def state_norms(self, threads: int) -> tuple[float, float, float]: ...
     scalars: dict[str, float]
     alpha_prev: list[float]
+    beta2_power: float
     def update_curvature(self, g: Buffer, alpha_prev: float, threads: int) -> tuple[float, float, bool]: ...
     def preconditioned_dots(self, g: Buffer, threads: int) -> tuple[float, float]: ...
-    def update_direction(self, p: Buffer | None, g: Buffer, alpha: float, beta: float, threads: int) -> None: ...
+    def update_direction(
+        self, p: Buffer | None, g: Buffer, alpha: float, weight_decay: float, beta: float, threads: int
+    ) -> None: ...

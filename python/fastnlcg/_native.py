@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -18,7 +19,9 @@ from fastnlcg._core import Buffer, Step
 from fastnlcg.line_search import OnlineLineSearch
 
 __all__ = [
+    "PRECONDITIONERS",
     "Buffer",
+    "Preconditioner",
     "Step",
     "buffers",
     "capturing",
@@ -33,17 +36,46 @@ __all__ = [
     "instruction_sets",
     "mark_written",
     "native_options",
+    "needs_rz_mid",
     "num_threads",
     "state_dtype",
     "version",
     "workspace_doubles",
 ]
 
-UPDATES = ("fletcher_reeves", "polak_ribiere")
-PRECONDITIONERS = ("bfgs", None)
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """What Python has to know of a preconditioner; its formulas are in ``csrc/passes.h``."""
+
+    native: str
+    """its name there"""
+    diagonal: str | None = None
+    """the state key of its own stream"""
+    start: float = 0.0
+    """what that stream holds before the first step"""
+    keeps_gradient: bool = True
+    """whether ``grad_prev`` is state even where no option needs it"""
+    counts_updates: bool = False
+    """whether a parameter has a ``beta2_power``: beta2^k after k updates"""
+    beta_max: float = 1.0
+    """the default"""
+    divides_by_eps: bool = False
+    """whether the diagonal can be 0, so that eps must not be"""
+
+
+PRECONDITIONERS: dict[str | None, Preconditioner] = {
+    "adam": Preconditioner(
+        "adam", "exp_avg_sq", keeps_gradient=False, counts_updates=True, beta_max=0.9, divides_by_eps=True
+    ),
+    "bfgs": Preconditioner("bfgs", "hessian_diag", start=1.0),
+    None: Preconditioner("none"),
+}
+UPDATES = ("fletcher_reeves", "polak_ribiere", "heavy_ball")
 RESTARTS = ("descent", "powell")
 NONFINITE = ("skip", "propagate")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+SMALLEST_EPS = 1.1754944e-38  # the least normal float32: anything less may be flushed to 0
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 version: str = _core.version
@@ -103,10 +135,22 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
 def check_options(options: Mapping[str, Any]) -> None:
     """Checks the options that hold for a whole optimizer. Raises for the first that is wrong; see NLCG for them."""
     _check_choice("update", options["update"], UPDATES)
-    _check_choice("preconditioner", options["preconditioner"], PRECONDITIONERS)
+    _check_choice("preconditioner", options["preconditioner"], tuple(PRECONDITIONERS))
     _check_choice("nonfinite", options["nonfinite"], NONFINITE)
-    check_real("eps", options["eps"], minimum=0.0)
+    preconditioner = PRECONDITIONERS[options["preconditioner"]]
+    eps = check_real("eps", options["eps"], minimum=0.0)
+    if preconditioner.divides_by_eps and eps < SMALLEST_EPS:
+        raise ValueError(
+            f"Invalid eps: {options['eps']!r}; expected at least {SMALLEST_EPS:g} with preconditioner="
+            f"{options['preconditioner']!r}, whose diagonal is 0 where every gradient was"
+        )
     check_real("curvature_eps", options["curvature_eps"], minimum=0.0)
+    if check_real("beta2", options["beta2"], minimum=0.0) >= 1.0:
+        raise ValueError(f"Invalid beta2: {options['beta2']!r}; expected a number in [0, 1)")
+    if options["beta_max"] is not None and check_real("beta_max", options["beta_max"], minimum=0.0) > 1.0:
+        raise ValueError(f"Invalid beta_max: {options['beta_max']!r}; expected None or a number in [0, 1]")
+    if options["update"] == "heavy_ball" and _beta_max(options) >= 1.0:
+        raise ValueError("update='heavy_ball' holds beta at beta_max: expected beta_max < 1, got 1")
     for name in ("maximize", "capturable"):
         if not isinstance(options.get(name, False), bool):
             raise TypeError(f"{name} must be a bool, got {options[name]!r}")
@@ -123,15 +167,29 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise TypeError(f"line_search must be None or an OnlineLineSearch, got {line_search!r}")
 
 
+def _beta_max(options: Mapping[str, Any]) -> float:
+    """The option, or the preconditioner's default."""
+    given = options["beta_max"]
+    return PRECONDITIONERS[options["preconditioner"]].beta_max if given is None else float(given)
+
+
+def needs_rz_mid(options: Mapping[str, Any]) -> bool:
+    """Whether these options look at sum(g g_prev / (h + eps)), so that the state must have ``grad_prev``."""
+    return options["update"] == "polak_ribiere" or options["restart"] == "powell"
+
+
 def native_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``Step.set_options`` for checked options."""
     restart, line_search = options["restart"], options["line_search"]
     return {
+        "preconditioner": PRECONDITIONERS[options["preconditioner"]].native,
         "update": options["update"],
         "restart": "never" if restart is None else restart if isinstance(restart, str) else "every",
         "restart_every": restart if isinstance(restart, int) else 0,
         "eps": float(options["eps"]),
         "curvature_eps": float(options["curvature_eps"]),
+        "beta2": float(options["beta2"]),
+        "beta_max": _beta_max(options),
         "skip_nonfinite": options["nonfinite"] == "skip",
         "maximize": options["maximize"],
         "line_search": None if line_search is None else line_search.as_tuple(),

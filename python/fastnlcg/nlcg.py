@@ -32,14 +32,19 @@ _SHARED = (
     "line_search",
     "eps",
     "curvature_eps",
+    "beta2",
+    "beta_max",
     "restart",
     "nonfinite",
     "maximize",
     "capturable",
 )
 # Scalars of the native step that a checkpoint needs: in the first parameter group, as plain numbers.
-_SCALARS = ("rz", "gs", "shs", "grad_max", "ls_scale", "loss_prev", "skipped_steps")
+_SCALARS = ("rz", "gs", "shs", "grad_max", "gg", "gd", "ls_scale", "loss_prev", "skipped_steps")
+_SINCE_0_3 = ("gg", "gd")  # missing in older checkpoints, whose preconditioners do not use them
 _DEFAULT_SCALARS = {**dict.fromkeys(_SCALARS, 0.0), "ls_scale": 1.0, "loss_prev": None}
+
+_NUMBERS = ("step", "beta2_power")  # of a parameter: float64, whatever the dtype of its state
 
 # torch >= 2.10 hands out tensors to native code in tens of nanoseconds; before, _Table.refresh compares in Python.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
@@ -58,13 +63,13 @@ class Diagnostics:
     rz: float
     """sum(g g / (h + eps))"""
     ys: float
-    """sum(y s): 0 where no curvature pair was formed (first step, changed parameters, no preconditioner)"""
+    """sum(y s): 0 where no curvature pair was formed (first step, changed parameters, not ``"bfgs"``)"""
     shs: float
     """sum(s h s), likewise"""
     updated: bool
-    """whether h was updated"""
+    """whether the preconditioner's diagonal was updated"""
     grad_norm: float
-    """|g|, after weight decay"""
+    """|g|, after L2 weight decay"""
     direction_norm: float
     """|d|"""
     cosine: float
@@ -72,7 +77,7 @@ class Diagnostics:
     ls_scale: float
     """line-search scale, in (0, 1]"""
     launches: int = 0
-    """CUDA launches of the step's passes: 1 (cooperative) or 3; 0 on the CPU"""
+    """CUDA launches of the step's passes: 1 (cooperative), or one for each; 0 on the CPU"""
 
 
 class NLCG(torch.optim.Optimizer):
@@ -147,14 +152,16 @@ class NLCG(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
-        lr: float | Tensor,
+        lr: float | Tensor = 1e-3,
         *,
-        update: Literal["fletcher_reeves", "polak_ribiere"] = "fletcher_reeves",
-        preconditioner: Literal["bfgs"] | None = "bfgs",
+        update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = "fletcher_reeves",
+        preconditioner: Literal["adam", "bfgs"] | None = "adam",
         line_search: OnlineLineSearch | None = None,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
         curvature_eps: float = 1e-8,
+        beta2: float = 0.999,
+        beta_max: float | None = None,
         restart: Literal["descent", "powell"] | int | None = None,
         nonfinite: Literal["skip", "propagate"] = "skip",
         maximize: bool = False,
@@ -173,6 +180,8 @@ class NLCG(torch.optim.Optimizer):
             "line_search": line_search,
             "eps": eps,
             "curvature_eps": curvature_eps,
+            "beta2": beta2,
+            "beta_max": beta_max,
             "restart": restart,
             "nonfinite": nonfinite,
             "maximize": maximize,
@@ -255,6 +264,12 @@ class NLCG(torch.optim.Optimizer):
                     if moved:
                         _increment_version(table.moving)
                 table.gradients = []
+            except BaseException:
+                # GradScaler sets these for one call and removes them after it, unless the call raises; and it
+                # multiplies with what it finds: the next step would divide by the scale squared.
+                for name in ("grad_scale", "found_inf"):
+                    self.__dict__.pop(name, None)
+                raise
             finally:
                 self._stepping = False
         return value
@@ -300,6 +315,8 @@ class NLCG(torch.optim.Optimizer):
             self._use_stream(native)
             s = native.scalars
             gg, dd, gd = native.state_norms(_native.num_threads())
+            if "grad_prev" not in _streams(self._options):  # the step has kept the sums instead
+                gg, gd = s["gg"], s["gd"]
         norms = math.sqrt(gg) * math.sqrt(dd)
         return Diagnostics(
             step=int(s["step"]),
@@ -351,8 +368,8 @@ class NLCG(torch.optim.Optimizer):
                 dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
                 self.state[p] = {
                     key: torch.as_tensor(value).to(
-                        device=p.device if key != "step" else "cpu",
-                        dtype=dtype if key != "step" else torch.float64,
+                        device=p.device if key not in _NUMBERS else "cpu",
+                        dtype=dtype if key not in _NUMBERS else torch.float64,
                         copy=True,
                     )
                     for key, value in saved["state"][index].items()
@@ -419,8 +436,13 @@ class NLCG(torch.optim.Optimizer):
             _check_shared(groups)
             options = _shared_options(groups[0])
             if self._table.native is not None:
-                if (options["preconditioner"] is None) != (self._options["preconditioner"] is None):
+                if options["preconditioner"] != self._options["preconditioner"]:
                     raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
+                if _streams(options) != _streams(self._options):
+                    raise ValueError(
+                        "update and restart cannot change to ones that need other state (grad_prev) once there is "
+                        "some; make a new optimizer"
+                    )
                 self._table.native.set_options(**_native.native_options(options))
             self._options, self._checked = options, current
         return self._options, lr, weight_decay
@@ -430,7 +452,8 @@ class NLCG(torch.optim.Optimizer):
         table = self._table
         params = self._parameters()
         if (
-            len(params) != len(table.params)
+            len(self.param_groups) != table.groups
+            or len(params) != len(table.params)
             or not all(map(is_, params, table.params))
             or len(self.state) != table.states
             or not table.refresh()
@@ -463,9 +486,13 @@ class NLCG(torch.optim.Optimizer):
 
         layout = [params[i] for i in stateful]
         old = self._table
+        if not layout:  # no parameter has ever had a gradient: nothing to do
+            self._table = _Table(params=params, groups=len(self.param_groups))
+            return
         if (
             native is None
             or moved
+            or len(self.param_groups) != old.groups
             or len(self.state) != old.states
             or len(layout) != len(old.layout)
             or not all(map(is_, layout, old.layout))
@@ -477,6 +504,7 @@ class NLCG(torch.optim.Optimizer):
             params=params,
             layout=layout,
             states=len(self.state),
+            groups=len(self.param_groups),
             moving=[params[i] for i in moving],
             resting=[p for p, g in zip(params, grads, strict=True) if g is None],
             set=self._name_set(moving),
@@ -521,16 +549,17 @@ class NLCG(torch.optim.Optimizer):
         self._save_scalars()
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in layout) else torch.float32
         *offsets, n = _offsets(layout)
-        fills = {"grad_prev": 0.0, "direction": 0.0}
-        if options["preconditioner"] is not None:
-            fills["hessian_diag"] = 1.0
+        preconditioner = _native.PRECONDITIONERS[options["preconditioner"]]
+        fills = _streams(options)
         flat = {key: torch.empty(n, dtype=dtype, device=device) for key in fills}
         buffers = {key: _native.Buffer(whole) for key, whole in flat.items()}
         for key, fill in fills.items():
             if not _on_gpu(device):
                 buffers[key].advise_huge_pages()
             flat[key].fill_(fill)
-        steps = torch.zeros(len(layout), dtype=torch.float64, device=device)
+        of_param = {key: torch.zeros(len(layout), dtype=torch.float64, device=device) for key in _numbers(options)}
+        if "beta2_power" in of_param:
+            of_param["beta2_power"].fill_(1.0)
         placed: dict[str, Any] = {}
         if _on_gpu(device):
             doubles = _native.workspace_doubles(n, len(layout), len(self.param_groups))
@@ -540,17 +569,17 @@ class NLCG(torch.optim.Optimizer):
         native = _native.Step(
             _DTYPES[dtype],
             n,
-            buffers["grad_prev"],
+            buffers.get("grad_prev"),
             buffers["direction"],
-            buffers.get("hessian_diag"),
-            _native.Buffer(steps),
+            buffers.get(preconditioner.diagonal),
+            *(_native.Buffer(of_param[key]) if key in of_param else None for key in ("step", "beta2_power")),
             len(self.param_groups),
             **placed,
         )
         native.set_options(**_native.native_options(options))
         fresh: list[tuple[Tensor, dict[str, Tensor]]] = []
         for slot, (p, offset) in enumerate(zip(layout, offsets, strict=True)):
-            views = {"step": steps[slot]}
+            views = {key: numbers[slot] for key, numbers in of_param.items()}
             for key, whole in flat.items():
                 views[key] = whole[offset : offset + p.numel()].as_strided(p.shape, p.stride(), offset)
             for key, value in self.state.get(p, {}).items():
@@ -559,7 +588,7 @@ class NLCG(torch.optim.Optimizer):
         if any(self.state.get(p) for p in layout):
             first = self.param_groups[0]
             scalars = {key: math.nan if first[key] is None else float(first[key]) for key in _SCALARS}
-            counts = steps.tolist()
+            counts = of_param["step"].tolist()
             # The set of the last step: what did not move in it has an older count, what is new here has none.
             self._sets.clear()
             last = [i for i, count in zip(stateful, counts, strict=True) if params[i].numel() and count == max(counts)]
@@ -568,7 +597,7 @@ class NLCG(torch.optim.Optimizer):
         for p, views in fresh:
             self.state[p] = views
         self._options = dict(options)
-        self._table = _Table(native=native, layout=layout, states=len(self.state))
+        self._table = _Table(native=native, layout=layout, states=len(self.state), groups=len(self.param_groups))
         return native
 
 
@@ -583,6 +612,8 @@ class _Table:
     """those with state, in the order of the flat state"""
     states: int = 0
     """len(optimizer.state) when the state was laid out"""
+    groups: int = 0
+    """len(optimizer.param_groups) then"""
     moving: list[Tensor] = field(default_factory=list)
     """those with a gradient and at least one element: one segment each"""
     resting: list[Tensor] = field(default_factory=list)
@@ -613,6 +644,23 @@ class _Table:
         if same:
             self.native.point([p.data_ptr() for p in self.moving], [g.data_ptr() for g in self.gradients])
         return same
+
+
+def _streams(options: Mapping[str, Any]) -> dict[str, float]:
+    """The tensors of a parameter's state under these options, and what they hold before the first step."""
+    preconditioner = _native.PRECONDITIONERS[options["preconditioner"]]
+    streams = {"direction": 0.0}
+    if preconditioner.keeps_gradient or _native.needs_rz_mid(options):
+        streams["grad_prev"] = 0.0
+    if preconditioner.diagonal is not None:
+        streams[preconditioner.diagonal] = preconditioner.start
+    return streams
+
+
+def _numbers(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The numbers of a parameter's state, float64 on any device."""
+    counts = _native.PRECONDITIONERS[options["preconditioner"]].counts_updates
+    return _NUMBERS if counts else _NUMBERS[:1]
 
 
 def _signature(t: Tensor) -> tuple[object, ...]:
@@ -789,9 +837,10 @@ def _check_state_dict(optimizer: NLCG, given: object) -> None:
     if state:
         for k, group in enumerate(groups):
             for key in ("alpha_prev", *(_SCALARS if k == 0 else ())):
-                _check_saved_scalar(k, key, group)
+                if key not in _SINCE_0_3:
+                    _check_saved_scalar(k, key, group)
     parameters = dict(zip((i for g in groups for i in g["params"]), optimizer._parameters(), strict=True))
-    keys = {"step", "grad_prev", "direction"} | ({"hessian_diag"} if complete[0]["preconditioner"] else set())
+    keys = {*_numbers(complete[0]), *_streams(complete[0])}
     for index, entry in state.items():
         if index not in parameters:
             raise ValueError(f"state has an entry for parameter {index!r}, which no group names")
@@ -822,6 +871,11 @@ def _check_saved_state(index: int, p: Tensor, entry: object, keys: set[str], *, 
             if not isinstance(number, float | int) or not (number >= 0 and float(number).is_integer()):
                 raise ValueError(f"{where}: 'step' is {value!r}, expected a whole number >= 0")
             continue
+        if key == "beta2_power":
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if not isinstance(number, float | int) or not 0.0 <= number <= 1.0:
+                raise ValueError(f"{where}: 'beta2_power' is {value!r}, expected a number in [0, 1]")
+            continue
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{where}: {key!r} is {kind}, expected a floating-point tensor")
@@ -829,5 +883,5 @@ def _check_saved_state(index: int, p: Tensor, entry: object, keys: set[str], *, 
             raise ValueError(f"{where}: {key!r} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
         if finite and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{where}: {key!r} has values that are not finite")
-        if finite and key == "hessian_diag" and value.numel() and bool((value < 0).any()):
-            raise ValueError(f"{where}: 'hessian_diag' has negative values")
+        if finite and key in ("hessian_diag", "exp_avg_sq") and value.numel() and bool((value < 0).any()):
+            raise ValueError(f"{where}: {key!r} has negative values")

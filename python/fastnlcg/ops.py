@@ -38,6 +38,8 @@ __all__ = [
     "Curvature",
     "Dots",
     "Scalars",
+    "adam_direction_update",
+    "adam_preconditioned_dots",
     "bfgs_diag_update",
     "direction_update",
     "nlcg_step",
@@ -95,7 +97,9 @@ class Scalars:
     ys: float = 0.0
     """sum(y s) in the last step"""
     updated: float = 0.0
-    """1 where the last step updated h"""
+    """1 where the last step updated the preconditioner's diagonal"""
+    beta2_power: float = 1.0
+    """beta2^k after k updates of Adam's v"""
 
 
 def bfgs_diag_update(
@@ -135,7 +139,7 @@ def bfgs_diag_update(
     threads = _native.num_threads(threads)
     view = _native.buffers({"g": g}, {"g_prev": g_prev, "d": d, "h": h}, ("h",))
     step = _step(view, stream, g, h)
-    _set_options(step, curvature_eps=curvature_eps)
+    _set_options(step, "bfgs", curvature_eps=curvature_eps)
     curvature = Curvature(*step.update_curvature(view["g"], alpha_prev, threads))
     if curvature.updated:
         _native.mark_written(h)
@@ -162,7 +166,7 @@ def preconditioned_dots(
     threads = _native.num_threads(threads)
     view = _native.buffers({"g": g}, {"g_prev": g_prev, "h": h}, ())
     step = _step(view, stream, g)
-    _set_options(step, eps=eps)
+    _set_options(step, None if h is None else "bfgs", eps=eps)
     return Dots(*step.preconditioned_dots(view["g"], threads))
 
 
@@ -201,9 +205,98 @@ def direction_update(
     threads = _native.num_threads(threads)
     view = _native.buffers({"g": g, "p": p}, {"d": d, "h": h, "g_prev": g_prev}, ("d", "p", "g_prev"))
     step = _step(view, stream, g, d)
-    _set_options(step, eps=eps)
-    step.update_direction(view.get("p"), view["g"], alpha, beta, threads)
+    _set_options(step, None if h is None else "bfgs", eps=eps)
+    step.update_direction(view.get("p"), view["g"], alpha, 0.0, beta, threads)
     _native.mark_written(d, p, g_prev)
+
+
+def adam_preconditioned_dots(
+    g: Any,
+    v: Any,
+    *,
+    updates: int,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    g_prev: Any = None,
+    threads: int | None = None,
+    stream: int | None = None,
+) -> Dots:
+    """The dot products of a step with Adam's diagonal. Reads only: ``v`` is the second moment before this gradient.
+
+    With ``v_new = beta2 v + (1 - beta2) g^2`` and ``h = sqrt(v_new / (1 - beta2^(updates + 1)))``.
+
+    Args:
+        g: gradient, shape (n,).
+        v: running mean of squared gradients, shape (n,).
+        updates: how many gradients ``v`` has seen, >= 0.
+        beta2: its decay, in [0, 1).
+        eps: added to h, > 0.
+        g_prev: gradient of the previous step, or None to leave ``rz_mid`` out.
+        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        stream: on a GPU; default the caller's current one.
+
+    Returns:
+        ``rz = sum(g g / (h + eps))``, and ``rz_mid = sum(g g_prev / (h_old + eps))`` with the h of ``v`` as given.
+    """
+    options = _adam_options(beta2, eps)
+    updates = _check_updates(updates)
+    threads = _native.num_threads(threads)
+    view = _native.buffers({"g": g}, {"v": v, "g_prev": g_prev}, ())
+    step = _step(view, stream, g)
+    step.set_options(**options)
+    step.beta2_power = beta2**updates
+    return Dots(*step.preconditioned_dots(view["g"], threads))
+
+
+def adam_direction_update(
+    d: Any,
+    g: Any,
+    v: Any,
+    *,
+    beta: float,
+    updates: int,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    p: Any = None,
+    alpha: float = 0.0,
+    weight_decay: float = 0.0,
+    g_prev: Any = None,
+    threads: int | None = None,
+    stream: int | None = None,
+) -> None:
+    """The second moment, the new conjugate direction with Adam's diagonal, and the move along it, in one pass and in
+    place.
+
+    ``v = beta2 v + (1 - beta2) g^2``, ``h = sqrt(v / (1 - beta2^(updates + 1)))``, ``z = -g / (h + eps)``,
+    ``d = z + beta * d``, and where given ``p = (1 - alpha weight_decay) p + alpha * d`` and ``g_prev = g``.
+
+    Args:
+        d: direction, shape (n,), written.
+        g: gradient.
+        v: running mean of squared gradients, written.
+        beta: conjugacy coefficient.
+        updates: how many gradients ``v`` had seen before, >= 0.
+        beta2: decay of v, in [0, 1).
+        eps: added to h, > 0.
+        p: parameters to move, written; None: none.
+        alpha: step length.
+        weight_decay: decoupled weight decay, >= 0.
+        g_prev: where to keep the gradient for the next step, written; None: nowhere.
+        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        stream: on a GPU; default the caller's current one.
+    """
+    beta = _native.check_real("beta", beta)
+    alpha = _native.check_real("alpha", alpha)
+    weight_decay = _native.check_real("weight_decay", weight_decay, minimum=0.0)
+    options = _adam_options(beta2, eps)
+    updates = _check_updates(updates)
+    threads = _native.num_threads(threads)
+    view = _native.buffers({"g": g, "p": p}, {"d": d, "v": v, "g_prev": g_prev}, ("d", "v", "p", "g_prev"))
+    step = _step(view, stream, g, d)
+    step.set_options(**options)
+    step.beta2_power = beta2**updates
+    step.update_direction(view.get("p"), view["g"], alpha, weight_decay, beta, threads)
+    _native.mark_written(d, v, p, g_prev)
 
 
 def nlcg_step(
@@ -211,16 +304,19 @@ def nlcg_step(
     g: Any,
     g_prev: Any,
     d: Any,
-    h: Any,
+    diagonal: Any,
     scalars: Scalars,
     *,
     lr: float,
+    preconditioner: Literal["adam", "bfgs"] | None,
     loss: float | None = None,
     weight_decay: float = 0.0,
-    update: Literal["fletcher_reeves", "polak_ribiere"] = "fletcher_reeves",
+    update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = "fletcher_reeves",
     line_search: OnlineLineSearch | None = None,
     eps: float = 1e-8,
     curvature_eps: float = 1e-8,
+    beta2: float = 0.999,
+    beta_max: float | None = None,
     restart: Literal["descent", "powell"] | int | None = None,
     nonfinite: Literal["skip", "propagate"] = "skip",
     maximize: bool = False,
@@ -229,21 +325,23 @@ def nlcg_step(
 ) -> bool:
     """One whole fused step, in place: what :class:`fastnlcg.NLCG` does, for one flat buffer.
 
-    Three passes, 56 bytes of traffic per float32 parameter, no temporary of the size of the parameters. On a GPU it
-    waits for the scalars, which are the host's here. Before the
-    first step ``g_prev`` and ``d`` are zero, ``h`` is one, ``scalars`` is ``Scalars()``.
+    No temporary of the size of the parameters. On a GPU it waits for the scalars, which are the host's here. Before the
+    first step ``g_prev``, ``d`` and Adam's ``diagonal`` are zero, the BFGS one is one, ``scalars`` is ``Scalars()``.
 
     Args:
         p: parameters, shape (n,), written.
         g: gradient.
-        g_prev: gradient of the previous step, written.
+        g_prev: gradient of the previous step, written. With ``"adam"`` None, unless ``"polak_ribiere"`` or
+            ``"powell"`` look at it.
         d: direction, written.
-        h: diagonal of the Hessian estimate, written; None for no preconditioner.
+        diagonal: the preconditioner's state, written: v for ``"adam"``, h for ``"bfgs"``, None without one.
         scalars: written.
         lr: learning rate, >= 0; the step length is ``lr`` times the line-search scale.
+        preconditioner: as in :class:`fastnlcg.NLCG`; it says what ``diagonal`` holds, so there is no default.
         loss: loss at ``p``, for the line search.
-        weight_decay: L2 coefficient, >= 0.
-        update, line_search, eps, curvature_eps, restart, nonfinite, maximize: as in :class:`fastnlcg.NLCG`.
+        weight_decay: >= 0; decoupled with ``"adam"``, else L2.
+        update, line_search, eps, curvature_eps, beta2, beta_max, restart, nonfinite, maximize: as in
+            :class:`fastnlcg.NLCG`.
         threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
 
@@ -255,34 +353,44 @@ def nlcg_step(
     weight_decay = _native.check_real("weight_decay", weight_decay, minimum=0.0)
     options = {
         "update": update,
-        "preconditioner": None if h is None else "bfgs",
+        "preconditioner": preconditioner,
         "line_search": line_search,
         "eps": eps,
         "curvature_eps": curvature_eps,
+        "beta2": beta2,
+        "beta_max": beta_max,
         "restart": restart,
         "nonfinite": nonfinite,
         "maximize": maximize,
     }
     _native.check_options(options)
+    kind = _native.PRECONDITIONERS[preconditioner]
+    if (diagonal is None) != (kind.diagonal is None):
+        wanted = "None" if kind.diagonal is None else f"its {kind.diagonal}"
+        raise ValueError(f"diagonal must be {wanted} with preconditioner={preconditioner!r}")
+    if g_prev is None and (kind.keeps_gradient or _native.needs_rz_mid(options)):
+        raise ValueError(f"g_prev is needed with preconditioner={preconditioner!r}, {update=}, {restart=}; got None")
     if not isinstance(scalars, Scalars):
         raise TypeError(f"scalars must be an ops.Scalars, got {type(scalars).__name__}")
     loss_value = _native.check_loss(loss)
     threads = _native.num_threads(threads)
-    view = _native.buffers({"g": g, "p": p}, {"g_prev": g_prev, "d": d, "h": h}, ("p", "g_prev", "d", "h"))
+    state = {"g_prev": g_prev, "d": d, "diagonal": diagonal}
+    view = _native.buffers({"g": g, "p": p}, state, ("p", *state))
     step = _step(view, stream, g, p)
     step.set_options(**_native.native_options(options))
     step.scalars = asdict(scalars)
     step.alpha_prev = [float(scalars.alpha_prev)]
+    step.beta2_power = float(scalars.beta2_power)
     n = view.n
     if n:
         step.set_segments([(0, 0, 0, view.dtype, (n,), (1,))])
         step.point([view["p"].pointer], [view["g"].pointer])
     moved = n == 0 or step.step([lr], [weight_decay], 0.0, loss_value, threads)
-    after = {**step.scalars, "alpha_prev": step.alpha_prev[0]}
+    after = {**step.scalars, "alpha_prev": step.alpha_prev[0], "beta2_power": step.beta2_power}
     for field in fields(Scalars):
         setattr(scalars, field.name, after[field.name])
     if moved:
-        _native.mark_written(p, g_prev, d, h)
+        _native.mark_written(p, g_prev, d, diagonal)
     return moved
 
 
@@ -292,11 +400,40 @@ def _step(view: _native.Views, stream: int | None, *arrays: object) -> _native.S
         stream = 0 if view.device == "cpu" else _native.current_stream(view.device, *arrays)
     elif isinstance(stream, bool) or not isinstance(stream, int):
         raise TypeError(f"stream must be an int, a cudaStream_t, got {stream!r}")
+    diagonal = next((view[name] for name in ("h", "v", "diagonal") if name in view), None)
     return _native.Step(
-        view.state_dtype, view.n, view.get("g_prev"), view.get("d"), view.get("h"), None, 1, view.device, None, stream
+        *(view.state_dtype, view.n, view.get("g_prev"), view.get("d"), diagonal),
+        *(None, None, 1, view.device, None, stream),
     )
 
 
-def _set_options(step: _native.Step, *, eps: float = 0.0, curvature_eps: float = 0.0) -> None:
-    """The options of a part: the one that matters to it."""
-    step.set_options("fletcher_reeves", "never", 0, eps, curvature_eps, True, False, None)
+_NEUTRAL = {
+    "update": "fletcher_reeves",
+    "line_search": None,
+    "eps": 1e-8,
+    "curvature_eps": 0.0,
+    "beta2": 0.0,
+    "beta_max": None,
+    "restart": None,
+    "nonfinite": "skip",
+    "maximize": False,
+}
+
+
+def _set_options(step: _native.Step, preconditioner: str | None, **options: float) -> None:
+    """The options of a part: those that matter to it."""
+    step.set_options(**_native.native_options({**_NEUTRAL, "preconditioner": preconditioner, **options}))
+
+
+def _adam_options(beta2: float, eps: float) -> dict[str, Any]:
+    options = {**_NEUTRAL, "preconditioner": "adam", "beta2": beta2, "eps": eps}
+    _native.check_options(options)
+    return _native.native_options(options)
+
+
+def _check_updates(updates: object) -> int:
+    if isinstance(updates, bool) or not isinstance(updates, int):
+        raise TypeError(f"updates must be an int, got {updates!r}")
+    if updates < 0:
+        raise ValueError(f"updates must be at least 0, got {updates}")
+    return updates

@@ -16,7 +16,11 @@ Source: Adya et al., *Nonlinear Conjugate Gradients for Scaling Synchronous Dist
 authors' TensorFlow code.
 
 Symbols: ``p`` parameters, ``g`` gradient, ``g_prev`` the previous one, ``d`` direction, ``h`` diagonal of the Hessian
-estimate, ``y = g - g_prev``, ``s = alpha_prev * d``, ``z = -g / (h + eps)``, ``rz = sum(-g z)``.
+estimate, ``v`` Adam's second moment, ``y = g - g_prev``, ``s = alpha_prev * d``, ``z = -g / (h + eps)``,
+``rz = sum(-g z)``.
+
+A preconditioner is an object with three methods (:class:`Plain`, :class:`Bfgs`, :class:`Adam`): its diagonal before this
+step, its diagonal in this step, and what it does to the parameters beside the move.
 """
 
 from __future__ import annotations
@@ -34,10 +38,12 @@ __all__ = [
     "Options",
     "Result",
     "State",
+    "adam_diagonal",
     "bfgs_diagonal",
     "conjugacy",
     "conjugate_direction",
     "curvature_accepted",
+    "decayed_parameter",
     "effective_gradient",
     "initial_state",
     "line_search_scale",
@@ -45,6 +51,7 @@ __all__ = [
     "nlcg_step",
     "preconditioned_residual",
     "restart_due",
+    "second_moment",
 ]
 
 
@@ -52,10 +59,12 @@ __all__ = [
 class Options:
     """What does not change from step to step. The names and defaults are those of :class:`fastnlcg.NLCG`."""
 
-    update: Literal["fletcher_reeves", "polak_ribiere"] = "fletcher_reeves"
-    preconditioner: Literal["bfgs"] | None = "bfgs"
+    update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = "fletcher_reeves"
+    preconditioner: Literal["adam", "bfgs"] | None = "adam"
     eps: float = 1e-8
     curvature_eps: float = 1e-8
+    beta2: float = 0.999
+    beta_max: float | None = None
     restart: Literal["descent", "powell"] | int | None = None
     nonfinite: Literal["skip", "propagate"] = "skip"
     maximize: bool = False
@@ -65,14 +74,17 @@ class Options:
 
 @dataclass(frozen=True)
 class State:
-    """What survives a step. Arrays have shape (n,); ``h`` is None without a preconditioner."""
+    """What survives a step. Arrays have shape (n,)."""
 
     g_prev: Array
     d: Array
-    h: Array | None
+    diagonal: Array | None
+    """The preconditioner's own: h of ``"bfgs"``, v of ``"adam"``, None without one."""
     alpha_prev: Array
     active: npt.NDArray[np.bool_]
     """Which elements took part in the last step."""
+    beta2_power: Array = field(default_factory=lambda: np.ones(0))
+    """beta2^k after k updates of v."""
     step: int = 0
     skipped_steps: int = 0
     rz: float = 0.0
@@ -88,8 +100,14 @@ class State:
 def initial_state(n: int, options: Options | None = None) -> State:
     """The state before the first step: ``h = 1``, everything else zero."""
     zeros = np.zeros(n)
-    h = np.ones(n) if (options or Options()).preconditioner == "bfgs" else None
-    return State(g_prev=zeros, d=zeros, h=h, alpha_prev=zeros, active=np.ones(n, dtype=bool))
+    return State(
+        g_prev=zeros,
+        d=zeros,
+        diagonal=PRECONDITIONERS[(options or Options()).preconditioner].start(n),
+        alpha_prev=zeros,
+        active=np.ones(n, dtype=bool),
+        beta2_power=np.ones(n),
+    )
 
 
 # ---- the equations ---------------------------------------------------------------------------------------------------
@@ -111,19 +129,37 @@ def bfgs_diagonal(h: Array, y: Array, s: Array, ys: float, shs: float) -> Array:
     return np.abs(h + y**2 / ys - (h * s) ** 2 / shs)
 
 
-def preconditioned_residual(g: Array, h: Array | None, eps: float) -> Array:
+def second_moment(v: Array, g: Array, beta2: float) -> Array:
+    """Adam's running mean of squares: ``beta2 v + (1 - beta2) g^2``."""
+    return beta2 * v + (1.0 - beta2) * g**2
+
+
+def adam_diagonal(v: Array, beta2_power: Array) -> Array:
+    """Adam's diagonal, bias-corrected: ``sqrt(v / (1 - beta2^k))``; 0 before the first update."""
+    return np.sqrt(v / np.where(beta2_power < 1.0, 1.0 - beta2_power, 1.0))
+
+
+def decayed_parameter(p: Array, alpha: Array, weight_decay: float | Array) -> Array:
+    """Decoupled weight decay: ``(1 - alpha weight_decay) p``."""
+    return (1.0 - alpha * weight_decay) * p
+
+
+def preconditioned_residual(g: Array, h: Array | None, eps: float = 0.0) -> Array:
     """``z = -g / (h + eps)``; ``-g`` without a preconditioner."""
     return -g if h is None else -g / (h + eps)
 
 
-def conjugacy(update: str, rz: float, rz_new: float, rz_mid: float) -> float:
-    """beta of Algorithm 1, clamped to [0, 1]; 0 where ``rz`` is 0 or the quotient is not finite."""
+def conjugacy(update: str, rz: float, rz_new: float, rz_mid: float, beta_max: float = 1.0) -> float:
+    """beta of Algorithm 1, clamped to [0, beta_max]; 0 where ``rz`` is 0 or the quotient is not finite. Heavy ball:
+    beta_max."""
+    if update == "heavy_ball":
+        return beta_max
     numerator = rz_new - rz_mid if update == "polak_ribiere" else rz_new
     if rz == 0.0:
         return 0.0
     with np.errstate(all="ignore"):
         beta = float(np.float64(numerator) / np.float64(rz))
-    return min(max(beta, 0.0), 1.0) if np.isfinite(beta) else 0.0
+    return min(max(beta, 0.0), beta_max) if np.isfinite(beta) else 0.0
 
 
 def restart_due(restart: str | int | None, step: int, beta: float, rz_new: float, rz_mid: float, gd: float) -> bool:
@@ -157,6 +193,81 @@ def line_search_scale(
     return scale
 
 
+# ---- the preconditioners ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plain:
+    """None: ``z = -g``; and what the others start from."""
+
+    beta_max: float = 1.0
+    decoupled: bool = False
+    """Whether weight decay acts on p, not on the gradient."""
+
+    def start(self, n: int) -> Array | None:
+        """Its stream before the first step."""
+        return None
+
+    def old_h(self, state: State, o: Options) -> Array | None:
+        """h before this step's update, plus eps."""
+        return None
+
+    def update(
+        self, state: State, o: Options, g: Array, g_prev: Array, d: Array, *, same: bool
+    ) -> tuple[Array | None, Array | None, dict[str, Any]]:
+        """This step's h plus eps, its stream after the step, and what diagnostics show."""
+        return None, None, {}
+
+
+class Bfgs(Plain):
+    """The paper's diagonal of Algorithm 2: h itself is the stream."""
+
+    def start(self, n: int) -> Array:
+        return np.ones(n)
+
+    def _eps(self, state: State, o: Options) -> float:
+        return 0.0 if state.step == 0 else o.eps
+
+    def old_h(self, state: State, o: Options) -> Array:
+        assert state.diagonal is not None
+        return state.diagonal + self._eps(state, o)
+
+    def update(
+        self, state: State, o: Options, g: Array, g_prev: Array, d: Array, *, same: bool
+    ) -> tuple[Array, Array, dict[str, Any]]:
+        h = state.diagonal
+        assert h is not None
+        ys, shs, updated = 0.0, 0.0, False
+        if same:
+            y, s = g - g_prev, state.alpha_prev * d
+            ys, shs = float(np.sum(y * s)), float(np.sum(s * h * s))
+            updated = curvature_accepted(ys, shs, o.curvature_eps)
+            if updated:
+                h = bfgs_diagonal(h, y, s, ys, shs)
+        return h + self._eps(state, o), h, {"ys": ys, "shs": shs, "updated": updated}
+
+
+class Adam(Plain):
+    """Adam's diagonal (Kingma & Ba, arXiv:1412.6980): the stream is v."""
+
+    def start(self, n: int) -> Array:
+        return np.zeros(n)
+
+    def old_h(self, state: State, o: Options) -> Array:
+        assert state.diagonal is not None
+        return adam_diagonal(state.diagonal, state.beta2_power) + o.eps
+
+    def update(
+        self, state: State, o: Options, g: Array, g_prev: Array, d: Array, *, same: bool
+    ) -> tuple[Array, Array, dict[str, Any]]:
+        assert state.diagonal is not None
+        v = second_moment(state.diagonal, g, o.beta2)
+        return adam_diagonal(v, state.beta2_power * o.beta2) + o.eps, v, {"updated": True}
+
+
+PRECONDITIONERS: dict[str | None, Plain] = {"adam": Adam(0.9, decoupled=True), "bfgs": Bfgs(), None: Plain()}
+
+
 # ---- one step --------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +291,7 @@ def nlcg_step(
         options: see :class:`Options`.
         lr: step length before the line-search scale; an array gives every element its own (parameter groups); a
             callable is called as ``lr(p, d)`` with the new direction (an exact line search, say).
-        weight_decay: L2 coefficient, a number or one per element.
+        weight_decay: coefficient, a number or one per element: L2, or decoupled with ``"adam"``.
         loss: this step's loss, for the line search; None or a number that is not finite leaves the scale alone.
         active: which elements have a gradient; all by default. The others keep value and state, and have no part in
             any sum.
@@ -189,13 +300,13 @@ def nlcg_step(
         The new parameters and the new state.
     """
     o = options or Options()
+    preconditioner = PRECONDITIONERS[o.preconditioner]
+    l2, decoupled = (0.0, weight_decay) if preconditioner.decoupled else (weight_decay, 0.0)
     active = np.ones(p.size, dtype=bool) if active is None else active
-    g = np.where(active, effective_gradient(grad, p, weight_decay, o.maximize), 0.0)
+    g = np.where(active, effective_gradient(grad, p, l2, o.maximize), 0.0)
     d_old = np.where(active, state.d, 0.0)
     g_prev = np.where(active, state.g_prev, 0.0)
-    first = state.step == 0
-    same_course = not first and bool(np.array_equal(active, state.active))
-    eps = 0.0 if first else o.eps
+    same_course = state.step != 0 and bool(np.array_equal(active, state.active))
 
     ls_scale, loss_prev = state.ls_scale, state.loss_prev
     if o.line_search is not None and loss is not None and np.isfinite(loss):
@@ -203,43 +314,39 @@ def nlcg_step(
         ls_scale, loss_prev = line_search_scale(ls_scale, signed, loss_prev, o.line_search), signed
 
     with np.errstate(all="ignore"):
-        h_new, ys, shs, updated = state.h, 0.0, 0.0, False
-        if state.h is not None and same_course:
-            y, s = g - g_prev, state.alpha_prev * d_old
-            ys, shs = float(np.sum(y * s)), float(np.sum(s * state.h * s))
-            updated = curvature_accepted(ys, shs, o.curvature_eps)
-            if updated:
-                h_new = np.where(active, bfgs_diagonal(state.h, y, s, ys, shs), state.h)
-
-        z = preconditioned_residual(g, h_new, eps)
+        h, diagonal, found = preconditioner.update(state, o, g, g_prev, d_old, same=same_course)
+        z = preconditioned_residual(g, h)
         rz_new = float(np.sum(-g * z))
-        rz_mid = float(np.sum(g * -preconditioned_residual(g_prev, state.h, eps)))
+        rz_mid = float(np.sum(g * -preconditioned_residual(g_prev, preconditioner.old_h(state, o))))
         gd = float(np.sum(g * d_old))
-        beta = conjugacy(o.update, state.rz, rz_new, rz_mid) if same_course else 0.0
+        beta_max = preconditioner.beta_max if o.beta_max is None else o.beta_max
+        beta = conjugacy(o.update, state.rz, rz_new, rz_mid, beta_max) if same_course else 0.0
         if restart_due(o.restart, state.step, beta, rz_new, rz_mid, gd):
             beta = 0.0
 
-        if o.nonfinite == "skip" and not np.all(np.isfinite([ys, shs, rz_new, rz_mid, gd])):
+        sums = [found.get("ys", 0.0), found.get("shs", 0.0), rz_new, rz_mid, gd]
+        if o.nonfinite == "skip" and not np.all(np.isfinite(sums)):
             return p, replace(state, skipped_steps=state.skipped_steps + 1)
 
         d = np.where(active, conjugate_direction(z, beta, d_old), state.d)
         alpha = (lr(p, d) if callable(lr) else lr) * ls_scale * np.ones(p.size)
-        p_new = np.where(active & (alpha != 0.0), p + alpha * d, p)
+        p_new = np.where(active & (alpha != 0.0), decayed_parameter(p, alpha, decoupled) + alpha * d, p)
     return p_new, State(
         g_prev=np.where(active, g, state.g_prev),
         d=d,
-        h=h_new,
+        diagonal=None if diagonal is None else np.where(active, diagonal, state.diagonal),
         alpha_prev=np.where(active, alpha, state.alpha_prev),
         active=active,
+        beta2_power=np.where(active, state.beta2_power * o.beta2, state.beta2_power),
         step=state.step + 1,
         skipped_steps=state.skipped_steps,
         rz=rz_new,
         ls_scale=ls_scale,
         loss_prev=loss_prev,
         beta=beta,
-        ys=ys,
-        shs=shs,
-        updated=updated,
+        ys=found.get("ys", 0.0),
+        shs=found.get("shs", 0.0),
+        updated=found.get("updated", False),
     )
 
 

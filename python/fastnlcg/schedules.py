@@ -1,16 +1,74 @@
-"""The paper's learning-rate schedule (section 4.1), built from torch's own schedulers."""
+"""Learning-rate schedules, built from torch's own: warm-up and cosine, and the paper's (section 4.1)."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler, SequentialLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, SequentialLR, StepLR
 
 from fastnlcg import _native
 
-__all__ = ["paper_schedule"]
+__all__ = ["paper_schedule", "warmup_cosine"]
 
 _START = 0.001
 _DECAY_EVERY = 2  # epochs
+
+
+def warmup_cosine(
+    optimizer: Optimizer, total_steps: int, *, warmup_steps: int | None = None, final: float = 0.01
+) -> LambdaLR:
+    """Linear warm-up to each group's own lr, then a cosine down to a fraction of it: the recommended schedule.
+
+    Relative: it multiplies the lr that each group has when it is called, and so has one shape for every optimizer and
+    peak. The first step has ``lr / warmup_steps``, step number ``warmup_steps`` has ``lr``, the last ``final * lr``,
+    and so do any steps after it.
+
+    Args:
+        optimizer: any torch optimizer, with its peak learning rates.
+        total_steps: optimizer steps in the whole training.
+        warmup_steps: steps of the warm-up; by default 5/24 of the total, the share it had in the study.
+        final: the last step's fraction of the peak, in [0, 1].
+
+    Returns:
+        A torch scheduler; call its ``step()`` once after every ``optimizer.step()``.
+
+    Raises:
+        TypeError, ValueError: for counts that are not whole numbers, ``total_steps`` < 1, ``warmup_steps`` outside
+            [0, total_steps], or ``final`` outside [0, 1].
+    """
+    total = _whole("total_steps", total_steps, 1)
+    warmup = max(1, round(total * 5 / 24)) if warmup_steps is None else _whole("warmup_steps", warmup_steps, 0)
+    if warmup > total:
+        raise ValueError(f"warmup_steps must be at most total_steps = {total}, got {warmup}")
+    if _native.check_real("final", final, minimum=0.0) > 1.0:
+        raise ValueError(f"Invalid final: {final!r}; expected at most 1")
+    return LambdaLR(optimizer, _WarmupCosine(total, warmup, float(final)))
+
+
+@dataclass
+class _WarmupCosine:
+    """A callable object, not a function: so the scheduler pickles, and its state dict has the numbers."""
+
+    total: int
+    warmup: int
+    final: float
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        peak_at = max(self.warmup - 1, 0)
+        done = min(1.0, (step - peak_at) / max(self.total - 1 - peak_at, 1))
+        return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _whole(name: str, value: object, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
 
 
 def paper_schedule(
@@ -22,6 +80,10 @@ def paper_schedule(
     is larger than 8192, 30 where it is larger than 32768), and then falls by a constant factor every two epochs, so
     that the last epoch has 0.001 (0.01 for batches of 8192 and more). Where ``epochs`` leaves no room to decay, it
     ends with the warm-up.
+
+    It is absolute: it starts and ends at fixed rates whatever the peak, so an optimizer whose rates are large decays by
+    a factor of a thousand and one whose rates are small (AdamW, ``preconditioner="adam"``) hardly at all. Use it to
+    repeat the paper. To train, and to compare optimizers, use :func:`warmup_cosine`.
 
     Args:
         optimizer: any torch optimizer. Its groups' ``lr`` is overwritten: the schedule is absolute.
@@ -39,10 +101,7 @@ def paper_schedule(
     Source: Adya et al., arXiv:1812.02886, section 4.1 and figure 1.
     """
     for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        _whole(name, value, 1)
     peak = 0.1 * batch_size / 256 if peak_lr is None else _native.check_real("peak_lr", peak_lr, minimum=0.0)
     if peak == 0.0:
         raise ValueError("Invalid peak_lr: 0; expected a number > 0")
