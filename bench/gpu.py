@@ -104,7 +104,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 optimizer._table.native.set_launch(form)
             assert optimizer.diagnostics().step == 4
 x = [torch.rand(5001, device="cuda")[1:] for _ in range(5)]
-ops.nlcg_step(*x, ops.Scalars(), lr=0.1)
+ops.nlcg_step(*x, ops.Scalars(), lr=0.1, preconditioner="bfgs")
 ops.bfgs_diag_update(x[4], x[1], x[2], x[3], alpha_prev=-0.5)
 ops.preconditioned_dots(x[1], x[2], x[4])
 ops.direction_update(x[3], x[1], x[4], beta=0.5, p=x[0], alpha=0.1, g_prev=x[2])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import backends
 import pytest
-from fastnlcg import _native
+from fastnlcg import NLCG, _native
 
 
 def pytest_report_header() -> str:
@@ -27,6 +27,13 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
     """Those whose memory is the CPU's."""
     return backends.use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["adam", "bfgs"])
+def preconditioner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What NLCG takes where a test names none."""
+    monkeypatch.setitem(NLCG.__init__.__kwdefaults__, "preconditioner", request.param)
+    return request.param
 
 
 @pytest.fixture(params=backends.parameters("cpu", "emulated"))

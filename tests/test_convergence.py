@@ -137,7 +137,7 @@ def test_without_safeguards_it_is_nlcg() -> None:
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.randn(7)]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    optimizers = NLCG(ours, 0.05), SafeguardedNLCG(theirs, 0.05)
+    optimizers = NLCG(ours, 0.05, preconditioner="bfgs"), SafeguardedNLCG(theirs, 0.05)
     scales = torch.linspace(0.5, 4.0, 15).view(5, 3), torch.linspace(0.1, 2.0, 7)
     for _ in range(12):
         for ps, optimizer in zip((ours, theirs), optimizers, strict=True):

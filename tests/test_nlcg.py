@@ -10,11 +10,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference
+from backends import only_adam, only_bfgs
+from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference, warmup_cosine
 from torch import Tensor, nn
 
 UPDATES = ("fletcher_reeves", "polak_ribiere")
-pytestmark = pytest.mark.usefixtures("cpu_or_emulated")
+pytestmark = pytest.mark.usefixtures("cpu_or_emulated", "preconditioner")
 
 
 # ---- trajectories ----------------------------------------------------------------------------------------------------
@@ -48,12 +49,14 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+@only_bfgs
+@pytest.mark.parametrize("of", ["adam", "bfgs", None])
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_60_steps_follow_the_float64_reference(name: str, update: str, preconditioner: str | None) -> None:
+def test_60_steps_follow_the_float64_reference(name: str, update: str, of: str | None) -> None:
     """Free running, not lockstep: float32 within 1e-3 relative in loss and, in norm, parameters; float64 1e-9."""
     function, start, lr = PROBLEMS[name]()
+    preconditioner, lr = of, {"quadratic": 0.05}.get(name, 0.01) if of == "adam" else lr
 
     def fun(w: np.ndarray) -> tuple[float, np.ndarray]:
         x = torch.from_numpy(w.copy()).requires_grad_()
@@ -78,6 +81,62 @@ def test_60_steps_follow_the_float64_reference(name: str, update: str, precondit
         np.testing.assert_allclose(losses, expected.losses, rtol=tolerance)
         off = np.linalg.norm(x.detach().double().numpy() - expected.p)
         assert off <= tolerance * np.linalg.norm(expected.p)
+
+
+# ---- as torch's own -------------------------------------------------------------------------------------------------
+
+
+def beside_adamw(dtype: torch.dtype, weight_decay: float, beta: float, gradient: object) -> None:
+    """30 steps of both on the same gradients; equal to rounding: some roundings a step, of parameters up to 1."""
+    x, lr = torch.linspace(-1.0, 1.0, 300, dtype=dtype), 0.01
+    ours, theirs = nn.Parameter(x.clone()), nn.Parameter(x.clone())
+    adamw = torch.optim.AdamW([theirs], lr, betas=(beta, 0.999), weight_decay=weight_decay)
+    optimizer = NLCG([ours], update="heavy_ball", beta_max=beta)
+    for k in range(1, 31):
+        # undoes the scale of d, 1 / (1 - beta), and AdamW's correction of its first moment
+        scale = (1 - beta) / (1 - beta**k)
+        optimizer.param_groups[0]["lr"] = lr * scale
+        optimizer.param_groups[0]["weight_decay"] = weight_decay / scale
+        g = gradient(np.random.default_rng(k)).to(dtype)
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        optimizer.step()
+        adamw.step()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=60 * eps, atol=60 * eps)
+        v = adamw.state[theirs]["exp_avg_sq"]
+        torch.testing.assert_close(optimizer.state[ours]["exp_avg_sq"], v, rtol=30 * eps, atol=0)
+    assert (ours - x).abs().max() > 0.01
+
+
+@only_adam
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_momentum_it_is_adamw(dtype: torch.dtype, weight_decay: float) -> None:
+    beside_adamw(dtype, weight_decay, 0.0, lambda rng: torch.from_numpy(rng.standard_normal(300)))
+
+
+@only_adam
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_with_constant_beta_and_diagonal_it_is_adamw(dtype: torch.dtype, weight_decay: float) -> None:
+    """AdamW divides the mean of the gradients by the h of the step; conjugate directions add up gradients that were
+    divided by the h of their own step. They are one where h does not change: gradients of one size, of any signs."""
+    size = torch.linspace(0.1, 3.0, 300, dtype=torch.float64)
+    beside_adamw(dtype, weight_decay, 0.9, lambda rng: size * torch.from_numpy(rng.choice([-1.0, 1.0], 300)))
+
+
+@only_bfgs
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_heavy_ball_without_preconditioner_is_sgd_with_momentum(dtype: torch.dtype) -> None:
+    x = torch.linspace(-1.0, 1.0, 300, dtype=dtype)
+    ours, theirs = nn.Parameter(x.clone()), nn.Parameter(x.clone())
+    sgd = torch.optim.SGD([theirs], 0.01, momentum=0.9, weight_decay=0.1)
+    optimizer = NLCG([ours], 0.01, preconditioner=None, update="heavy_ball", beta_max=0.9, weight_decay=0.1)
+    for k in range(30):
+        for p, o in ((ours, optimizer), (theirs, sgd)):
+            p.grad = torch.linspace(0.1, 3.0, 300, dtype=dtype) * p.detach() + 0.1 * math.sin(k)
+            o.step()
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=30 * torch.finfo(dtype).eps, atol=1e-7)
 
 
 # ---- a small real model ----------------------------------------------------------------------------------------------
@@ -163,19 +222,20 @@ def test_loss_argument_and_closure_drive_the_same_line_search() -> None:
     assert scales[0] == scales[1] < 1.0
 
 
-def test_groups_have_their_own_lr_and_weight_decay_and_share_the_sums() -> None:
+def test_groups_have_their_own_lr_and_weight_decay_and_share_the_sums(preconditioner: str) -> None:
     """Against the reference with per-element lr and weight decay."""
     torch.manual_seed(0)
     a, b = nn.Parameter(torch.randn(30, dtype=torch.float64)), nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
     optimizer = NLCG([{"params": [a], "lr": 0.02}, {"params": [b], "weight_decay": 0.1}], 0.05)
     lr = np.concatenate([np.full(30, 0.02), np.full(20, 0.05)])
     decay = np.concatenate([np.zeros(30), np.full(20, 0.1)])
-    p, state = torch.cat([a.detach(), b.detach().flatten()]).numpy(), reference.initial_state(50)
+    options = reference.Options(preconditioner=preconditioner)
+    p, state = torch.cat([a.detach(), b.detach().flatten()]).numpy(), reference.initial_state(50, options)
     for _ in range(10):
         optimizer.zero_grad()
         (a.square().sum() * 0.7 + (b**4).sum() * 0.1 + a[0] * b.sum()).backward()
         g = torch.cat([a.grad, b.grad.flatten()]).numpy()
-        p, state = reference.nlcg_step(p, g, state, lr=lr, weight_decay=decay)
+        p, state = reference.nlcg_step(p, g, state, options, lr=lr, weight_decay=decay)
         optimizer.step()
         np.testing.assert_allclose(torch.cat([a.detach(), b.detach().flatten()]).numpy(), p, rtol=1e-12, atol=1e-13)
         d = optimizer.diagnostics()
@@ -226,21 +286,53 @@ def test_channels_last_and_other_strides() -> None:
     ]
     assert all(close)
     state = optimizers[1].state[next(iter(last.parameters()))]
-    assert state["grad_prev"].shape == (4, 1, 3, 3)
+    assert state["direction"].shape == (4, 1, 3, 3)
 
 
-def test_memory_is_12_bytes_a_parameter() -> None:
+STATE = {
+    "adam": {"step", "beta2_power", "exp_avg_sq", "direction"},
+    "bfgs": {"step", "grad_prev", "hessian_diag", "direction"},
+    None: {"step", "grad_prev", "direction"},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "keys", "size"),
+    [
+        ({"preconditioner": "adam"}, STATE["adam"], 8),  # Adam's own
+        ({"preconditioner": "adam", "restart": "descent"}, STATE["adam"], 8),
+        ({"preconditioner": "adam", "update": "polak_ribiere"}, STATE["adam"] | {"grad_prev"}, 12),
+        ({"preconditioner": "adam", "restart": "powell"}, STATE["adam"] | {"grad_prev"}, 12),
+        ({"preconditioner": "bfgs"}, STATE["bfgs"], 12),
+        ({"preconditioner": None}, STATE[None], 8),
+    ],
+)
+def test_bytes_of_state_a_parameter(options: dict, keys: set[str], size: int) -> None:
     p = nn.Parameter(torch.randn(10_000))
-    optimizer = NLCG([p], 0.1)
+    optimizer = NLCG([p], 0.1, **options)
     p.grad = torch.randn_like(p)
     optimizer.step()
     state = optimizer.state[p]
-    assert set(state) == {"step", "grad_prev", "direction", "hessian_diag"}
-    assert sum(t.numel() * t.element_size() for key, t in state.items() if key != "step") == 12 * p.numel()
-    assert torch.equal(state["grad_prev"], p.grad)
-    optimizer = NLCG([p], 0.1, preconditioner=None)
+    assert set(state) == keys
+    assert sum(t.numel() * t.element_size() for t in state.values() if t.dim()) == size * p.numel()
+    if "grad_prev" in keys:
+        assert torch.equal(state["grad_prev"], p.grad)
+    with pytest.raises(ValueError, match="cannot change once there is"):  # a step needs what its state was made for
+        optimizer.param_groups[0]["preconditioner"] = None if options["preconditioner"] else "bfgs"
+        optimizer.step()
+
+
+@only_adam
+def test_an_update_that_needs_other_state_is_refused() -> None:
+    p = nn.Parameter(torch.randn(10))
+    optimizer = NLCG([p], 0.1)
+    p.grad = torch.randn_like(p)
     optimizer.step()
-    assert set(optimizer.state[p]) == {"step", "grad_prev", "direction"}
+    optimizer.param_groups[0]["update"] = "polak_ribiere"
+    with pytest.raises(ValueError, match="grad_prev"):
+        optimizer.step()
+    optimizer.param_groups[0]["update"] = "fletcher_reeves"
+    optimizer.step()
 
 
 def test_version_counter_and_grad() -> None:
@@ -354,7 +446,7 @@ def test_hooks_see_the_steps_and_the_state() -> None:
     assert seen == ["pre", "post"]
 
 
-def test_a_step_with_zero_gradients_and_lr_0_creates_all_state_and_moves_nothing() -> None:
+def test_a_step_with_zero_gradients_and_lr_0_creates_all_state_and_moves_nothing(preconditioner: str) -> None:
     """What torch.distributed.checkpoint does before it loads."""
     net = model()
     before = bits(net)
@@ -363,7 +455,7 @@ def test_a_step_with_zero_gradients_and_lr_0_creates_all_state_and_moves_nothing
         p.grad = torch.zeros_like(p)
     optimizer.step(closure=None)
     assert bits(net) == before
-    assert all(set(optimizer.state[p]) == {"step", "grad_prev", "direction", "hessian_diag"} for p in net.parameters())
+    assert all(set(optimizer.state[p]) == STATE[preconditioner] for p in net.parameters())
 
 
 def test_distributed_checkpoint_takes_the_state_dict() -> None:
@@ -450,6 +542,60 @@ def test_the_papers_schedule(batch_size: int, warm_up: int, final: float) -> Non
     assert rates[-1] == pytest.approx(final)
 
 
+def test_warmup_cosine_is_relative_to_each_groups_peak() -> None:
+    ps = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [ps[0]], "lr": 3.0}, {"params": [ps[1]], "lr": 0.001}])
+    scheduler = warmup_cosine(optimizer, 96)
+    rates = []
+    for step in range(100):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+        if step == 40:  # through a checkpoint
+            file = io.BytesIO()
+            torch.save(scheduler.state_dict(), file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+            groups = copy.deepcopy(optimizer.state_dict())
+            scheduler = warmup_cosine(optimizer, 7)
+            scheduler.load_state_dict(saved)
+            optimizer.load_state_dict(groups)
+            pickle.loads(pickle.dumps(scheduler))
+    factor = np.array(rates) / [3.0, 0.001]
+    np.testing.assert_allclose(factor[:, 0], factor[:, 1], rtol=1e-12)
+    np.testing.assert_allclose(factor[:20, 0], np.arange(1, 21) / 20, rtol=1e-12)  # 5/24 of 96
+    k = np.arange(77)  # from the peak to the last step
+    np.testing.assert_allclose(factor[19:96, 0], 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * k / 76)), rtol=1e-10)
+    np.testing.assert_allclose(factor[95:, 0], 0.01, rtol=1e-10)
+
+
+def test_warmup_cosine_arguments() -> None:
+    def rates(total: int, **keywords: object) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 2.0)
+        scheduler = warmup_cosine(optimizer, total, **keywords)
+        found = []
+        for _ in range(total):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    assert rates(1) == [2.0]
+    assert rates(3, warmup_steps=0, final=0.0) == pytest.approx([2.0, 1.0, 0.0])
+    assert rates(4, warmup_steps=4) == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates(3, warmup_steps=1, final=1.0) == [2.0, 2.0, 2.0]
+    for keywords, error, match in (
+        ({"total": 0}, ValueError, "total_steps"),
+        ({"total": 2.5}, TypeError, "total_steps"),
+        ({"total": 3, "warmup_steps": 4}, ValueError, "warmup_steps must be at most"),
+        ({"total": 3, "warmup_steps": -1}, ValueError, "warmup_steps"),
+        ({"total": 3, "final": 1.5}, ValueError, "final"),
+        ({"total": 3, "final": "0"}, TypeError, "final"),
+    ):
+        with pytest.raises(error, match=match):
+            rates(**keywords)
+
+
 def test_schedule_arguments() -> None:
     p = nn.Parameter(torch.zeros(1))
 
@@ -479,6 +625,7 @@ def test_schedule_arguments() -> None:
 # ---- the claim -------------------------------------------------------------------------------------------------------
 
 
+@only_bfgs
 def test_on_digits_at_large_batch_nlcg_reaches_half_of_momentums_loss() -> None:
     """200 full-batch steps of a three-layer perceptron on the paper's schedule, three seeds; see `make demo`."""
     from sklearn.datasets import load_digits

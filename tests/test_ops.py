@@ -20,6 +20,15 @@ from fastnlcg import OnlineLineSearch, _native, ops, reference
 N = 1000
 
 
+BFGS = {"preconditioner": "bfgs"}
+
+
+def step(x: dict[str, object], scalars: ops.Scalars, **options: object) -> bool:
+    """A whole step with h as the diagonal."""
+    named = {("diagonal" if name == "h" else name): array for name, array in x.items()}
+    return ops.nlcg_step(**named, scalars=scalars, **{**BFGS, **options})
+
+
 def arrays(n: int = N, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     state = ops._native.state_dtype(dtype)
@@ -83,7 +92,7 @@ def test_a_step_from_its_parts_has_the_bits_of_the_fused_step(on_host: Backend, 
     for t in range(10):
         for z in (x, own):
             z["g"][:] = a * z["p"]
-        ops.nlcg_step(**x, scalars=scalars, lr=lr, update=update)
+        step(x, scalars, lr=lr, update=update)
         mid = ops.preconditioned_dots(own["g"], own["g_prev"], own["h"]).rz_mid
         if t:
             ops.bfgs_diag_update(own["h"], own["g"], own["g_prev"], own["d"], alpha_prev=lr)
@@ -94,6 +103,56 @@ def test_a_step_from_its_parts_has_the_bits_of_the_fused_step(on_host: Backend, 
         rz = rz_new
         for name in x:
             np.testing.assert_array_equal(x[name], own[name], err_msg=f"{name} after step {t + 1}")
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_the_parts_of_adam_compute_the_equations(on_host: Backend, dtype: str, rtol: float) -> None:
+    x = arrays(dtype=dtype)
+    v = x.pop("h")
+    e, v_old = {key: value.astype(float) for key, value in x.items()}, v.astype(float)
+    v_new = reference.second_moment(v_old, e["g"], 0.99)
+    h_old, h = (np.sqrt(value / (1 - 0.99**k)) + 0.1 for value, k in ((v_old, 3), (v_new, 4)))
+    options = {"updates": 3, "beta2": 0.99, "eps": 0.1}
+
+    dots = ops.adam_preconditioned_dots(x["g"], v, g_prev=x["g_prev"], **options)
+    assert dots.rz == pytest.approx(np.sum(e["g"] ** 2 / h), rel=rtol)
+    assert dots.rz_mid == pytest.approx(np.sum(e["g"] * e["g_prev"] / h_old), rel=rtol, abs=rtol * N)
+    np.testing.assert_array_equal(v, v_old)  # read only
+
+    move = {"p": x["p"], "alpha": 0.2, "weight_decay": 0.5, "g_prev": x["g_prev"]}
+    ops.adam_direction_update(x["d"], x["g"], v, beta=0.7, **options, **move)
+    d = -e["g"] / h + 0.7 * e["d"]
+    np.testing.assert_allclose(v, v_new, rtol=rtol)
+    np.testing.assert_allclose(x["d"], d, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(x["p"], 0.9 * e["p"] + 0.2 * d, rtol=rtol, atol=rtol)
+    np.testing.assert_array_equal(x["g_prev"], x["g"])
+
+
+@pytest.mark.parametrize("update", ["fletcher_reeves", "polak_ribiere"])
+def test_a_step_of_adam_from_its_parts_follows_the_fused_step(on_host: Backend, update: str) -> None:
+    x, lr, pr = arrays(), 0.05, update == "polak_ribiere"
+    v, own_v = (np.zeros(N, "f") for _ in range(2))
+    x["d"][:], x["g_prev"][:] = 0, 0
+    del x["h"]
+    own, scalars, rz = copy.deepcopy(x), ops.Scalars(), 0.0
+    a = np.random.default_rng(1).uniform(0.1, 3.0, N).astype("f")
+    kept = {"g_prev": own["g_prev"]} if pr else {}
+    for t in range(10):
+        for z in (x, own):
+            z["g"][:] = a * z["p"] + np.float32(0.1 * t)
+        fused = {**x, "g_prev": x["g_prev"] if pr else None, "diagonal": v}
+        options = {"lr": lr, "preconditioner": "adam", "update": update, "weight_decay": 0.1}
+        assert ops.nlcg_step(**fused, scalars=scalars, **options)
+        dots = ops.adam_preconditioned_dots(own["g"], own_v, updates=t, **kept)
+        beta = min(max((dots.rz - dots.rz_mid) / rz, 0.0), 0.9) if t else 0.0
+        move = {"p": own["p"], "alpha": lr, "weight_decay": 0.1, **kept}
+        ops.adam_direction_update(own["d"], own["g"], own_v, beta=beta, updates=t, **move)
+        rz = dots.rz
+        np.testing.assert_allclose(v, own_v, rtol=1e-6)
+        for name in ("p", "d"):  # beta2^k is a product there and a power here
+            np.testing.assert_allclose(x[name], own[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} after step {t + 1}")
+    assert scalars.beta2_power == pytest.approx(0.999**10, rel=1e-14)
+    assert scalars.rz == pytest.approx(rz, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "parameter", "memoryview", "array", "dlpack_only"])
@@ -115,8 +174,8 @@ def test_anything_with_a_buffer_or_dlpack(kind: str) -> None:
     }[kind]
     plain, x = arrays(), arrays()
     wrapped = {name: wrap(a) for name, a in x.items()}
-    assert ops.nlcg_step(**plain, scalars=ops.Scalars(), lr=0.1)
-    assert ops.nlcg_step(**wrapped, scalars=ops.Scalars(), lr=0.1)
+    assert step(plain, ops.Scalars(), lr=0.1)
+    assert step(wrapped, ops.Scalars(), lr=0.1)
     got = {name: np.frombuffer(w, dtype="f") for name, w in wrapped.items()} if kind == "array" else x
     for name in plain:
         np.testing.assert_array_equal(got[name], plain[name])
@@ -124,7 +183,7 @@ def test_anything_with_a_buffer_or_dlpack(kind: str) -> None:
 
 def test_torch_is_told_of_the_writes() -> None:
     x = {name: torch.from_numpy(a) for name, a in arrays().items()}
-    ops.nlcg_step(**x, scalars=ops.Scalars(), lr=0.1)
+    step(x, ops.Scalars(), lr=0.1)
     assert [x[name]._version for name in ("p", "g", "g_prev", "d", "h")] == [1, 0, 1, 1, 1]
 
 
@@ -135,10 +194,10 @@ def test_scalars_copy_pickle_and_resume() -> None:
         if t == 3:
             y, other = copy.deepcopy(x), pickle.loads(pickle.dumps(scalars))
         x["g"][:] = 2 * x["p"]
-        ops.nlcg_step(**x, scalars=scalars, loss=1.0 + t, **options)
+        step(x, scalars, loss=1.0 + t, **options)
     for t in range(3, 6):
         y["g"][:] = 2 * y["p"]
-        ops.nlcg_step(**y, scalars=other, loss=1.0 + t, **options)
+        step(y, other, loss=1.0 + t, **options)
     assert other == scalars
     for name in x:
         np.testing.assert_array_equal(x[name], y[name])
@@ -146,10 +205,10 @@ def test_scalars_copy_pickle_and_resume() -> None:
 
 def test_a_skipped_step_writes_only_the_counter() -> None:
     x, scalars = arrays(), ops.Scalars()
-    ops.nlcg_step(**x, scalars=scalars, lr=0.1)
+    step(x, scalars, lr=0.1)
     before, kept = copy.deepcopy(x), copy.copy(scalars)
     x["g"][7] = np.inf
-    assert not ops.nlcg_step(**x, scalars=scalars, lr=0.1, loss=3.0, line_search=OnlineLineSearch())
+    assert not step(x, scalars, lr=0.1, loss=3.0, line_search=OnlineLineSearch())
     assert scalars.skipped_steps == 1
     scalars.skipped_steps = 0.0
     assert repr(scalars) == repr(kept)
@@ -159,7 +218,7 @@ def test_a_skipped_step_writes_only_the_counter() -> None:
 
 def test_empty_buffers() -> None:
     x = arrays(0)
-    assert ops.nlcg_step(**x, scalars=ops.Scalars(), lr=0.1)
+    assert step(x, ops.Scalars(), lr=0.1)
     assert ops.preconditioned_dots(x["g"], x["g_prev"], x["h"]) == (0.0, 0.0)
     assert not ops.bfgs_diag_update(x["h"], x["g"], x["g_prev"], x["d"], alpha_prev=0.1).updated
     ops.direction_update(x["d"], x["g"], None, beta=0.0)
@@ -172,9 +231,7 @@ def refused(error: type[Exception], match: str, changes: dict, **keywords: objec
     x = arrays()
     before = copy.deepcopy(x)
     with pytest.raises(error, match=match):
-        ops.nlcg_step(
-            **{**x, **{k: f(x) for k, f in changes.items()}}, scalars=ops.Scalars(), **{"lr": 0.1, **keywords}
-        )
+        step({**x, **{k: f(x) for k, f in changes.items()}}, ops.Scalars(), **{"lr": 0.1, **keywords})
     for name, value in before.items():
         np.testing.assert_array_equal(x[name], value)
 
@@ -197,13 +254,13 @@ def test_37_read_only(name: str) -> None:
         a.flags.writeable = False
         return a
 
-    refused(ValueError, f"{name} is read-only", {name: frozen})
+    refused(ValueError, f"{'diagonal' if name == 'h' else name} is read-only", {name: frozen})
 
 
 def test_37_a_read_only_gradient_is_fine() -> None:
     x = arrays()
     x["g"].flags.writeable = False
-    assert ops.nlcg_step(**x, scalars=ops.Scalars(), lr=0.1)
+    assert step(x, ops.Scalars(), lr=0.1)
 
 
 def test_38_overlap() -> None:
@@ -297,8 +354,8 @@ def test_40_dlpack_fields_are_honoured_and_the_deleter_called_once() -> None:
 def test_42_native_lengths_are_checked_again() -> None:
     for n in (-1, 2**62):
         with pytest.raises(ValueError, match="n is"):
-            _native.Step("float32", n, None, None, None, None, 1)
-    step = _native.Step("float32", 10, None, None, None, None, 1)
+            _native.Step("float32", n, None, None, None, None, None, 1)
+    step = _native.Step("float32", 10, None, None, None, None, None, 1)
     for table in (
         [(5, 0, 0, "float32", (6,), (1,))],
         [(-1, 0, 0, "float32", (3,), (1,))],
@@ -317,7 +374,7 @@ def test_44_the_owner_is_held() -> None:
 
 
 def test_other_refusals() -> None:
-    refused(TypeError, "h: expected an array .* got list", {"h": lambda x: x["h"].tolist()})
+    refused(TypeError, "diagonal: expected an array .* got list", {"h": lambda x: x["h"].tolist()})
     refused(ValueError, "g is not contiguous", {"g": lambda x: np.repeat(x["g"], 2)[::2]})
     odd = np.zeros(4 * N + 1, np.uint8)
     refused(ValueError, "not aligned", {"g": lambda _: odd[1:].view("f")})
@@ -329,7 +386,25 @@ def test_other_refusals() -> None:
     refused(TypeError, "threads", {}, threads=1.5)
     refused(ValueError, "threads", {}, threads=0)
     with pytest.raises(TypeError, match="Scalars"):
-        ops.nlcg_step(**arrays(), scalars={}, lr=0.1)
+        step(arrays(), {}, lr=0.1)
+    refused(ValueError, "diagonal must be its hessian_diag with preconditioner='bfgs'", {"h": lambda _: None})
+    refused(ValueError, "diagonal must be None with preconditioner=None", {}, preconditioner=None)
+    refused(ValueError, "g_prev is needed with preconditioner='bfgs'", {"g_prev": lambda _: None})
+    adam = {"preconditioner": "adam"}
+    for options in ({"update": "polak_ribiere"}, {"restart": "powell"}):
+        refused(ValueError, "g_prev is needed with .*'adam'", {"g_prev": lambda _: None}, **adam, **options)
+    refused(ValueError, "Invalid eps: 0.0", {}, eps=0.0, **adam)
+    x = arrays()
+    for keywords, error, match in (
+        ({"updates": -1}, ValueError, "updates must be at least 0"),
+        ({"updates": 1.0}, TypeError, "updates must be an int"),
+        ({"updates": 0, "beta2": 1.0}, ValueError, "Invalid beta2"),
+        ({"updates": 0, "eps": 0.0}, ValueError, "Invalid eps"),
+    ):
+        with pytest.raises(error, match=match):
+            ops.adam_preconditioned_dots(x["g"], x["h"], **keywords)
+        with pytest.raises(error, match=match):
+            ops.adam_direction_update(x["d"], x["g"], x["h"], beta=0.5, **keywords)
     with pytest.raises(ValueError, match="Invalid beta"):
         ops.direction_update(*(arrays()[k] for k in "dgh"), beta=math.inf)
 
@@ -340,7 +415,7 @@ def test_50_the_floating_point_mode_is_left_alone() -> None:
     x["g"][:] = np.float32(1e-42)
     scalars = ops.Scalars()
     for _ in range(3):
-        assert ops.nlcg_step(**x, scalars=scalars, lr=1.0)
+        assert step(x, scalars, lr=1.0)
     assert np.all(x["g_prev"] == np.float32(1e-42))
     assert np.all(np.isfinite(x["p"]))
     assert np.float32(1e-42) * np.float32(0.5) > 0
@@ -357,7 +432,7 @@ import sys
 sys.modules["torch"] = None
 import numpy as np, fastnlcg
 x = [np.ones(5, "f") for _ in range(5)]
-fastnlcg.ops.nlcg_step(*x, fastnlcg.ops.Scalars(), lr=0.1)
+fastnlcg.ops.nlcg_step(*x, fastnlcg.ops.Scalars(), lr=0.1, preconditioner="adam")
 try:
     fastnlcg.NLCG
 except ModuleNotFoundError as error:

@@ -75,15 +75,19 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Next-character prediction: sequences (n, length) to logits (n, classes, length)."""
+    """Next-character prediction: sequences (n, length) to logits (n, classes, length). Initialized as torch does;
+    ``small``: embeddings of deviation 0.02, as GPT-2's."""
 
-    def __init__(self, classes: int, length: int, width: int = 64, heads: int = 4, blocks: int = 2) -> None:
+    def __init__(
+        self, classes: int, length: int, small: bool = False, width: int = 64, heads: int = 4, blocks: int = 2
+    ) -> None:
         super().__init__()
         self.embedding, self.position = nn.Embedding(classes, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-        for table in (self.embedding, self.position):
-            nn.init.normal_(table.weight, std=0.02)
+        if small:
+            for table in (self.embedding, self.position):
+                nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[1], device=x.device)
@@ -92,11 +96,11 @@ class Transformer(nn.Module):
 
 def make(name: str, classes: int) -> nn.Module:
     """``resnet8``, ``resnet32``, ...; ``resnet8p``, ... with projections; ``resnet50`` is torchvision's;
-    ``transformer``."""
-    if name == "transformer":
+    ``transformer``, or ``transformer02`` with small embeddings."""
+    if name.startswith("transformer"):
         from text import LENGTH
 
-        return Transformer(classes, LENGTH)
+        return Transformer(classes, LENGTH, name == "transformer02")
     if name == "resnet50":
         import torchvision
 
