@@ -3,9 +3,9 @@
     make bench                       one thread, all lists, writes JSON
     pytest bench/test_step_time.py   the same, with pytest's and pytest-benchmark's options
 
-Machines are shared and noisy, so no time stands alone: in every round the two peers, fused SGD with momentum and the
-faster of torch's two RMSProps with momentum, take one step over the same parameters too, each behind a fresh gradient,
-and a ratio is the median over rounds. Gradients are those of a random diagonal quadratic, in fresh memory at every step
+Machines are shared and noisy, so no time stands alone: in every round the three peers, fused AdamW, fused SGD with
+momentum and the faster of torch's two RMSProps with momentum, take one step over the same parameters too, each behind a
+fresh gradient, and a ratio is the median over rounds. Gradients are those of a random diagonal quadratic, in fresh memory at every step
 as after zero_grad(): NLCG's curvature update is at work (asserted), and its table of pointers refreshed every time.
 """
 
@@ -93,19 +93,24 @@ LR = 1e-6  # the parameters hardly move, however many steps are timed
 LISTS = {"resnet32": resnet32, "resnet50": resnet50, "flat100M": lambda: [(100_000_000,)]}
 ROUNDS = {"resnet32": 200, "resnet50": 15, "flat100M": 5}
 OPTIMIZERS = {
-    "nlcg_fr": lambda ps: NLCG(ps, 100 * LR),
-    "nlcg_pr": lambda ps: NLCG(ps, 100 * LR, update="polak_ribiere"),
-    "nlcg_fr_gate_closed": lambda ps: NLCG(ps, 100 * LR, curvature_eps=1e30),  # a step that leaves h alone
+    "nlcg_adam": lambda ps: NLCG(ps, LR),
+    "nlcg_adam_pr": lambda ps: NLCG(ps, LR, update="polak_ribiere"),
+    "nlcg_fr": lambda ps: NLCG(ps, 100 * LR, preconditioner="bfgs"),
+    "nlcg_pr": lambda ps: NLCG(ps, 100 * LR, preconditioner="bfgs", update="polak_ribiere"),
+    "nlcg_fr_gate_closed": lambda ps: NLCG(ps, 100 * LR, preconditioner="bfgs", curvature_eps=1e30),  # h stays
     "nlcg_fr_none": lambda ps: NLCG(ps, 100 * LR, preconditioner=None),
     "sgd_momentum_fused": lambda ps: torch.optim.SGD(ps, LR, momentum=0.9, fused=True),
     "sgd_momentum_foreach": lambda ps: torch.optim.SGD(ps, LR, momentum=0.9, foreach=True),
     "rmsprop_foreach": lambda ps: torch.optim.RMSprop(ps, LR, momentum=0.9, foreach=True),
     "rmsprop_loop": lambda ps: torch.optim.RMSprop(ps, LR, momentum=0.9, foreach=False),
-    "adam_fused": lambda ps: torch.optim.Adam(ps, LR, fused=True),
+    "adamw_fused": lambda ps: torch.optim.AdamW(ps, LR, fused=True),
     "nlcg_plain_torch": lambda ps: PlainNLCG(ps, LR),
 }
 # Counted traffic in bytes per float32 parameter, where every pass over memory is ours to count.
-BYTES = {"nlcg_fr": 56, "nlcg_pr": 56, "nlcg_fr_gate_closed": 44, "sgd_momentum_fused": 20, "adam_fused": 28}
+BYTES = {
+    **{"nlcg_adam": 36, "nlcg_adam_pr": 44, "nlcg_fr": 56, "nlcg_pr": 56, "nlcg_fr_gate_closed": 44, "nlcg_fr_none": 28},
+    **{"sgd_momentum_fused": 20, "adamw_fused": 28},
+}
 
 
 def peak_growth(work: object) -> int:
@@ -145,12 +150,15 @@ def problem(request: pytest.FixtureRequest) -> tuple[str, list[Parameter], list[
     params = [Parameter(torch.randn(shape)) for shape in LISTS[name]()]
     curvatures = [torch.rand_like(p) + 0.1 for p in params]
     next_gradients(params, curvatures)
-    peers = {key: OPTIMIZERS[key](params) for key in ("sgd_momentum_fused", "rmsprop_foreach", "rmsprop_loop")}
+    peers = {
+        key: OPTIMIZERS[key](params) for key in ("adamw_fused", "sgd_momentum_fused", "rmsprop_foreach", "rmsprop_loop")
+    }
     medians = {}
     for key, peer in peers.items():
         medians[key] = statistics.median(timed(peer.step) for _ in range(5))
     faster = min("rmsprop_foreach", "rmsprop_loop", key=medians.__getitem__)
-    return name, params, curvatures, {"sgd_fused": peers["sgd_momentum_fused"], "rmsprop": peers[faster]}
+    chosen = {"adamw_fused": "adamw_fused", "sgd_fused": "sgd_momentum_fused", "rmsprop": faster}
+    return name, params, curvatures, {peer: peers[key] for peer, key in chosen.items()}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -174,7 +182,7 @@ def test_step_time(benchmark: pytest.FixtureRequest, problem: tuple, name: str) 
     for _ in range(3):
         next_gradients(params, curvatures)
         optimizer.step()
-    if name in ("nlcg_fr", "nlcg_pr"):
+    if name in ("nlcg_adam", "nlcg_adam_pr", "nlcg_fr", "nlcg_pr"):
         assert optimizer.diagnostics().updated
     benchmark.group = list_name
     benchmark.pedantic(step, setup=setup, rounds=ROUNDS[list_name])
@@ -187,6 +195,7 @@ def test_step_time(benchmark: pytest.FixtureRequest, problem: tuple, name: str) 
         parameters=n,
         tensors=len(params),
         median_ms=statistics.median(own) * 1e3,
+        ratio_to_adamw_fused=ratios["adamw_fused"],
         ratio_to_sgd_fused=ratios["sgd_fused"],
         ratio_to_rmsprop=ratios["rmsprop"],
         copy_gb_per_s=8 * n / statistics.median(rounds["copy"]) / 1e9,
