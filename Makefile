@@ -56,13 +56,13 @@ gpu:
 	$(PYTHON) bench/gpu.py
 
 study: .venv/fastnlcg
-	$(BIN)/python bench/convergence/study.py --data $(DATA) --rows build/study/convergence.jsonl --jobs $$(nproc)
+	$(BIN)/python bench/convergence/study.py --data $(DATA) --out build/study --jobs $$(nproc)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/convergence/cost.py build/study/cost.jsonl
 	$(BIN)/python bench/convergence/plots.py build/study
 
 gpu-study:
 	$(PYTHON) bench/gpu.py --only build --out build/gpu-build.json
-	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/study.py --data $(DATA) --rows build/gpu-study/convergence.jsonl \
+	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/study.py --data $(DATA) --out build/gpu-study \
 	  --device cuda --studies gpu
 	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/cost.py build/gpu-study/cost.jsonl --device cuda --models resnet32
 	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/plots.py build/gpu-study

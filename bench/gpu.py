@@ -93,8 +93,10 @@ SMALL = """
 import torch
 from fastnlcg import NLCG, ops
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-    for form in ("one", "three"):
-        for options in ({}, {"update": "polak_ribiere", "restart": "descent", "eps": 0.0}, {"preconditioner": None}):
+    pr = {"update": "polak_ribiere", "restart": "descent"}
+    for form in ("one", "separate"):
+        bfgs = {"preconditioner": "bfgs"}
+        for options in ({}, pr, bfgs, {**bfgs, **pr, "eps": 0.0}, {"preconditioner": None}):
             ps = [torch.nn.Parameter(torch.randn(n, device="cuda").to(dtype)[n % 2:]) for n in (1, 7, 4099, 20000)]
             optimizer = NLCG(ps[1:], 0.01, weight_decay=0.01, **options)
             for _ in range(4):
@@ -108,6 +110,8 @@ ops.nlcg_step(*x, ops.Scalars(), lr=0.1, preconditioner="bfgs")
 ops.bfgs_diag_update(x[4], x[1], x[2], x[3], alpha_prev=-0.5)
 ops.preconditioned_dots(x[1], x[2], x[4])
 ops.direction_update(x[3], x[1], x[4], beta=0.5, p=x[0], alpha=0.1, g_prev=x[2])
+ops.adam_preconditioned_dots(x[1], x[4], updates=3, g_prev=x[2])
+ops.adam_direction_update(x[3], x[1], x[4], beta=0.5, updates=3, p=x[0], alpha=0.1, g_prev=x[2])
 torch.cuda.synchronize()
 """
 
@@ -150,7 +154,7 @@ def shapes_of(name: str) -> list[tuple[int, ...]]:
 
 LISTS = ("resnet32", "resnet18", "resnet50", "gpt2", "flat1B")
 # Counted traffic in bytes per float32 parameter. One launch: what stays in shared memory is read once, see step_times.
-BYTES = {"sgd_fused": 20, "adam_fused": 28, "rmsprop_foreach": 72, "nlcg": 56}
+BYTES = {"sgd_fused": 20, "adam_fused": 28, "rmsprop_foreach": 72, "nlcg_adam": 36, "nlcg_fr": 56, "nlcg_pr": 56}
 
 
 def plain_nlcg(ps: list, gs: list, state: dict, lr: float) -> object:
@@ -215,10 +219,12 @@ def steppers(ps: list, lr: float) -> dict[str, Callable[[], Callable[[], object]
 
     optim = torch.optim
     return {
-        "nlcg_fr_one": lambda: nlcg("one"),
-        "nlcg_fr_three": lambda: nlcg("three"),
-        "nlcg_pr_one": lambda: nlcg("one", update="polak_ribiere"),
-        "nlcg_pr_three": lambda: nlcg("three", update="polak_ribiere"),
+        "nlcg_adam_one": lambda: nlcg("one"),
+        "nlcg_adam_separate": lambda: nlcg("separate"),
+        "nlcg_fr_one": lambda: nlcg("one", preconditioner="bfgs"),
+        "nlcg_fr_separate": lambda: nlcg("separate", preconditioner="bfgs"),
+        "nlcg_pr_one": lambda: nlcg("one", preconditioner="bfgs", update="polak_ribiere"),
+        "nlcg_pr_separate": lambda: nlcg("separate", preconditioner="bfgs", update="polak_ribiere"),
         "sgd_fused": lambda: optim.SGD(ps, lr, momentum=0.9, fused=True).step,
         "rmsprop_foreach": lambda: optim.RMSprop(ps, lr, momentum=0.9, foreach=True, capturable=True).step,
         "adam_fused": lambda: optim.Adam(ps, lr, fused=True, capturable=True).step,
@@ -326,7 +332,7 @@ def step_times(names: tuple[str, ...] = LISTS, rounds: int = 50) -> Row:
                     times = [clock.median_us(lambda: None, replay, count, False) for replay in (alone, both)]
                     row[f"graph_us_{state}"] = times[1] - times[0]
                     del alone, both
-                kind = "nlcg" if optimizer.startswith(("nlcg_fr", "nlcg_pr")) else optimizer
+                kind = optimizer.removesuffix("_one").removesuffix("_separate")
                 if kind in BYTES:
                     row["bytes_per_parameter"] = BYTES[kind]
                     row["of_copy"] = BYTES[kind] * n / row["gpu_us_cold"] * 1e-6 / copy
@@ -337,7 +343,7 @@ def step_times(names: tuple[str, ...] = LISTS, rounds: int = 50) -> Row:
             print(json.dumps(row), flush=True)
         times = {row["optimizer"]: row for row in rows if row["list"] == name}
         for row in times.values():
-            for peer in ("sgd_fused", "rmsprop_foreach"):
+            for peer in ("adam_fused", "sgd_fused", "rmsprop_foreach"):
                 for key in ("gpu_us_cold", "graph_us_cold", "host_us"):
                     if key in row and key in times[peer]:
                         row[f"{key}_to_{peer}"] = row[key] / times[peer][key]
@@ -370,8 +376,8 @@ def training_step(batch: int = 64, size: int = 224, rounds: int = 40) -> Row:
 
     gradient()
     makers = steppers(ps, 1e-5)
-    steps: dict[str, Callable[[], object]] = {"none": lambda: None, "nlcg_fr": NLCG(ps, 1e-5).step}
-    for name in ("sgd_fused", "rmsprop_foreach", "nlcg_plain_torch"):
+    steps: dict[str, Callable[[], object]] = {"none": lambda: None, "nlcg_adam": NLCG(ps, 1e-5).step}
+    for name in ("adam_fused", "sgd_fused", "rmsprop_foreach", "nlcg_plain_torch"):
         steps[name] = makers[name]()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for t in range(rounds + 5):

@@ -5,8 +5,9 @@
 
 Machines are shared and noisy, so no time stands alone: in every round the three peers, fused AdamW, fused SGD with
 momentum and the faster of torch's two RMSProps with momentum, take one step over the same parameters too, each behind a
-fresh gradient, and a ratio is the median over rounds. Gradients are those of a random diagonal quadratic, in fresh memory at every step
-as after zero_grad(): NLCG's curvature update is at work (asserted), and its table of pointers refreshed every time.
+fresh gradient, and a ratio is the median over rounds. Gradients are those of a random diagonal quadratic, in fresh
+memory at every step as after zero_grad(): NLCG's curvature update is at work (asserted), and its table of pointers
+refreshed every time.
 """
 
 from __future__ import annotations
@@ -108,8 +109,14 @@ OPTIMIZERS = {
 }
 # Counted traffic in bytes per float32 parameter, where every pass over memory is ours to count.
 BYTES = {
-    **{"nlcg_adam": 36, "nlcg_adam_pr": 44, "nlcg_fr": 56, "nlcg_pr": 56, "nlcg_fr_gate_closed": 44, "nlcg_fr_none": 28},
-    **{"sgd_momentum_fused": 20, "adamw_fused": 28},
+    "nlcg_adam": 36,
+    "nlcg_adam_pr": 44,
+    "nlcg_fr": 56,
+    "nlcg_pr": 56,
+    "nlcg_fr_gate_closed": 44,
+    "nlcg_fr_none": 28,
+    "sgd_momentum_fused": 20,
+    "adamw_fused": 28,
 }
 
 

@@ -1,6 +1,6 @@
-// The passes of a step: which formulas and which sums, written once for SIMD vectors (step_cpu.cpp) and for CUDA threads
-// (step_kernel.cu). Each preconditioner has its section here, and one line in with_preconditioner() at the end; no
-// caller knows how many passes it takes or which streams it has.
+// The passes of a step: which formulas and which sums, written once for SIMD vectors (step_cpu.cpp) and for CUDA
+// threads (step_kernel.cu). Each preconditioner has its section here, and one line in with_preconditioner() at the end;
+// no caller knows how many passes it takes or which streams it has.
 //
 //     none   PlainDots         reads g                    rz                                            4 bytes
 //            PlainMove         reads p, g, d              writes p, d, g_prev                          24
@@ -23,8 +23,8 @@
 //
 // and these constants: kSums; kMaxGradient (it also forms max |g|); kBackward (it walks from the end, to find in the
 // cache what the pass before read last); kOpens (first of its step: `decided` may use the options alone);
-// kResident (the stream beside g that the first pass may leave on chip for the others); kL2 (weight decay is part of the
-// gradient); kBiasCorrected (it asks for at.root()).
+// kResident (the stream beside g that the first pass may leave on chip for the others); kL2 (weight decay is part of
+// the gradient); kBiasCorrected (it asks for at.root()).
 #pragma once
 
 #include "nlcg_math.h"
@@ -199,9 +199,12 @@ struct CurvatureAndDots : Pass {
 
   template <class Fill>
   NLCG_HD static CurvatureAndDots decided(const Course& c, const Options& o, Fill fill) {
-    return {{},           bfgs_constants(c.eps, 0, c.next.ys, c.next.shs_used, fill),
-            c.curvature,  !c.deferred,
-            c.same && needs_rz_mid(o), c.same && needs_gd(o)};
+    return {{},
+            bfgs_constants(c.eps, 0, c.next.ys, c.next.shs_used, fill),
+            c.curvature,
+            !c.deferred,
+            c.same && needs_rz_mid(o),
+            c.same && needs_gd(o)};
   }
   NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double, double, double) {
     decide_direction(c, o, sums[0], sums[1], sums[2]);

@@ -104,7 +104,7 @@ struct Step {
   Scalars* scalars;
   double* param_steps;   // per parameter: the step that moved it last
   double* beta2_powers;  // per parameter: beta2^k after k updates of v; null without one
-  double* partials;     // workspace: kMaxSums per tile, see partials_needed
+  double* partials;      // workspace: kMaxSums per tile, see partials_needed
   double set;   // names the set of parameters with gradients; another than the last step's: the past is forgotten
   double loss;  // NaN: none given
   int threads;

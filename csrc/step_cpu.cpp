@@ -273,8 +273,8 @@ bool forked() {
 }
 
 // Every other pass walks backwards, in strips of half a megabyte per stream: it finds in the cache what the pass before
-// read last, and the next, forwards again, what it left. A strip is long enough for the hardware's prefetchers, which like to walk
-// forwards.
+// read last, and the next, forwards again, what it left. A strip is long enough for the hardware's prefetchers, which
+// like to walk forwards.
 constexpr std::int64_t kStrip = 32;
 
 // 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.

@@ -498,9 +498,8 @@ void step_with(const Step& step, CudaStep& cuda) {
 
 template <class S>
 void step_in(const Step& step, CudaStep& cuda) {
-  with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    step_with<S, decltype(preconditioner)>(step, cuda);
-  });
+  with_preconditioner(step.options.preconditioner,
+                      [&](auto preconditioner) { step_with<S, decltype(preconditioner)>(step, cuda); });
 }
 
 // ---- the parts ---------------------------------------------------------------------------------------------------

@@ -219,7 +219,12 @@ class Lockstep:
             # what the next step will use: sums over the last move
             s_new = np.where(mask, alpha * self.d, 0.0)
             close("gs", after["gs"], np.sum(self.g_prev * s_new), K * u * np.sum(np.abs(self.g_prev * s_new)))
-            close("shs'", after["shs"], np.sum(s_new * self.diagonal * s_new), K * u * np.sum(s_new * self.diagonal * s_new))
+            close(
+                "shs'",
+                after["shs"],
+                np.sum(s_new * self.diagonal * s_new),
+                K * u * np.sum(s_new * self.diagonal * s_new),
+            )
             assert after["grad_max"] == np.max(np.abs(np.where(mask, self.g_prev, 0.0)), initial=0.0)
         if o.preconditioner == "adam":
             d_new = np.where(mask, self.d, 0.0).astype(float)

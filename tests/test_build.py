@@ -42,7 +42,7 @@ def pretends(release: str, *refused: str) -> str:
     """The real one under another version, which does not know some architectures."""
     refuse = "".join(f"*{name}*) echo unsupported {name} >&2; exit 1;;" for name in refused)
     return (
-        f'case "$*" in --version) echo "Cuda compilation tools, release {release}, V{release}"; exit 0;; {refuse} esac\n'
+        f'case "$*" in --version) echo "Cuda compilation tools, release {release}, V"; exit 0;; {refuse} esac\n'
         f'exec {NVCC} "$@"'
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 import plots
 import pytest
 import study
+import text
 import torch
 from fastnlcg import NLCG
 from PIL import Image
@@ -214,59 +215,138 @@ def test_a_run_that_diverges_ends(folder: Path) -> None:
 
 
 def test_only_missing_runs_are_run(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    everything = study.missing("batch4096", rows, "bfloat16")
+    rows = tmp_path / "paper.jsonl"
+    everything = study.missing("batch4096", tmp_path, "bfloat16")
     assert len(everything) == len(study.PAPER + study.ALSO) * len(study.SEEDS)
     assert {config.precision for config in everything} == {"bfloat16"}
     rows.write_text(json.dumps({**dataclasses.asdict(everything[0]), "final_loss": 1.0}) + "\n")
-    assert study.missing("batch4096", rows, "bfloat16") == everything[1:]
-    assert len(study.missing("batch4096", rows, "float32")) == len(everything)
-    assert everything[0] not in study.missing("peaks", rows, "bfloat16")
-    others = [dataclasses.replace(everything[0], seed=seed) for seed in study.SEEDS[1:]]
-    assert study.missing("best", rows, "bfloat16") == others
-    better = {"peak": 3.0, "final_loss": 0.1}
-    with rows.open("a") as file:  # in another setting: of no account
-        for other in ({"augment": False}, {"micro": 4096}, {"model": "resnet8p"}):
-            file.write(json.dumps({**dataclasses.asdict(everything[0]), **better, **other}) + "\n")
-    assert study.missing("best", rows, "bfloat16") == others
+    assert study.missing("batch4096", tmp_path, "bfloat16") == everything[1:]
+    assert len(study.missing("batch4096", tmp_path, "float32")) == len(everything)
+
+
+def test_seeds_are_run_at_the_best_peaks_of_their_setting(tmp_path: Path) -> None:
+    grid = study.missing("grids", tmp_path, "float32")
+    assert len({study.key(config) for config in grid}) == len(grid)
+    assert {config.schedule for config in grid} == {"cosine"}
+    assert study.missing("seeds", tmp_path, "float32") == study.missing("full", tmp_path, "float32") == []
+    of_adamw = [config for config in grid if config.optimizer == "adamw"]
+    assert {config.model for config in of_adamw} == {"resnet8", "transformer"}
+    with (tmp_path / "tuned.jsonl").open("a") as file:
+        for config in of_adamw:  # the best peak of all settings but batch 128 is the second, there it is the third
+            loss = abs(config.peak / (0.03 if config.batch == 128 else 0.01) - 1)
+            file.write(json.dumps({**dataclasses.asdict(config), "final_loss": loss}) + "\n")
+    seeds = study.missing("seeds", tmp_path, "float32")
+    assert {(config.batch, config.peak) for config in seeds} == {
+        *((batch, 0.01) for batch in (2048, 8192, 512, 384)),
+        (128, 0.03),
+    }
+    assert {config.seed for config in seeds} == {1, 2}
+    full = study.missing("full", tmp_path, "float32")
+    assert [(config.batch, config.peak, config.seed, config.side) for config in full] == [
+        (4096, 0.01, seed, 32) for seed in study.SEEDS
+    ]
 
 
 def test_the_best_peak_is_that_of_the_lowest_training_loss() -> None:
     rows = [
-        {"optimizer": "sgd", "batch": 4096, "seed": seed, "peak": peak, "final_loss": loss}
+        {"optimizer": "sgd", "seed": seed, "peak": peak, "final_loss": loss}
         for seed, peak, loss in ((0, 0.1, 2.0), (0, 1.0, 1.5), (0, 3.0, float("nan")), (1, 0.3, 1.0))
     ]
     assert study.best_peak(rows, "sgd") == 1.0
     assert study.best_peak(rows, "momentum") is None
 
 
+@pytest.mark.parametrize("model", ["resnet8", "transformer"])
+def test_a_run_on_the_relative_schedule(model: str, folder: Path) -> None:
+    config = Run("nlcg_adam", peak=0.01, schedule="cosine", model=model, side=16, **SMALL)
+    row = json.loads(json.dumps(run(config, folder, compiled=False)))
+    assert row["peak_lr"] == 0.01
+    assert len(row["test_loss"]) == 2
+    assert row["final_loss"] < row["loss"][0]
+    again = Run(**{field.name: row[field.name] for field in dataclasses.fields(Run)})
+    assert run(again, folder, compiled=False)["loss"] == row["loss"]
+
+
+def test_images_are_averaged_down(folder: Path) -> None:
+    whole, half = data.load(folder), data.load(folder, side=16)
+    assert half.train_x.shape == (80, 3, 16, 16)
+    mean = whole.train_x.float().reshape(80, 3, 16, 2, 16, 2).mean((3, 5))
+    assert (half.train_x.float() - mean).abs().max() <= 0.5
+    assert half.augmented(half.train_x, torch.Generator().manual_seed(0)).shape == half.train_x.shape
+
+
+def test_text() -> None:
+    corpus = text.Text(96, 20)
+    assert len(corpus) == 96
+    batches = list(corpus.epoch(32, 16, torch.Generator().manual_seed(0)))
+    assert len(batches) == 3
+    for x, y in batches[0]:
+        assert x.shape == y.shape == (16, text.LENGTH)
+        assert torch.equal(x[:, 1:], y[:, :-1])  # y is one on
+        assert int(x.max()) < corpus.classes
+    xs = torch.cat([x for x, _ in corpus.test()])
+    assert xs.shape == (20, text.LENGTH)
+    assert len(corpus.validation) > 10_000
+    assert len(corpus.train) > 5 * len(corpus.validation)
+    logits = models.make("transformer", corpus.classes)(xs)
+    assert logits.shape == (20, corpus.classes, text.LENGTH)
+    # causal: what comes later changes nothing
+    changed = xs.clone()
+    changed[:, 40:] = 1
+    net = models.make("transformer", corpus.classes).eval()
+    torch.testing.assert_close(net(xs)[:, :, :40], net(changed)[:, :, :40])
+
+
 def test_plots_and_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        run(Run(optimizer, seed=seed, peak=peak, **{**SMALL, "batch": batch, "epochs": 3}), folder, compiled=False)
+        run(Run(optimizer, seed=seed, **{**SMALL, "batch": batch, "epochs": 3}), folder, compiled=False)
         for optimizer in ("nlcg_fr", "momentum")
         for batch in (16, 32)
-        for seed, peak in ((0, 1.0), (1, 1.0), (0, 2.0))
+        for seed in (0, 1)
     ]
     rows.append({**rows[0], "seed": 2, "final_loss": float("nan"), "accuracy": [10.0]})
-    (tmp_path / "convergence.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {
+        "model": "resnet8",
+        "train_images": 64,
+        "test_images": 20,
+        "epochs": 5,
+        "micro": 16,
+        "precision": "float32",
+    }
+    proxy = Run("", 32, schedule="cosine", side=16, **small)
+    monkeypatch.setattr(plots, "settings_of", lambda precision: [(proxy, ()), (proxy, ())])
+    monkeypatch.setattr(plots, "FULL_SETTING", proxy)
+    tuned = [
+        run(dataclasses.replace(proxy, optimizer=name, seed=seed, peak=peak), folder, compiled=False)
+        for name, peaks in (("nlcg_adam", (0.01, 0.03)), ("adamw", (0.03, 0.1)))
+        for peak in peaks
+        for seed in (0, 1)
+    ]
+    for name, found in (("paper", rows), ("tuned", tuned)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     (tmp_path / "cost.jsonl").write_text(json.dumps(cost.measure("resnet8", "cpu", 1, 4, "float32", compiled=False)))
     monkeypatch.setattr("sys.argv", ["plots.py", str(tmp_path)])
     plots.main()
-    for name in ("loss-steps", "loss-seconds", "accuracy-batch", "accuracy-epochs"):
+    for name in ("loss-steps", "loss-seconds", "accuracy-batch", "accuracy-epochs", "tuned"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    tables = plots.tables(rows)
+    tables = plots.paper_tables(rows)
     accuracy, loss = (tables[name].splitlines() for name in ("Test accuracy, %", "Training loss in the last epoch"))
     assert accuracy[0] == "|  | batch 16 | batch 32 |"
     assert [line.split(" | ")[0] for line in accuracy[2:]] == ["| NLCG-FR", "| Momentum"]
-    mean, deviation = (f([row["final_loss"] for row in rows[6:8]]) for f in (statistics.mean, statistics.stdev))
+    mean, deviation = (f([row["final_loss"] for row in rows[4:6]]) for f in (statistics.mean, statistics.stdev))
     assert loss[3].split(" | ")[1] == f"{mean:.3f} ± {deviation:.3f} (2)"
     assert "diverged" in loss[2]
-    for batch in (16, 32):
-        header, _, fr, momentum = tables[f"Test accuracy, %, batch {batch}, over factors on the peak"].splitlines()
-        assert header == "|  | 1 | 2 | at its best peak |"
-        assert fr.startswith("| NLCG-FR | ")
-        at_2 = next(r for r in rows if (r["optimizer"], r["batch"], r["peak"]) == ("momentum", batch, 2.0))
-        assert momentum.split(" | ")[2] == f"{at_2['final_accuracy']:.1f}"
+
+    header, _, adam, adamw = plots.tuned_tables(tuned)["Batch 32, over peaks"].splitlines()
+    assert header == "|  | 0.01 | 0.03 | 0.1 | training loss at the best | test accuracy, % |"
+    assert adam.startswith("| NLCG, Adam's diagonal | ")
+    first = {row["peak"]: row["final_loss"] for row in tuned if row["optimizer"] == "adamw" and row["seed"] == 0}
+    best = min(first, key=first.__getitem__)
+    cells = [f"**{loss:.3f}**" if peak == best else f"{loss:.3f}" for peak, loss in sorted(first.items())]
+    assert adamw.split(" | ")[1:4] == ["", *cells]
+    at_best = [row for row in tuned if (row["optimizer"], row["peak"]) == ("adamw", best)]
+    mean = statistics.mean(row["final_accuracy"] for row in at_best)
+    assert adamw.split(" | ")[5].startswith(f"{mean:.1f} ± ")
 
 
 def test_settings_are_compared_at_equal_schedule() -> None:
@@ -285,7 +365,7 @@ def test_settings_are_compared_at_equal_schedule() -> None:
         {**usual, "final_accuracy": 50.0, "model": "resnet8p"},
         {**usual, "final_accuracy": 60.0, "optimizer": "sgd"},
     ]
-    tables = plots.tables(rows)
+    tables = plots.paper_tables([{"schedule": "paper", **row} for row in rows])
     assert tables["Test accuracy, %"].splitlines()[2:] == ["| Momentum | 30.0 (1) |", "| SGD | 60.0 (1) |"]
     table = tables["Test accuracy, %, batch 4096, by setting"].splitlines()
     assert table[0].split(" | ")[1:] == [
@@ -300,13 +380,18 @@ def test_settings_are_compared_at_equal_schedule() -> None:
 def test_what_the_readmes_show_is_in_the_committed_rows() -> None:
     root = Path(__file__).parent.parent
     folder = root / "bench" / "results" / "convergence"
-    rows = study.read(folder / "convergence.jsonl")
-    tables = plots.tables(rows)
+    paper, tuned, cost_rows = (study.read(folder / f"{name}.jsonl") for name in ("paper", "tuned", "cost"))
+    tables = plots.tuned_tables(tuned)
     text = (folder / "README.md").read_text()
-    for table in (*tables.values(), plots.costs(study.read(folder / "cost.jsonl"))):
-        assert table in text
-    assert tables["Test accuracy, %"] in (root / "README.md").read_text()
+    for name, table in (tables | plots.paper_tables(paper) | {"Cost": plots.costs(cost_rows)}).items():
+        assert table in text, name
+    readme = (root / "README.md").read_text()
+    for name in ("Full setting, batch 4096", "Test accuracy, %, by batch"):
+        assert tables[name] in readme, name
     names = {field.name for field in dataclasses.fields(Run)}
-    assert all(names <= set(row) for row in rows)
-    configurations = [tuple(row[name] for name in sorted(names)) for row in rows]
-    assert len(set(configurations)) == len(rows)
+    for rows in (paper, tuned):
+        assert all(names <= set(row) for row in rows)
+        configurations = [tuple(row[name] for name in sorted(names)) for row in rows]
+        assert len(set(configurations)) == len(rows)
+    assert {row["schedule"] for row in paper} == {"paper"}
+    assert {row["schedule"] for row in tuned} == {"cosine"}

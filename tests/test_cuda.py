@@ -110,7 +110,9 @@ def test_spans_of_several_tiles(gpu: Backend) -> None:
 
 def test_tiles_that_are_not_listed_in_the_arguments(gpu: Backend) -> None:
     """Beyond 512 tiles a tile's first segment is searched for."""
-    lockstep = Lockstep([*random_cuts(9000, ("float32",)), Cut(513 * 4096, "float32"), Cut(3, "float16")], FORMS["bfgs"])
+    lockstep = Lockstep(
+        [*random_cuts(9000, ("float32",)), Cut(513 * 4096, "float32"), Cut(3, "float16")], FORMS["bfgs"]
+    )
     for _ in range(3):
         lockstep.noisy_gradients()
         lockstep.checked_step()
@@ -205,7 +207,10 @@ def test_machine_code_has_wide_accesses_and_no_spills(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     log = subprocess.run(["c++filt"], input=built.stderr, capture_output=True, text=True, check=True).stdout
     log = log.replace("fastnlcg::", "").replace("(anonymous namespace)::", "")
-    usage = re.findall(r"entry function '(.*)' for.*\n.*Function properties.*\n.* (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    usage = re.findall(
+        r"entry function '(.*)' for.*\n.*Function properties.*\n.* (\d+) bytes spill stores, (\d+) bytes spill loads",
+        log,
+    )
     assert len(usage) >= len(WIDE)
     for name, *spilled in usage:
         allowed = next((most for kernel, most in SPILLS.items() if kernel in name), 0)
@@ -455,7 +460,9 @@ def test_an_exception_in_a_scaled_step_leaves_no_scale_behind(gpu: Backend, prec
     assert all(torch.equal(p, q) for p, q in zip(plain, scaled, strict=True))
 
 
-def test_checkpoints_move_between_cpu_and_gpu(gpu: Backend, preconditioner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_move_between_cpu_and_gpu(
+    gpu: Backend, preconditioner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ps = parameters(gpu, torch.float64)
     optimizer = NLCG(ps, 0.02, update="polak_ribiere")
     for _ in range(5):

@@ -317,8 +317,8 @@ def test_bytes_of_state_a_parameter(options: dict, keys: set[str], size: int) ->
     assert sum(t.numel() * t.element_size() for t in state.values() if t.dim()) == size * p.numel()
     if "grad_prev" in keys:
         assert torch.equal(state["grad_prev"], p.grad)
+    optimizer.param_groups[0]["preconditioner"] = None if options["preconditioner"] else "bfgs"
     with pytest.raises(ValueError, match="cannot change once there is"):  # a step needs what its state was made for
-        optimizer.param_groups[0]["preconditioner"] = None if options["preconditioner"] else "bfgs"
         optimizer.step()
 
 

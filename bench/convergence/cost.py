@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from train import OPTIMIZERS, fast_precision
 
 NAMES = (
-    *("nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_pr_search", "nlcg_fr_none"),
+    *("nlcg_adam", "nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_pr_search", "nlcg_fr_none"),
     *("momentum", "rmsprop", "sgd", "lars", "lamb", "adamw"),
 )
 BATCHES = (256, 1024, 4096, 16384)

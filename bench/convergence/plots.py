@@ -1,18 +1,25 @@
-"""From rows to the paper's figures and tables.
+"""From rows to figures and tables.
 
-    python bench/convergence/plots.py FOLDER      with convergence.jsonl (study.py) and cost.jsonl (cost.py) in it
+    python bench/convergence/plots.py FOLDER      with paper.jsonl, tuned.jsonl (study.py), cost.jsonl (cost.py) in it
+
+Of the tuned comparison:
+
+    tuned.png                          training loss per step at the full setting and of the transformer, at best peaks
+
+On the paper's schedule:
 
     loss-steps.png, loss-seconds.png   training loss at batch 4096 (the paper's figures 2 and 3)
     accuracy-batch.png                 test accuracy over batch size (figures 4 and 7)
     accuracy-epochs.png                test accuracy over epochs at the largest batch (figures 5, 6 and 8)
-    tables.md                          test accuracy and training loss; over peaks and settings
 
-Lines are means over seeds on the paper's schedule, shades and bars one standard deviation. Seconds are steps times the
-time per step that cost.py measured for all in one run: those of the runs themselves tell of the machine's other work.
+tables.md has the tables of both. Lines are means over seeds, shades and bars one standard deviation. Seconds are steps
+times the time per step that cost.py measured for all in one run: those of the runs themselves tell of the machine's
+other work.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -21,12 +28,24 @@ import matplotlib as mpl
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
-from study import ALSO, GRID, PAPER, Rows, best_peak, read
+from study import ALSO, PAPER, Rows, best_peak, like, read, settings_of
+from train import Run
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 LABELS = {
+    "nlcg_adam": "NLCG, Adam's diagonal",
+    "nlcg_adam_08": "NLCG, Adam's diagonal, beta at most 0.8",
+    "nlcg_adam_095": "NLCG, Adam's diagonal, beta at most 0.95",
+    "nlcg_adam_1": "NLCG, Adam's diagonal, beta at most 1",
+    "nlcg_adam_pr": "NLCG, Adam's diagonal, Polak-Ribiere",
+    "nlcg_adam_search": "NLCG, Adam's diagonal, line search",
+    "nlcg_adam_constant_80": "NLCG, Adam's diagonal, beta constant at 0.8",
+    "adamw": "AdamW, beta1 0.9",
+    "adamw_08": "AdamW, beta1 0.8",
+    "lamb": "LAMB",
+    "nadam": "NAdam",
     "nlcg_fr": "NLCG-FR",
     "nlcg_pr": "NLCG-PR",
     "nlcg_fr_search": "NLCG-FR, line search",
@@ -48,9 +67,7 @@ LABELS = {
     "momentum": "Momentum",
     "rmsprop": "RMSProp",
     "sgd": "SGD",
-    "adamw": "AdamW",
     "lars": "LARS",
-    "lamb": "LAMB",
 }
 
 
@@ -163,24 +180,10 @@ def by_batch(rows: Rows, key: str, digits: int) -> str:
     return markdown(["", *(f"batch {batch}" for batch in batches)], lines)
 
 
-def by_peak(rows: Rows, batch: int) -> str:
-    """Test accuracy of seed 0 over factors on the paper's peak; last, the mean over seeds at the best one."""
-    at_batch = [row for row in rows if row["batch"] == batch]
-    found = grouped([row for row in at_batch if row["seed"] == 0], "optimizer", "peak")
-    factors = sorted({peak for _, peak in found})
-    lines = []
-    for name, own in of_optimizers(at_batch).items():
-        if any((name, peak) in found for peak in factors if peak != 1.0):
-            peak = best_peak(rows, name, batch)
-            all_seeds = cell([row for row in own if row["peak"] == peak], "final_accuracy", 1)
-            cells = [cell(found[name, factor], "final_accuracy", 1).removesuffix(" (1)") for factor in factors]
-            lines.append([LABELS[name], *cells, f"{all_seeds} at {peak:g}"])
-    return markdown(["", *(f"{factor:g}" for factor in factors), "at its best peak"], lines)
-
-
 def comparable(rows: Rows) -> Rows:
-    """The largest group that differs in nothing but optimizer, batch, seed and peak; without what was merely tried."""
-    rows = [row for row in rows if row["optimizer"] in {*PAPER, *ALSO, *GRID}]
+    """The largest group that differs in nothing but optimizer, batch and seed, on the paper's schedule and peak;
+    without what was merely tried."""
+    rows = [row for row in rows if row["optimizer"] in {*PAPER, *ALSO} and row["peak"] == 1.0]
     return max(grouped(rows, "model", "train_images", "epochs", "micro", "augment", "precision").values(), key=len)
 
 
@@ -211,15 +214,12 @@ def safeguards(rows: Rows) -> str:
     return markdown(["", "test accuracy, %", "training loss", "median of h", "largest h"], lines)
 
 
-def tables(rows: Rows) -> dict[str, str]:
+def paper_tables(rows: Rows) -> dict[str, str]:
     main_rows = comparable(rows)
     found = {
         "Test accuracy, %": by_batch(main_rows, "final_accuracy", 1),
         "Training loss in the last epoch": by_batch(main_rows, "final_loss", 3),
     }
-    for (batch,), own in sorted(grouped(main_rows, "batch").items()):
-        if len({row["peak"] for row in own}) > 1:
-            found[f"Test accuracy, %, batch {batch}, over factors on the peak"] = by_peak(own, batch)
     same = ("train_images", "epochs", "precision")
     alike = [row for row in rows if all(row[name] == main_rows[0][name] for name in same)]
     of_settings = [row for row in alike if (row["batch"], row["peak"]) == (4096, 1.0)]
@@ -227,6 +227,120 @@ def tables(rows: Rows) -> dict[str, str]:
         found["Test accuracy, %, batch 4096, by setting"] = settings(of_settings)
     small = [row for row in rows if (row["batch"], row["train_images"]) == (128, 4096)]
     return found | ({"Safeguards, batch 128, 4096 images": safeguards(small)} if small else {})
+
+
+# ---- tuned -----------------------------------------------------------------------------------------------------------
+
+
+def result_of(rows: Rows) -> tuple[str, str, int]:
+    """What a setting is judged by: its name, its key, digits."""
+    text = rows[0]["model"].startswith("transformer")
+    return ("validation loss", "final_test_loss", 3) if text else ("test accuracy, %", "final_accuracy", 1)
+
+
+def over_peaks(rows: Rows) -> str:
+    """Of one setting: the training loss of seed 0 over peaks; then, at the best, the means over seeds."""
+    name_of_result, key, digits = result_of(rows)
+    peaks = sorted({row["peak"] for row in rows if row["seed"] == 0})
+    lines = []
+    for name, own in of_optimizers(rows).items():
+        first = {row["peak"]: row for row in own if row["seed"] == 0}
+        best = best_peak(own, name)
+        if best is None:
+            continue
+        cells = [f"{first[peak]['final_loss']:.3f}" if peak in first else "" for peak in peaks]
+        cells = [f"**{text}**" if peak == best else text for peak, text in zip(peaks, cells, strict=True)]
+        at_best = [row for row in own if row["peak"] == best]
+        lines.append([LABELS[name], *cells, cell(at_best, "final_loss", 3), cell(at_best, key, digits)])
+    return markdown(["", *(f"{peak:g}" for peak in peaks), "training loss at the best", name_of_result], lines)
+
+
+def over_batches(settings: list[Rows]) -> str:
+    """Test accuracy at the best peaks, by batch."""
+    lines, batches = [], [rows[0]["batch"] for rows in settings]
+    for name in LABELS:
+        of_batches = [[row for row in rows if row["optimizer"] == name] for rows in settings]
+        if sum(bool(own) for own in of_batches) < len(settings):
+            continue
+        at_best = [[row for row in own if row["peak"] == best_peak(own, name)] for own in of_batches]
+        lines.append([LABELS[name], *(cell(own, "final_accuracy", 1) for own in at_best)])
+    return markdown(["", *(f"batch {batch}" for batch in batches)], lines)
+
+
+def at_full_setting(rows: Rows) -> str:
+    lines = []
+    for (name, peak), own in sorted(
+        grouped(rows, "optimizer", "peak").items(), key=lambda kv: list(LABELS).index(kv[0][0])
+    ):
+        cells = (
+            cell(own, key, digits) for key, digits in (("final_accuracy", 1), ("final_loss", 3), ("final_test_loss", 3))
+        )
+        lines.append([LABELS[name], f"{peak:g}", *cells])
+    return markdown(["", "peak", "test accuracy, %", "training loss", "test loss"], lines)
+
+
+def with_test_loss(rows: Rows) -> Rows:
+    return [{**row, "final_test_loss": row["test_loss"][-1]} for row in rows]
+
+
+FULL_SETTING = Run("", 4096, schedule="cosine")
+
+
+def tuned_tables(rows: Rows) -> dict[str, str]:
+    rows = with_test_loss(rows)
+    precision = rows[0]["precision"]
+    ablated = {name for name in LABELS if name.startswith("nlcg_adam_")}
+    found, proxies = {}, []
+    for config, _ in settings_of(precision):
+        own = [row for row in like(rows, config) if row["optimizer"] not in ablated]
+        if not own:
+            continue
+        text = config.model == "transformer"
+        found["Transformer, over peaks" if text else f"Batch {config.batch}, over peaks"] = over_peaks(own)
+        proxies += [] if text else [own]
+        of_ablations = [row for row in like(rows, config) if row["optimizer"] in {*ablated, "nlcg_adam"}]
+        if len({row["optimizer"] for row in of_ablations}) > 1:
+            found[f"{'Transformer' if text else f'Batch {config.batch}'}, options"] = over_peaks(of_ablations)
+    found["Test accuracy, %, by batch"] = over_batches(sorted(proxies, key=lambda own: own[0]["batch"]))
+    at_full = like(rows, dataclasses.replace(FULL_SETTING, precision=precision))
+    if at_full:
+        found["Full setting, batch 4096"] = at_full_setting(at_full)
+    return found
+
+
+def tuned_picture(rows: Rows, path: Path) -> None:
+    precision = rows[0]["precision"]
+    *_, (text, _) = settings_of(precision)
+    panels = (
+        ("ResNet-8, CIFAR-10 (JPEG), batch 4096", dataclasses.replace(FULL_SETTING, precision=precision), (1.1, 2.2)),
+        ("transformer, characters, 384 sequences a batch", text, (1.8, 3.4)),
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    kernel = np.ones(4) / 4
+    for axis, (title, config, limits) in zip(axes, panels, strict=True):
+        for name, own in of_optimizers(like(rows, config)).items():
+            peak = best_peak(own, name)
+            at_best = complete([row for row in own if row["peak"] == peak])
+            if name.startswith("nlcg_adam_") or not at_best:
+                continue
+            mean, deviation = spread([np.convolve(row["loss"], kernel, "valid") for row in at_best])
+            width = 2.2 if name == "nlcg_adam" else 1.2
+            (line,) = axis.plot(np.arange(4, 4 + len(mean)), mean, label=f"{LABELS[name]}, lr {peak:g}", lw=width)
+            axis.fill_between(
+                np.arange(4, 4 + len(mean)),
+                mean - deviation,
+                mean + deviation,
+                color=line.get_color(),
+                alpha=0.12,
+                lw=0,
+            )
+        axis.set(xlabel="optimizer steps", title=title, ylim=limits)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("training loss")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def costs(cost: Rows, batches: tuple[str, ...] = ("256", "4096")) -> str:
@@ -242,12 +356,19 @@ def costs(cost: Rows, batches: tuple[str, ...] = ("256", "4096")) -> str:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    rows, cost = read(folder / "convergence.jsonl"), read(folder / "cost.jsonl")
-    shared = [row for row in comparable(rows) if row["peak"] == 1.0]
-    batches = sorted({row["batch"] for row in shared})
-    curves(shared, cost, folder, 4096 if 4096 in batches else batches[-1])
-    accuracies(shared, folder)
-    found = tables(rows) | {"Cost": costs(cost)}
+    paper, tuned, cost = (read(folder / f"{name}.jsonl") for name in ("paper", "tuned", "cost"))
+    found = {}
+    if tuned:
+        tuned_picture(tuned, folder / "tuned.png")
+        found |= tuned_tables(tuned)
+    if paper:
+        shared = comparable(paper)
+        batches = sorted({row["batch"] for row in shared})
+        curves(shared, cost, folder, 4096 if 4096 in batches else batches[-1])
+        accuracies(shared, folder)
+        found |= paper_tables(paper)
+    if cost:
+        found |= {"Cost": costs(cost)}
     text = "\n\n".join(f"{name}\n\n{table}" for name, table in found.items())
     (folder / "tables.md").write_text(text + "\n")
     print(text)

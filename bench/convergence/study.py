@@ -1,14 +1,21 @@
 """The study: many runs, a few at a time, one row each; those that have a row already are not run again.
 
-    make study DATA=FOLDER                                         the CPU study, into build/study
-    python bench/convergence/study.py --data FOLDER --rows FILE --studies batch4096 peaks --jobs 2
+    make study DATA=FOLDER                                            the CPU study, into build/study
+    python bench/convergence/study.py --data FOLDER --out build/study --studies grids seeds --jobs 2
 
-The studies, in the order in which they are run (so that what is cut off is the least needed):
+Two parts, each with its file of rows, paper.jsonl and tuned.jsonl. In the order in which they are run:
 
-    batch4096, batch16384, batch1024    every optimizer on the paper's schedule, three seeds
-    peaks                               one seed at other peaks, at batch 4096
-    best                                the other seeds at each optimizer's best peak: that of the lowest training loss
-    peaks16384                          one seed at lower peaks, at batch 16384; AdamW beside those of the claim
+tuned: one relative schedule for all (fastnlcg.warmup_cosine), each optimizer at its own best peak, which is that of the
+lowest training loss of seed 0 on a grid of factors of 3
+
+    grids        seed 0 over the grids: images of 16 x 16, half of them, at four batches; and the transformer
+    seeds        the other seeds at the best peaks of the grids
+    full         images of 32 x 32, all of them, batch 4096, at the best peaks of the grids; three seeds
+    ablations    the options of NLCG with Adam's diagonal, one at a time
+
+paper: the paper's schedule, absolute, the same for all
+
+    batch4096, batch16384, batch1024    every optimizer, three seeds
     small                               batches 256 and 128
     tried                               safeguards against the noise of small batches: 4096 images, batch 128
     setting                             one seed at batch 4096: plain images, batch normalization over the whole batch,
@@ -34,12 +41,6 @@ Rows = list[dict[str, object]]
 SEEDS = (0, 1, 2)
 PAPER = ("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "nlcg_pr_search", "nlcg_fr_none")
 ALSO = ("nlcg_fr_search", "sgd")
-# Factors on the paper's peak. Those that scale their own steps live three decades lower.
-GRID = {
-    **dict.fromkeys(("nlcg_fr", "nlcg_pr", "nlcg_fr_none", "momentum", "rmsprop", "sgd"), (0.1, 0.3, 1.0, 3.0)),
-    "lars": (1.0, 3.0, 10.0, 30.0),
-    **dict.fromkeys(("lamb", "adamw"), (0.001, 0.003, 0.01, 0.03)),
-}
 CLAIM = ("nlcg_fr", "momentum", "rmsprop", "nlcg_pr")
 FEW = (*CLAIM, "nlcg_fr_none")
 # Against the noise of small batches: where the numbers are small enough to try many.
@@ -54,33 +55,6 @@ def shared(batch: int) -> Callable[[Rows], Iterator[Run]]:
     return lambda rows: (
         Run(optimizer, batch, seed) for group in (PAPER, ALSO) for seed in SEEDS for optimizer in group
     )
-
-
-def peaks(rows: Rows) -> Iterator[Run]:
-    for k in range(4):
-        for optimizer, factors in GRID.items():
-            yield Run(optimizer, 4096, peak=factors[k])
-
-
-def best_peak(rows: Rows, optimizer: str, batch: int = 4096) -> float | None:
-    """Of the seed 0 rows; by training loss, so that the test images have no say."""
-    found = [r for r in rows if (r["optimizer"], r["batch"], r["seed"]) == (optimizer, batch, 0)]
-    finite = [r for r in found if r["final_loss"] == r["final_loss"]]
-    return min(finite, key=lambda r: r["final_loss"])["peak"] if finite else None
-
-
-def best(rows: Rows) -> Iterator[Run]:
-    usual = [row for row in rows if all(row[name] == getattr(Run, name) for name in ("model", "micro", "augment"))]
-    for seed in SEEDS[1:]:
-        for optimizer in GRID:
-            peak = best_peak(usual, optimizer)
-            if peak is not None:
-                yield Run(optimizer, 4096, seed, peak)
-
-
-def peaks16384(rows: Rows) -> Iterator[Run]:
-    yield from (Run(name, 16384, peak=peak) for peak in (0.3, 0.1, 0.03) for name in FEW)
-    yield from (Run("adamw", 16384, peak=peak) for peak in (0.001, 0.0003))
 
 
 def small(rows: Rows) -> Iterator[Run]:
@@ -105,6 +79,94 @@ def more(rows: Rows) -> Iterator[Run]:
     return (Run(name, 4096, seed) for seed in (3, 4) for name in CLAIM)
 
 
+# ---- tuned -----------------------------------------------------------------------------------------------------------
+
+# Peak learning rates, factors of 3 apart.
+GRID = {
+    "nlcg_adam": (0.001, 0.003, 0.01, 0.03),
+    "adamw": (0.003, 0.01, 0.03, 0.1),
+    "adamw_08": (0.003, 0.01, 0.03, 0.1),
+    "lamb": (0.01, 0.03, 0.1),
+    "nadam": (0.003, 0.01, 0.03),
+    "nlcg_fr_none": (0.1, 0.3, 1.0, 3.0),
+    "nlcg_fr": (0.3, 1.0, 3.0),
+    "momentum": (0.1, 0.3, 1.0, 3.0),
+}
+# By steps: 24 epochs of half the images at half the side and half the batch are as many steps as at the full setting.
+PROXY = {"schedule": "cosine", "side": 16, "train_images": 8192}
+BATCHES = (2048, 8192, 512, 128)
+ADAPTIVE = ("nlcg_adam", "adamw", "adamw_08", "lamb")
+TEXT = {"model": "transformer", "schedule": "cosine", "train_images": 11520, "test_images": 1024, "epochs": 4}
+TEXT |= {"batch": 384, "micro": 96}
+FULL = ("nlcg_adam", "adamw", "adamw_08", "lamb", "momentum", "nlcg_fr_none")
+# Options of NLCG with Adam's diagonal, at its best peak and one lower.
+ABLATIONS = (
+    "nlcg_adam_08",
+    "nlcg_adam_095",
+    "nlcg_adam_1",
+    "nlcg_adam_pr",
+    "nlcg_adam_search",
+    "nlcg_adam_constant_80",
+)
+
+
+def like(rows: Rows, config: Run) -> Rows:
+    """Those that differ from ``config`` in optimizer, seed and peak only."""
+    free = {"optimizer", "seed", "peak"}
+    names = [field.name for field in dataclasses.fields(Run) if field.name not in free]
+    return [row for row in rows if all(row[name] == getattr(config, name) for name in names)]
+
+
+def best_peak(rows: Rows, optimizer: str) -> float | None:
+    """Of the seed 0 rows; by training loss, so that the test part has no say."""
+    found = [row for row in rows if (row["optimizer"], row["seed"]) == (optimizer, 0)]
+    finite = [row for row in found if row["final_loss"] == row["final_loss"]]
+    return min(finite, key=lambda row: row["final_loss"])["peak"] if finite else None
+
+
+def settings_of(precision: str) -> Iterator[tuple[Run, tuple[str, ...]]]:
+    """Every setting with a grid, as a run to copy, and the optimizers compared there."""
+    for batch in BATCHES:
+        names = (
+            tuple(GRID) if batch == 2048 else (*ADAPTIVE, "momentum", "nlcg_fr_none") if batch == 8192 else ADAPTIVE[:3]
+        )
+        yield Run("", batch, precision=precision, **PROXY), names
+    yield Run("", precision=precision, **TEXT), ADAPTIVE
+
+
+def grids(rows: Rows, precision: str) -> Iterator[Run]:
+    for config, names in settings_of(precision):
+        for name in names:
+            yield from (dataclasses.replace(config, optimizer=name, peak=peak) for peak in GRID[name])
+
+
+def seeds(rows: Rows, precision: str) -> Iterator[Run]:
+    for config, names in settings_of(precision):
+        for seed in SEEDS[1:]:
+            for name in names:
+                peak = best_peak(like(rows, config), name)
+                if peak is not None:
+                    yield dataclasses.replace(config, optimizer=name, peak=peak, seed=seed)
+
+
+def full(rows: Rows, precision: str) -> Iterator[Run]:
+    proxy = next(settings_of(precision))[0]
+    for seed in SEEDS:
+        for name in FULL:
+            peak = best_peak(like(rows, proxy), name)
+            if peak is not None:
+                yield Run(name, 4096, seed, peak, schedule="cosine", precision=precision)
+
+
+def ablations(rows: Rows, precision: str) -> Iterator[Run]:
+    config = next(settings_of(precision))[0]
+    for name in ABLATIONS:
+        yield from (dataclasses.replace(config, optimizer=name, peak=peak) for peak in (0.003, 0.01))
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+
 def gpu(rows: Rows) -> Iterator[Run]:
     for seed in SEEDS:
         for batch in (4096, 16384, 512):
@@ -112,19 +174,18 @@ def gpu(rows: Rows) -> Iterator[Run]:
                 yield Run(optimizer, batch, seed, model="resnet32", epochs=60, train_images=None, test_images=None)
 
 
-STUDIES: dict[str, Callable[[Rows], Iterator[Run]]] = {
+TUNED = {"grids": grids, "seeds": seeds, "full": full, "ablations": ablations}
+PAPERS: dict[str, Callable[[Rows], Iterator[Run]]] = {
     "batch4096": shared(4096),
     "batch16384": shared(16384),
     "batch1024": shared(1024),
-    "peaks": peaks,
-    "best": best,
-    "peaks16384": peaks16384,
     "small": small,
     "tried": tried,
     "setting": setting,
     "more": more,
     "gpu": gpu,
 }
+STUDIES = (*TUNED, *PAPERS)
 
 
 def key(config: Run) -> str:
@@ -132,21 +193,29 @@ def key(config: Run) -> str:
 
 
 def read(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Rows from before there was a choice of schedule or side get what was then the only one."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{"schedule": Run.schedule, "side": Run.side, **json.loads(line)} for line in lines]
 
 
-def missing(name: str, path: Path, precision: str) -> list[Run]:
+def rows_of(name: str, folder: Path) -> Path:
+    return folder / ("tuned.jsonl" if name in TUNED else "paper.jsonl")
+
+
+def missing(name: str, folder: Path, precision: str) -> list[Run]:
     """The runs of a study that have no row yet, each once."""
     names = [field.name for field in dataclasses.fields(Run)]
-    rows = [row for row in read(path) if row["precision"] == precision]
+    rows = [row for row in read(rows_of(name, folder)) if row["precision"] == precision]
     done = {json.dumps({k: row[k] for k in names}, sort_keys=True) for row in rows}
-    wanted = dict.fromkeys(key(dataclasses.replace(run, precision=precision)) for run in STUDIES[name](rows))
+    runs = TUNED[name](rows, precision) if name in TUNED else PAPERS[name](rows)
+    wanted = dict.fromkeys(key(dataclasses.replace(run, precision=precision)) for run in runs)
     return [Run(**json.loads(text)) for text in wanted if text not in done]
 
 
 def one(config: Run, arguments: argparse.Namespace) -> None:
     row = run(config, arguments.data, arguments.device)
-    with arguments.rows.open("a") as file:
+    file_of = "tuned.jsonl" if config.schedule == "cosine" else "paper.jsonl"
+    with (arguments.out / file_of).open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(
         f"{config.optimizer:<16} batch {config.batch:>6} seed {config.seed} peak {config.peak:g}: "
@@ -158,7 +227,7 @@ def one(config: Run, arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="an image folder, or CIFAR's python files")
-    parser.add_argument("--rows", type=Path, required=True, help="where rows are appended, one JSON a line")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the files of rows, one JSON a line")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -173,13 +242,13 @@ def main() -> int:
     if arguments.one:
         one(Run(**json.loads(arguments.one)), arguments)
         return 0
-    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--data", str(arguments.data), "--rows", str(arguments.rows)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--data", str(arguments.data), "--out", str(arguments.out)]
     command += ["--device", arguments.device]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else None
     failed = 0
     for name in arguments.studies:
-        waiting, running = missing(name, arguments.rows, arguments.precision), []
+        waiting, running = missing(name, arguments.out, arguments.precision), []
         print(f"{name}: {len(waiting)} runs", flush=True)
         while waiting or running:
             while waiting and len(running) < arguments.jobs:

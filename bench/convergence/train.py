@@ -128,7 +128,9 @@ def dataset(config: Run, folder: Path, device: str) -> Data:
     part = (config.train_images, config.test_images)
     if config.model.startswith("transformer"):
         return Text(*part, device)
-    return ImageNet(folder, device, *part) if config.model == "resnet50" else load(folder, *part, config.side).to(device)
+    return (
+        ImageNet(folder, device, *part) if config.model == "resnet50" else load(folder, *part, config.side).to(device)
+    )
 
 
 @torch.no_grad()

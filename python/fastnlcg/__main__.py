@@ -25,7 +25,9 @@ def self_check(device: str = "cpu") -> dict[str, Any]:
     """Takes 20 steps of native float64 and float32 beside the reference; returns the largest relative differences.
     Without torch on the CPU only."""
     worst = {"float64": 0.0, "float32": 0.0}
-    forms = [(kind, update) for kind in _native.PRECONDITIONERS for update in ("fletcher_reeves", "polak_ribiere")]
+    forms: list[tuple[Any, Any]] = [
+        (kind, update) for kind in _native.PRECONDITIONERS for update in ("fletcher_reeves", "polak_ribiere")
+    ]
     for preconditioner, update in forms:
         rng = np.random.default_rng(0)
         curvature, start = rng.uniform(0.1, 3.0, N), rng.standard_normal(N)
@@ -40,7 +42,9 @@ def self_check(device: str = "cpu") -> dict[str, Any]:
                 gradient = (curvature * expected).astype(dtype)  # both see the same gradient
                 ops.nlcg_step(
                     *(p, place(gradient), g_prev, d, diagonal, scalars),
-                    **{"lr": 0.05, "update": update, "preconditioner": preconditioner},
+                    lr=0.05,
+                    update=update,
+                    preconditioner=preconditioner,
                 )
                 expected, state = reference.nlcg_step(expected, gradient.astype(np.float64), state, options, lr=0.05)
             error = float(np.max(np.abs(fetch(p) - expected)) / np.max(np.abs(expected)))

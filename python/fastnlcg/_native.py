@@ -175,7 +175,7 @@ def _beta_max(options: Mapping[str, Any]) -> float:
 
 def needs_rz_mid(options: Mapping[str, Any]) -> bool:
     """Whether these options look at sum(g g_prev / (h + eps)), so that the state must have ``grad_prev``."""
-    return options["update"] == "polak_ribiere" or options["restart"] == "powell"
+    return bool(options["update"] == "polak_ribiere" or options["restart"] == "powell")
 
 
 def native_options(options: Mapping[str, Any]) -> dict[str, Any]:

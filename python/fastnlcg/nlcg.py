@@ -571,8 +571,9 @@ class NLCG(torch.optim.Optimizer):
             n,
             buffers.get("grad_prev"),
             buffers["direction"],
-            buffers.get(preconditioner.diagonal),
-            *(_native.Buffer(of_param[key]) if key in of_param else None for key in ("step", "beta2_power")),
+            buffers.get(preconditioner.diagonal or ""),
+            _native.Buffer(of_param["step"]),
+            _native.Buffer(of_param["beta2_power"]) if "beta2_power" in of_param else None,
             len(self.param_groups),
             **placed,
         )

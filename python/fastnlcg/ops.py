@@ -401,10 +401,8 @@ def _step(view: _native.Views, stream: int | None, *arrays: object) -> _native.S
     elif isinstance(stream, bool) or not isinstance(stream, int):
         raise TypeError(f"stream must be an int, a cudaStream_t, got {stream!r}")
     diagonal = next((view[name] for name in ("h", "v", "diagonal") if name in view), None)
-    return _native.Step(
-        *(view.state_dtype, view.n, view.get("g_prev"), view.get("d"), diagonal),
-        *(None, None, 1, view.device, None, stream),
-    )
+    streams = view.get("g_prev"), view.get("d"), diagonal
+    return _native.Step(view.state_dtype, view.n, *streams, None, None, 1, view.device, None, stream)
 
 
 _NEUTRAL = {

@@ -19,8 +19,8 @@ Symbols: ``p`` parameters, ``g`` gradient, ``g_prev`` the previous one, ``d`` di
 estimate, ``v`` Adam's second moment, ``y = g - g_prev``, ``s = alpha_prev * d``, ``z = -g / (h + eps)``,
 ``rz = sum(-g z)``.
 
-A preconditioner is an object with three methods (:class:`Plain`, :class:`Bfgs`, :class:`Adam`): its diagonal before this
-step, its diagonal in this step, and what it does to the parameters beside the move.
+A preconditioner is an object (:class:`Plain`, :class:`Bfgs`, :class:`Adam`) that says what its stream of state is, h
+before and after a step's update, and which weight decay goes with it.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def nlcg_step(
     return p_new, State(
         g_prev=np.where(active, g, state.g_prev),
         d=d,
-        diagonal=None if diagonal is None else np.where(active, diagonal, state.diagonal),
+        diagonal=None if diagonal is None or state.diagonal is None else np.where(active, diagonal, state.diagonal),
         alpha_prev=np.where(active, alpha, state.alpha_prev),
         active=active,
         beta2_power=np.where(active, state.beta2_power * o.beta2, state.beta2_power),
