@@ -83,23 +83,40 @@ class Diagnostics:
 class NLCG(torch.optim.Optimizer):
     r"""Preconditioned nonlinear conjugate gradients as a fused native step.
 
-    One step, with ``y = g - g_prev`` and ``s = alpha_prev * d``, all sums over all parameters of all groups::
+    One step; all sums run over all parameters of all groups::
 
-        h     = | h + y^2 / sum(y s) - (h s)^2 / sum(s h s) |     where both sums are > curvature_eps
         z     = -g / (h + eps)
-        beta  = clamp(sum(-g z) / rz, 0, 1)                       fletcher_reeves
-                clamp((sum(-g z) - rz_mid) / rz, 0, 1)            polak_ribiere
+        beta  = clamp(sum(-g z) / rz, 0, beta_max)                fletcher_reeves
+                clamp((sum(-g z) - rz_mid) / rz, 0, beta_max)     polak_ribiere
+                beta_max                                          heavy_ball
         d     = z + beta d
-        p     = p + lr * ls_scale * d
+        p     = p + alpha d,  alpha = lr * ls_scale
 
-    State per parameter element: ``grad_prev``, ``direction``, ``hessian_diag`` (not without preconditioner), in float32
-    (float64 for float64 parameters), so 12 bytes beside each float32 parameter. It is allocated when a parameter first
-    has a gradient. ``state[p]["step"]`` is the optimizer's step count when ``p`` last moved.
+    where rz is sum(-g z) of the step before, and the preconditioner says what h is::
 
-    Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0 and leaves h
-    alone. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
+        "adam"    v = beta2 v + (1 - beta2) g^2,  h = sqrt(v / (1 - beta2^k)) after k updates of v
+        "bfgs"    h = | h + y^2 / sum(y s) - (h s)^2 / sum(s h s) |  where both sums are > curvature_eps,
+                  with y = g - g_prev, s = alpha_prev * d
+        None      z = -g
+
+    =========== ============================ ============= ================== ==================
+    \           state per parameter element  bytes moved   weight decay       default beta_max
+    =========== ============================ ============= ================== ==================
+    ``"adam"``  exp_avg_sq, direction        36            decoupled (AdamW)  0.9
+    ``"bfgs"``  hessian_diag, grad_prev,     56            L2                 1 (the paper)
+                direction
+    None        grad_prev, direction         28            L2                 1 (the paper)
+    =========== ============================ ============= ================== ==================
+
+    ``"adam"`` keeps grad_prev too where Polak-Ribiere or Powell restarts need it. State is float32 (float64 for float64
+    parameters); bytes are those of float32 parameters. It is allocated when a parameter first has a gradient.
+    ``state[p]["step"]`` is the optimizer's step count when ``p`` last moved.
+
+    Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0, and the BFGS h
+    stays. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
     describe the edit, and the clamp on beta and the gate on the sums keep that harmless. A gradient with other strides
-    than its parameter is copied first; all else is read in place. ``p.grad`` is left as it was.
+    than its parameter is copied first; all else is read in place. ``p.grad`` is left as it was. A step without any
+    gradient does nothing.
 
     On a GPU a step is enqueued on torch's current stream; it neither waits nor allocates, and whether it was skipped
     only the device knows. The first step, and the first with a new parameter, lay out the state, and cannot be captured
@@ -111,15 +128,23 @@ class NLCG(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups. Groups may have their own ``lr`` and ``weight_decay``; everything else is shared.
-        lr: learning rate, a float or one-element tensor >= 0; schedulers own it. The paper's peak is 0.1 * batch / 256.
-        update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1).
-        preconditioner: ``"bfgs"``, the diagonal of Algorithm 2, or None for plain NLCG, ``z = -g``. At small batches
-            take None: the noise in y inflates h until the steps vanish (bench/results/convergence/README.md).
+        lr: learning rate, a float or one-element tensor >= 0; schedulers own it. With ``"adam"`` the best is a third
+            to a tenth of AdamW's (a step is 1 / (1 - beta) times as long), and grows with the batch: 1e-3 at a batch
+            of hundreds, 3e-3 to 1e-2 at thousands. The others take the rates of SGD; the paper's peak is
+            0.1 * batch / 256.
+        update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1), or ``"heavy_ball"``, a constant beta: then
+            ``preconditioner=None`` is SGD with momentum.
+        preconditioner: ``"adam"``, the recommended; ``"bfgs"``, the paper's diagonal of Algorithm 2, for large batches
+            only: at small ones the noise in y inflates h until the steps vanish; or None, plain NLCG.
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
             closure or from ``step(loss=...)``. Under data parallelism pass the loss averaged over ranks.
-        weight_decay: L2 coefficient, >= 0: the gradient seen is ``g + weight_decay * p``.
-        eps: added to h where it divides, >= 0. At 0 a step with a curvature update moves 4 more bytes per parameter.
-        curvature_eps: the curvature gate, >= 0.
+        weight_decay: >= 0. Decoupled with ``"adam"``: p is multiplied by ``1 - alpha * weight_decay`` first. Else L2:
+            the gradient seen is ``g + weight_decay * p``.
+        eps: added to h where it divides, >= 0; > 0 with ``"adam"``. With ``"bfgs"`` and 0 a step with a curvature
+            update moves 4 more bytes per parameter.
+        curvature_eps: the curvature gate of ``"bfgs"``, >= 0.
+        beta2: the decay of ``"adam"``'s v, in [0, 1).
+        beta_max: upper bound of beta, in [0, 1]; None: the preconditioner's default.
         restart: when to forget the direction, beta = 0. None: never (the paper); ``"descent"``: where d would not
             descend, ``-rz + beta * sum(g d) >= 0``; ``"powell"``: where ``|rz_mid| >= 0.2 * rz``; N: every N steps.
         nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; ``"propagate"``: as
@@ -136,15 +161,18 @@ class NLCG(torch.optim.Optimizer):
 
     Example::
 
-        optimizer = fastnlcg.NLCG(model.parameters(), lr=0.1, update="polak_ribiere")
+        optimizer = fastnlcg.NLCG(model.parameters(), lr=3e-3, weight_decay=0.1)
+        schedule = fastnlcg.warmup_cosine(optimizer, total_steps=len(loader) * epochs)
         for inputs, targets in loader:
             optimizer.zero_grad()
             loss = loss_function(model(inputs), targets)
             loss.backward()
-            optimizer.step(loss=loss)
+            optimizer.step()
+            schedule.step()
 
     Source: Adya et al., arXiv:1812.02886, Algorithms 1 and 2. The absolute value in h and the defaults of the two eps
-    are those of the authors' TensorFlow code; ``restart`` and ``nonfinite`` are additions.
+    are those of the authors' TensorFlow code; ``"adam"`` (its diagonal: Kingma & Ba, arXiv:1412.6980), ``beta_max``,
+    ``heavy_ball``, ``restart`` and ``nonfinite`` are additions.
     """
 
     _stepping = False
