@@ -537,13 +537,20 @@ class TestFState:
         for group in saved["param_groups"]:
             for key in ("beta2", "beta_max", "gg", "gd"):
                 group.pop(key, None)
-        other = NLCG(qs, 0.3)
+        other = NLCG(qs, 0.3, beta_max=0.5)
         other.load_state_dict(saved)
+        rs, pickled = stepped()
+        for options in (pickled.defaults, *pickled.param_groups):
+            for key in ("beta2", "beta_max"):
+                del options[key]
+        rs, pickled = copy.deepcopy((rs, pickled))  # as pickle does
         for _ in range(3):
-            one_step(ps, optimizer)
-            one_step(qs, other)
-        assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
-        assert repr(optimizer.diagnostics()) == repr(other.diagnostics())
+            for xs, o in ((ps, optimizer), (qs, other), (rs, pickled)):
+                one_step(xs, o)
+        for p, q, r in zip(ps, qs, rs, strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(p, r)
+        assert repr(optimizer.diagnostics()) == repr(other.diagnostics()) == repr(pickled.diagnostics())
 
     def test_54_other_optimizers_state(self) -> None:
         ps, optimizer = stepped()

@@ -41,7 +41,9 @@ _SHARED = (
 )
 # Scalars of the native step that a checkpoint needs: in the first parameter group, as plain numbers.
 _SCALARS = ("rz", "gs", "shs", "grad_max", "gg", "gd", "ls_scale", "loss_prev", "skipped_steps")
-_SINCE_0_3 = ("gg", "gd")  # missing in older checkpoints, whose preconditioners do not use them
+# What checkpoints of older versions lack, and what they mean.
+_OPTIONS_SINCE_0_3 = {"beta2": 0.999, "beta_max": None}
+_SCALARS_SINCE_0_3 = ("gg", "gd")
 _DEFAULT_SCALARS = {**dict.fromkeys(_SCALARS, 0.0), "ls_scale": 1.0, "loss_prev": None}
 
 _NUMBERS = ("step", "beta2_power")  # of a parameter: float64, whatever the dtype of its state
@@ -410,8 +412,11 @@ class NLCG(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for options in (self.defaults, *self.param_groups):
+            for key, value in _OPTIONS_SINCE_0_3.items():
+                options.setdefault(key, value)
         for group in self.param_groups:
-            for key, value in self.defaults.items():  # a checkpoint from before the option existed
+            for key, value in self.defaults.items():
                 group.setdefault(key, value)
             group.setdefault("alpha_prev", 0.0)
         if self.param_groups:
@@ -856,7 +861,7 @@ def _check_state_dict(optimizer: NLCG, given: object) -> None:
         raise ValueError(f"param_groups have {sizes} parameters, expected {own_sizes}")
     if not isinstance(state, Mapping):
         raise ValueError(f"state must be a mapping, got {type(state).__name__}")
-    complete = [{**optimizer.defaults, **group} for group in groups]
+    complete = [{**optimizer.defaults, **_OPTIONS_SINCE_0_3, **group} for group in groups]
     for k, group in enumerate(complete):
         try:
             _check_hyper_parameters(group)
@@ -866,7 +871,7 @@ def _check_state_dict(optimizer: NLCG, given: object) -> None:
     if state:
         for k, group in enumerate(groups):
             for key in ("alpha_prev", *(_SCALARS if k == 0 else ())):
-                if key not in _SINCE_0_3:
+                if key not in _SCALARS_SINCE_0_3 or key in group:
                     _check_saved_scalar(k, key, group)
     parameters = dict(zip((i for g in groups for i in g["params"]), optimizer._parameters(), strict=True))
     keys = {*_numbers(complete[0]), *_streams(complete[0])}

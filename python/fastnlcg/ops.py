@@ -3,8 +3,8 @@ DLPack. In place, explicit scalars, no torch needed: what you use to write an op
 
 All arrays of a call are on one device, the CPU or a GPU, contiguous, of the same length n (the shape does not matter),
 and do not overlap. ``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``,
-``h``) is float32, or float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the state's
-dtype, sums in double in an order that n alone fixes: the same bits for any thread count, instruction set and address,
+``h``, ``v``) is float32, or float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the
+state's dtype, sums in double in an order that n alone fixes: the same bits for any thread count, instruction set and address,
 and for any GPU (though not the CPU's bits: that order is another).
 
 Arrays on a GPU come through DLPack or ``__cuda_array_interface__``. The work goes to ``stream``, a ``cudaStream_t`` as
@@ -13,13 +13,17 @@ function that returns numbers waits for them; :class:`fastnlcg.NLCG` never does.
 
 A step from its parts (Fletcher-Reeves, without the safeguards of :func:`nlcg_step`)::
 
-    curvature = bfgs_diag_update(h, g, g_prev, d, alpha_prev=alpha)
+    rz_new = adam_preconditioned_dots(g, v, updates=k).rz              # "adam", step number k = 0, 1, ...
+    adam_direction_update(d, g, v, beta=min(0.9, rz_new / rz), updates=k, p=p, alpha=alpha)
+    rz = rz_new
+
+    curvature = bfgs_diag_update(h, g, g_prev, d, alpha_prev=alpha)    # "bfgs"
     rz_new = preconditioned_dots(g, None, h).rz
     direction_update(d, g, h, beta=min(1.0, rz_new / rz), p=p, alpha=alpha, g_prev=g_prev)
     rz = rz_new
 
-For Polak-Ribiere take ``rz_mid = preconditioned_dots(g, g_prev, h).rz_mid`` before ``bfgs_diag_update``: it needs the
-old ``h``.
+For Polak-Ribiere subtract ``rz_mid`` from the numerator: give ``g_prev`` to the dots, with ``"bfgs"`` before the
+update, because it takes the old ``h``.
 
 Errors, all before anything is written: TypeError for something that is no array or has the wrong dtype, ValueError for
 different lengths, overlap, a read-only or non-contiguous array, several devices, or a number out of range.
