@@ -4,8 +4,8 @@ DLPack. In place, explicit scalars, no torch needed: what you use to write an op
 All arrays of a call are on one device, the CPU or a GPU, contiguous, of the same length n (the shape does not matter),
 and do not overlap. ``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``,
 ``h``, ``v``) is float32, or float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the
-state's dtype, sums in double in an order that n alone fixes: the same bits for any thread count, instruction set and address,
-and for any GPU (though not the CPU's bits: that order is another).
+state's dtype, sums in double in an order that n alone fixes: the same bits for any thread count, instruction set and
+address, and for any GPU (though not the CPU's bits: that order is another).
 
 Arrays on a GPU come through DLPack or ``__cuda_array_interface__``. The work goes to ``stream``, a ``cudaStream_t`` as
 an integer: by default torch's current stream for torch's tensors, CuPy's for CuPy's arrays, else the default stream. A
