@@ -98,14 +98,28 @@ def final_loss(runs: list[dict[str, Any]]) -> float:
     return mean if np.isfinite(mean) else float("inf")
 
 
-def row(name: str, runs: list[dict[str, Any]]) -> str:
-    accuracies = [run["accuracy"] for run in runs]
-    losses = [run["losses"][-1] for run in runs]
-    ms = statistics.median(run["ms_per_step"] for run in runs)
-    return (
-        f"{name:<13}{runs[0]['peak_lr']:>8.3g}{statistics.fmean(losses):>13.4f} ± {statistics.stdev(losses):.4f}"
-        f"{statistics.fmean(accuracies):>11.2f} ± {statistics.stdev(accuracies):.2f}{ms:>11.2f}"
-    )
+def at_best_peaks(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each optimizer at the peak of the lowest mean final loss."""
+    groups: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for run in runs:
+        groups.setdefault(run["optimizer"], {}).setdefault(run["peak_lr"], []).append(run)
+    return {name: min(by_peak.values(), key=final_loss) for name, by_peak in groups.items()}
+
+
+def table(best: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        f"Digits, batch 1437 (all), {STEPS} steps, {len(SEEDS)} seeds; one schedule, each at its best of five peaks",
+        f"{'':<13}{'peak lr':>8}{'final loss':>22}{'test accuracy %':>18}{'ms / step':>11}",
+    ]
+    for name, runs in best.items():
+        accuracies = [run["accuracy"] for run in runs]
+        losses = [run["losses"][-1] for run in runs]
+        ms = statistics.median(run["ms_per_step"] for run in runs)
+        lines.append(
+            f"{name:<13}{runs[0]['peak_lr']:>8.3g}{statistics.fmean(losses):>13.4f} ± {statistics.stdev(losses):.4f}"
+            f"{statistics.fmean(accuracies):>11.2f} ± {statistics.stdev(accuracies):.2f}{ms:>11.2f}"
+        )
+    return "\n".join(lines)
 
 
 def plot(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -137,25 +151,13 @@ def main() -> None:
     torch.set_num_threads(1)
 
     # Seeds outermost, optimizers innermost: what disturbs the clock disturbs all of them.
-    jobs = [
-        (name, peak, seed)
-        for seed in SEEDS
-        for k in range(5)
-        for name, (_, peaks) in OPTIMIZERS.items()
-        for peak in peaks[k : k + 1]
-    ]
+    jobs = [(name, peaks[k], seed) for seed in SEEDS for k in range(5) for name, (_, peaks) in OPTIMIZERS.items()]
     runs = [train(*job) for job in tqdm(jobs, desc="training", unit="run", mininterval=0.5)]
 
-    def of(name: str, peak: float) -> list[dict[str, Any]]:
-        return [run for run in runs if (run["optimizer"], run["peak_lr"]) == (name, peak)]
-
-    best = {name: min((of(name, peak) for peak in peaks), key=final_loss) for name, (_, peaks) in OPTIMIZERS.items()}
-    print(
-        f"\nDigits, batch 1437 (all), {STEPS} steps, {len(SEEDS)} seeds; one schedule, each at its best of five peaks"
-    )
-    print(f"{'':<13}{'peak lr':>8}{'final loss':>22}{'test accuracy %':>18}{'ms / step':>11}")
-    for name, rows in best.items():
-        print(row(name, rows))
+    for run in runs:
+        run["losses"] = [float(f"{loss:.6g}") for loss in run["losses"]]
+    best = at_best_peaks(runs)
+    print("\n" + table(best))
 
     out.mkdir(parents=True, exist_ok=True)
     plot(best, out / "digits.png")
@@ -167,8 +169,6 @@ def main() -> None:
         "threads": 1,
         "command": "make demo",
     }
-    for run in runs:
-        run["losses"] = [float(f"{loss:.6g}") for loss in run["losses"]]
     (out / "digits.json").write_text(json.dumps({"facts": facts, "runs": runs}) + "\n")
     print(
         f"\nWrote {out / 'digits.png'} (training loss per step and per second) and {out / 'digits.json'} (every run)."

@@ -375,23 +375,3 @@ def test_settings_are_compared_at_equal_schedule() -> None:
         "resnet8p, crops and flips, 256 normalized together |",
     ]
     assert table[2:] == ["| Momentum | 30.0 (1) | 35.0 (1) | 40.0 (1) | 50.0 (1) |"]
-
-
-def test_what_the_readmes_show_is_in_the_committed_rows() -> None:
-    root = Path(__file__).parent.parent
-    folder = root / "bench" / "results" / "convergence"
-    paper, tuned, cost_rows = (study.read(folder / f"{name}.jsonl") for name in ("paper", "tuned", "cost"))
-    tables = plots.tuned_tables(tuned)
-    text = (folder / "README.md").read_text()
-    for name, table in (tables | plots.paper_tables(paper) | {"Cost": plots.costs(cost_rows)}).items():
-        assert table in text, name
-    readme = (root / "README.md").read_text()
-    for name in ("Full setting, batch 4096", "Test accuracy, %, by batch"):
-        assert tables[name] in readme, name
-    names = {field.name for field in dataclasses.fields(Run)}
-    for rows in (paper, tuned):
-        assert all(names <= set(row) for row in rows)
-        configurations = [tuple(row[name] for name in sorted(names)) for row in rows]
-        assert len(set(configurations)) == len(rows)
-    assert {row["schedule"] for row in paper} == {"paper"}
-    assert {row["schedule"] for row in tuned} == {"cosine"}

@@ -51,4 +51,4 @@ def test_the_readmes_lines_of_use_run(capsys: pytest.CaptureFixture[str]) -> Non
     torch.manual_seed(0)
     loader = [(torch.randn(50, 4), torch.randint(3, (50,))) for _ in range(3)]
     exec(code, {"model": torch.nn.Linear(4, 3), "loader": loader})
-    assert "Diagnostics(step=3, " in capsys.readouterr().out
+    assert "Diagnostics(step=60, " in capsys.readouterr().out
