@@ -241,10 +241,15 @@ def test_seeds_are_run_at_the_best_peaks_of_their_setting(tmp_path: Path) -> Non
         (128, 0.03),
     }
     assert {config.seed for config in seeds} == {1, 2}
-    full = study.missing("full", tmp_path, "float32")
+    full = study.missing("full", tmp_path, "float32")  # the two best of the grid
     assert [(config.batch, config.peak, config.seed, config.side) for config in full] == [
-        (4096, 0.01, seed, 32) for seed in study.SEEDS
+        (4096, peak, 0, 32) for peak in (0.01, 0.003)
     ]
+    with (tmp_path / "tuned.jsonl").open("a") as file:
+        for config, loss in zip(full, (2.0, 1.0), strict=True):
+            file.write(json.dumps({**dataclasses.asdict(config), "final_loss": loss}) + "\n")
+    rest = study.missing("full", tmp_path, "float32")
+    assert [(config.peak, config.seed) for config in rest] == [(0.003, 1), (0.003, 2)]
 
 
 def test_the_best_peak_is_that_of_the_lowest_training_loss() -> None:

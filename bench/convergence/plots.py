@@ -268,14 +268,13 @@ def over_batches(settings: list[Rows]) -> str:
 
 
 def at_full_setting(rows: Rows) -> str:
+    """Each at its best peak."""
     lines = []
-    for (name, peak), own in sorted(
-        grouped(rows, "optimizer", "peak").items(), key=lambda kv: list(LABELS).index(kv[0][0])
-    ):
-        cells = (
-            cell(own, key, digits) for key, digits in (("final_accuracy", 1), ("final_loss", 3), ("final_test_loss", 3))
-        )
-        lines.append([LABELS[name], f"{peak:g}", *cells])
+    for name, own in of_optimizers(rows).items():
+        peak = best_peak(own, name)
+        at_best = [row for row in own if row["peak"] == peak]
+        results = (("final_accuracy", 1), ("final_loss", 3), ("final_test_loss", 3))
+        lines.append([LABELS[name], f"{peak:g}", *(cell(at_best, key, digits) for key, digits in results)])
     return markdown(["", "peak", "test accuracy, %", "training loss", "test loss"], lines)
 
 
@@ -305,6 +304,7 @@ def tuned_tables(rows: Rows) -> dict[str, str]:
     at_full = like(rows, dataclasses.replace(FULL_SETTING, precision=precision))
     if at_full:
         found["Full setting, batch 4096"] = at_full_setting(at_full)
+        found["Full setting, batch 4096, over peaks"] = over_peaks(at_full)
     return found
 
 
