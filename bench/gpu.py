@@ -103,7 +103,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 for p in ps:
                     p.grad = 2 * p.detach()
                 optimizer.step()
-                optimizer._table.native.set_launch(form)
+                optimizer._layout.native.set_launch(form)
             assert optimizer.diagnostics().step == 4
 x = [torch.rand(5001, device="cuda")[1:] for _ in range(5)]
 ops.nlcg_step(*x, ops.Scalars(), lr=0.1, preconditioner="bfgs")
@@ -198,7 +198,7 @@ def steppers(ps: list, lr: float) -> dict[str, Callable[[], Callable[[], object]
     def nlcg(form: str, **options: object) -> Callable[[], object]:
         optimizer = NLCG(ps, lr, capturable=True, **options)
         optimizer.step()
-        optimizer._table.native.set_launch(form)
+        optimizer._layout.native.set_launch(form)
         return optimizer.step
 
     def plain(compiled: bool) -> Callable[[], object]:

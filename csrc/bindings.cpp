@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -77,19 +78,21 @@ class NativeStep {
         check("beta2_powers", *beta2_powers, "float64");
         if (beta2_powers->size() != params_) throw bad("one beta2_power a parameter");
         step_.beta2_powers = static_cast<double*>(beta2_powers->data());
+        if (params_ == 0) step_.beta2_powers = &own_beta2_power_;  // no memory, and not absent; nobody reads it
       }
     } else {
       step_.param_steps = &own_param_step_;
       step_.beta2_powers = &own_beta2_power_;
       params_ = 1;
     }
-    for (Group& group : groups_) group = {};
+    for (Group& group : groups_) group = {0, 0, 0, 0, 1};
     scalars_ = {};
     scalars_.ls_scale = 1.0;
     scalars_.loss_prev = std::numeric_limits<double>::quiet_NaN();
     step_.scalars = &scalars_;
     step_.groups = groups_.data();
     step_.n_groups = static_cast<std::int64_t>(groups_.size());
+    step_.counted = n;
     if (!on_device()) {
       if (workspace) throw bad("a workspace is for CUDA");
       partials_.resize(static_cast<std::size_t>(partials_needed(n)));
@@ -114,7 +117,8 @@ class NativeStep {
 
   void set_options(const std::string& preconditioner, const std::string& update, const std::string& restart,
                    std::int64_t restart_every, double eps, double curvature_eps, double beta2, double beta_max,
-                   bool skip_nonfinite, bool maximize, std::optional<std::array<double, 4>> line_search) {
+                   bool skip_nonfinite, bool maximize, bool stochastic_rounding,
+                   std::optional<std::array<double, 4>> line_search) {
     Options o;
     o.preconditioner = preconditioner_from(preconditioner);
     o.update = update_from(update);
@@ -136,6 +140,7 @@ class NativeStep {
     o.beta_max = beta_max;
     o.skip_nonfinite = skip_nonfinite;
     o.maximize = maximize;
+    o.stochastic_rounding = stochastic_rounding;
     o.line_search = line_search.has_value();
     if (line_search) {
       o.increase_threshold = (*line_search)[0];
@@ -146,9 +151,40 @@ class NativeStep {
     step_.options = o;
   }
 
+  // The sums of this rank become sums over ranks. `mine` is a row of doubles, `all` one for each rank, which `gather()`
+  // fills from everybody's `mine`; `counted` says whose sums are added, and `elements` how many of this rank's state.
+  void set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& counted, std::int64_t elements,
+                    bool every_decision, py::object gather) {
+    const Busy busy(*this);
+    const std::int64_t ranks = counted->size();
+    check("mine", *mine, "float64");
+    check("all", *all, "float64");
+    check("counted", *counted, "float64");
+    if (ranks < 1 || ranks > std::int64_t{1} << 24) throw bad(std::to_string(ranks) + " ranks");
+    if (mine->size() != kColumns || all->size() != ranks * kColumns) throw bad("rows of another length");
+    if (mine->readonly() || all->readonly()) throw bad("rows that are read-only");
+    if (elements != step_.state.n &&
+        (elements < 0 || elements > step_.state.n || elements % span_elements(step_.state.n) != 0)) {
+      throw bad(std::to_string(elements) + " counted elements of " + std::to_string(step_.state.n));
+    }
+    rows_ = {mine, all, counted};
+    gather_ = std::move(gather);
+    step_.counted = elements;
+    step_.exchange = Exchange{static_cast<int>(ranks),
+                              every_decision,
+                              static_cast<Row*>(mine->data()),
+                              static_cast<const Row*>(all->data()),
+                              static_cast<const double*>(counted->data()),
+                              [](void* self) {
+                                const py::gil_scoped_acquire held;
+                                static_cast<NativeStep*>(self)->gather_();
+                              },
+                              this};
+  }
+
   // (offset, group, param, dtype, shape, strides) per segment, in the order in which point() and refresh() see them.
-  using Row = std::tuple<std::int64_t, int, int, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>;
-  void set_segments(const std::vector<Row>& table) {
+  using Place = std::tuple<std::int64_t, int, int, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>;
+  void set_segments(const std::vector<Place>& table) {
     const Busy busy(*this);
     std::vector<Segment> segments;
     std::int64_t end = 0;
@@ -245,26 +281,27 @@ class NativeStep {
   // True where the parameters changed, false where the step was skipped. On a device the answer is always true: nobody
   // has waited for the decision. Numbers on the device, (address, dtype), stand in for lr and loss where given.
   using Number = std::optional<std::pair<std::uintptr_t, std::string>>;
-  bool step(const std::vector<double>& lr, const std::vector<double>& weight_decay, double set, double loss,
-            int threads, const std::vector<Number>& lr_on_device, const Number& loss_on_device,
+  bool step(const std::vector<double>& lr, const std::vector<double>& weight_decay, const std::vector<bool>& maximize,
+            double set, double loss, int threads, const std::vector<Number>& lr_on_device, const Number& loss_on_device,
             const Number& grad_scale, const Number& found_inf) {
     const Busy busy(*this);
     if (!pointed_) throw bad("a step needs point() or refresh() first");
     pointed_ = false;
     const std::vector<py::object> held = std::move(held_);
     held_.clear();
-    if (lr.size() != groups_.size() || weight_decay.size() != groups_.size())
-      throw bad("one lr and weight_decay a group");
+    if (lr.size() != groups_.size() || weight_decay.size() != groups_.size() || maximize.size() != groups_.size())
+      throw bad("one lr, weight_decay and maximize a group");
     if (const std::string missing = missing_streams(); !missing.empty()) throw bad("a step needs " + missing);
     for (std::size_t i = 0; i < groups_.size(); ++i) {
       groups_[i].lr = lr[i];
       groups_[i].weight_decay = weight_decay[i];
+      groups_[i].sign = maximize[i] ? -1.0 : 1.0;
     }
     step_.set = set;
     step_.loss = loss;
     set_threads(threads);
     if (cuda_.workspace != nullptr) {
-      if (step_.n_segments == 0) return true;
+      if (step_.n_segments == 0 && step_.exchange.ranks == 0) return true;
       if (!lr_on_device.empty() && lr_on_device.size() != groups_.size()) throw bad("one lr a group");
       cuda_.lr.clear();
       for (const Number& number : lr_on_device) cuda_.lr.push_back(device_number(number));
@@ -292,12 +329,8 @@ class NativeStep {
   std::tuple<double, double, double> state_norms(int threads) {
     const Busy busy(*this);
     if (!step_.state.direction) throw bad("norms need direction");
-    // Over a copy of the table: what refresh() has pointed at belongs to the step that follows it, and may be gone.
-    std::vector<Segment> segments = segments_;
-    for (Segment& segment : segments) segment.p = nullptr, segment.g = nullptr;
-    set_threads(threads);
-    Step step = step_;
-    step.segments = segments.data();
+    std::vector<Segment> segments;
+    Step step = over_state(segments, threads);
     double gg = 0, dd = 0, gd = 0;
     if (cuda_.workspace != nullptr) {
       if (step.n_segments == 0) return {0, 0, 0};
@@ -309,6 +342,25 @@ class NativeStep {
       cpu.state_norms(step, &gg, &dd, &gd);
     }
     return {gg, dd, gd};
+  }
+
+  // The sums over the last move, formed again from the state: after a checkpoint was loaded.
+  void last_move(int threads) {
+    const Busy busy(*this);
+    if (!step_.state.grad_prev || !step_.state.direction || !step_.state.diagonal) throw bad("missing state");
+    std::vector<Segment> segments;
+    Step step = over_state(segments, threads);
+    if (step.n_segments == 0) {
+      scalars_.gs = scalars_.shs = 0;
+    } else if (cuda_.workspace != nullptr) {
+      py::gil_scoped_release released;
+      cuda_last_move(step, cuda_, &scalars_.gs, &scalars_.shs);
+    } else {
+      const CpuVerbs& cpu = cpu_verbs();
+      py::gil_scoped_release released;
+      cpu.last_move(step);
+    }
+    if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
   }
 
   py::dict scalars() {
@@ -394,6 +446,17 @@ class NativeStep {
     ~Busy() { flag.store(false); }
     std::atomic<bool>& flag;
   };
+
+  // The step over the state alone, with a table of its own: what refresh() has pointed at belongs to the step that
+  // follows it, and may be gone.
+  Step over_state(std::vector<Segment>& segments, int threads) {
+    segments = segments_;
+    for (Segment& segment : segments) segment.p = nullptr, segment.g = nullptr;
+    set_threads(threads);
+    Step step = step_;
+    step.segments = segments.data();
+    return step;
+  }
 
   struct Layout {
     std::vector<std::int64_t> shape, strides;
@@ -500,7 +563,7 @@ class NativeStep {
     }
     step_.segments = segments_.data();
     step_.n_segments = static_cast<std::int64_t>(segments_.size());
-    groups_[0] = {0, alpha, alpha_prev, 0};
+    groups_[0] = {0, alpha, alpha_prev, 0, 1};
     set_threads(threads);
   }
   template <class OnDevice, class OnCpu>
@@ -528,6 +591,8 @@ class NativeStep {
   std::vector<Segment> segments_;
   std::vector<Layout> layouts_;
   std::vector<py::object> held_;
+  std::array<BufferPtr, 3> rows_;
+  py::object gather_;
   bool pointed_ = false;
   std::vector<double> partials_;
   Scalars scalars_;
@@ -572,6 +637,8 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
                     "why_off"_a = status.why_off);
   });
 
+  m.attr("row_doubles") = static_cast<int>(kColumns);
+  m.def("span_elements", [](std::int64_t n) { return span_elements(n < 0 ? 0 : n); }, "n"_a);
   m.def("workspace_doubles", &workspace_doubles, "n"_a, "max_segments"_a, "groups"_a);
 
   py::class_<Buffer, BufferPtr>(m, "Buffer", py::module_local())
@@ -590,17 +657,21 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
            "state_dtype"_a, "n"_a, "grad_prev"_a, "direction"_a, "diagonal"_a, "param_steps"_a, "beta2_powers"_a,
            "groups"_a, "device"_a = "cpu", "workspace"_a = nullptr, "stream"_a = 0)
       .def("set_options", &NativeStep::set_options, "preconditioner"_a, "update"_a, "restart"_a, "restart_every"_a,
-           "eps"_a, "curvature_eps"_a, "beta2"_a, "beta_max"_a, "skip_nonfinite"_a, "maximize"_a, "line_search"_a)
+           "eps"_a, "curvature_eps"_a, "beta2"_a, "beta_max"_a, "skip_nonfinite"_a, "maximize"_a,
+           "stochastic_rounding"_a, "line_search"_a)
+      .def("set_exchange", &NativeStep::set_exchange, "mine"_a, "all"_a, "counted"_a, "elements"_a, "every_decision"_a,
+           "gather"_a)
       .def("set_segments", &NativeStep::set_segments)
       .def("point", py::overload_cast<const py::list&, const py::list&>(&NativeStep::point), "p"_a, "g"_a)
       .def("refresh", &NativeStep::refresh, "exchange"_a, "moving"_a, "resting"_a, "tensor_type"_a)
-      .def("step", &NativeStep::step, "lr"_a, "weight_decay"_a, "set"_a, "loss"_a, "threads"_a,
+      .def("step", &NativeStep::step, "lr"_a, "weight_decay"_a, "maximize"_a, "set"_a, "loss"_a, "threads"_a,
            "lr_on_device"_a = std::vector<NativeStep::Number>{}, "loss_on_device"_a = py::none(),
            "grad_scale"_a = py::none(), "found_inf"_a = py::none())
       .def("set_launch", &NativeStep::set_launch, "form"_a, "blocks"_a = 0, "resident_tiles"_a = -1)
       .def_property_readonly("launches", &NativeStep::launches)
       .def_property("stream", &NativeStep::stream, &NativeStep::set_stream)
       .def("state_norms", &NativeStep::state_norms, "threads"_a)
+      .def("last_move", &NativeStep::last_move, "threads"_a)
       .def_property("scalars", &NativeStep::scalars, &NativeStep::set_scalars)
       .def_property("alpha_prev", &NativeStep::alpha_prev, &NativeStep::set_alpha_prev)
       .def_property("beta2_power", &NativeStep::beta2_power, &NativeStep::set_beta2_power)

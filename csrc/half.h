@@ -35,6 +35,38 @@ NLCG_HD U encode_bf16(F x) {  // round to nearest even; a NaN stays one
   return (u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded;
 }
 
+// Rounded up with the probability of the part that is cut off, so that small updates are not lost on average. `bits`:
+// 16 random ones.
+template <class U, class F>
+NLCG_HD U encode_bf16_stochastic(F x, U bits) {
+  const U u = bits_of<U>(x);
+  const U rounded = (u + (bits & 0xffffu)) >> 16;
+  return (u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded;
+}
+
+// Random bits that depend on the step and the element alone: the same on every machine, and in a resumed run. Each
+// round is the mixer "lowbias32" of Chris Wellons' hash-prospector (public domain).
+template <class U>
+NLCG_HD U mixed(U x) {
+  x = x ^ (x >> 16);
+  x = x * 0x7feb352du;
+  x = x ^ (x >> 15);
+  x = x * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+struct Rounding {
+  bool stochastic;
+  std::uint32_t key;  // of the step
+};
+NLCG_HD Rounding rounding_of(const Options& o, double step) {
+  return {o.stochastic_rounding, mixed(static_cast<std::uint32_t>(static_cast<std::uint64_t>(step)) + 0x9e3779b9u)};
+}
+// `low` and `high`: the halves of the element's place in the flat state.
+template <class U>
+NLCG_HD U random_bits(const Rounding& rounding, U low, std::uint32_t high) {
+  return mixed(static_cast<U>(mixed(static_cast<U>(low ^ rounding.key)) + (rounding.key ^ mixed(high + 0x85ebca6bu))));
+}
+
 template <class F, class U>
 NLCG_HD F decode_f16(U u) {
   const U sign = (u & 0x8000u) << 16;
@@ -70,6 +102,17 @@ NLCG_HD void assign(float& to, float x) { to = x; }
 NLCG_HD void assign(double& to, double x) { to = x; }
 NLCG_HD void assign(BFloat16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_bf16<std::uint32_t>(x)); }
 NLCG_HD void assign(Float16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_f16<std::uint32_t>(x)); }
+
+// The parameter at `place` of the flat state.
+template <class E, class S>
+NLCG_HD void assign_rounded(E& to, S x, const Rounding&, std::int64_t) {
+  assign(to, x);
+}
+NLCG_HD void assign_rounded(BFloat16& to, float x, const Rounding& rounding, std::int64_t place) {
+  if (!rounding.stochastic) return assign(to, x);
+  const auto low = static_cast<std::uint32_t>(place), high = static_cast<std::uint32_t>(place >> 32);
+  to.bits = static_cast<std::uint16_t>(encode_bf16_stochastic(x, random_bits(rounding, low, high)));
+}
 
 // Calls f(E{}) with the element type E of a segment's p and g, beside state of type S. What f may run on is its affair.
 #ifdef __CUDACC__

@@ -130,6 +130,20 @@ NLCG_INLINE Float load(const Float16* from) { return decode_f16<Float>(load_16bi
 NLCG_INLINE void store(BFloat16* to, Float v) { store_16bit(to, encode_bf16<Bits32>(v)); }
 NLCG_INLINE void store(Float16* to, Float v) { store_16bit(to, encode_f16<Bits32>(v)); }
 
+// The same for a parameter at `place` of the flat state, a multiple of the vector.
+template <class E, class V>
+NLCG_INLINE void store_rounded(E* to, V v, const Rounding&, std::int64_t) {
+  store(to, v);
+}
+NLCG_INLINE void store_rounded(BFloat16* to, Float v, const Rounding& rounding, std::int64_t place) {
+  if (!rounding.stochastic) return store(to, v);
+  Bits32 lane;
+  for (int l = 0; l < kLanes<float>; ++l) lane[l] = static_cast<std::uint32_t>(l);
+  const Bits32 low = lane + static_cast<std::uint32_t>(place);
+  const auto high = static_cast<std::uint32_t>(place >> 32);
+  store_16bit(to, encode_bf16_stochastic(v, random_bits(rounding, low, high)));
+}
+
 // ---- sums in double ----------------------------------------------------------------------------------------------
 
 // The lanes of one vector as doubles: two vectors for float, one for double.

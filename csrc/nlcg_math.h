@@ -34,10 +34,11 @@ NLCG_HD double magnitude(double x) { return __builtin_fabs(x); }
 NLCG_HD float square_root(float x) { return __builtin_sqrtf(x); }
 NLCG_HD double square_root(double x) { return __builtin_sqrt(x); }
 
-// The gradient of a loss that was multiplied by a scale (AMP): as torch's GradScaler unscales it.
+// The gradient of a loss that was multiplied by a scale (AMP), unscaled as torch's GradScaler does it; or of one that
+// is maximized: a factor of -1, which is exact, as is the product of the two.
 template <class T>
-NLCG_HD T unscaled(T g, T inverse_scale) {
-  return g * inverse_scale;
+NLCG_HD T scaled_gradient(T g, T factor) {
+  return g * factor;
 }
 
 // L2 weight decay pulls toward zero: the gradient the method sees.
@@ -190,15 +191,49 @@ NLCG_HD double line_search_scale(const Options& o, double scale, double loss, do
 struct Course {
   Scalars next;
   bool skip;       // a sum is not finite: nothing may change but the counter
+  bool idle;       // no rank has a gradient, or AMP has called the step off: not even the counter
   bool same;       // g_prev and d speak of the parameters that move now
   bool curvature;  // bfgs: h is updated
-  bool deferred;   // bfgs: by pass 3, because the sums of pass 2 may not be finite
+  bool deferred;   // bfgs: by pass 3, because the sums of pass 2 may not be finite, or may not arrive
+  bool spread;     // over ranks
   double eps;      // bfgs: 0 in the first step, z = -g / h
 };
 
-// Before pass 1: the line search, and whether the past still counts.
-NLCG_HD Course open_step(const Options& o, const Scalars& now, double set, double loss) {
-  Course c{now, false, now.step != 0.0 && now.set == set, false, false, now.step == 0.0 ? 0.0 : o.eps};
+// What this rank contributes to the first decision beside the sums of the first pass. The sums of the last move are
+// shares: each rank keeps its own from the step before, and they are added up here.
+NLCG_HD void contribute(Row& row, const Scalars& now, double set, double loss, double segments, double found_inf) {
+  row.column[kGs] = now.gs;
+  row.column[kShs] = now.shs;
+  row.column[kChanged] = now.set == set ? 0.0 : 1.0;
+  row.column[kMoving] = segments;
+  row.column[kFoundInf] = found_inf;
+  row.column[kLoss] = loss;
+}
+
+// One column over the ranks, in their order.
+NLCG_HD double over_ranks(const Row* all, const double* counted, int ranks, int column) {
+  double x = 0.0;
+  for (int rank = 0; rank < ranks; ++rank) {
+    const double y = all[rank].column[column];
+    if (column == kLargestGradient) {
+      x = y > x ? y : x;
+    } else if (column == kLoss) {
+      x += y / static_cast<double>(ranks);
+    } else if (counted[rank] != 0.0) {
+      x += y;
+    }
+  }
+  return x;
+}
+
+// After pass 1, before its decision: the line search, and whether the past still counts.
+NLCG_HD Course open_step(const Options& o, const Scalars& now, double set, const Row& row, bool spread) {
+  Course c{now, false, false, false, false, false, spread, now.step == 0.0 ? 0.0 : o.eps};
+  c.same = now.step != 0.0 && row.column[kChanged] == 0.0;
+  c.idle = row.column[kMoving] == 0.0 || row.column[kFoundInf] != 0.0;
+  c.next.gs = row.column[kGs];
+  c.next.shs = row.column[kShs];
+  const double loss = row.column[kLoss];
   if (o.line_search && is_finite(loss)) {
     const double signed_loss = o.maximize ? -loss : loss;
     c.next.ls_scale = line_search_scale(o, now.ls_scale, signed_loss, now.loss_prev);
@@ -214,7 +249,8 @@ NLCG_HD void decide_curvature(Course& c, const Options& o, double gs, double gra
   c.next.ys = c.same ? gs - c.next.gs : 0.0;
   c.next.shs_used = c.same ? c.next.shs : 0.0;
   c.curvature = c.same && curvature_accepted(c.next.ys, c.next.shs, o.curvature_eps);
-  c.deferred = c.curvature && o.skip_nonfinite && may_overflow(grad_max, c.next.grad_max, c.eps, n, largest);
+  c.deferred =
+      c.curvature && (c.spread || (o.skip_nonfinite && may_overflow(grad_max, c.next.grad_max, c.eps, n, largest)));
   c.next.updated = c.curvature ? 1.0 : 0.0;
   c.next.grad_max = grad_max;
 }

@@ -389,6 +389,24 @@ decltype(auto) with_preconditioner(Preconditioner kind, F&& f) {
   }
 }
 
+// What the last pass of the paper's form has summed over the last move, from the state: a checkpoint need not hold it,
+// and the ranks it is resumed on may be others.
+template <class T>
+struct LastMove : Pass {
+  static constexpr int kSums = 2;
+  static constexpr bool kReadsGradient = false;
+  NLCG_HD unsigned reads() const { return kGradPrev | kD | kDiagonal; }
+  NLCG_HD unsigned writes() const { return 0; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const T s = scaled_direction(at.alpha_prev(), at.d());
+    const auto wide_s = at.wide(s);
+    at.add(0, at.wide_grad_prev(), wide_s);
+    at.add(1, at.wide(curvature_along(at.diagonal(), s)), wide_s);
+  }
+};
+
 // For diagnostics: |d|^2, and where the state keeps g, |g|^2 and g . d.
 template <class T>
 struct StateNorms : Pass {

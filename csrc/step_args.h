@@ -44,6 +44,7 @@ struct Group {
   double alpha;         // lr * ls_scale, formed by the step
   double alpha_prev;    // of the previous step
   double weight_decay;  // L2 or decoupled, as the preconditioner's passes say
+  double sign;          // of the gradient: -1 where the group maximizes
 };
 
 struct Options {
@@ -56,7 +57,8 @@ struct Options {
   double beta_max = 1.0;
   double beta2 = 0.999;
   bool skip_nonfinite = true;
-  bool maximize = false;
+  bool maximize = false;             // the loss that the line search sees; the gradient's sign is its group's
+  bool stochastic_rounding = false;  // of bfloat16 parameters
   bool line_search = false;
   double increase_threshold = 0.02;
   double flat_threshold = 0.01;
@@ -94,6 +96,25 @@ struct State {
   DType dtype;
 };
 
+// What one rank contributes to a decision, where the parameters are spread over ranks.
+enum Column { kSum0, kSum1, kSum2, kLargestGradient, kGs, kShs, kChanged, kMoving, kFoundInf, kLoss, kColumns };
+struct Row {
+  double column[kColumns];
+};
+static_assert(sizeof(Row) == kColumns * sizeof(double));
+
+// How the ranks' rows come together: `gather` fills `all` from everybody's `mine`, or throws. The rows are then added
+// up in the order of ranks, so every rank decides alike, to the bit, whatever algorithm gathered them.
+struct Exchange {
+  int ranks = 0;                    // 0: this process is alone
+  bool every_decision = false;      // false: only the first pass, for the loss (the sums are this rank's alone)
+  Row* mine = nullptr;              // on the step's device, like `all` and `counted`
+  const Row* all = nullptr;         // by rank
+  const double* counted = nullptr;  // by rank: whether its sums are added. The loss is averaged over all rows
+  void (*gather)(void*) = nullptr;
+  void* context = nullptr;
+};
+
 struct Step {
   const Segment* segments;
   std::int64_t n_segments;
@@ -108,6 +129,9 @@ struct Step {
   double set;   // names the set of parameters with gradients; another than the last step's: the past is forgotten
   double loss;  // NaN: none given
   int threads;
+  std::int64_t counted;  // of the state, from its begin: what this rank adds to sums. Behind it lie copies of what
+                         // other ranks add. A multiple of span_elements(state.n), or state.n
+  Exchange exchange;
 };
 
 // Tiles fix the order of every sum: the bits depend on the flat index alone. 4096 elements are few enough to balance
@@ -117,5 +141,14 @@ constexpr int kMaxSums = 3;
 
 NLCG_HD constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }
 constexpr std::int64_t partials_needed(std::int64_t n) { return kMaxSums * tiles_of(n); }
+
+// A GPU sums 2^k tiles at a time, so that there are at most 4096 partial sums: adding them up then costs one block
+// little.
+constexpr std::int64_t tiles_per_span(std::int64_t tiles) {
+  std::int64_t in_one = 1;
+  while (in_one * 4096 < tiles) in_one *= 2;
+  return in_one;
+}
+constexpr std::int64_t span_elements(std::int64_t n) { return kTile * tiles_per_span(tiles_of(n)); }
 
 }  // namespace fastnlcg

@@ -21,6 +21,7 @@ namespace {
 
 template <class S, class P>
 struct Stream {
+  std::int64_t place;  // of the first element in the flat state
   P* p;
   const P* g;
   S* grad_prev;
@@ -29,7 +30,7 @@ struct Stream {
 };
 
 // What is one number in a segment, and its value there.
-enum Number { kAlpha, kAlphaPrev, kWeightDecay, kKept, kRoot, kRootPrev, kNumbers };
+enum Number { kAlpha, kAlphaPrev, kWeightDecay, kKept, kSign, kRoot, kRootPrev, kNumbers };
 
 template <class S, class Pass>
 void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers]) {
@@ -38,6 +39,7 @@ void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers])
   x[kAlphaPrev] = group.alpha_prev;
   x[kWeightDecay] = group.weight_decay;
   x[kKept] = 1.0 - group.alpha * group.weight_decay;
+  x[kSign] = group.sign;
   if constexpr (Pass::kBiasCorrected) {
     const double power = step.beta2_powers[segment.param];
     x[kRoot] = root_correction<S>(power * step.options.beta2);
@@ -49,8 +51,9 @@ void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers])
 template <class S>
 struct SegmentLanes {
   Vector<S> number[kNumbers][kVectors<S>];
-  bool decays;  // g takes L2 weight decay
-  bool moves;   // false where alpha is 0: then p keeps every bit, the sign of a zero included
+  bool decays;     // g takes L2 weight decay
+  bool maximizes;  // g takes a sign
+  bool moves;      // false where alpha is 0: then p keeps every bit, the sign of a zero included
 };
 
 template <class S, int K>
@@ -61,7 +64,7 @@ struct Sums {
 
 // What does not change from vector to vector.
 struct Flags {
-  bool maximize;
+  Rounding rounding;
   bool streaming;  // g_prev is written but not read here: where it cannot stay in the cache, go around it
 };
 
@@ -77,7 +80,7 @@ struct At {
 
   NLCG_INLINE Vector<S> g() const {
     Vector<S> g = load(stream.g + i);
-    if (flags.maximize) g = -g;
+    if (segment.maximizes) g = scaled_gradient(g, segment.number[kSign][k]);
     return segment.decays ? decayed_gradient(g, segment.number[kWeightDecay][k], p()) : g;
   }
   NLCG_INLINE Vector<S> p() const { return load(stream.p + i); }
@@ -90,7 +93,7 @@ struct At {
   NLCG_INLINE Vector<S> root() const { return segment.number[kRoot][k]; }
   NLCG_INLINE Vector<S> root_prev() const { return segment.number[kRootPrev][k]; }
   NLCG_INLINE bool moves() const { return segment.moves; }
-  NLCG_INLINE void set_p(Vector<S> p) { store(stream.p + i, p); }
+  NLCG_INLINE void set_p(Vector<S> p) { store_rounded(stream.p + i, p, flags.rounding, stream.place + i); }
   NLCG_INLINE void set_grad_prev(Vector<S> g) {
     if (flags.streaming) {
       store_streaming(stream.grad_prev + i, g);
@@ -122,6 +125,7 @@ SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
     for (int k = 0; k < kVectors<S>; ++k) lanes.number[j][k] = broadcast<Vector<S>>(static_cast<S>(x[j]));
   }
   lanes.decays = Pass::kL2 && x[kWeightDecay] != 0.0;
+  lanes.maximizes = x[kSign] < 0.0;
   lanes.moves = x[kAlpha] != 0.0;
   return lanes;
 }
@@ -152,9 +156,12 @@ template <class P, class S>
 Stream<S, P> stream_at(const Step& step, const Segment& segment, std::int64_t position) {
   const std::int64_t local = position - segment.offset;
   const auto state = [&](void* base) { return base ? static_cast<S*>(base) + position : nullptr; };
-  return {segment.p ? static_cast<P*>(segment.p) + local : nullptr,
-          segment.g ? static_cast<const P*>(segment.g) + local : nullptr, state(step.state.grad_prev),
-          state(step.state.direction), state(step.state.diagonal)};
+  return {position,
+          segment.p ? static_cast<P*>(segment.p) + local : nullptr,
+          segment.g ? static_cast<const P*>(segment.g) + local : nullptr,
+          state(step.state.grad_prev),
+          state(step.state.direction),
+          state(step.state.diagonal)};
 }
 
 // One block on the stack. Lanes without a segment hold g = d = 0, h or v = 1: they add zeros and are not scattered.
@@ -182,7 +189,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   Staged<S> block = {};
   for (S& x : block.diagonal) x = S{1};
   SegmentLanes<S> lanes;
-  lanes.decays = lanes.moves = false;
+  lanes.decays = lanes.maximizes = lanes.moves = false;
   double x[kNumbers] = {};
   const Segment* known = nullptr;  // whose numbers x holds
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
@@ -197,19 +204,22 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
     if (known != &segment) numbers_of<S, Pass>(step, *(known = &segment), x);
     for (int j = 0; j < kNumbers; ++j) block.number[j][lane] = static_cast<S>(x[j]);
     lanes.decays |= Pass::kL2 && x[kWeightDecay] != 0.0;
+    lanes.maximizes |= x[kSign] < 0.0;
     lanes.moves |= x[kAlpha] != 0.0;
   });
   static_assert(sizeof(lanes.number) == sizeof(block.number));
   __builtin_memcpy(lanes.number, block.number, sizeof(block.number));
-  run_blocks(pass, Stream<S, S>{block.p, block.g, block.grad_prev, block.d, block.diagonal}, kBlock, lanes, sums,
-             flags);
+  run_blocks(pass, Stream<S, S>{position, block.p, block.g, block.grad_prev, block.d, block.diagonal}, kBlock, lanes,
+             sums, flags);
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       const auto to = stream_at<decltype(element), S>(step, segment, position + lane);
       if (writes & kGradPrev) *to.grad_prev = block.grad_prev[lane];
       if (writes & kD) *to.d = block.d[lane];
-      if ((writes & kP) && block.number[kAlpha][lane] != S{0}) assign(*to.p, block.p[lane]);
+      if ((writes & kP) && block.number[kAlpha][lane] != S{0}) {
+        assign_rounded(*to.p, block.p[lane], flags.rounding, position + lane);
+      }
       if (writes & kDiagonal) *to.diagonal = block.diagonal[lane];
     });
   });
@@ -291,7 +301,7 @@ bool streams(const Step& step, const Pass& pass) {
 // where the pass forms one.
 template <class S, class Pass>
 void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
-  const Flags flags{step.options.maximize, streams(step, pass)};
+  const Flags flags{rounding_of(step.options, step.scalars->step), streams(step, pass)};
   const std::int64_t tiles = tiles_of(step.state.n);
   const auto range = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t done = begin; done < end; done += kStrip) {
@@ -318,7 +328,9 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
   for (double& sum : sums) sum = 0.0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const double* partial = step.partials + tile * kMaxSums;
-    for (int j = 0; j < Pass::kSums; ++j) sums[j] += partial[j];
+    if (tile * kTile < step.counted) {
+      for (int j = 0; j < Pass::kSums; ++j) sums[j] += partial[j];
+    }
     if constexpr (Pass::kMaxGradient) {
       double& largest = sums[Pass::kSums];
       largest = partial[Pass::kSums] > largest ? partial[Pass::kSums] : largest;
@@ -335,30 +347,55 @@ struct Fill {
 
 // ---- the step ----------------------------------------------------------------------------------------------------
 
+// The rows of all ranks as one.
+void gather(const Exchange& exchange, Row& row) {
+  *exchange.mine = row;
+  exchange.gather(exchange.context);
+  for (int j = 0; j < kColumns; ++j) row.column[j] = over_ranks(exchange.all, exchange.counted, exchange.ranks, j);
+}
+
 // One pass and what follows from it; false where the step ends here.
-template <class S, class Pass>
+template <class S, class Pass, bool kLast>
 bool pass_and_decide(const Step& step, Course& c) {
   const Pass pass = Pass::decided(c, step.options, Fill<S>{});
   double sums[kMaxSums + 1];
   reduce<S>(step, pass, sums);
-  Pass::decide(c, step.options, sums, sums[Pass::kSums], static_cast<double>(step.state.n), kLargest<S>);
+  Row row = {};
+  for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
+  row.column[kLargestGradient] = sums[Pass::kSums];
+  if (Pass::kOpens) contribute(row, *step.scalars, step.set, step.loss, static_cast<double>(step.n_segments), 0.0);
+  // The sums of the last pass are for the next step, whose first pass passes them on.
+  const Exchange& exchange = step.exchange;
+  if (exchange.ranks > 0 && (Pass::kOpens || (exchange.every_decision && !kLast))) gather(exchange, row);
+  if (Pass::kOpens) {
+    c = open_step(step.options, *step.scalars, step.set, row, exchange.ranks > 0);
+    for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
+  }
+  if (c.idle) return false;
+  Pass::decide(c, step.options, row.column, row.column[kLargestGradient], static_cast<double>(step.state.n),
+               kLargest<S>);
   return !c.skip;
 }
 
+template <class S, class First, class... Rest>
+bool every_pass(const Step& step, Course& c) {
+  if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c)) return false;
+  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c);
+  return true;
+}
 template <class S, template <class> class... P>
 bool every_pass(const Step& step, Course& c, PassList<P...>) {
-  return (pass_and_decide<S, P<Vector<S>>>(step, c) && ...);
+  return every_pass<S, P<Vector<S>>...>(step, c);
 }
 
 template <class S>
 void step_in(const Step& step) {
-  Course c = open_step(step.options, *step.scalars, step.set, step.loss);
-  for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
+  Course c = {};
   const bool moved = with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     return every_pass<S>(step, c, typename decltype(preconditioner)::Passes{});
   });
   if (!moved) {
-    step.scalars->skipped_steps += 1.0;
+    if (!c.idle) step.scalars->skipped_steps += 1.0;
     return;
   }
   *step.scalars = c.next;
@@ -403,6 +440,14 @@ void update_direction_in(const Step& step, double beta) {
 }
 
 template <class S>
+void last_move_in(const Step& step) {
+  double sums[kMaxSums + 1];
+  reduce<S>(step, LastMove<Vector<S>>{}, sums);
+  step.scalars->gs = sums[0];
+  step.scalars->shs = sums[1];
+}
+
+template <class S>
 void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
   double sums[kMaxSums + 1];
   reduce<S>(step, StateNorms<Vector<S>>{{}, step.state.grad_prev != nullptr}, sums);
@@ -425,6 +470,7 @@ const CpuVerbs FASTNLCG_ISA_SYMBOL = {
     NLCG_VERB(update_curvature_in),
     NLCG_VERB(preconditioned_dots_in),
     NLCG_VERB(update_direction_in),
+    NLCG_VERB(last_move_in),
     NLCG_VERB(state_norms_in),
 };
 

@@ -2,8 +2,9 @@
 // (dispatch_cpu.cpp).
 //
 // Contract: the caller has checked every pointer, length and dtype (bindings.cpp does); buffers do not overlap. A step
-// reduces, decides, then writes: where it skips, nothing but `scalars->skipped_steps` has changed. It does not allocate
-// and does not throw. Any address will do; nothing needs alignment.
+// reduces, decides, then writes: where it skips, nothing but `scalars->skipped_steps` has changed. It does not
+// allocate, and throws only what Exchange::gather throws, before it has written. Any address will do; nothing needs
+// alignment.
 #pragma once
 
 #include "step_args.h"
@@ -20,6 +21,7 @@ struct CpuVerbs {
   bool (*update_curvature)(const Step&, double* ys, double* shs);        // bfgs: writes h where the gate is open: true
   void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, diagonal, g_prev (unless null)
   void (*update_direction)(const Step&, double beta);  // writes p (unless null), d, g_prev (unless null); adam: v
+  void (*last_move)(const Step&);  // bfgs: scalars->gs and shs from the state, as the last step left them
   void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over d, and g_prev (unless null)
 };
 

@@ -61,12 +61,15 @@ struct CudaStep {
 // Doubles of workspace for a state of n elements, at most so many segments, and so many groups.
 std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::int64_t groups);
 
-// The whole step: one cooperative launch, or one for each pass.
+// The whole step: one cooperative launch, or one for each pass. Over ranks always the latter, with Exchange::gather
+// called between them, which enqueues its work on the same stream.
 void cuda_step(const Step&, CudaStep&);
 
 // The scalars and alpha_prev of every group. Reading waits for the stream.
 void cuda_read_scalars(const CudaStep&, Scalars*, Group*, std::int64_t groups);
 void cuda_write_scalars(const CudaStep&, const Scalars&, const Group*, std::int64_t groups);
+// The sums over the last move (passes.h, LastMove) over the step's segments. Waits.
+void cuda_last_move(const Step&, CudaStep&, double* gs, double* shs);
 // |g_prev|^2, |d|^2, g_prev . d over the step's segments. Waits.
 void cuda_state_norms(const Step&, CudaStep&, double* gg, double* dd, double* gd);
 

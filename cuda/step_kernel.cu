@@ -1,6 +1,9 @@
 // The CUDA step: the passes of passes.h over tiles, one launch each or one cooperative launch, with the same bits.
 //
 //     step_pass<S, Pass>   one pass; the last block to finish adds the partial sums and decides what the next pass does
+//     decide_over_ranks<S, Pass>   where parameters are spread over ranks: adds the ranks' rows and decides, in one
+//     block,
+//                          after the ranks have exchanged them between two launches
 //     step_in_one<S, P>    all passes of preconditioner P in one launch: the blocks wait for that decision. What the
 //                          first loaded, g and one stream more, stays in shared memory as far as it fits
 //     part<S, Pass>        one pass with numbers from the host, for the flat-buffer functions
@@ -26,13 +29,6 @@
 
 namespace fastnlcg {
 namespace {
-
-// At most 4096 partial sums, so that adding them up costs one block little.
-std::int64_t tiles_per_span(std::int64_t tiles) {
-  std::int64_t in_one = 1;
-  while (in_one * 4096 < tiles) in_one *= 2;
-  return in_one;
-}
 
 // ---- a pass over the block's spans, and what follows from its sums -----------------------------------------------
 
@@ -73,8 +69,10 @@ __device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], 
   largest = 0.0;
 #pragma unroll 4
   for (int span = static_cast<int>(threadIdx.x); span < a.spans; span += kThreads) {
+    if (span < a.counted_spans) {
 #pragma unroll
-    for (int j = 0; j < K; ++j) x[j] += a.partials[j * a.spans + span];
+      for (int j = 0; j < K; ++j) x[j] += a.partials[j * a.spans + span];
+    }
     if (kMax) largest = Larger::of(largest, a.partials[K * a.spans + span]);
   }
   block_totals<K, kMax>(x, largest, totals, 0);
@@ -94,13 +92,10 @@ __device__ double number(DeviceNumber x) {
 }
 
 // Before the first decision, by the one thread that decides: the line search and every group's step length.
-template <class S>
-__device__ Course open(const Launch<S>& launch) {
-  const Arguments& a = launch.a;
-  const double loss = a.loss_on_device.address != nullptr ? number(a.loss_on_device) : a.loss;
-  Course c = open_step(a.options, *a.scalars, a.set, loss);
+__device__ __forceinline__ Course open(const Arguments& a, const Row& row) {
+  Course c = open_step(a.options, *a.scalars, a.set, row, a.exchange.ranks > 0);
   for (std::int64_t i = 0; i < a.n_groups; ++i) {
-    const GroupInput& in = launch.inputs()[i];
+    const GroupInput& in = group_inputs(a)[i];
     const double lr = in.lr_on_device.address != nullptr ? number(in.lr_on_device) : in.lr;
     a.alpha[i] = lr * c.next.ls_scale;
     // The host checks an lr that it can see; one on the device is checked here.
@@ -116,18 +111,33 @@ struct Fill {
   __host__ __device__ S operator()(double x) const { return static_cast<S>(x); }
 };
 
-// What the last block's first thread does with a pass's sums.
+// What this rank knows after a pass.
+template <class Pass>
+__device__ __forceinline__ Row row_of(const Arguments& a, const double (&sums)[Pass::kSums], double largest) {
+  Row row = {};
+#pragma unroll
+  for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
+  row.column[kLargestGradient] = largest;
+  if (Pass::kOpens) {
+    const double loss = a.loss_on_device.address != nullptr ? number(a.loss_on_device) : a.loss;
+    const double found_inf = a.found_inf.address != nullptr ? *static_cast<const float*>(a.found_inf.address) : 0.0f;
+    contribute(row, *a.scalars, a.set, loss, static_cast<double>(a.n_segments), found_inf);
+  }
+  return row;
+}
+
+// What one thread makes of a pass's sums.
 template <class S, class Pass>
-__device__ __forceinline__ void decide(const Launch<S>& launch, const double* sums, double largest, bool concludes) {
-  const Arguments& a = launch.a;
+__device__ __forceinline__ void decide(const Arguments& a, const Row& row, bool concludes) {
   Course& c = a.control->course;
   bool bad_lr = false;
   if (Pass::kOpens) {
-    c = open(launch);
+    c = open(a, row);
     bad_lr = c.skip;
   }
-  Pass::decide(c, a.options, sums, largest, static_cast<double>(a.state.n), kLargest<S>);
-  c.skip = c.skip || bad_lr;
+  Pass::decide(c, a.options, row.column, row.column[kLargestGradient], static_cast<double>(a.state.n), kLargest<S>);
+  c.skip = c.skip || bad_lr || c.idle;
+  if (c.idle) return;
   if (concludes) {  // nothing is left to be found: what could not be written has been decided before
     *a.scalars = c.next;
     for (std::int64_t i = 0; i < a.n_groups; ++i) a.alpha_prev[i] = a.alpha[i];
@@ -136,15 +146,27 @@ __device__ __forceinline__ void decide(const Launch<S>& launch, const double* su
   }
 }
 
-// One pass of the step; kLast: of its passes. True in the block that decided.
-template <class S, class Pass, bool kLast>
+// Whether the ranks exchange their rows after this pass. The sums of the last are for the next step.
+__host__ __device__ __forceinline__ bool exchanges(const Exchange& exchange, bool opens, bool last) {
+  return exchange.ranks > 0 && (opens || (exchange.every_decision && !last));
+}
+
+// One pass of the step; kLast: of its passes; kAlone: never over ranks. True in the block that decided.
+template <class S, class Pass, bool kLast, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   const Launch<S> launch(a);
   run_pass(launch, Pass::decided(a.control->course, a.options, Fill<S>{}), totals);
   if (!arrives_last(a.control->meeting)) return false;
   double x[Pass::kSums], largest;
   grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
-  if (threadIdx.x == 0) decide<S, Pass>(launch, x, largest, kLast);
+  if (threadIdx.x == 0) {
+    const Row row = row_of<Pass>(a, x, largest);
+    if (!kAlone && exchanges(a.exchange, Pass::kOpens, kLast)) {
+      *a.exchange.mine = row;
+    } else {
+      decide<S, Pass>(a, row, kLast);
+    }
+  }
   if constexpr (kLast) {
     __syncthreads();
     const double step = a.scalars->step;
@@ -157,9 +179,11 @@ __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& tota
   return true;
 }
 
-// A step that AMP has found to overflow changes nothing, counters included.
+// A step that AMP has found to overflow changes nothing, counters included. Over ranks all have to hear of it: the
+// first pass runs, and its row says so.
 __device__ __forceinline__ bool called_off(const Arguments& a) {
-  return a.found_inf.address != nullptr && *static_cast<const float*>(a.found_inf.address) != 0.0f;
+  return a.exchange.ranks == 0 && a.found_inf.address != nullptr &&
+         *static_cast<const float*>(a.found_inf.address) != 0.0f;
 }
 
 // ---- kernels -----------------------------------------------------------------------------------------------------
@@ -171,7 +195,17 @@ template <class S, class Pass, bool kLast>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (called_off(a) || (!Pass::kOpens && a.control->course.skip)) return;
-  pass_and_decide<S, Pass, kLast>(a, totals);
+  pass_and_decide<S, Pass, kLast, false>(a, totals);
+}
+
+template <class S, class Pass>
+__global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
+  if (!Pass::kOpens && a.control->course.skip) return;
+  __shared__ Row row;
+  const int j = static_cast<int>(threadIdx.x);
+  if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.counted, a.exchange.ranks, j);
+  __syncthreads();
+  if (j == 0) decide<S, Pass>(a, row, false);
 }
 
 // The passes one after another, the blocks meeting after each but the last.
@@ -179,7 +213,7 @@ template <class S, class First, class... Rest>
 __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
                                               unsigned meetings) {
   constexpr bool kLast = sizeof...(Rest) == 0;
-  const bool decided = pass_and_decide<S, First, kLast>(a, totals);
+  const bool decided = pass_and_decide<S, First, kLast, true>(a, totals);
   if constexpr (!kLast) {
     Meeting& meeting = a.control->meeting;
     if (decided) {
@@ -308,16 +342,20 @@ int blocks_per_multiprocessor(Kernel* kernel, std::size_t shared_bytes) {
   return blocks;
 }
 
-// Calls f(kernel, number) for the kernel of every pass.
+// Calls f(kernel, number, decision) for the kernel of every pass; `decision` is the kernel that decides over ranks.
 template <class S, class First, class... Rest, class F>
 void for_each_pass(F&& f, int number = 0) {
   static_assert(sizeof...(Rest) < kMostPasses);
-  f(step_pass<S, First, sizeof...(Rest) == 0>, number);
+  f(step_pass<S, First, sizeof...(Rest) == 0>, number, decide_over_ranks<S, First>);
   if constexpr (sizeof...(Rest) > 0) for_each_pass<S, Rest...>(f, number + 1);
 }
 template <class S, template <class> class... P, class F>
 void for_each_pass(PassList<P...>, F&& f) {
   for_each_pass<S, P<S>...>(f);
+}
+template <template <class> class... P>
+constexpr int number_of_passes(PassList<P...>) {
+  return static_cast<int>(sizeof...(P));
 }
 template <class S, template <class> class First, template <class> class... Rest>
 constexpr bool keeps_tiles(PassList<First, Rest...>) {
@@ -340,7 +378,7 @@ const Limits& limits(int device) {
   if (known[device]) return l;
   const int multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount);
   l.cooperative = attribute_of(device, cudaDevAttrCooperativeLaunch) != 0;
-  for_each_pass<S>(Passes{}, [&](auto kernel, int number) {
+  for_each_pass<S>(Passes{}, [&](auto kernel, int number, auto) {
     l.blocks_of_pass[number] = multiprocessors * blocks_per_multiprocessor(kernel, 0);
   });
   const int without = blocks_per_multiprocessor(in_one, 0);
@@ -438,6 +476,8 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   a.alpha_prev = cuda.workspace + at.alpha_prev;
   a.control = reinterpret_cast<Control*>(cuda.workspace + at.control);
   a.partials = cuda.workspace + at.partials;
+  a.counted_spans = static_cast<int>((tiles_of(step.counted) + a.tiles_per_span - 1) / a.tiles_per_span);
+  a.exchange = step.exchange;
   a.param_steps = step.param_steps;
   a.beta2_powers = step.beta2_powers;
   a.aligned_state = true;
@@ -455,7 +495,8 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
 void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, Arguments& a) {
   std::vector<GroupInput> inputs(static_cast<std::size_t>(step.n_groups));
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    inputs[i] = {step.groups[i].lr, step.groups[i].weight_decay, i < cuda.lr.size() ? cuda.lr[i] : DeviceNumber{}};
+    inputs[i] = {step.groups[i].lr, step.groups[i].weight_decay, step.groups[i].sign,
+                 i < cuda.lr.size() ? cuda.lr[i] : DeviceNumber{}};
   }
   if (step.n_groups <= kInlineGroups) {
     std::copy(inputs.begin(), inputs.end(), a.groups);
@@ -476,10 +517,13 @@ void step_with(const Step& step, CudaStep& cuda) {
   Arguments a = arguments_of(step, cuda, at);
   write_groups(step, cuda, at, a);
   const int spans = a.spans;
-  const auto grid = [&](int most) { return std::min(spans, cuda.blocks > 0 ? std::min(cuda.blocks, most) : most); };
+  // An empty shard has no span, and still takes part in every decision.
+  const auto grid = [&](int most) {
+    return std::max(1, std::min(spans, cuda.blocks > 0 ? std::min(cuda.blocks, most) : most));
+  };
   const bool automatic = cuda.form == CudaStep::Form::automatic;
   const bool wanted = automatic ? step.state.n <= kOneLaunchElements : cuda.form == CudaStep::Form::one_launch;
-  if (wanted && fits.cooperative) {
+  if (wanted && fits.cooperative && step.exchange.ranks == 0) {
     const int blocks = grid(fits.blocks_in_one);
     const std::int64_t needed = std::int64_t{(spans + blocks - 1) / blocks} * a.tiles_per_span;
     a.resident_tiles = static_cast<int>(std::min<std::int64_t>(fits.resident_tiles, needed));
@@ -490,8 +534,13 @@ void step_with(const Step& step, CudaStep& cuda) {
     return;
   }
   cuda.launches = 0;
-  for_each_pass<S>(typename Preconditioner::Passes{}, [&](auto kernel, int number) {
+  const int passes = number_of_passes(typename Preconditioner::Passes{});
+  for_each_pass<S>(typename Preconditioner::Passes{}, [&](auto kernel, int number, auto decision) {
     launch("step_pass", kernel, {grid(fits.blocks_of_pass[number])}, cuda, a);
+    ++cuda.launches;
+    if (!exchanges(a.exchange, number == 0, number == passes - 1)) return;
+    a.exchange.gather(a.exchange.context);
+    launch("decide_over_ranks", decision, {1, kWarp}, cuda, a);
     ++cuda.launches;
   });
 }
@@ -602,6 +651,11 @@ void update_direction_in(const Step& step, CudaStep& cuda, double beta) {
 }
 
 template <class S>
+void last_move_in(const Step& step, CudaStep& cuda, double* sums) {
+  run_part<S>("last_move", step, cuda, LastMove<S>{}, sums);
+}
+
+template <class S>
 void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
   double sums[kMaxSums];
   run_part<S>("state_norms", step, cuda, StateNorms<S>{{}, step.state.grad_prev != nullptr}, sums);
@@ -674,6 +728,14 @@ void cuda_write_scalars(const CudaStep& cuda, const Scalars& scalars, const Grou
 void cuda_state_norms(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
   const DeviceGuard guard(cuda.device);
   NLCG_BY_TYPE(state_norms_in, step, cuda, gg, dd, gd);
+}
+
+void cuda_last_move(const Step& step, CudaStep& cuda, double* gs, double* shs) {
+  const DeviceGuard guard(cuda.device);
+  double sums[kMaxSums] = {};
+  NLCG_BY_TYPE(last_move_in, step, cuda, sums);
+  *gs = sums[0];
+  *shs = sums[1];
 }
 
 bool cuda_update_curvature(const Step& step, CudaStep& cuda, double* ys, double* shs) {

@@ -19,7 +19,7 @@ namespace {
 // ---- what a kernel is given --------------------------------------------------------------------------------------
 
 struct GroupInput {
-  double lr, weight_decay;
+  double lr, weight_decay, sign;
   DeviceNumber lr_on_device;
 };
 constexpr int kInlineGroups = 16;  // more of them lie in a table
@@ -48,7 +48,9 @@ struct Arguments {
   double* alpha;
   double* alpha_prev;
   Control* control;
-  double* partials;  // [sum][span]
+  double* partials;   // [sum][span]
+  int counted_spans;  // whose sums this rank adds
+  Exchange exchange;  // its memory is the device's
   double* param_steps;
   double* beta2_powers;
   int resident_tiles;  // per block
@@ -58,6 +60,10 @@ struct Arguments {
   bool listed;
   int first_segment[kListedTiles + 1];
 };
+
+__device__ __forceinline__ const GroupInput* group_inputs(const Arguments& a) {
+  return a.group_table ? a.group_table : a.groups;
+}
 
 constexpr int kQuad = 4;
 static_assert(kTile == 2 * kQuad * kThreads);
@@ -111,11 +117,13 @@ __device__ __forceinline__ Piece<E> piece_of(const E (&raw)[kQuad], int k) {
   return piece;
 }
 
+// The four at `place` of the flat state, rounded as parameters are.
 template <class S, class E>
-__device__ __forceinline__ void store_quad(E* to, bool whole, const S (&from)[kQuad]) {
+__device__ __forceinline__ void store_rounded_quad(E* to, bool whole, const S (&from)[kQuad], const Rounding& rounding,
+                                                   std::int64_t place) {
   E raw[kQuad];
 #pragma unroll
-  for (int l = 0; l < kQuad; ++l) assign(raw[l], from[l]);
+  for (int l = 0; l < kQuad; ++l) assign_rounded(raw[l], from[l], rounding, place + l);
   if (whole) {
 #pragma unroll
     for (int k = 0; k < kPieces<E>; ++k) __stwb(reinterpret_cast<Piece<E>*>(to) + k, piece_of(raw, k));
@@ -123,6 +131,11 @@ __device__ __forceinline__ void store_quad(E* to, bool whole, const S (&from)[kQ
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) to[l] = raw[l];
   }
+}
+
+template <class S>
+__device__ __forceinline__ void store_quad(S* to, bool whole, const S (&from)[kQuad]) {
+  store_rounded_quad(to, whole, from, Rounding{}, 0);
 }
 
 // The same in shared memory.
@@ -154,8 +167,9 @@ struct ThreadSums {
 template <class S>
 struct SegmentNumbers {
   S alpha, alpha_prev, weight_decay, kept, root, root_prev;
-  bool decays;  // g takes L2 weight decay
-  bool moves;   // false where alpha is 0: then p keeps every bit, the sign of a zero included
+  bool maximizes;  // g takes a sign
+  bool decays;     // g takes L2 weight decay
+  bool moves;      // false where alpha is 0: then p keeps every bit, the sign of a zero included
 };
 
 template <class S, int K>
@@ -200,17 +214,22 @@ struct Launch {
     if (a.grad_scale.address == nullptr) return;
     inverse_scale = static_cast<S>(1.0 / static_cast<double>(*static_cast<const float*>(a.grad_scale.address)));
   }
+  // Read where it is used: few steps do, and registers are short.
+  __device__ __forceinline__ Rounding rounding() const {
+    return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step) : Rounding{};
+  }
   // The gradient the method sees.
   __device__ __forceinline__ S gradient(S g, S p, const SegmentNumbers<S>& segment) const {
-    if (a.grad_scale.address != nullptr) g = unscaled(g, inverse_scale);
-    if (a.options.maximize) g = -g;
+    if (a.grad_scale.address != nullptr) g = scaled_gradient(g, inverse_scale);
+    if (segment.maximizes) g = scaled_gradient(g, S{-1});
     return segment.decays ? decayed_gradient(g, segment.weight_decay, p) : g;
   }
-  __device__ __forceinline__ const GroupInput* inputs() const { return a.group_table ? a.group_table : a.groups; }
   template <class Pass>
   __device__ __forceinline__ SegmentNumbers<S> numbers(const Segment& segment) const {
-    const double alpha = a.alpha[segment.group], weight_decay = inputs()[segment.group].weight_decay;
+    const GroupInput& input = group_inputs(a)[segment.group];
+    const double alpha = a.alpha[segment.group], weight_decay = input.weight_decay;
     SegmentNumbers<S> x = {};
+    x.maximizes = input.sign < 0.0;
     x.alpha = static_cast<S>(alpha);
     x.alpha_prev = static_cast<S>(a.alpha_prev[segment.group]);
     x.weight_decay = static_cast<S>(weight_decay);
@@ -302,7 +321,7 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
     if (writes & kDiagonal) store_quad(stream<S>(state.diagonal, at), whole, diagonal[q]);
     if (writes & kGradPrev) store_quad(stream<S>(state.grad_prev, at), whole, grad_prev[q]);
     if (writes & kD) store_quad(stream<S>(state.direction, at), whole, d[q]);
-    if ((writes & kP) && numbers.moves) store_quad(p_at + q * kApart, whole_p, p[q]);
+    if ((writes & kP) && numbers.moves) store_rounded_quad(p_at + q * kApart, whole_p, p[q], launch.rounding(), at);
   }
 }
 
@@ -338,7 +357,7 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
   if (writes & kDiagonal) *stream<S>(state.diagonal, position) = at.diagonal_;
   if (writes & kGradPrev) *stream<S>(state.grad_prev, position) = at.grad_prev_;
   if (writes & kD) *stream<S>(state.direction, position) = at.d_;
-  if ((writes & kP) && numbers.moves) assign(*p_at, at.p_);
+  if ((writes & kP) && numbers.moves) assign_rounded(*p_at, at.p_, launch.rounding(), position);
 }
 
 template <class S, class Pass, int K>

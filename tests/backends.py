@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastnlcg import _native, nlcg
+from fastnlcg import _native, layout
 
 GPU = torch.cuda.is_available() and not _native.cuda_off()
 EMULATION = importlib.util.find_spec("fastnlcg._emulated") is not None
@@ -83,8 +83,8 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
         monkeypatch.setattr(_native, "cuda_off", lambda: "")
         monkeypatch.setattr(_native, "current_stream", lambda device, *arrays: 0)
         monkeypatch.setattr(_native, "capturing", lambda: False)
-        monkeypatch.setattr(nlcg, "_on_gpu", lambda device: True)
-        monkeypatch.setattr(nlcg, "_EXCHANGE", None)  # it would say that the memory is the CPU's
+        monkeypatch.setattr(_native, "on_gpu", lambda device: True)
+        monkeypatch.setattr(layout, "EXCHANGE", None)  # it would say that the memory is the CPU's
     elif name == "cuda":
         backend = Backend(name, device="cuda", on_gpu=True)
     elif name != "cpu":

@@ -122,7 +122,14 @@ class Lockstep:
 
     def run(self, loss: float = math.nan) -> bool:
         self.native.point([self.p[i].data_ptr() for i in self.active], [self.g[i].data_ptr() for i in self.active])
-        return self.native.step(list(self.lr), list(self.weight_decay), self.set, loss, self.threads)
+        return self.native.step(
+            list(self.lr),
+            list(self.weight_decay),
+            [self.options.maximize] * len(self.lr),
+            self.set,
+            loss,
+            self.threads,
+        )
 
     def snapshot(self) -> dict[str, bytes]:
         """Everything a step may write, as bytes."""

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from backends import Backend
-from fastnlcg import NLCG, OnlineLineSearch, _native, ops, reference
+from fastnlcg import NLCG, OnlineLineSearch, _native, layout, ops, reference
 from fastnlcg.reference import Options
 from lockstep import Cut, Lockstep
 from test_step import random_cuts
@@ -145,7 +145,7 @@ optimizer = NLCG([p], 0.1)
 for _ in range(3):
     p.grad = p.detach() * 2
     optimizer.step()
-optimizer._table.native.set_launch("one")  # asked for, and refused
+optimizer._layout.native.set_launch("one")  # asked for, and refused
 p.grad = p.detach() * 2
 optimizer.step()
 print(optimizer.diagnostics().launches, p.sum().item())
@@ -341,7 +341,7 @@ def set_gradients(ps: list[nn.Parameter], scale: float = 1.0) -> Tensor:
 
 def bits(optimizer: NLCG) -> str:
     state = optimizer.state_dict()
-    tensors = [p.detach() for p in optimizer._parameters()]
+    tensors = [p.detach() for p in layout.parameters(optimizer.param_groups)]
     tensors += [t for entry in state["state"].values() for t in entry.values()]
     scalars = [{k: v for k, v in g.items() if k not in ("lr", "params", "capturable")} for g in state["param_groups"]]
     return repr([t.double().cpu().flatten().numpy().tobytes() for t in tensors] + scalars)
@@ -564,7 +564,7 @@ def test_graph_replay_has_the_bits_of_eager_steps(gpu: Backend, preconditioner: 
         with torch.cuda.stream(side):
             for _ in range(3):
                 one_step()
-                optimizer._table.native.set_launch(form)
+                optimizer._layout.native.set_launch(form)
         torch.cuda.current_stream().wait_stream(side)
         if graphed:
             graph = torch.cuda.CUDAGraph()

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from backends import only_adam, only_bfgs
-from fastnlcg import NLCG, OnlineLineSearch
-from fastnlcg import nlcg as module
+from fastnlcg import NLCG, OnlineLineSearch, layout
 from torch import nn
 
 
@@ -51,7 +50,7 @@ def everything(ps: list[nn.Parameter], optimizer: NLCG) -> str:
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
         group.pop("lr")
-        group.pop("skipped_steps", None)
+        group["scalars"].pop("skipped_steps", None)
     return repr([p.detach().view(torch.uint8) if p.numel() and p.is_contiguous() else p for p in ps]) + repr(state)
 
 
@@ -69,7 +68,7 @@ class TestAHyperParameters:
             ({"lr": None}, TypeError, "lr"),
             ({"lr": 0.1j}, TypeError, "lr"),
             ({"lr": True}, TypeError, "lr"),
-            ({"lr": torch.ones(2)}, ValueError, "one element"),
+            ({"lr": torch.ones(2)}, ValueError, r"Tensor lr must be 1-element, got shape \(2,\)"),
             ({"eps": -1e-8}, ValueError, "Invalid eps"),
             ({"eps": math.nan}, ValueError, "Invalid eps"),
             ({"curvature_eps": -1.0}, ValueError, "Invalid curvature_eps"),
@@ -271,9 +270,20 @@ class TestCTypeDeviceLayout:
         self.refused([p], [sparse], RuntimeError, "gradient of parameter 1.*sparse")
 
     def test_28_parameters_that_are_not_dense(self) -> None:
-        for p in (torch.zeros(4, 6)[:, ::2], torch.zeros(1).expand(4)):
+        """Gaps are stepped over, as torch's optimizers do, and what lies in them stays; overlaps are refused."""
+        for p in (torch.zeros(1).expand(4), torch.zeros(6).as_strided((2, 3), (2, 1))):
             p = nn.Parameter(p)
             self.refused([p], [torch.ones(p.shape)], ValueError, "parameter 1 .*strides")
+        whole, alone = parameter(4, 6), nn.Parameter(parameter(4, 6).detach()[:, ::2].clone())
+        before = whole.detach().clone()
+        gapped = nn.Parameter(whole.detach()[:, ::2])
+        for q in (gapped, alone):
+            optimizer = NLCG([q], 0.1)
+            for _ in range(3):
+                one_step([q], optimizer)
+        assert torch.equal(gapped, alone)
+        assert not torch.equal(gapped, before[:, ::2])
+        assert torch.equal(whole[:, 1::2], before[:, 1::2])
         transposed = nn.Parameter(parameter(3, 4).detach().t())
         plain = nn.Parameter(transposed.detach().clone().contiguous())
         for q in (transposed, plain):
@@ -317,12 +327,14 @@ class TestCTypeDeviceLayout:
     def test_an_older_torch_without_the_exchange_api(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The same bits, and the same attention to what has changed since the last step."""
         runs = []
-        for exchange in (module._EXCHANGE, None):
-            monkeypatch.setattr(module, "_EXCHANGE", exchange)
+        for exchange in (layout.EXCHANGE, None):
+            monkeypatch.setattr(layout, "EXCHANGE", exchange)
             ps, optimizer = stepped()
             rebuilds = []
             monkeypatch.setattr(
-                NLCG, "_rebuild", lambda self, *a, _f=NLCG._rebuild, _r=rebuilds: _r.append(1) or _f(self, *a)
+                layout.Layout,
+                "_rebuild",
+                lambda self, *a, _f=layout.Layout._rebuild, _r=rebuilds: _r.append(1) or _f(self, *a),
             )
             one_step(ps, optimizer)
             assert not rebuilds
@@ -485,7 +497,6 @@ class TestFState:
         [
             (lambda s: s["state"][1].update(direction=torch.ones(3)), "parameter 1.*'direction'.*shape"),
             (lambda s: s["state"][0].pop("direction"), "parameter 0 has .*expected the keys"),
-            (lambda s: s["state"][0].update(momentum=torch.ones(20)), "parameter 0 has .*expected the keys"),
             (lambda s: s["state"][0].update(direction="abc"), "'direction' is str"),
             (lambda s: s["state"][0].update(direction=torch.ones(20, dtype=torch.int64)), "'direction' is torch.int64"),
             (lambda s: s["state"][0].update(step=torch.tensor(-1.0)), "'step'"),
@@ -495,10 +506,12 @@ class TestFState:
             (lambda s: s["state"].update({7: s["state"][0]}), "parameter 7"),
             (lambda s: s["param_groups"].append(s["param_groups"][0]), "param_groups have"),
             (lambda s: s["param_groups"][0]["params"].append(2), "param_groups have"),
-            (lambda s: s["param_groups"][0].update(rz=math.nan), r"param_groups\[0\]\['rz'\]"),
-            (lambda s: s["param_groups"][0].update(ls_scale=0.0), "ls_scale"),
-            (lambda s: s["param_groups"][0].update(rz="1"), "rz"),
-            (lambda s: s["param_groups"][0].pop("alpha_prev"), "lacks the key 'alpha_prev'"),
+            (lambda s: s["param_groups"][0]["scalars"].update(rz=math.nan), r"param_groups\[0\]\['scalars'\]\['rz'\]"),
+            (lambda s: s["param_groups"][0]["scalars"].update(ls_scale=0.0), "ls_scale"),
+            (lambda s: s["param_groups"][0]["scalars"].update(rz="1"), "rz"),
+            (lambda s: s["param_groups"][0]["scalars"].update(step=1.5), "'step'.*whole number"),
+            (lambda s: s["param_groups"][0]["scalars"].pop("alpha_prev"), "lacks the key 'alpha_prev'"),
+            (lambda s: s["param_groups"][0].update(scalars=3), "scalars.*mapping"),
             (lambda s: s["param_groups"][0].update(lr=-1.0), r"param_groups\[0\]: Invalid learning rate"),
             (lambda s: s["param_groups"][0].update(update="newton"), "update"),
             (lambda s: {"state": s["state"]}, "param_groups"),
@@ -535,7 +548,8 @@ class TestFState:
         qs = [nn.Parameter(p.detach().clone()) for p in ps]
         saved = copy.deepcopy(optimizer.state_dict())
         for group in saved["param_groups"]:
-            for key in ("beta2", "beta_max", "gg", "gd"):
+            group.update(group.pop("scalars"), gs=optimizer._layout.native.scalars["gs"], shs=0.0)  # shs: unused since
+            for key in ("beta2", "beta_max", "gg", "gd", "format", "step", "foreach", "fused", "stochastic_rounding"):
                 group.pop(key, None)
         other = NLCG(qs, 0.3, beta_max=0.5)
         other.load_state_dict(saved)
@@ -773,14 +787,14 @@ class TestGControlFlow:
         """What the step points at must survive them; here without the lock that keeps threads apart."""
         ps, optimizer = stepped()
         qs, expected = stepped()
-        gather = optimizer._gather
+        gather = optimizer._layout.gather
 
-        def interrupted(options: object) -> object:
-            table = gather(options)
+        def interrupted(*args: object) -> object:
+            table = gather(*args)
             assert table.native.state_norms(1)[1] > 0
             return table
 
-        optimizer._gather = interrupted
+        optimizer._layout.gather = interrupted
         one_step(ps, optimizer)
         one_step(qs, expected)
         assert everything(ps, optimizer) == everything(qs, expected)
@@ -845,7 +859,8 @@ os.environ["FASTNLCG_ISA"] = ("baseline", "")[rank]
 torch.manual_seed(0)
 net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(40, 900), nn.Tanh(), nn.Linear(900, 3)),
                                           gradient_as_bucket_view=True)
-optimizer = NLCG(net.parameters(), 0.1, update="polak_ribiere", line_search=OnlineLineSearch())
+optimizer = NLCG(net.parameters(), 0.1, update="polak_ribiere", line_search=OnlineLineSearch(),
+                 average_loss=False)
 torch.manual_seed(rank + 1)
 for t in range(8):
     x = torch.randn(16, 40)
@@ -861,6 +876,8 @@ assert optimizer.diagnostics().skipped_steps == 1 and optimizer.diagnostics().st
 both = [torch.empty(0)] * 2
 dist.all_gather_object(both, [p.detach().numpy().tobytes() for p in net.parameters()] + [repr(optimizer.diagnostics())])
 assert both[0] == both[1]
+del net, optimizer, loss  # a living DDP at the end sometimes aborts torch 2.13
+import gc; gc.collect()
 dist.destroy_process_group()
 """
         ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]

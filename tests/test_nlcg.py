@@ -202,7 +202,7 @@ def test_closure_is_called_once_with_gradients_and_its_value_returned() -> None:
     assert calls == [True]
     assert isinstance(value, Tensor)
     optimizer.step(closure)
-    assert optimizer.state_dict()["param_groups"][0]["loss_prev"] < value.item()
+    assert optimizer.state_dict()["param_groups"][0]["scalars"]["loss_prev"] < value.item()
     assert NLCG(net.parameters(), 0.1).step(None) is None
     with pytest.raises(ValueError, match="not both"):
         optimizer.step(closure, loss=1.0)

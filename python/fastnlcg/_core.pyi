@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 version: str
@@ -16,6 +16,10 @@ def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def max_threads() -> int: ...
 def cuda_status() -> _CudaStatus: ...
+
+row_doubles: int
+
+def span_elements(n: int) -> int: ...
 def workspace_doubles(n: int, max_segments: int, groups: int) -> int: ...
 
 class Buffer:
@@ -61,7 +65,17 @@ class Step:
         beta_max: float,
         skip_nonfinite: bool,
         maximize: bool,
+        stochastic_rounding: bool,
         line_search: tuple[float, float, float, float] | None,
+    ) -> None: ...
+    def set_exchange(
+        self,
+        mine: Buffer,
+        all: Buffer,
+        counted: Buffer,
+        elements: int,
+        every_decision: bool,
+        gather: Callable[[], object],
     ) -> None: ...
     def set_segments(self, table: Sequence[tuple[int, int, int, str, Sequence[int], Sequence[int]]]) -> None: ...
     def point(self, p: list[int], g: list[int]) -> None: ...
@@ -70,6 +84,7 @@ class Step:
         self,
         lr: list[float],
         weight_decay: list[float],
+        maximize: list[bool],
         set: float,
         loss: float,
         threads: int,
@@ -82,6 +97,7 @@ class Step:
     @property
     def launches(self) -> int: ...
     stream: int
+    def last_move(self, threads: int) -> None: ...
     def state_norms(self, threads: int) -> tuple[float, float, float]: ...
     scalars: dict[str, float]
     alpha_prev: list[float]

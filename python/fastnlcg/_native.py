@@ -38,6 +38,9 @@ __all__ = [
     "native_options",
     "needs_rz_mid",
     "num_threads",
+    "on_gpu",
+    "row_doubles",
+    "span_elements",
     "state_dtype",
     "version",
     "workspace_doubles",
@@ -84,12 +87,19 @@ cuda_status = _core.cuda_status
 instruction_set = _core.instruction_set
 instruction_sets = _core.instruction_sets
 workspace_doubles = _core.workspace_doubles
+row_doubles: int = _core.row_doubles
+span_elements = _core.span_elements
 
 
 @functools.cache
 def cuda_off() -> str:
     """Why there are no CUDA kernels; empty where there are."""
     return str(cuda_status()["why_off"])
+
+
+def on_gpu(device: Any) -> bool:
+    """Whether this ``torch.device`` is stepped by the CUDA kernels."""
+    return bool(device.type == "cuda")
 
 
 def current_stream(device: str, *arrays: object) -> int:
@@ -151,7 +161,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid beta_max: {options['beta_max']!r}; expected None or a number in [0, 1]")
     if options["update"] == "heavy_ball" and _beta_max(options) >= 1.0:
         raise ValueError("update='heavy_ball' holds beta at beta_max: expected beta_max < 1, got 1")
-    for name in ("maximize", "capturable"):
+    for name in ("maximize", "capturable", "stochastic_rounding"):
         if not isinstance(options.get(name, False), bool):
             raise TypeError(f"{name} must be a bool, got {options[name]!r}")
     restart = options["restart"]
@@ -192,6 +202,7 @@ def native_options(options: Mapping[str, Any]) -> dict[str, Any]:
         "beta_max": _beta_max(options),
         "skip_nonfinite": options["nonfinite"] == "skip",
         "maximize": options["maximize"],
+        "stochastic_rounding": options.get("stochastic_rounding", False),
         "line_search": None if line_search is None else line_search.as_tuple(),
     }
 

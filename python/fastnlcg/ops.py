@@ -389,7 +389,7 @@ def nlcg_step(
     if n:
         step.set_segments([(0, 0, 0, view.dtype, (n,), (1,))])
         step.point([view["p"].pointer], [view["g"].pointer])
-    moved = n == 0 or step.step([lr], [weight_decay], 0.0, loss_value, threads)
+    moved = n == 0 or step.step([lr], [weight_decay], [maximize], 0.0, loss_value, threads)
     after = {**step.scalars, "alpha_prev": step.alpha_prev[0], "beta2_power": step.beta2_power}
     for field in fields(Scalars):
         setattr(scalars, field.name, after[field.name])

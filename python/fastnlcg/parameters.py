@@ -1,0 +1,126 @@
+"""Parameters and gradients, one at a time: what the native step can take, and in which memory order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastnlcg import _native
+from fastnlcg.distributed import is_sharded, memory
+
+DTYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def check_kind(index: int, p: Tensor) -> None:
+    """What can be said of a parameter before it has a gradient."""
+    if p.dtype not in DTYPES:
+        raise TypeError(f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+
+
+def _has_storage(t: Tensor) -> bool:
+    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def check_parameter(index: int, p: Tensor) -> None:
+    """Whether the native step can move ``p``."""
+    check_kind(index, p)
+    what = f"parameter {index} of shape {tuple(p.shape)}, {p.dtype}, on {p.device},"
+    here = memory(p)
+    if not _has_storage(here):
+        raise TypeError(
+            f"{what} is a {type(p).__name__}, a tensor without storage of its own; expected a plain tensor or a DTensor"
+        )
+    if here.layout is not torch.strided:
+        raise RuntimeError(f"{what} has layout {here.layout}; expected torch.strided")
+    if here.device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"{what} cannot be stepped; expected cpu or cuda")
+    if _native.on_gpu(here.device) and _native.cuda_off():
+        raise RuntimeError(f"{what} cannot be stepped; expected cpu: {_native.cuda_off()}")
+    if not is_dense(here) and _overlaps(here):
+        raise ValueError(f"{what} has strides {here.stride()}: expanded or overlapping; expected one place an element")
+
+
+def check_mixture(stateful: Sequence[int], params: Sequence[Tensor]) -> None:
+    """Whether these can share one optimizer: dtypes and devices."""
+    kinds = {params[i].dtype == torch.float64 for i in stateful}
+    if len(kinds) > 1:
+        double = next(i for i in stateful if params[i].dtype == torch.float64)
+        single = next(i for i in stateful if params[i].dtype != torch.float64)
+        raise TypeError(
+            f"parameter {double} is torch.float64 and parameter {single} is {params[single].dtype}: float64 cannot be "
+            "mixed with other dtypes in one optimizer; use one for each"
+        )
+    for i in stateful:
+        first = params[stateful[0]]
+        if params[i].device != first.device:
+            raise RuntimeError(
+                f"parameter {i} is on {params[i].device}, parameter {stateful[0]} on {first.device}: one optimizer "
+                "steps one device; use one for each"
+            )
+
+
+def _sorted_strides(t: Tensor) -> list[tuple[int, int]]:
+    return sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in _sorted_strides(t):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def _overlaps(t: Tensor) -> bool:
+    """Whether two elements may share a place: a dimension that does not step over those inside it."""
+    reach = 0
+    for stride, size in _sorted_strides(t):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def usable_gradient(index: int, p: Tensor, g: Tensor) -> Tensor:
+    """This rank's part of the gradient in the memory order of the parameter's: itself, or a copy."""
+    what = f"gradient of parameter {index}, shape {tuple(g.shape)}, {g.dtype}, on {g.device},"
+    if g.layout is not torch.strided or g.is_nested:
+        raise RuntimeError(f"{what} has layout {g.layout}; sparse and nested gradients are not supported")
+    if is_sharded(p) and not (is_sharded(g) and g.placements == p.placements and g.device_mesh == p.device_mesh):  # type: ignore[attr-defined]
+        placed = g.placements if is_sharded(g) else "nowhere"  # type: ignore[attr-defined]
+        raise RuntimeError(f"{what} is placed {placed}, its parameter {p.placements}")  # type: ignore[attr-defined]
+    if not _has_storage(memory(g)) or is_sharded(g) != is_sharded(p):
+        raise TypeError(f"{what} is a {type(g).__name__}, a tensor without storage of its own; expected a plain tensor")
+    if g.dtype != p.dtype:
+        raise RuntimeError(f"{what} has another dtype than its parameter, {p.dtype}")
+    if g.device != p.device:
+        raise RuntimeError(f"{what} is on another device than its parameter, {p.device}")
+    if g.shape != p.shape:
+        raise RuntimeError(f"{what} has another shape than its parameter, {tuple(p.shape)}")
+    here, strides = memory(g), dense_strides(memory(p))
+    if here.shape != memory(p).shape:
+        raise RuntimeError(f"{what} has a shard of shape {tuple(here.shape)}, its parameter {tuple(memory(p).shape)}")
+    order = zip(here.stride(), strides, here.shape, strict=True)
+    if here.is_neg() or any(a != b for a, b, size in order if size != 1):
+        return copy_in_order(here, strides)
+    return here
+
+
+def dense_strides(t: Tensor) -> tuple[int, ...]:
+    """The strides in which ``t`` is stepped: its own, or row-major ones where it has gaps."""
+    return t.stride() if is_dense(t) else torch.empty(t.shape, device="meta").stride()
+
+
+def copy_in_order(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy with these strides."""
+    with torch.no_grad():
+        return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)

@@ -1,0 +1,713 @@
+"""Parameters over ranks, and data over ranks: the trajectory is one process's, and replicas are equal to the bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import backends
+import pytest
+import torch
+import torch.distributed as dist
+from fastnlcg import NLCG, OnlineLineSearch
+from fastnlcg.distributed import _GATHER
+from ranks import ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+STEPS = 12
+KINDS: dict[str, dict[str, Any]] = {
+    "adam": {"lr": 0.01},
+    "adam_pr": {"lr": 0.01, "update": "polak_ribiere"},
+    "adam_descent": {"lr": 0.01, "restart": "descent", "weight_decay": 0.1},
+    "bfgs": {"lr": 0.02, "preconditioner": "bfgs"},
+    "bfgs_pr": {"lr": 0.02, "preconditioner": "bfgs", "update": "polak_ribiere", "weight_decay": 0.01},
+    "none": {"lr": 0.02, "preconditioner": None},
+    "none_pr": {"lr": 0.02, "preconditioner": None, "update": "polak_ribiere", "restart": "powell"},
+    "search": {"lr": 0.05, "preconditioner": "bfgs", "line_search": (0.0, -0.0, 0.2, 0.1)},
+}
+
+
+def optimizer_of(params: Any, kind: str, **more: Any) -> NLCG:
+    options = {**KINDS[kind], **more}
+    if "line_search" in options:
+        options["line_search"] = OnlineLineSearch(*options["line_search"])
+    return NLCG(params, **options)
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Dimensions that 2 and 3 ranks do not divide; the last bias has one element, and is empty on all ranks but one."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+
+
+def batch(t: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(t)
+    x = torch.randn(12, 7, generator=generator).to(dtype)
+    return x, x[:, :1] * x[:, 1:2] + 0.3
+
+
+def share(x: Tensor, world: int, rank: int) -> Tensor:
+    return x.chunk(world)[rank]
+
+
+def loss_of(net: nn.Module, t: int, world: int = 1, rank: int = 0) -> Tensor:
+    x, y = batch(t, next(net.parameters()).dtype)
+    return (net(share(x, world, rank)) - share(y, world, rank)).square().mean()
+
+
+def alone(kind: str, steps: int = STEPS, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[list[Tensor], NLCG]:
+    """One process on the joined batch."""
+    net = model(dtype)
+    optimizer = optimizer_of(net.parameters(), kind, **more)
+    for t in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(net, t)
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+    return [p.detach().clone() for p in net.parameters()], optimizer
+
+
+def train(net: nn.Module, optimizer: NLCG, begin: int, end: int) -> None:
+    for t in range(begin, end):
+        optimizer.zero_grad()
+        loss = loss_of(net, t, dist.get_world_size(), dist.get_rank())
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+
+
+def whole(params: Any) -> list[Tensor]:
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in params]
+
+
+def compare(found: list[Tensor], expected: list[Tensor], start: list[Tensor], tolerance: float) -> None:
+    """Relative to the parameters, and a move that is there to compare."""
+    for a, b, before in zip(found, expected, start, strict=True):
+        assert torch.linalg.vector_norm(b - before) > 1e-3 * torch.linalg.vector_norm(before)
+        assert torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(b)
+
+
+def compare_diagnostics(a: Any, b: Any, tolerance: float) -> None:
+    for name in ("beta", "rz", "ys", "shs", "grad_norm", "direction_norm", "cosine", "ls_scale"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), rel=tolerance, abs=1e-12), name
+    assert (a.step, a.updated, a.skipped_steps) == (b.step, b.updated, b.skipped_steps)
+
+
+class Gathers:
+    """Counts the exchanges of the steps inside."""
+
+    def __enter__(self) -> Gathers:
+        self.count, self.original = 0, getattr(dist, _GATHER)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return self.original(*args, **kwargs)
+
+        setattr(dist, _GATHER, counted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        setattr(dist, _GATHER, self.original)
+
+
+# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def sharded(mesh_shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    net = model(dtype)
+    names = None if mesh_shape is None or len(mesh_shape) == 1 else ("replicate", "shard")
+    mesh = init_device_mesh("cpu", mesh_shape or (dist.get_world_size(),), mesh_dim_names=names)
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net
+
+
+def fsdp2(kind: str, mesh_shape: tuple[int, ...] | None, backend: str = "cpu") -> tuple[list[Tensor], Any, int, str]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backends.use(backend, monkeypatch)
+        net = sharded(mesh_shape)
+        optimizer = optimizer_of(net.parameters(), kind)
+        train(net, optimizer, 0, 1)
+        train(net, optimizer, 1, STEPS - 1)
+        world, rank = dist.get_world_size(), dist.get_rank()
+        optimizer.zero_grad()
+        loss = loss_of(net, STEPS - 1, world, rank)
+        loss.backward()
+        with Gathers() as gathers:
+            optimizer.step(loss=loss.detach())
+        for p in net.parameters():
+            state = optimizer.state[p]
+            assert state["step"] == STEPS
+            for key in ("direction", "grad_prev", "hessian_diag", "exp_avg_sq"):
+                if key in state:
+                    assert type(state[key]) is DTensor
+                    assert state[key].placements == p.placements
+                    assert state[key].shape == p.shape
+        streams = [s.to_local() for p in net.parameters() for s in optimizer.state[p].values() if s.ndim]
+        shards = repr([p.to_local() for p in net.parameters()] + streams)
+        return whole(net.parameters()), optimizer.diagnostics(), gathers.count, shards
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_fsdp2_follows_one_process(world: int, kind: str) -> None:
+    expected, optimizer = alone(kind)
+    results = ranks(world)(fsdp2, kind, None)
+    for found, diagnostics, gathers, _ in results:
+        compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
+        compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-3)
+        assert gathers == (2 if KINDS[kind].get("preconditioner") == "bfgs" else 1)
+        assert diagnostics == results[0][1]
+
+
+@pytest.mark.parametrize("kind", ["adam", "bfgs_pr", "search"])
+@pytest.mark.parametrize("mesh_shape", [(2, 2), (4, 1), (1, 4)])
+def test_hsdp_follows_one_process_and_replicas_are_bit_equal(mesh_shape: tuple[int, int], kind: str) -> None:
+    expected, optimizer = alone(kind)
+    results = ranks(4)(fsdp2, kind, mesh_shape)
+    by_shard: dict[int, set[str]] = {}
+    for rank, (found, diagnostics, gathers, shards) in enumerate(results):
+        compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
+        compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-3)
+        by_shard.setdefault(rank % mesh_shape[1], set()).add(shards)
+        spread = mesh_shape[1] > 1
+        assert gathers == ((2 if kind != "adam" else 1) if spread else int(kind == "search"))
+    assert all(len(replicas) == 1 for replicas in by_shard.values())
+
+
+@pytest.mark.skipif(not backends.EMULATION, reason=backends.NO_EMULATION)
+@pytest.mark.parametrize("kind", ["adam", "adam_pr", "bfgs", "none", "search"])
+def test_fsdp2_on_the_emulated_gpu(kind: str) -> None:
+    expected, optimizer = alone(kind)
+    for found, diagnostics, gathers, _ in ranks(3)(fsdp2, kind, None, "emulated"):
+        compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
+        compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-3)
+        passes = 3 if KINDS[kind].get("preconditioner") == "bfgs" else 2
+        assert gathers == passes - 1
+        assert diagnostics.launches == 2 * passes - 1  # the passes, and a decision after each but the last
+
+
+# ---- other placements ------------------------------------------------------------------------------------------------
+
+
+def placed(kind: str) -> tuple[list[Tensor], Any]:
+    """A mesh of 2 x 2: parameters over both dimensions, over one, over none, and plain ones."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    placements = [
+        (mesh, (Shard(0), Shard(1))),
+        (mesh, (Replicate(), Shard(0))),
+        (mesh, (Shard(1), Replicate())),
+        (mesh, (Replicate(), Replicate())),
+        (mesh["data"], (Shard(0),)),
+        None,
+    ]
+    params, starts = [], shapes()
+    for start, place in zip(starts, placements, strict=True):
+        params.append(nn.Parameter(start if place is None else distribute_tensor(start, *place)))
+    optimizer = optimizer_of(params, kind)
+    for t in range(STEPS):
+        for p, g in zip(params, gradients(whole(params), t), strict=True):
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        optimizer.step()
+    return whole(params), optimizer.diagnostics()
+
+
+def shapes() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(shape, generator=generator) for shape in ((5, 6), (9,), (3, 7), (11,), (3, 2), (4,))]
+
+
+def gradients(params: list[Tensor], t: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 + t)
+    return [(k + 1) * p + 0.2 * torch.randn(p.shape, generator=generator) for k, p in enumerate(params)]
+
+
+@pytest.mark.parametrize("kind", ["adam", "adam_pr", "bfgs", "none"])
+def test_every_element_counts_once_whatever_its_placement(kind: str) -> None:
+    params = [nn.Parameter(start) for start in shapes()]
+    optimizer = optimizer_of(params, kind)
+    for t in range(STEPS):
+        for p, g in zip(params, gradients([p.detach() for p in params], t), strict=True):
+            p.grad = g
+        optimizer.step()
+    results = ranks(4)(placed, kind)
+    for found, diagnostics in results:
+        compare(found, [p.detach() for p in params], shapes(), 1e-5)
+        compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-4)
+        assert diagnostics == results[0][1]
+
+
+def refusals() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    from torch.distributed.tensor import Partial
+
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(4), mesh, [Replicate()])
+    q = nn.Parameter(torch.ones(4))
+    q.grad = torch.ones(4)
+    for params, group, error, match in (
+        ([q, p], None, RuntimeError, "gradient of parameter 1.*placed.*Replicate.*its parameter.*Shard"),
+        ([q, p], dist.group.WORLD, ValueError, "process_group is for plain shards, and parameter 1 is a DTensor"),
+    ):
+        optimizer = NLCG(params, process_group=group)
+        with pytest.raises(error, match=match):
+            optimizer.step()
+        assert not optimizer.state
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    partial.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    with pytest.raises(TypeError, match="parameter 0 has placements.*Partial.*expected Shard or Replicate"):
+        NLCG([partial]).step()
+    with pytest.raises(TypeError, match="process_group= cannot be pickled"):
+        copy.deepcopy(NLCG([q], process_group=dist.group.WORLD))
+
+
+def test_refusals() -> None:
+    ranks(2)(refusals)
+
+
+# ---- faults over ranks -----------------------------------------------------------------------------------------------
+
+
+def one_bad_rank(kind: str, backend: str) -> tuple[str, str, int]:
+    """A NaN on rank 1, in one element of its shard."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backends.use(backend, monkeypatch)
+        runs = []
+        for bad in (True, False):
+            net = sharded()
+            optimizer = optimizer_of(net.parameters(), kind)
+            train(net, optimizer, 0, 4)
+            if bad:
+                train_bad(net, optimizer)
+            train(net, optimizer, 4, 8)
+            state = copy.deepcopy(optimizer.state_dict())
+            state["param_groups"][0]["scalars"].pop("skipped_steps")
+            runs.append(repr([p.to_local() for p in net.parameters()]) + repr(state))
+            if bad:
+                skipped = optimizer.diagnostics().skipped_steps
+        return runs[0], runs[1], skipped
+
+
+def train_bad(net: nn.Module, optimizer: NLCG) -> None:
+    optimizer.zero_grad()
+    loss = loss_of(net, 100, dist.get_world_size(), dist.get_rank())
+    loss.backward()
+    if dist.get_rank() == 1:
+        next(net.parameters()).grad.to_local()[0, 0] = math.nan
+    optimizer.step(loss=loss.detach())
+
+
+@pytest.mark.parametrize("backend", backends.parameters("cpu", "emulated"))
+@pytest.mark.parametrize("kind", ["adam", "bfgs", "search", "none"])
+def test_a_nan_on_one_rank_skips_the_step_on_all(kind: str, backend: str) -> None:
+    for with_skip, without, skipped in ranks(3)(one_bad_rank, kind, backend):
+        assert with_skip == without
+        assert skipped == 1
+
+
+def failing_gather(kind: str, nth: int) -> None:
+    net = sharded()
+    optimizer = optimizer_of(net.parameters(), kind)
+    train(net, optimizer, 0, 4)
+    twin = sharded()
+    other = optimizer_of(twin.parameters(), kind)
+    train(twin, other, 0, 4)
+
+    def state(net: nn.Module, optimizer: NLCG) -> str:
+        return repr([p.to_local() for p in net.parameters()]) + repr(optimizer.state_dict())
+
+    before, original, calls = state(net, optimizer), getattr(dist, _GATHER), []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            raise ConnectionError("the cable")
+        return original(*args, **kwargs)
+
+    loss = loss_of(net, 4, dist.get_world_size(), dist.get_rank())
+    optimizer.zero_grad()
+    loss.backward()
+    setattr(dist, _GATHER, failing)
+    try:
+        with pytest.raises(ConnectionError, match="the cable"):
+            optimizer.step(loss=loss.detach())
+    finally:
+        setattr(dist, _GATHER, original)
+    assert state(net, optimizer) == before
+    train(net, optimizer, 4, 7)
+    train(twin, other, 4, 7)
+    assert state(net, optimizer) == state(twin, other)
+
+
+@pytest.mark.parametrize(("kind", "nth"), [("adam", 1), ("bfgs", 1), ("bfgs", 2), ("search", 2), ("none", 1)])
+def test_a_failed_exchange_changes_nothing(kind: str, nth: int) -> None:
+    ranks(2)(failing_gather, kind, nth)
+
+
+def no_gradients_yet(backend: str) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backends.use(backend, monkeypatch)
+        net = sharded()
+        optimizer = optimizer_of(net.parameters(), "adam")
+        before = repr([p.to_local() for p in net.parameters()])
+        for _ in range(3):
+            optimizer.step()
+        assert repr([p.to_local() for p in net.parameters()]) == before
+        assert optimizer.diagnostics().step == optimizer.diagnostics().skipped_steps == 0
+        train(net, optimizer, 0, 2)
+        optimizer.zero_grad()
+        optimizer.step()
+        assert optimizer.diagnostics().step == 2
+
+
+@pytest.mark.parametrize("backend", backends.parameters("cpu", "emulated"))
+def test_a_step_without_gradients_does_nothing(backend: str) -> None:
+    ranks(2)(no_gradients_yet, backend)
+
+
+# ---- plain shards: FSDP1, ZeRO, any ----------------------------------------------------------------------------------
+
+
+def process_group(kind: str, frozen: bool) -> tuple[list[Tensor], Any]:
+    """Rank r owns parameters r, r + world, ...; with ``frozen`` one of them has no gradient in some steps."""
+    params = [nn.Parameter(start) for start in shapes()]
+    mine = params[dist.get_rank() :: dist.get_world_size()]
+    optimizer = optimizer_of(mine, kind, process_group=dist.group.WORLD)
+    for t in range(STEPS):
+        for k, (p, g) in enumerate(zip(params, gradients([p.detach() for p in params], t), strict=True)):
+            p.grad = None if frozen and k == 1 and t in (3, 4, 7) else g
+        optimizer.step()
+        for k, p in enumerate(params):
+            dist.broadcast(p.data, k % dist.get_world_size())
+    return [p.detach() for p in params], optimizer.diagnostics()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["adam", "adam_pr", "bfgs", "none"])
+def test_process_group_sums_over_plain_shards(kind: str, frozen: bool) -> None:
+    params = [nn.Parameter(start) for start in shapes()]
+    optimizer = optimizer_of(params, kind)
+    for t in range(STEPS):
+        for k, (p, g) in enumerate(zip(params, gradients([p.detach() for p in params], t), strict=True)):
+            p.grad = None if frozen and k == 1 and t in (3, 4, 7) else g
+        optimizer.step()
+    for found, diagnostics in ranks(3)(process_group, kind, frozen):
+        compare(found, [p.detach() for p in params], shapes(), 1e-5)
+        compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-4)
+
+
+def fsdp1(kind: str, use_orig_params: bool) -> tuple[list[Tensor], int]:
+    net = model()
+    wrapped = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    optimizer = optimizer_of(wrapped.parameters(), kind, process_group=dist.group.WORLD)
+    train(wrapped, optimizer, 0, STEPS)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        return [p.detach().clone() for p in net.parameters()], optimizer.diagnostics().step
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("kind", ["adam", "bfgs", "search"])
+def test_fsdp1(kind: str, use_orig_params: bool) -> None:
+    expected, _ = alone(kind)
+    for found, steps in ranks(2)(fsdp1, kind, use_orig_params):
+        joined, b = torch.cat([p.flatten() for p in found]), torch.cat([p.flatten() for p in expected])
+        assert torch.linalg.vector_norm(joined - b) <= 1e-5 * torch.linalg.vector_norm(b)
+        assert steps == STEPS
+
+
+class OverRanks(NLCG):
+    """ZeroRedundancyOptimizer keeps ``process_group=`` for itself."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, process_group=dist.group.WORLD, **options)
+
+
+def zero(kind: str) -> tuple[list[Tensor], str]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    net = DistributedDataParallel(model())
+    options = dict(KINDS[kind])
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), OverRanks, **options)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(net, t, dist.get_world_size(), dist.get_rank()).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in net.parameters()], repr(list(net.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["adam", "bfgs_pr"])
+def test_zero_redundancy_optimizer(kind: str) -> None:
+    expected, _ = alone(kind)
+    results = ranks(3)(zero, kind)
+    for found, bits in results:
+        compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
+        assert bits == results[0][1]
+
+
+def test_deepspeed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ZeRO 1 and 2 put this rank's flat share in the place of a group's parameters, and step group by group."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "deepspeed", object())
+    net = model()
+    optimizer = NLCG([{"params": list(net[0].parameters())}, {"params": list(net[2].parameters())}])
+    optimizer.param_groups, whole = [optimizer.param_groups[0]], optimizer.param_groups
+    with pytest.raises(RuntimeError, match="1 parameter groups, expected 2.*DeepSpeed's ZeRO"):
+        optimizer.step()
+    optimizer.param_groups = whole
+    optimizer.step()
+    flat = nn.Parameter(torch.zeros(60))
+    flat.grad = torch.ones(60)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match="DeepSpeed's ZeRO has put this rank's share.*process_group="):
+        optimizer.step()
+    assert not flat.any()
+
+
+# ---- DDP -------------------------------------------------------------------------------------------------------------
+
+
+class WithUnused(nn.Module):
+    """``second`` takes no part in odd steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = model(), model()
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        return self.first(x) + (self.second(x) if both else 0.0)
+
+
+def ddp(kind: str, **options: Any) -> tuple[list[str], list[float]]:
+    """50 steps; the bits after every one, and the scale."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1 + rank)
+    unused, virtual = options.pop("unused", False), options.pop("virtual", 1)
+    try:
+        net = DistributedDataParallel(
+            WithUnused() if unused else wide(), gradient_as_bucket_view=True, find_unused_parameters=unused
+        )
+        optimizer = optimizer_of(net.parameters(), kind, **options)
+        bits, scales = [], []
+        for t in range(50):
+            optimizer.zero_grad()
+            losses = []
+            for k in range(virtual):
+                x, y = batch(1000 * k + t)
+                x, y = share(x, world, rank), share(y, world, rank)
+                with net.no_sync() if k < virtual - 1 else torch.enable_grad():
+                    prediction = net(x, t % 2 == 0) if unused else net(x)
+                    loss = (prediction - y).square().mean() / virtual
+                    loss.backward()
+                losses.append(loss.detach())
+            optimizer.step(loss=sum(losses))
+            bits.append(repr([p.detach().view(torch.int32) for p in net.parameters()]))
+            scales.append(optimizer.state_dict()["param_groups"][0]["scalars"]["ls_scale"])
+        return bits, scales
+    finally:
+        torch.set_num_threads(1)
+
+
+def wide() -> nn.Sequential:
+    """Enough elements for two threads."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 5000), nn.Tanh(), nn.Linear(5000, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("adam", {}),
+        ("bfgs_pr", {"virtual": 3, "lr": 0.001}),
+        ("none", {"unused": True}),
+        ("adam_pr", {"unused": True, "virtual": 2}),
+        ("search", {"average_loss": True}),
+    ],
+)
+def test_ddp_replicas_are_bit_equal_after_every_step(kind: str, options: dict[str, Any]) -> None:
+    (bits, scales), (other_bits, other_scales) = ranks(2)(ddp_with, kind, options)
+    assert bits == other_bits
+    assert len(set(bits)) == 50
+    assert scales == other_scales
+    assert (len(set(scales)) > 5) == (kind == "search")
+
+
+def ddp_with(kind: str, options: dict[str, Any]) -> tuple[list[str], list[float]]:
+    return ddp(kind, **options)
+
+
+def ddp_trajectory(kind: str) -> tuple[list[Tensor], Any]:
+    net = DistributedDataParallel(model())
+    optimizer = optimizer_of(net.parameters(), kind, average_loss=True)
+    train(net, optimizer, 0, STEPS)
+    return whole(net.parameters()), optimizer.diagnostics()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddp_follows_one_process_on_the_joined_batch(kind: str) -> None:
+    expected, optimizer = alone(kind)
+    for found, diagnostics in ranks(2)(ddp_trajectory, kind):
+        compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
+        compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-3)
+
+
+def losses_that_differ() -> list[float]:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = NLCG([p], 0.0, line_search=OnlineLineSearch(0.1, 0.0, 0.5, 0.0), average_loss=True)
+    scales = []
+    for losses in ((1.0, 1.0), (1.0, 1.3), (math.nan, 9.0), (1.0, 1.5)):
+        p.grad = torch.ones(3)
+        optimizer.step(loss=losses[dist.get_rank()])
+        scales.append(optimizer.diagnostics().ls_scale)
+    return scales
+
+
+def test_the_line_search_sees_the_average_loss() -> None:
+    """1, then 1.15, then one that is not finite on one rank and counts on none, then 1.25, less than 10 % more."""
+    assert ranks(2)(losses_that_differ) == [[1.0, 0.5, 0.5, 0.5]] * 2
+
+
+def warnings_of(**options: Any) -> list[str]:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = NLCG([p], 0.0, **options)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            p.grad = torch.ones(3)
+            optimizer.step(loss=1.0)
+    return [f"{Path(w.filename).name}: {w.message}" for w in seen]
+
+
+def search_without_average() -> tuple[list[str], ...]:
+    search = OnlineLineSearch()
+    return (
+        warnings_of(line_search=search),
+        warnings_of(line_search=search, average_loss=False),
+        warnings_of(line_search=search, average_loss=True),
+        warnings_of(),
+    )
+
+
+def test_a_line_search_on_one_ranks_loss_has_a_voice() -> None:
+    for first, *others in ranks(2)(search_without_average):
+        assert len(first) == 1
+        assert first[0].startswith("test_distributed.py: the line search sees this rank's loss alone")
+        assert others == [[], [], []]
+
+
+def joined() -> tuple[str, int]:
+    """Rank 0 has 5 batches, rank 1 has 9."""
+    net = DistributedDataParallel(model())
+    optimizer = optimizer_of(net.parameters(), "adam")
+    with net.join():
+        for t in range(5 + 4 * dist.get_rank()):
+            optimizer.zero_grad()
+            loss_of(net, t, 2, dist.get_rank()).backward()
+            optimizer.step()
+    return repr([p.detach().view(torch.int32) for p in net.parameters()]), optimizer.diagnostics().step
+
+
+def test_ddp_join() -> None:
+    """At its end DDP gives every rank the weights of the last to finish. The optimizer's state is then each rank's own,
+    with any optimizer: who goes on has to send that too."""
+    (bits, steps), (other_bits, other_steps) = ranks(2)(joined)
+    assert bits == other_bits
+    assert (steps, other_steps) == (5, 9)
+
+
+# ---- checkpoints over ranks ------------------------------------------------------------------------------------------
+
+
+def save(folder: str, kind: str) -> tuple[list[Tensor], str]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    net = sharded()
+    optimizer = optimizer_of(net.parameters(), kind)
+    train(net, optimizer, 0, 6)
+    weights, state = get_state_dict(net, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    train(net, optimizer, 6, STEPS)
+    return whole(net.parameters()), repr([p.to_local() for p in net.parameters()]) + repr(optimizer.state_dict())
+
+
+def load(folder: str, kind: str) -> tuple[list[Tensor], str, Any]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    net = sharded()
+    optimizer = optimizer_of(net.parameters(), kind)
+    weights, state = get_state_dict(net, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=state)
+    before = optimizer.diagnostics()
+    train(net, optimizer, 6, STEPS)
+    return (
+        whole(net.parameters()),
+        repr([p.to_local() for p in net.parameters()]) + repr(optimizer.state_dict()),
+        before,
+    )
+
+
+def load_alone(folder: str, kind: str) -> list[Tensor]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    net = model()
+    optimizer = optimizer_of(net.parameters(), kind)
+    weights, state = get_state_dict(net, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for t in range(6, STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(net, t)
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["adam", "adam_pr", "bfgs", "none", "search"])
+def test_a_checkpoint_resumes_to_the_bit_and_reshards(kind: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        written = ranks(2)(save, folder, kind)
+        again = ranks(2)(load, folder, kind)
+        assert [bits for _, bits in written] == [bits for _, bits, _ in again]
+        start = [p.detach() for p in model().parameters()]
+        for found, _, before in ranks(3)(load, folder, kind):
+            compare(found, written[0][0], start, 1e-5)
+            assert before.step == 6
+            assert before.rz == again[0][2].rz
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch: no process group
+            compare(load_alone(folder, kind), written[0][0], start, 1e-5)
+
+
+def load_whole(state: dict[str, Any], weights: dict[str, Tensor], kind: str) -> list[Tensor]:
+    """What one process saved, into shards."""
+    net = sharded()
+    optimizer = optimizer_of(net.parameters(), kind)
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), weights.values(), strict=True):
+            p.copy_(distribute_tensor(value, p.device_mesh, p.placements))
+    optimizer.load_state_dict(state)
+    train(net, optimizer, 6, STEPS)
+    return whole(net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["adam", "bfgs"])
+def test_shards_take_one_processs_state_dict(kind: str) -> None:
+    expected, _ = alone(kind)
+    weights, optimizer = alone(kind, steps=6)
+    state = copy.deepcopy(optimizer.state_dict())
+    for found in ranks(3)(load_whole, state, dict(enumerate(weights)), kind):
+        compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
