@@ -364,7 +364,7 @@ def test_42_native_lengths_are_checked_again() -> None:
         with pytest.raises(ValueError, match="segment 0"):
             step.set_segments(table)
     with pytest.raises(ValueError, match="point"):
-        step.step([0.1], [0.0], False, math.nan, 1)
+        step.step([0.1], [0.0], [False], 0.0, math.nan, 1)
 
 
 def test_44_the_owner_is_held() -> None:

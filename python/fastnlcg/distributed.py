@@ -67,7 +67,7 @@ def as_like(shard: Tensor, p: Tensor) -> Tensor:
 
 
 def _from_offset_0(t: Tensor) -> Tensor:
-    """The same memory, from the begin of a storage: torch (2.13) cannot deepcopy a DTensor whose shard has an offset."""
+    """The same memory, from the begin of a storage: torch 2.13 cannot deepcopy a DTensor whose shard has an offset."""
     begin = t.storage_offset() * t.element_size()
     storage = t.untyped_storage()[begin : begin + t.numel() * t.element_size()]
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, 0, t.shape, t.stride())

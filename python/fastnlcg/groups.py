@@ -12,11 +12,11 @@ import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastnlcg import _native
 from fastnlcg.line_search import OnlineLineSearch
+from fastnlcg.parameters import DTYPES
 
 SHARED = (
     "update",
@@ -124,7 +124,7 @@ def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
         if capturable and _native.on_gpu(lr.device):
-            if lr.is_complex() or lr.dtype == torch.bool:
+            if lr.dtype not in DTYPES:
                 raise TypeError(f"lr must be a real number, got a tensor of {lr.dtype}")
             return lr
         lr = lr.item()
