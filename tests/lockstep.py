@@ -46,6 +46,7 @@ class Lockstep:
         shift: int = 0,
         threads: int = 1,
         seed: int = 0,
+        stochastic_rounding: bool = False,
     ) -> None:
         backend = self.backend = backends.current
         self.cuts, self.options, self.lr, self.weight_decay, self.threads = cuts, options, lr, weight_decay, threads
@@ -88,7 +89,10 @@ class Lockstep:
         )
         line_search = options.line_search
         wrapped = None if line_search is None else OnlineLineSearch(*line_search)
-        self.native.set_options(**_native.native_options({**vars(options), "line_search": wrapped}))
+        changed = {"line_search": wrapped, "stochastic_rounding": stochastic_rounding}
+        self.native.set_options(**_native.native_options({**vars(options), **changed}))
+        # to one of the two neighbours, not to the nearer
+        self.store_rounding = {k: 2 * x if stochastic_rounding else x for k, x in STORE_ROUNDING.items()}
         self.active: list[int] = []
         self.use(list(range(len(cuts))))
 
@@ -203,7 +207,7 @@ class Lockstep:
         tol_beta = (tol_rz + tol_mid) / state.rz + K * u if state.rz else 0.0
         tol_d = tol_w + tol_beta * np.abs(d_old) + K * u * np.abs(new.beta * d_old)
         alpha = lr * new.ls_scale
-        rounding = np.concatenate([np.full(cut.n, STORE_ROUNDING[cut.dtype]) for cut in self.cuts])
+        rounding = np.concatenate([np.full(cut.n, self.store_rounding[cut.dtype]) for cut in self.cuts])
         smallest = np.concatenate([np.full(cut.n, SMALLEST[cut.dtype]) for cut in self.cuts])
         tol_p = alpha * tol_d + (K * u + 2 * rounding) * (np.abs(p) + alpha * np.abs(new.d)) + smallest
 

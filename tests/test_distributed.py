@@ -315,6 +315,34 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(kind: str, backend: str) -> Non
         assert skipped == 1
 
 
+def scaled(kind: str) -> tuple[str, str, int]:
+    """GradScaler over shards; in step 4 an infinity in rank 1's."""
+    runs = []
+    for with_scaler in (True, False):
+        net = sharded()
+        optimizer = optimizer_of(net.parameters(), kind)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=with_scaler)
+        for t in range(8):
+            if t == 4 and not with_scaler:
+                continue
+            optimizer.zero_grad()
+            loss = loss_of(net, t, dist.get_world_size(), dist.get_rank())
+            scaler.scale(loss).backward()
+            if t == 4 and dist.get_rank() == 1:
+                next(net.parameters()).grad.to_local()[0, 0] = math.inf
+            scaler.step(optimizer, loss=loss.detach())
+            scaler.update()
+        runs.append(repr([p.to_local() for p in net.parameters()]) + repr(optimizer.state_dict()))
+    return runs[0], runs[1], optimizer.diagnostics().step
+
+
+@pytest.mark.parametrize("kind", ["adam", "search"])
+def test_grad_scaler_over_shards(kind: str) -> None:
+    for with_scaler, without, steps in ranks(2)(scaled, kind):
+        assert with_scaler == without
+        assert steps == 7
+
+
 def failing_gather(kind: str, nth: int) -> None:
     net = sharded()
     optimizer = optimizer_of(net.parameters(), kind)

@@ -28,7 +28,7 @@ import matplotlib as mpl
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
-from study import ALSO, PAPER, Rows, best_peak, like, read, settings_of
+from study import ALSO, PAPER, PURE, Rows, best_peak, like, read, settings_of
 from train import Run
 
 mpl.use("Agg")
@@ -282,6 +282,14 @@ def with_test_loss(rows: Rows) -> Rows:
     return [{**row, "final_test_loss": row["test_loss"][-1]} for row in rows]
 
 
+# 0: float32 parameters, 1: bfloat16
+PURE_LABELS = {
+    (0, "nlcg_adam"): "NLCG, float32 parameters",
+    (1, "nlcg_adam"): "NLCG, bfloat16 parameters, rounded to nearest",
+    (1, "nlcg_adam_stochastic"): "NLCG, bfloat16 parameters, stochastic rounding",
+    (0, "adamw"): "AdamW, float32 parameters",
+    (1, "adamw"): "AdamW, bfloat16 parameters, rounded to nearest",
+}
 FULL_SETTING = Run("", 4096, schedule="cosine")
 
 
@@ -305,7 +313,24 @@ def tuned_tables(rows: Rows) -> dict[str, str]:
     if at_full:
         found["Full setting, batch 4096"] = at_full_setting(at_full)
         found["Full setting, batch 4096, over peaks"] = over_peaks(at_full)
+    if any(row["precision"] == "pure_bfloat16" for row in rows):
+        found["Parameters in bfloat16"] = pure_bfloat16(rows, precision)
     return found
+
+
+def pure_bfloat16(rows: Rows, precision: str) -> str:
+    """At the best peaks of float32 parameters: those, and bfloat16 ones rounded to nearest and stochastically."""
+    header, lines = [""], {name: [text] for name, text in PURE_LABELS.items()}
+    for config, _ in settings_of(precision):
+        own = [like(rows, dataclasses.replace(config, precision=p)) for p in (precision, "pure_bfloat16")]
+        if not own[1]:
+            continue
+        header += [f"batch {config.batch}: training loss", "test accuracy, %"]
+        for (parameters, name), cells in lines.items():
+            of_peak = PURE[name]
+            at_best = [r for r in own[parameters] if (r["optimizer"], r["peak"]) == (name, best_peak(own[0], of_peak))]
+            cells += [cell(at_best, "final_loss", 3), cell(at_best, "final_accuracy", 1)]
+    return markdown(header, list(lines.values()))
 
 
 def tuned_picture(rows: Rows, path: Path) -> None:

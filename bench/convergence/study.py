@@ -13,6 +13,7 @@ lowest training loss of seed 0 on a grid of factors of 3
     full         images of 32 x 32, all of them, batch 4096: seed 0 at the two best peaks of the grid at batch 2048, the
                  other seeds at the better of them
     ablations    the options of NLCG with Adam's diagonal, one at a time
+    bfloat16     parameters in bfloat16, with and without stochastic rounding, at the best peaks of the grids
 
 paper: the paper's schedule, absolute, the same for all
 
@@ -109,6 +110,8 @@ ABLATIONS = (
     "nlcg_adam_search",
     "nlcg_adam_constant_80",
 )
+# With parameters in bfloat16, and whose best peak each takes.
+PURE = {"nlcg_adam": "nlcg_adam", "nlcg_adam_stochastic": "nlcg_adam", "adamw": "adamw"}
 
 
 def like(rows: Rows, config: Run) -> Rows:
@@ -170,6 +173,17 @@ def ablations(rows: Rows, precision: str) -> Iterator[Run]:
         yield from (dataclasses.replace(config, optimizer=name, peak=peak) for peak in (0.003, 0.01))
 
 
+def bfloat16(rows: Rows, precision: str) -> Iterator[Run]:
+    for config, _ in settings_of(precision):
+        if config.model != "transformer" and config.batch in (2048, 128):
+            for seed in SEEDS:
+                for name, like_that_of in PURE.items():
+                    peak = best_peak(like(rows, config), like_that_of)
+                    if peak is not None:
+                        changes = {"optimizer": name, "seed": seed, "peak": peak, "precision": "pure_bfloat16"}
+                        yield dataclasses.replace(config, **changes)
+
+
 # ---- the list --------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +194,7 @@ def gpu(rows: Rows) -> Iterator[Run]:
                 yield Run(optimizer, batch, seed, model="resnet32", epochs=60, train_images=None, test_images=None)
 
 
-TUNED = {"grids": grids, "seeds": seeds, "full": full, "ablations": ablations}
+TUNED = {"grids": grids, "seeds": seeds, "full": full, "ablations": ablations, "bfloat16": bfloat16}
 PAPERS: dict[str, Callable[[Rows], Iterator[Run]]] = {
     "batch4096": shared(4096),
     "batch16384": shared(16384),
@@ -211,10 +225,14 @@ def rows_of(name: str, folder: Path) -> Path:
 def missing(name: str, folder: Path, precision: str) -> list[Run]:
     """The runs of a study that have no row yet, each once."""
     names = [field.name for field in dataclasses.fields(Run)]
-    rows = [row for row in read(rows_of(name, folder)) if row["precision"] == precision]
-    done = {json.dumps({k: row[k] for k in names}, sort_keys=True) for row in rows}
+    every = read(rows_of(name, folder))
+    rows = [row for row in every if row["precision"] == precision]
+    done = {json.dumps({k: row[k] for k in names}, sort_keys=True) for row in every}
     runs = TUNED[name](rows, precision) if name in TUNED else PAPERS[name](rows)
-    wanted = dict.fromkeys(key(dataclasses.replace(run, precision=precision)) for run in runs)
+    own = ("pure_bfloat16",)  # what no argument chooses
+    wanted = dict.fromkeys(
+        key(run if run.precision in own else dataclasses.replace(run, precision=precision)) for run in runs
+    )
     return [Run(**json.loads(text)) for text in wanted if text not in done]
 
 

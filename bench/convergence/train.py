@@ -30,8 +30,9 @@ class Run:
     ``"cosine"`` (fastnlcg.warmup_cosine), relative, where ``peak`` is the learning rate itself. ``micro`` samples pass
     through the network at once, and images among them share the statistics of batch normalization, whatever the batch.
     ``precision`` is that of the network's products (torch.autocast); parameters, gradients and the optimizer's state
-    are float32. ``augment``: crops and flips. ``side``: images are averaged down to that many pixels a side. A sample
-    of the ``"transformer"`` is a sequence; an epoch draws ``train_images`` of them."""
+    are float32, but for ``"pure_bfloat16"``, where parameters and gradients are bfloat16 too. ``augment``: crops and
+    flips. ``side``: images are averaged down to that many pixels a side. A sample of the ``"transformer"`` is a
+    sequence; an epoch draws ``train_images`` of them."""
 
     optimizer: str
     batch: int
@@ -78,6 +79,7 @@ OPTIMIZERS: dict[str, Maker] = {
     "nlcg_adam_search": nlcg(preconditioner="adam", line_search=OnlineLineSearch()),
     "nlcg_adam_08": nlcg(preconditioner="adam", beta_max=0.8),
     "nlcg_adam_095": nlcg(preconditioner="adam", beta_max=0.95),
+    "nlcg_adam_stochastic": nlcg(preconditioner="adam", stochastic_rounding=True),
     "nlcg_adam_1": nlcg(preconditioner="adam", beta_max=1.0),
     **{
         f"nlcg_adam_constant_{beta:02}": nlcg(preconditioner="adam", update="heavy_ball", beta_max=beta / 100)
@@ -137,10 +139,11 @@ def dataset(config: Run, folder: Path, device: str) -> Data:
 def evaluate(net: nn.Module, data: Data) -> tuple[float, float]:
     """Of the test part: percent classified right, and the mean loss."""
     net.eval()
+    dtype = next(net.parameters()).dtype
     right = count = 0
     total = 0.0
     for x, y in data.test():
-        logits = net(x).float()
+        logits = net(x.to(dtype) if x.is_floating_point() else x).float()
         right += int((logits.argmax(1) == y).sum())
         total += float(cross_entropy(logits, y, reduction="sum"))
         count += y.numel()
@@ -184,6 +187,9 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
         raise ValueError(f"a batch of {config.batch} of {n} samples")
     torch.manual_seed(config.seed)
     net = models.make(config.model, data.classes).to(device, memory_format=torch.channels_last)
+    pure = config.precision == "pure_bfloat16"
+    if pure:
+        net = net.to(torch.bfloat16)
     forward = torch.compile(net) if compiled else net
     ps = list(net.parameters())
     optimizer = OPTIMIZERS[config.optimizer](ps, config.peak_lr, config.weight_decay)
@@ -206,7 +212,8 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
         loss = torch.zeros((), device=device)
         for x, y in pairs:
             with autocast:
-                value = cross_entropy(forward(x), y)
+                logits = forward(x.bfloat16() if pure and x.is_floating_point() else x)
+                value = cross_entropy(logits.float() if pure else logits, y)
             (value * (len(x) / config.batch)).backward()
             loss += value.detach() * (len(x) / config.batch)
         return loss

@@ -1,0 +1,186 @@
+"""Files that versions have written: this one and later ones load them, and go on to the bit.
+
+python tests/test_checkpoints.py FILE     writes a fixture with the version that is installed; once a version that
+                                          changes what is saved, into tests/fixtures
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastnlcg import NLCG, OnlineLineSearch
+from torch import Tensor, nn
+
+FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("state_*.pt"))
+KINDS: dict[str, dict[str, Any]] = {
+    "adam": {},
+    "adam_pr": {"update": "polak_ribiere", "restart": "powell"},
+    "bfgs": {"preconditioner": "bfgs"},
+    "bfgs_pr": {"preconditioner": "bfgs", "update": "polak_ribiere"},
+    "none": {"preconditioner": None},
+}
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def make(net: nn.Sequential, kind: str) -> NLCG:
+    first = {"params": [net[0].weight, net[0].bias], "lr": 0.02}
+    second = {"params": [net[2].weight, net[2].bias], "weight_decay": 0.1}
+    return NLCG([first, second], 0.01, line_search=OnlineLineSearch(), **KINDS[kind])
+
+
+def steps(net: nn.Module, optimizer: NLCG, begin: int, end: int) -> None:
+    """With gradients that any machine computes alike."""
+    for k in range(begin, end):
+        rng = torch.Generator().manual_seed(100 + k)
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape, generator=rng) + p.detach()
+        optimizer.step(loss=2.0 + torch.randn((), generator=rng).item() * 0.1)
+
+
+def through_a_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def clones(net: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+def write(path: str) -> None:
+    found = {}
+    for kind in KINDS:
+        net = model()
+        optimizer = make(net, kind)
+        steps(net, optimizer, 0, 6)
+        saved = {"model": clones(net), "optimizer": through_a_file(optimizer.state_dict())}
+        steps(net, optimizer, 6, 12)
+        found[kind] = {**saved, "then": clones(net)}
+    torch.save(found, path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_files_of_every_version_go_on_to_the_bit(path: Path, kind: str) -> None:
+    saved = torch.load(path, weights_only=True)[kind]
+    net = model()
+    optimizer = make(net, kind)
+    net.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert set(optimizer.param_groups[0]["scalars"]) == {"alpha_prev", *NEW_SCALARS}
+    assert set(optimizer.param_groups[1]["scalars"]) == {"alpha_prev"}
+    assert "rz" not in optimizer.param_groups[0]
+    assert optimizer.diagnostics().step == 6
+    steps(net, optimizer, 6, 12)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, saved["then"][key]), key
+
+
+NEW_SCALARS = ("format", "step", "skipped_steps", "rz", "grad_max", "gg", "gd", "ls_scale", "loss_prev")
+
+
+def test_there_are_fixtures() -> None:
+    assert {path.stem for path in FIXTURES} >= {"state_0_3", "state_0_4"}
+
+
+def stepped(kind: str = "adam") -> tuple[nn.Sequential, NLCG]:
+    net = model()
+    optimizer = make(net, kind)
+    steps(net, optimizer, 0, 3)
+    return net, optimizer
+
+
+def later(saved: dict[str, Any]) -> None:
+    """What a later version might have added."""
+    saved["state"][0]["third_moment"] = torch.zeros(4, 5)
+    saved["param_groups"][0]["scalars"].update(format=3, momentum=0.5)
+    saved["param_groups"][0]["lookahead"] = True
+
+
+def test_what_a_later_version_has_added_is_left_out_with_a_warning() -> None:
+    net, optimizer = stepped()
+    twin, expected = stepped()
+    saved = copy.deepcopy(optimizer.state_dict())
+    later(saved)
+    with pytest.warns(UserWarning, match="leaves out") as seen:
+        optimizer.load_state_dict(saved)
+    (warning,) = seen
+    for name in ("'third_moment'", "['scalars']['momentum']", "['lookahead']"):
+        assert name in str(warning.message)
+    steps(net, optimizer, 3, 6)
+    steps(twin, expected, 3, 6)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+    assert "momentum" not in optimizer.state_dict()["param_groups"][0]["scalars"]
+    assert "third_moment" not in optimizer.state[next(net.parameters())]
+
+
+def test_keys_of_the_users_own_in_a_group_are_nobodys_business() -> None:
+    _, optimizer = stepped()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(initial_lr=0.1, name="stem")
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["name"] == "stem"
+
+
+def test_names_are_matched_where_both_sides_have_them() -> None:
+    net = model()
+    optimizer = NLCG(net.named_parameters())
+    steps(net, optimizer, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    backwards = NLCG(reversed(list(net.named_parameters())))
+    with pytest.raises(ValueError, match=r"param_names'\]\[0\] is '0.weight', expected '2.bias'"):
+        backwards.load_state_dict(saved)
+    assert not backwards.state
+    NLCG(net.parameters()).load_state_dict(saved)  # one side without names: by order
+
+
+def test_the_scalars_are_one_entry_of_a_group_and_not_printed() -> None:
+    _, optimizer = stepped("bfgs")
+    optimizer.state_dict()
+    known = {"lr", "weight_decay", "maximize", "params", "scalars", "foreach", "fused", "differentiable"}
+    options = {"update", "preconditioner", "line_search", "eps", "curvature_eps", "beta2", "beta_max", "restart"}
+    more = {"nonfinite", "stochastic_rounding", "capturable"}
+    assert all(set(group) == known | options | more for group in optimizer.param_groups)
+    assert "scalars" not in repr(optimizer)
+    assert "rz" not in repr(optimizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_map_location_and_other_dtypes(kind: str) -> None:
+    """A float32 file into parameters of other dtypes: state takes the dtype that goes with the parameters, unrounded."""
+    _, optimizer = stepped(kind)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, map_location=torch.device("cpu"), weights_only=True)
+    for dtype, of_state in (
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ):
+        other = make(model().to(dtype), kind)
+        other.load_state_dict(saved)
+        other.diagnostics()
+        for p, entry in other.state.items():
+            for key, value in entry.items():
+                expected = torch.float64 if key in ("step", "beta2_power") else of_state
+                assert value.dtype == expected, key
+                assert p.dtype == dtype
+        for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):
+            for key in mine:
+                assert torch.equal(mine[key].double(), theirs[key].double()), key
+
+
+if __name__ == "__main__":
+    write(sys.argv[1])
