@@ -158,7 +158,7 @@ def test_the_scalars_are_one_entry_of_a_group_and_not_printed() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_map_location_and_other_dtypes(kind: str) -> None:
-    """A float32 file into parameters of other dtypes: state takes the dtype that goes with the parameters, unrounded."""
+    """A float32 file into parameters of other dtypes: state takes the dtype that goes with those, unrounded."""
     _, optimizer = stepped(kind)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)

@@ -406,18 +406,19 @@ class Layout:
     # ---- scalars ----------------------------------------------------------------------------------------------------
 
     def save_scalars(self, param_groups: Groups) -> None:
-        """Brings the scalars in the groups up to date."""
+        """Brings the scalars in the groups up to date, in place: who wraps the optimizer may hold the same dict
+        (ZeroRedundancyOptimizer does)."""
         native = self.native
         if native is None:
             return
         self.use_stream()
         scalars = native.scalars
-        param_groups[0]["scalars"] = {
-            key: None if key == "loss_prev" and math.isnan(scalars[key]) else scalars.get(key, value)
+        param_groups[0]["scalars"].update(
+            (key, None if key == "loss_prev" and math.isnan(scalars[key]) else scalars.get(key, value))
             for key, value in groups.SCALARS.items()
-        }
+        )
         for group, alpha_prev in zip(param_groups, native.alpha_prev, strict=False):
-            group["scalars"] = {**group["scalars"], "alpha_prev": alpha_prev}
+            group["scalars"]["alpha_prev"] = alpha_prev
 
     def use_stream(self) -> None:
         """On a GPU: what the native side does next follows what torch's current stream holds."""
