@@ -1,0 +1,126 @@
+"""Every example runs, and learns what it is to learn."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "examples" / "train.py")
+SHORT = ("--epochs", "10", "--batch", "512")
+WORLDS = {
+    "alone": [sys.executable],
+    "ddp": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
+    "fsdp2": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
+}
+
+
+def start(world: str, out: Path, *options: str) -> subprocess.Popen[str]:
+    parallel = [] if world == "alone" else ["--parallel", world]
+    # a port of torchrun's own choosing; one thread a rank
+    rendezvous = [] if world == "alone" else ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return subprocess.Popen(
+        [*WORLDS[world], *rendezvous, TRAIN, *parallel, *SHORT, "--out", str(out), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(world: str, out: Path, *options: str) -> str:
+    process = start(world, out, *options)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants: torchrun puts every rank in a session of its own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(p for child in children for p in family(int(child)))]
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "losses.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(out: Path) -> list[float]:
+    return [float(row["loss"]) for row in rows(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Uninterrupted runs."""
+    folder = tmp_path_factory.mktemp("whole")
+    for world in WORLDS:
+        printed = run(world, folder / world, "--line-search", "--logdir", str(folder / world / "events"))
+        assert re.search(r"30 steps on [12] ranks: training accuracy 9\d", printed), printed
+        assert "30/30" in printed  # the progress bar
+        assert printed.count("30/30") <= 4  # of rank 0 alone
+    return {world: folder / world for world in WORLDS}
+
+
+def test_ranks_follow_one_process(whole: dict[str, Path]) -> None:
+    alone = losses(whole["alone"])
+    assert len(alone) == 30
+    assert alone[-1] < 0.3 * alone[0]
+    for world in ("ddp", "fsdp2"):
+        assert losses(whole[world]) == pytest.approx(alone, rel=2e-3)
+        assert [row["step"] for row in rows(whole[world])] == [str(k) for k in range(30)]
+
+
+def test_tensorboard_has_the_losses(whole: dict[str, Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for folder in whole.values():
+        events = EventAccumulator(str(folder / "events"))
+        events.Reload()
+        assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(folder), rel=1e-6)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_killed_run_goes_on_to_the_same_losses(whole: dict[str, Path], tmp_path: Path, world: str) -> None:
+    """SIGKILL to all ranks, twice, at whatever step they are in."""
+    options = ("--line-search", "--save-every", "4")
+    for beyond in (6, 17):
+        process = start(world, tmp_path, *options)
+        path = tmp_path / "losses.csv"
+        deadline = time.monotonic() + 100
+        while not (path.exists() and path.read_text().count("\n") > beyond + 1):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        assert len(losses(tmp_path)) < 30
+    run(world, tmp_path, *options)
+    assert losses(tmp_path) == losses(whole[world])
+
+
+@pytest.mark.parametrize(("name", "most"), [("accelerate", 0.1), ("lightning", 0.15), ("transformers", 0.2)])
+def test_trainers(name: str, most: float) -> None:
+    """And the line search has seen the losses: without one, ten steps warn."""
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    script = str(ROOT / "examples" / f"with_{name}.py")
+    command = [sys.executable, "-W", "error:line_search is on", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    loss, steps, scale = re.search(r"loss ([\d.]+) after (\d+) steps, line-search scale ([\d.]+)", done.stdout).groups()
+    assert float(loss) < most
+    assert int(steps) >= 40
+    assert 0.0 < float(scale) <= 1.0
