@@ -1,6 +1,7 @@
 # make demo    NLCG beside Momentum, RMSProp and SGD on real images (two minutes, and the set-up)
 # make test    the whole test suite
-# make bench   step times beside torch's optimizers, one thread
+# make bench   step times beside torch's optimizers, one thread: a table and a picture
+# make docs    the documentation, into build/docs, warnings as errors
 # make lint    ruff, mypy --strict, clang-format
 # make cuda    compile the CUDA part for all architectures, warnings as errors (needs nvcc)
 # make gpu     on a machine with a GPU, nvcc and torch, and nothing to download: everything that needs a GPU, into
@@ -13,11 +14,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc cuda python tests/emulation -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
-TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark expecttest hypothesis accelerate lightning transformers tensorboard scikit-learn matplotlib tqdm pillow pytorch-optimizer \
+TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark expecttest hypothesis accelerate lightning transformers tensorboard sphinx myst-parser furo scikit-learn matplotlib tqdm pillow pytorch-optimizer \
          ruff mypy clang-format nvidia-cuda-nvdisasm
 CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh tests/emulation/*)
 
-.PHONY: demo test bench lint cuda gpu study gpu-study format clean
+.PHONY: demo test bench docs lint cuda gpu study gpu-study format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/fastnlcg
@@ -29,6 +30,10 @@ test: .venv/fastnlcg
 bench: .venv/fastnlcg
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-json=build/step_cpu.json
+	$(BIN)/python bench/step_table.py build/step_cpu.json
+
+docs: .venv/fastnlcg
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 lint: .venv/tools
 	$(BIN)/ruff check .

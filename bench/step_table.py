@@ -1,6 +1,6 @@
-"""The README's table of step times, from the rows of ``make bench``.
+"""Step times at a glance, from the rows of ``make bench``: the table and the sentence of docs/costs.md, and a picture.
 
-python bench/step_table.py build/step_cpu.json
+python bench/step_table.py build/step_cpu.json      prints them; the picture goes beside the rows
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ LABELS = {
     "rmsprop_loop": "RMSProp with momentum, loop",
     "nlcg_plain_torch": "the paper's form from torch's operations",
 }
+PICTURED = ("nlcg_adam", "nlcg_fr_none", "adamw_fused", "sgd_momentum_fused", "rmsprop_foreach", "rmsprop_loop")
 RATIOS = ("ratio_to_adamw_fused", "ratio_to_sgd_fused", "ratio_to_rmsprop")
 
 
@@ -33,7 +34,7 @@ def three_digits(x: float) -> str:
 
 def table(rows: list[dict[str, object]]) -> str:
     """Milliseconds and ratios, optimizers by lists of parameters."""
-    found = {(row["list"], row["optimizer"]): row for row in rows}
+    found = by_list(rows)
     lines = [["one step", *(f"{name}: ms | / AdamW | / SGD | / RMSProp" for name in LISTS.values())]]
     lines.append(["---"] * 13)
     for optimizer, label in LABELS.items():
@@ -42,5 +43,49 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def by_list(rows: list[dict[str, object]]) -> dict[tuple[str, str], dict[str, object]]:
+    return {(row["list"], row["optimizer"]): row for row in rows}
+
+
+def host_time(rows: list[dict[str, object]]) -> str:
+    """Of a step over tensors so small that nothing else counts."""
+    found = by_list(rows)
+    names = {"nlcg_adam": "NLCG", "nlcg_fr": "the paper's form", "sgd_momentum_fused": "fused SGD with momentum"}
+    names |= {"adamw_fused": "fused AdamW", "rmsprop_foreach": "foreach RMSProp"}
+    times = (f"{label} {1e3 * found['small100', name]['median_ms']:.0f}" for name, label in names.items())
+    return f"100 tensors of 8 elements, microseconds a step: {', '.join(times)}."
+
+
+def picture(rows: list[dict[str, object]], path: Path) -> None:
+    """Bars: time relative to fused AdamW, in the same run."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found, width = by_list(rows), 0.8 / len(PICTURED)
+    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for k, name in enumerate(PICTURED):
+        ratios = [found[of_list, name]["ratio_to_adamw_fused"] for of_list in LISTS]
+        places = [x + (k - (len(PICTURED) - 1) / 2) * width for x in range(len(LISTS))]
+        color = {"nlcg_adam": "C0", "nlcg_fr_none": "#8fbbd9"}.get(name, f"{0.85 - 0.12 * k:.2f}")
+        bars = axis.bar(places, ratios, width, label=LABELS[name].strip("*"), color=color)
+        axis.bar_label(bars, fmt="%.1f", fontsize=7)
+    axis.axhline(1.0, color="black", lw=0.6)
+    sizes = {of_list: found[of_list, "nlcg_adam"] for of_list in LISTS}
+    axis.set_xticks(
+        range(len(LISTS)),
+        [f"{LISTS[x]}\n{row['parameters'] / 1e6:.3g} M in {row['tensors']} tensors" for x, row in sizes.items()],
+    )
+    axis.set(ylabel="step time / fused AdamW's", title="One optimizer step, one CPU thread (lower is better)")
+    axis.legend(fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())["benchmarks"]))
+    path = Path(sys.argv[1])
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    picture(benchmarks, path.with_suffix(".png"))
+    print(table(benchmarks), host_time(benchmarks), f"Picture: {path.with_suffix('.png')}", sep="\n\n")

@@ -91,8 +91,13 @@ class PlainNLCG(torch.optim.Optimizer):
 
 
 LR = 1e-6  # the parameters hardly move, however many steps are timed
-LISTS = {"resnet32": resnet32, "resnet50": resnet50, "flat100M": lambda: [(100_000_000,)]}
-ROUNDS = {"resnet32": 200, "resnet50": 15, "flat100M": 5}
+LISTS = {
+    "small100": lambda: [(8,)] * 100,  # the host's time
+    "resnet32": resnet32,
+    "resnet50": resnet50,
+    "flat100M": lambda: [(100_000_000,)],
+}
+ROUNDS = {"small100": 300, "resnet32": 200, "resnet50": 15, "flat100M": 5}
 OPTIMIZERS = {
     "nlcg_adam": lambda ps: NLCG(ps, LR),
     "nlcg_adam_pr": lambda ps: NLCG(ps, LR, update="polak_ribiere"),

@@ -221,6 +221,47 @@ def placed(kind: str) -> tuple[list[Tensor], Any]:
     return whole(params), optimizer.diagnostics()
 
 
+def tensor_parallel(kind: str) -> tuple[list[Tensor], Any]:
+    """Column- and row-wise layers over two ranks, sharded over two more (_StridedShard where both cut dimension 0); and
+    a layer without a plan, which fully_shard puts on a mesh of one dimension."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    net = even_model()
+    parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for k in (0, 2, 4):
+        fully_shard(net[k], mesh=mesh["data"])
+    fully_shard(net, mesh=mesh["data"])
+    optimizer = optimizer_of(net.parameters(), kind)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(net, t, 2, mesh.get_coordinate()[0])
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+    return whole(net.parameters()), optimizer.diagnostics()
+
+
+def even_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize("kind", ["adam", "bfgs_pr", "search"])
+def test_tensor_parallel_and_fsdp2(kind: str) -> None:
+    net = even_model()
+    optimizer = optimizer_of(net.parameters(), kind)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(net, t)
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+    results = ranks(4)(tensor_parallel, kind)
+    for found, diagnostics in results:
+        compare(found, whole(net.parameters()), [p.detach() for p in even_model().parameters()], 1e-5)
+        compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-3)
+        assert diagnostics == results[0][1]
+
+
 def shapes() -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     return [torch.randn(shape, generator=generator) for shape in ((5, 6), (9,), (3, 7), (11,), (3, 2), (4,))]

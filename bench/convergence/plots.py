@@ -28,7 +28,7 @@ import matplotlib as mpl
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
-from study import ALSO, PAPER, PURE, Rows, best_peak, like, read, settings_of
+from study import ALSO, PAPER, PURE, SMALL_STEPS, Rows, best_peak, like, read, settings_of
 from train import Run
 
 mpl.use("Agg")
@@ -330,6 +330,11 @@ def pure_bfloat16(rows: Rows, precision: str) -> str:
             of_peak = PURE[name]
             at_best = [r for r in own[parameters] if (r["optimizer"], r["peak"]) == (name, best_peak(own[0], of_peak))]
             cells += [cell(at_best, "final_loss", 3), cell(at_best, "final_accuracy", 1)]
+    header += [f"batch {SMALL_STEPS.batch}, peak {SMALL_STEPS.peak:g}: training loss", "test accuracy, %"]
+    for (parameters, name), cells in lines.items():
+        config = dataclasses.replace(SMALL_STEPS, precision=(precision, "pure_bfloat16")[parameters])
+        own = [r for r in like(rows, config) if (r["optimizer"], r["peak"]) == (name, SMALL_STEPS.peak)]
+        cells += [cell(own, "final_loss", 3), cell(own, "final_accuracy", 1)] if own else ["", ""]
     return markdown(header, list(lines.values()))
 
 

@@ -110,6 +110,8 @@ ABLATIONS = (
     "nlcg_adam_search",
     "nlcg_adam_constant_80",
 )
+# Far below the best peak, where most updates are below the resolution of a bfloat16 parameter.
+SMALL_STEPS = Run("", 128, peak=0.0003, precision="pure_bfloat16", **PROXY)
 # With parameters in bfloat16, and whose best peak each takes.
 PURE = {"nlcg_adam": "nlcg_adam", "nlcg_adam_stochastic": "nlcg_adam", "adamw": "adamw"}
 
@@ -182,6 +184,10 @@ def bfloat16(rows: Rows, precision: str) -> Iterator[Run]:
                     if peak is not None:
                         changes = {"optimizer": name, "seed": seed, "peak": peak, "precision": "pure_bfloat16"}
                         yield dataclasses.replace(config, **changes)
+    for seed in SEEDS:
+        yield dataclasses.replace(SMALL_STEPS, optimizer="nlcg_adam", seed=seed, precision=precision)
+        for name in ("nlcg_adam", "nlcg_adam_stochastic"):
+            yield dataclasses.replace(SMALL_STEPS, optimizer=name, seed=seed)
 
 
 # ---- the list --------------------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ class Diagnostics:
     updated: bool
     """whether the preconditioner's diagonal was updated"""
     grad_norm: float
-    """|g|, after L2 weight decay"""
+    """norm of g, after L2 weight decay"""
     direction_norm: float
-    """|d|"""
+    """norm of d"""
     cosine: float
     """cos(g, -d): 1 is steepest descent; NaN where one of them is zero"""
     ls_scale: float

@@ -89,7 +89,7 @@ class Scalars:
     shs: float = 0.0
     """sum(s h s) of the last move: the next step's curvature gate"""
     grad_max: float = 0.0
-    """largest |g| of the last step"""
+    """largest absolute value of g of the last step"""
     alpha_prev: float = 0.0
     """lr * ls_scale of the last step"""
     ls_scale: float = 1.0

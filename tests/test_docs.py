@@ -1,0 +1,124 @@
+"""What the pages show is in the committed rows; their links, commands and code work."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import demo
+import plots
+import pytest
+import step_table
+import study
+import torch
+from train import Run
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+README = (ROOT / "README.md").read_text()
+COSTS = (ROOT / "docs" / "costs.md").read_text()
+
+
+def test_the_study() -> None:
+    folder = RESULTS / "convergence"
+    paper, tuned, cost = (study.read(folder / f"{name}.jsonl") for name in ("paper", "tuned", "cost"))
+    tables = plots.tuned_tables(tuned)
+    text = (ROOT / "docs" / "study.md").read_text()
+    for name, table in (tables | plots.paper_tables(paper) | {"Cost": plots.costs(cost)}).items():
+        assert table in text, name
+    assert tables["Full setting, batch 4096"] in README
+    assert tables["Parameters in bfloat16"] in (ROOT / "docs" / "distributed.md").read_text()
+    names = {field.name for field in dataclasses.fields(Run)}
+    for rows in (paper, tuned):
+        assert all(names <= set(row) for row in rows)
+        configurations = [tuple(row[name] for name in sorted(names)) for row in rows]
+        assert len(set(configurations)) == len(rows)
+    assert {row["schedule"] for row in paper} == {"paper"}
+    assert {row["schedule"] for row in tuned} == {"cosine"}
+
+
+def test_the_step_times() -> None:
+    rows = json.loads((RESULTS / "step_cpu.json").read_text())["benchmarks"]
+    assert step_table.table(rows) in COSTS
+    assert step_table.host_time(rows) in " ".join(COSTS.split())
+
+
+def test_the_demonstration() -> None:
+    runs = json.loads((RESULTS / "digits.json").read_text())["runs"]
+    best = demo.at_best_peaks(runs)
+    assert "\n".join("    " + line for line in demo.table(best).splitlines()) in README
+    for name, own in best.items():  # bracketed: the best is not at the edge of its grid
+        assert own[0]["peak_lr"] in demo.OPTIMIZERS[name][1][1:-1], name
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if link.startswith("https://"):
+            assert re.match(r"https://(arxiv\.org/abs/\d{4}\.\d{5}|github\.com/[\w./-]+)$", link), link
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"(?:^    |`)make (\w[\w-]*)", text, flags=re.M):
+        assert re.search(rf"^{target}:", MAKEFILE, flags=re.M), target
+    for script in re.findall(r"(?:python|torchrun --nproc-per-node=2) ((?:bench|examples|tests)/[\w/]+\.py)", text):
+        assert (ROOT / script).exists(), script
+    for module in re.findall(r"python -m (fastnlcg[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+    for name in re.findall(r"`(?:(?:csrc|cuda|tests|bench|examples|python|docs)/[\w./-]+)`", text):
+        assert (ROOT / name.strip("`")).exists(), name
+
+
+def test_the_front_page_fits_a_minute() -> None:
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_code_on_the_front_page_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 3), torch.arange(32) % 2)
+    before = model.weight.detach().clone()
+    scope = {
+        "model": model,
+        "epochs": 1,
+        "loader": torch.utils.data.DataLoader(data, batch_size=8),
+        "loss_function": torch.nn.functional.cross_entropy,
+    }
+    exec(code, scope)
+    assert scope["optimizer"].diagnostics().step == 4
+    assert not torch.equal(model.weight, before)
+
+
+def test_the_map_names_every_file() -> None:
+    """docs/design.md, and nothing that is not there."""
+    design = (ROOT / "docs" / "design.md").read_text()
+    for folder in ("csrc", "cuda"):
+        for path in (ROOT / folder).iterdir():
+            assert path.stem in design, path
+    for path in (ROOT / "python" / "fastnlcg").glob("*.py"):
+        if path.stem not in ("__init__", "__main__", "line_search", "schedules"):
+            assert path.name in design, path
