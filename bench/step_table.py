@@ -15,7 +15,7 @@ LABELS = {
     "nlcg_adam_pr": "**NLCG, Polak-Ribiere**",
     "nlcg_fr": "the paper's form, Fletcher-Reeves",
     "nlcg_pr": "the paper's form, Polak-Ribiere",
-    "nlcg_fr_gate_closed": "the paper's form, curvature gate closed",
+    "nlcg_fr_gate_closed": "the paper's form, curvature condition never met",
     "nlcg_fr_none": "NLCG, no preconditioner",
     "adamw_fused": "AdamW, fused",
     "sgd_momentum_fused": "SGD with momentum, fused",

@@ -1,4 +1,4 @@
-// The Python module: buffers in, verbs out, the GIL released while they run. The only file that knows pybind11.
+// The Python module: buffers in, kernels out, the GIL released while they run. The only file that knows pybind11.
 //
 // Python checks arguments and words the errors (_native.py, nlcg.py); everything that could write outside a buffer is
 // checked here again. Nothing is written before every check has passed.
@@ -76,7 +76,7 @@ class NativeStep {
       params_ = param_steps->size();
       if (beta2_powers) {
         check("beta2_powers", *beta2_powers, "float64");
-        if (beta2_powers->size() != params_) throw bad("one beta2_power a parameter");
+        if (beta2_powers->size() != params_) throw bad("one beta2_power per parameter");
         step_.beta2_powers = static_cast<double*>(beta2_powers->data());
         if (params_ == 0) step_.beta2_powers = &own_beta2_power_;  // no memory, and not absent; nobody reads it
       }
@@ -155,7 +155,7 @@ class NativeStep {
   // fills from everybody's `mine`; `counted` says whose sums are added, and `elements` how many of this rank's state.
   void set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& counted, std::int64_t elements,
                     bool every_decision, py::object gather) {
-    const Busy busy(*this);
+    const StepGuard busy(*this);
     const std::int64_t ranks = counted->size();
     check("mine", *mine, "float64");
     check("all", *all, "float64");
@@ -164,7 +164,7 @@ class NativeStep {
     if (mine->size() != kColumns || all->size() != ranks * kColumns) throw bad("rows of another length");
     if (mine->readonly() || all->readonly()) throw bad("rows that are read-only");
     if (elements != step_.state.n &&
-        (elements < 0 || elements > step_.state.n || elements % span_elements(step_.state.n) != 0)) {
+        (elements < 0 || elements > step_.state.n || elements % chunk_elements(step_.state.n) != 0)) {
       throw bad(std::to_string(elements) + " counted elements of " + std::to_string(step_.state.n));
     }
     rows_ = {mine, all, counted};
@@ -185,16 +185,16 @@ class NativeStep {
   // (offset, group, param, dtype, shape, strides) per segment, in the order in which point() and refresh() see them.
   using Place = std::tuple<std::int64_t, int, int, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>;
   void set_segments(const std::vector<Place>& table) {
-    const Busy busy(*this);
+    const StepGuard busy(*this);
     std::vector<Segment> segments;
     std::int64_t end = 0;
     std::vector<Layout> layouts;
     for (const auto& [offset, group, param, dtype_text, shape, strides] : table) {
       std::int64_t n = 1;
       for (const std::int64_t extent : shape) {
-        if (extent < 0 || __builtin_mul_overflow(n, extent, &n)) throw bad("a shape that cannot be");
+        if (extent < 0 || __builtin_mul_overflow(n, extent, &n)) throw bad("negative extent or overflow in a shape");
       }
-      if (strides.size() != shape.size()) throw bad("one stride a dimension");
+      if (strides.size() != shape.size()) throw bad("one stride per dimension");
       const std::string where = "segment " + std::to_string(segments.size());
       if (n <= 0 || offset < end || offset > step_.state.n || n > step_.state.n - offset) {
         throw bad(where + ": [" + std::to_string(offset) + ", +" + std::to_string(n) +
@@ -217,7 +217,7 @@ class NativeStep {
     }
     segments_ = std::move(segments);
     layouts_ = std::move(layouts);
-    pointed_ = false;
+    pointers_valid_ = false;
     step_.segments = segments_.data();
     step_.n_segments = static_cast<std::int64_t>(segments_.size());
   }
@@ -226,10 +226,10 @@ class NativeStep {
 
   // Where the segments' parameters and gradients lie, as integers. The caller keeps them alive until step() returns.
   void point(const py::list& p, const py::list& g) {
-    const Busy busy(*this);
+    const StepGuard busy(*this);
     point(p, true);
     point(g, false);
-    pointed_ = true;
+    pointers_valid_ = true;
   }
 
   // The same from the tensors themselves, through torch's DLPack exchange API, in tens of nanoseconds each. False, and
@@ -238,8 +238,8 @@ class NativeStep {
   // Holds the gradients until step() returns.
   bool refresh(const py::capsule& exchange, const py::list& moving, const py::list& resting,
                const py::handle& tensor_type) {
-    const Busy busy(*this);
-    pointed_ = false;
+    const StepGuard busy(*this);
+    pointers_valid_ = false;
     const auto* api =
         static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
     if (api == nullptr) throw py::error_already_set();
@@ -274,7 +274,7 @@ class NativeStep {
       held.push_back(std::move(g));
     }
     held_ = std::move(held);
-    pointed_ = true;
+    pointers_valid_ = true;
     return true;
   }
 
@@ -284,13 +284,13 @@ class NativeStep {
   bool step(const std::vector<double>& lr, const std::vector<double>& weight_decay, const std::vector<bool>& maximize,
             double set, double loss, int threads, const std::vector<Number>& lr_on_device, const Number& loss_on_device,
             const Number& grad_scale, const Number& found_inf) {
-    const Busy busy(*this);
-    if (!pointed_) throw bad("a step needs point() or refresh() first");
-    pointed_ = false;
+    const StepGuard busy(*this);
+    if (!pointers_valid_) throw bad("a step needs point() or refresh() first");
+    pointers_valid_ = false;
     const std::vector<py::object> held = std::move(held_);
     held_.clear();
     if (lr.size() != groups_.size() || weight_decay.size() != groups_.size() || maximize.size() != groups_.size())
-      throw bad("one lr, weight_decay and maximize a group");
+      throw bad("one lr, weight_decay and maximize per group");
     if (const std::string missing = missing_streams(); !missing.empty()) throw bad("a step needs " + missing);
     for (std::size_t i = 0; i < groups_.size(); ++i) {
       groups_[i].lr = lr[i];
@@ -302,7 +302,7 @@ class NativeStep {
     set_threads(threads);
     if (cuda_.workspace != nullptr) {
       if (step_.n_segments == 0 && step_.exchange.ranks == 0) return true;
-      if (!lr_on_device.empty() && lr_on_device.size() != groups_.size()) throw bad("one lr a group");
+      if (!lr_on_device.empty() && lr_on_device.size() != groups_.size()) throw bad("one lr per group");
       cuda_.lr.clear();
       for (const Number& number : lr_on_device) cuda_.lr.push_back(device_number(number));
       cuda_.loss = device_number(loss_on_device);
@@ -319,7 +319,7 @@ class NativeStep {
       py::gil_scoped_release released;
       cuda_flat_step(step_, cuda_);
     } else {
-      const CpuVerbs& cpu = cpu_verbs();
+      const CpuKernels& cpu = cpu_kernels();
       py::gil_scoped_release released;
       cpu.step(step_);
     }
@@ -327,7 +327,7 @@ class NativeStep {
   }
 
   std::tuple<double, double, double> state_norms(int threads) {
-    const Busy busy(*this);
+    const StepGuard busy(*this);
     if (!step_.state.direction) throw bad("norms need direction");
     std::vector<Segment> segments;
     Step step = over_state(segments, threads);
@@ -337,7 +337,7 @@ class NativeStep {
       py::gil_scoped_release released;
       cuda_state_norms(step, cuda_, &gg, &dd, &gd);
     } else {
-      const CpuVerbs& cpu = cpu_verbs();
+      const CpuKernels& cpu = cpu_kernels();
       py::gil_scoped_release released;
       cpu.state_norms(step, &gg, &dd, &gd);
     }
@@ -346,7 +346,7 @@ class NativeStep {
 
   // The sums over the last move, formed again from the state: after a checkpoint was loaded.
   void last_move(int threads) {
-    const Busy busy(*this);
+    const StepGuard busy(*this);
     if (!step_.state.grad_prev || !step_.state.direction || !step_.state.diagonal) throw bad("missing state");
     std::vector<Segment> segments;
     Step step = over_state(segments, threads);
@@ -356,7 +356,7 @@ class NativeStep {
       py::gil_scoped_release released;
       cuda_last_move(step, cuda_, &scalars_.gs, &scalars_.shs);
     } else {
-      const CpuVerbs& cpu = cpu_verbs();
+      const CpuKernels& cpu = cpu_kernels();
       py::gil_scoped_release released;
       cpu.last_move(step);
     }
@@ -364,14 +364,14 @@ class NativeStep {
   }
 
   py::dict scalars() {
-    fetch();
+    sync_from_device();
     py::dict out;
     each_scalar(scalars_, [&](const char* name, const double& value) { out[name] = value; });
     return out;
   }
   void set_scalars(const py::dict& values) {
-    const Busy busy(*this);
-    fetch();
+    const StepGuard busy(*this);
+    sync_from_device();
     Scalars next = scalars_;
     each_scalar(next, [&](const char* name, double& value) {
       if (values.contains(name)) value = py::cast<double>(values[name]);
@@ -380,15 +380,15 @@ class NativeStep {
     if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
   }
   std::vector<double> alpha_prev() {
-    fetch();
+    sync_from_device();
     std::vector<double> out;
     for (const Group& group : groups_) out.push_back(group.alpha_prev);
     return out;
   }
   void set_alpha_prev(const std::vector<double>& values) {
-    const Busy busy(*this);
-    if (values.size() != groups_.size()) throw bad("one alpha_prev a group");
-    fetch();
+    const StepGuard busy(*this);
+    if (values.size() != groups_.size()) throw bad("one alpha_prev per group");
+    sync_from_device();
     for (std::size_t i = 0; i < groups_.size(); ++i) groups_[i].alpha_prev = values[i];
     if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
   }
@@ -417,7 +417,7 @@ class NativeStep {
     double ys = 0, shs = 0;
     bool updated = false;
     run([&] { updated = cuda_update_curvature(step_, cuda_, &ys, &shs); },
-        [&](const CpuVerbs& cpu) { updated = cpu.update_curvature(step_, &ys, &shs); });
+        [&](const CpuKernels& cpu) { updated = cpu.update_curvature(step_, &ys, &shs); });
     return {ys, shs, updated};
   }
   std::pair<double, double> preconditioned_dots(const Buffer& g, int threads) {
@@ -425,7 +425,7 @@ class NativeStep {
     check_diagonal();
     double rz = 0, rz_mid = 0;
     run([&] { cuda_preconditioned_dots(step_, cuda_, &rz, &rz_mid); },
-        [&](const CpuVerbs& cpu) { cpu.preconditioned_dots(step_, &rz, &rz_mid); });
+        [&](const CpuKernels& cpu) { cpu.preconditioned_dots(step_, &rz, &rz_mid); });
     return {rz, rz_mid};
   }
   void update_direction(const Buffer* p, const Buffer& g, double alpha, double weight_decay, double beta, int threads) {
@@ -434,16 +434,16 @@ class NativeStep {
     if (!step_.state.direction) throw bad("missing state");
     check_diagonal();
     run([&] { cuda_update_direction(step_, cuda_, beta); },
-        [&](const CpuVerbs& cpu) { cpu.update_direction(step_, beta); });
+        [&](const CpuKernels& cpu) { cpu.update_direction(step_, beta); });
   }
 
  private:
   // One step at a time: a second thread gets an error, not a torn state.
-  struct Busy {
-    explicit Busy(NativeStep& owner) : flag(owner.busy_) {
+  struct StepGuard {
+    explicit StepGuard(NativeStep& owner) : flag(owner.busy_) {
       if (flag.exchange(true)) throw std::runtime_error("this optimizer is stepping in another thread");
     }
-    ~Busy() { flag.store(false); }
+    ~StepGuard() { flag.store(false); }
     std::atomic<bool>& flag;
   };
 
@@ -503,8 +503,8 @@ class NativeStep {
     if (number->first == 0) throw bad("a number on the device without an address");
     return {reinterpret_cast<const void*>(number->first), dtype_from(number->second)};
   }
-  // What the device knows better.
-  void fetch() {
+  // Copies the device's scalars to the host.
+  void sync_from_device() {
     if (cuda_.workspace != nullptr) cuda_read_scalars(cuda_, &scalars_, groups_.data(), step_.n_groups);
   }
 
@@ -567,14 +567,14 @@ class NativeStep {
     set_threads(threads);
   }
   template <class OnDevice, class OnCpu>
-  void run(OnDevice&& on_device_verb, OnCpu&& on_cpu_verb) {
+  void run(OnDevice&& device_kernel, OnCpu&& cpu_kernel) {
     if (on_device()) {
       py::gil_scoped_release released;
-      if (step_.n_segments > 0) on_device_verb();
+      if (step_.n_segments > 0) device_kernel();
     } else {
-      const CpuVerbs& cpu = cpu_verbs();
+      const CpuKernels& cpu = cpu_kernels();
       py::gil_scoped_release released;
-      on_cpu_verb(cpu);
+      cpu_kernel(cpu);
     }
   }
 
@@ -593,7 +593,7 @@ class NativeStep {
   std::vector<py::object> held_;
   std::array<BufferPtr, 3> rows_;
   py::object gather_;
-  bool pointed_ = false;
+  bool pointers_valid_ = false;
   std::vector<double> partials_;
   Scalars scalars_;
   double own_param_step_ = 0, own_beta2_power_ = 1;
@@ -628,17 +628,17 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
     const int count = cpu_instruction_sets(names);
     return std::vector<std::string>(names, names + count);
   });
-  m.def("instruction_set", [] { return std::string(cpu_verbs().name); });
+  m.def("instruction_set", [] { return std::string(cpu_kernels().name); });
   m.def("max_threads", [] { return omp_get_max_threads(); });
   m.def("cuda_status", [] {
     const CudaStatus status = cuda_status();
     return py::dict("built"_a = status.built, "architectures"_a = status.architectures, "devices"_a = status.devices,
                     "runtime"_a = status.runtime_version, "driver"_a = status.driver_version,
-                    "why_off"_a = status.why_off);
+                    "unavailable_reason"_a = status.unavailable_reason);
   });
 
   m.attr("row_doubles") = static_cast<int>(kColumns);
-  m.def("span_elements", [](std::int64_t n) { return span_elements(n < 0 ? 0 : n); }, "n"_a);
+  m.def("chunk_elements", [](std::int64_t n) { return chunk_elements(n < 0 ? 0 : n); }, "n"_a);
   m.def("workspace_doubles", &workspace_doubles, "n"_a, "max_segments"_a, "groups"_a);
 
   py::class_<Buffer, BufferPtr>(m, "Buffer", py::module_local())

@@ -10,7 +10,7 @@ namespace fastnlcg {
 namespace {
 
 struct Candidate {
-  const CpuVerbs* verbs;
+  const CpuKernels* kernels;
   bool present;
 };
 
@@ -29,17 +29,17 @@ const Candidate* candidates() {
 int cpu_instruction_sets(const char** names) {
   int count = 0;
   for (int i = 0; i < 3; ++i) {
-    if (candidates()[i].present) names[count++] = candidates()[i].verbs->name;
+    if (candidates()[i].present) names[count++] = candidates()[i].kernels->name;
   }
   return count;
 }
 
-const CpuVerbs& cpu_verbs() {
+const CpuKernels& cpu_kernels() {
   const char* wanted = std::getenv("FASTNLCG_ISA");
   if (wanted != nullptr && *wanted != '\0') {
     for (int i = 0; i < 3; ++i) {
       const Candidate& candidate = candidates()[i];
-      if (candidate.present && std::strcmp(candidate.verbs->name, wanted) == 0) return *candidate.verbs;
+      if (candidate.present && std::strcmp(candidate.kernels->name, wanted) == 0) return *candidate.kernels;
     }
     std::string have;
     const char* names[3];
@@ -47,7 +47,7 @@ const CpuVerbs& cpu_verbs() {
     throw std::invalid_argument("FASTNLCG_ISA is '" + std::string(wanted) + "'; this processor has " + have);
   }
   for (int i = 2; i > 0; --i) {
-    if (candidates()[i].present) return *candidates()[i].verbs;
+    if (candidates()[i].present) return *candidates()[i].kernels;
   }
   return kBaseline;
 }

@@ -84,13 +84,13 @@ template <class U, class F>
 NLCG_HD U encode_f16(F x) {  // round to nearest even; a NaN stays one
   const U u = bits_of<U>(x);
   const U sign = (u >> 16) & 0x8000u;
-  const U magnitude = u & 0x7fffffffu;
-  const U nan_or_inf = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+  const U absolute = u & 0x7fffffffu;
+  const U nan_or_inf = absolute > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
   // Below 2^-14 the float adder rounds: 0.5 has its last bit where the half's subnormal has its own.
-  const U subnormal = bits_of<U>(static_cast<F>(bits_of<F>(magnitude) + 0.5f)) - 0x3f000000u;
-  const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const U finite = magnitude < 0x38800000u ? subnormal : normal;
-  return sign | (magnitude >= 0x47800000u ? nan_or_inf : finite);
+  const U subnormal = bits_of<U>(static_cast<F>(bits_of<F>(absolute) + 0.5f)) - 0x3f000000u;
+  const U normal = (absolute - (112u << 23) + 0xfffu + ((absolute >> 13) & 1u)) >> 13;
+  const U finite = absolute < 0x38800000u ? subnormal : normal;
+  return sign | (absolute >= 0x47800000u ? nan_or_inf : finite);
 }
 
 // One element, in memory and as a value of the state's type.

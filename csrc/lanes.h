@@ -55,8 +55,8 @@ template <class S>
 constexpr int kVectors = kBlock / kLanes<S>;  // per block
 
 using Bits64 = std::uint64_t __attribute__((vector_size(kVectorBytes)));
-NLCG_INLINE Float magnitude(Float x) { return bits_of<Float>(bits_of<Bits32>(x) & 0x7fffffffu); }
-NLCG_INLINE Double magnitude(Double x) { return bits_of<Double>(bits_of<Bits64>(x) & 0x7fffffffffffffffu); }
+NLCG_INLINE Float absolute(Float x) { return bits_of<Float>(bits_of<Bits32>(x) & 0x7fffffffu); }
+NLCG_INLINE Double absolute(Double x) { return bits_of<Double>(bits_of<Bits64>(x) & 0x7fffffffffffffffu); }
 #if defined(__AVX512F__)
 NLCG_INLINE Float square_root(Float x) { return _mm512_sqrt_ps(x); }
 NLCG_INLINE Double square_root(Double x) { return _mm512_sqrt_pd(x); }

@@ -29,8 +29,8 @@ namespace fastnlcg {
 // ---- per element -------------------------------------------------------------------------------------------------
 
 // |x| and its root. The vector overloads are in lanes.h.
-NLCG_HD float magnitude(float x) { return __builtin_fabsf(x); }
-NLCG_HD double magnitude(double x) { return __builtin_fabs(x); }
+NLCG_HD float absolute(float x) { return __builtin_fabsf(x); }
+NLCG_HD double absolute(double x) { return __builtin_fabs(x); }
 NLCG_HD float square_root(float x) { return __builtin_sqrtf(x); }
 NLCG_HD double square_root(double x) { return __builtin_sqrt(x); }
 
@@ -73,7 +73,7 @@ template <class T>
 NLCG_HD T bfgs_diagonal(T h, T y, T s, T rsqrt_ys, T rsqrt_shs, T bound) {
   const T y_scaled = y * rsqrt_ys;
   const T hs_scaled = h * (s * rsqrt_shs);
-  return at_most(magnitude(T(h + y_scaled * y_scaled - hs_scaled * hs_scaled)), bound);
+  return at_most(absolute(T(h + y_scaled * y_scaled - hs_scaled * hs_scaled)), bound);
 }
 
 // Adam's second moment, v. `bound` as above: a |g| whose square overflows must not freeze the element for good.
@@ -133,7 +133,7 @@ NLCG_HD S root_correction(double beta2_power) {
   return missing > S{0} ? S{1} / square_root(missing) : S{0};
 }
 
-// The curvature gate; false for NaN and Inf.
+// The curvature condition; false for NaN and Inf.
 NLCG_HD bool curvature_accepted(double ys, double shs, double curvature_eps) {
   return ys > curvature_eps && shs > curvature_eps && is_finite(ys) && is_finite(shs);
 }
@@ -173,12 +173,12 @@ NLCG_HD bool restart_due(const Options& o, double step, double beta, double rz_n
 // Online stochastic line search (section 3.2.2): the new scale. The thresholds are taken relative to |loss_prev|, so
 // that "increased by 2 %" keeps its meaning for a negative loss. A loss_prev of NaN ("none yet") changes nothing.
 NLCG_HD double line_search_scale(const Options& o, double scale, double loss, double loss_prev) {
-  const double magnitude = loss_prev < 0.0 ? -loss_prev : loss_prev;
-  if (loss > loss_prev + o.increase_threshold * magnitude) {
+  const double absolute = loss_prev < 0.0 ? -loss_prev : loss_prev;
+  if (loss > loss_prev + o.increase_threshold * absolute) {
     const double lower = scale * (1.0 - o.decrease);
     return lower > kSmallestDouble ? lower : kSmallestDouble;
   }
-  if (loss < loss_prev + o.flat_threshold * magnitude) {
+  if (loss < loss_prev + o.flat_threshold * absolute) {
     const double higher = scale * (1.0 + o.increase);
     return higher < 1.0 ? higher : 1.0;
   }
@@ -188,7 +188,7 @@ NLCG_HD double line_search_scale(const Options& o, double scale, double loss, do
 // ---- the decisions of a step -------------------------------------------------------------------------------------
 
 // What one step has decided so far. `next` becomes the scalars when, and only when, the step is concluded.
-struct Course {
+struct StepPlan {
   Scalars next;
   bool skip;       // a sum is not finite: nothing may change but the counter
   bool idle;       // no rank has a gradient, or AMP has called the step off: not even the counter
@@ -227,8 +227,8 @@ NLCG_HD double over_ranks(const Row* all, const double* counted, int ranks, int 
 }
 
 // After pass 1, before its decision: the line search, and whether the past still counts.
-NLCG_HD Course open_step(const Options& o, const Scalars& now, double set, const Row& row, bool spread) {
-  Course c{now, false, false, false, false, false, spread, now.step == 0.0 ? 0.0 : o.eps};
+NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double set, const Row& row, bool spread) {
+  StepPlan c{now, false, false, false, false, false, spread, now.step == 0.0 ? 0.0 : o.eps};
   c.same = now.step != 0.0 && row.column[kChanged] == 0.0;
   c.idle = row.column[kMoving] == 0.0 || row.column[kFoundInf] != 0.0;
   c.next.gs = row.column[kGs];
@@ -244,7 +244,7 @@ NLCG_HD Course open_step(const Options& o, const Scalars& now, double set, const
 }
 
 // bfgs, after pass 1: is h updated? `gs` = sum(g s) over this gradient and the last move.
-NLCG_HD void decide_curvature(Course& c, const Options& o, double gs, double grad_max, double n, double largest) {
+NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double grad_max, double n, double largest) {
   c.skip = o.skip_nonfinite && !(is_finite(gs) && is_finite(grad_max));
   c.next.ys = c.same ? gs - c.next.gs : 0.0;
   c.next.shs_used = c.same ? c.next.shs : 0.0;
@@ -263,7 +263,7 @@ NLCG_HD bool needs_rz_mid(const Options& o) {
 NLCG_HD bool needs_gd(const Options& o) { return o.restart == Restart::descent; }
 
 // After the pass that forms rz: beta.
-NLCG_HD void decide_direction(Course& c, const Options& o, double rz_new, double rz_mid, double gd) {
+NLCG_HD void decide_direction(StepPlan& c, const Options& o, double rz_new, double rz_mid, double gd) {
   c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid) && is_finite(gd)));
   c.next.beta = c.same ? conjugacy(o, c.next.rz, rz_new, rz_mid) : 0.0;
   if (restart_due(o, c.next.step, c.next.beta, rz_new, rz_mid, gd)) c.next.beta = 0.0;
@@ -271,6 +271,6 @@ NLCG_HD void decide_direction(Course& c, const Options& o, double rz_new, double
 }
 
 // After the last pass.
-NLCG_HD void conclude_step(Course& c) { c.next.step += 1.0; }
+NLCG_HD void finish_step(StepPlan& c) { c.next.step += 1.0; }
 
 }  // namespace fastnlcg

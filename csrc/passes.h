@@ -18,8 +18,8 @@
 //
 // Around it, a pass of the step has
 //
-//     decided(course, options, fill)    the pass, as far as the passes before it have decided; fill(x) is x as a T
-//     decide(course, options, sums, largest, n, limit)    what follows from its sums; `limit` is the largest S
+//     decided(plan, options, fill)    the pass, as far as the passes before it have decided; fill(x) is x as a T
+//     decide(plan, options, sums, largest, n, limit)    what follows from its sums; `limit` is the largest S
 //
 // and these constants: kSums; kMaxGradient (it also forms max |g|); kBackward (it walks from the end, to find in the
 // cache what the pass before read last); kOpens (first of its step: `decided` may use the options alone);
@@ -64,10 +64,10 @@ struct PlainDots : Pass {
   }
 
   template <class Fill>
-  NLCG_HD static PlainDots decided(const Course&, const Options& o, Fill) {
+  NLCG_HD static PlainDots decided(const StepPlan&, const Options& o, Fill) {
     return {{}, needs_rz_mid(o), needs_gd(o)};
   }
-  NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double, double, double) {
+  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double) {
     decide_direction(c, o, sums[0], sums[1], sums[2]);
   }
 };
@@ -91,10 +91,10 @@ struct PlainMove : Pass {
   }
 
   template <class Fill>
-  NLCG_HD static PlainMove decided(const Course& c, const Options&, Fill fill) {
+  NLCG_HD static PlainMove decided(const StepPlan& c, const Options&, Fill fill) {
     return {{}, fill(c.next.beta), true, true};
   }
-  NLCG_HD static void decide(Course& c, const Options&, const double*, double, double, double) { conclude_step(c); }
+  NLCG_HD static void decide(StepPlan& c, const Options&, const double*, double, double, double) { finish_step(c); }
 };
 
 struct Plain {
@@ -142,14 +142,15 @@ struct CurvatureDot : Pass {
   NLCG_HD void operator()(At& at) const {
     const T g = at.g();
     at.add(0, at.wide(g), at.wide(scaled_direction(at.alpha_prev(), at.d())));
-    at.largest(magnitude(g));
+    at.largest(absolute(g));
   }
 
   template <class Fill>
-  NLCG_HD static CurvatureDot decided(const Course&, const Options&, Fill) {
+  NLCG_HD static CurvatureDot decided(const StepPlan&, const Options&, Fill) {
     return {};
   }
-  NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double largest, double n, double limit) {
+  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double largest, double n,
+                             double limit) {
     decide_curvature(c, o, sums[0], largest, n, limit);
   }
 };
@@ -198,7 +199,7 @@ struct CurvatureAndDots : Pass {
   }
 
   template <class Fill>
-  NLCG_HD static CurvatureAndDots decided(const Course& c, const Options& o, Fill fill) {
+  NLCG_HD static CurvatureAndDots decided(const StepPlan& c, const Options& o, Fill fill) {
     return {{},
             bfgs_constants(c.eps, 0, c.next.ys, c.next.shs_used, fill),
             c.curvature,
@@ -206,7 +207,7 @@ struct CurvatureAndDots : Pass {
             c.same && needs_rz_mid(o),
             c.same && needs_gd(o)};
   }
-  NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double, double, double) {
+  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double) {
     decide_direction(c, o, sums[0], sums[1], sums[2]);
   }
 };
@@ -245,11 +246,11 @@ struct CurvatureAndMove : Pass {
   }
 
   template <class Fill>
-  NLCG_HD static CurvatureAndMove decided(const Course& c, const Options&, Fill fill) {
+  NLCG_HD static CurvatureAndMove decided(const StepPlan& c, const Options&, Fill fill) {
     return {{}, bfgs_constants(c.eps, c.next.beta, c.next.ys, c.next.shs_used, fill), true, true, c.deferred};
   }
-  NLCG_HD static void decide(Course& c, const Options&, const double* sums, double, double, double) {
-    conclude_step(c);
+  NLCG_HD static void decide(StepPlan& c, const Options&, const double* sums, double, double, double) {
+    finish_step(c);
     c.next.gs = sums[0];
     c.next.shs = sums[1];
   }
@@ -314,10 +315,10 @@ struct AdamDots : Pass {
   }
 
   template <class Fill>
-  NLCG_HD static AdamDots decided(const Course&, const Options& o, Fill fill) {
+  NLCG_HD static AdamDots decided(const StepPlan&, const Options& o, Fill fill) {
     return {{}, adam_constants(o, 0, fill), needs_rz_mid(o), needs_gd(o)};
   }
-  NLCG_HD static void decide(Course& c, const Options& o, const double* sums, double, double, double) {
+  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double) {
     decide_direction(c, o, sums[0], sums[1], sums[2]);
   }
 };
@@ -350,11 +351,11 @@ struct AdamMove : Pass {
   }
 
   template <class Fill>
-  NLCG_HD static AdamMove decided(const Course& c, const Options& o, Fill fill) {
+  NLCG_HD static AdamMove decided(const StepPlan& c, const Options& o, Fill fill) {
     return {{}, adam_constants(o, c.next.beta, fill), needs_rz_mid(o), true};
   }
-  NLCG_HD static void decide(Course& c, const Options&, const double* sums, double, double, double) {
-    conclude_step(c);
+  NLCG_HD static void decide(StepPlan& c, const Options&, const double* sums, double, double, double) {
+    finish_step(c);
     c.next.updated = 1.0;
     c.next.gg = sums[0];
     c.next.gd = sums[1];

@@ -130,7 +130,7 @@ struct Step {
   double loss;  // NaN: none given
   int threads;
   std::int64_t counted;  // of the state, from its begin: what this rank adds to sums. Behind it lie copies of what
-                         // other ranks add. A multiple of span_elements(state.n), or state.n
+                         // other ranks add. A multiple of chunk_elements(state.n), or state.n
   Exchange exchange;
 };
 
@@ -144,11 +144,11 @@ constexpr std::int64_t partials_needed(std::int64_t n) { return kMaxSums * tiles
 
 // A GPU sums 2^k tiles at a time, so that there are at most 4096 partial sums: adding them up then costs one block
 // little.
-constexpr std::int64_t tiles_per_span(std::int64_t tiles) {
+constexpr std::int64_t tiles_per_chunk(std::int64_t tiles) {
   std::int64_t in_one = 1;
   while (in_one * 4096 < tiles) in_one *= 2;
   return in_one;
 }
-constexpr std::int64_t span_elements(std::int64_t n) { return kTile * tiles_per_span(tiles_of(n)); }
+constexpr std::int64_t chunk_elements(std::int64_t n) { return kTile * tiles_per_chunk(tiles_of(n)); }
 
 }  // namespace fastnlcg

@@ -356,7 +356,7 @@ void gather(const Exchange& exchange, Row& row) {
 
 // One pass and what follows from it; false where the step ends here.
 template <class S, class Pass, bool kLast>
-bool pass_and_decide(const Step& step, Course& c) {
+bool pass_and_decide(const Step& step, StepPlan& c) {
   const Pass pass = Pass::decided(c, step.options, Fill<S>{});
   double sums[kMaxSums + 1];
   reduce<S>(step, pass, sums);
@@ -368,7 +368,7 @@ bool pass_and_decide(const Step& step, Course& c) {
   const Exchange& exchange = step.exchange;
   if (exchange.ranks > 0 && (Pass::kOpens || (exchange.every_decision && !kLast))) gather(exchange, row);
   if (Pass::kOpens) {
-    c = open_step(step.options, *step.scalars, step.set, row, exchange.ranks > 0);
+    c = begin_step(step.options, *step.scalars, step.set, row, exchange.ranks > 0);
     for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
   }
   if (c.idle) return false;
@@ -378,19 +378,19 @@ bool pass_and_decide(const Step& step, Course& c) {
 }
 
 template <class S, class First, class... Rest>
-bool every_pass(const Step& step, Course& c) {
+bool every_pass(const Step& step, StepPlan& c) {
   if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c)) return false;
   if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c);
   return true;
 }
 template <class S, template <class> class... P>
-bool every_pass(const Step& step, Course& c, PassList<P...>) {
+bool every_pass(const Step& step, StepPlan& c, PassList<P...>) {
   return every_pass<S, P<Vector<S>>...>(step, c);
 }
 
 template <class S>
 void step_in(const Step& step) {
-  Course c = {};
+  StepPlan c = {};
   const bool moved = with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     return every_pass<S>(step, c, typename decltype(preconditioner)::Passes{});
   });
@@ -456,22 +456,22 @@ void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
   *gd = sums[2];
 }
 
-#define NLCG_VERB(verb)                                                                               \
-  [](const Step& step, auto... args) {                                                                \
-    return step.state.dtype == DType::f64 ? verb<double>(step, args...) : verb<float>(step, args...); \
+#define NLCG_BY_STATE_TYPE(function)                                                                          \
+  [](const Step& step, auto... args) {                                                                        \
+    return step.state.dtype == DType::f64 ? function<double>(step, args...) : function<float>(step, args...); \
   }
 
 }  // namespace
 
-extern const CpuVerbs FASTNLCG_ISA_SYMBOL;
-const CpuVerbs FASTNLCG_ISA_SYMBOL = {
+extern const CpuKernels FASTNLCG_ISA_SYMBOL;
+const CpuKernels FASTNLCG_ISA_SYMBOL = {
     FASTNLCG_ISA_NAME,
-    NLCG_VERB(step_in),
-    NLCG_VERB(update_curvature_in),
-    NLCG_VERB(preconditioned_dots_in),
-    NLCG_VERB(update_direction_in),
-    NLCG_VERB(last_move_in),
-    NLCG_VERB(state_norms_in),
+    NLCG_BY_STATE_TYPE(step_in),
+    NLCG_BY_STATE_TYPE(update_curvature_in),
+    NLCG_BY_STATE_TYPE(preconditioned_dots_in),
+    NLCG_BY_STATE_TYPE(update_direction_in),
+    NLCG_BY_STATE_TYPE(last_move_in),
+    NLCG_BY_STATE_TYPE(state_norms_in),
 };
 
 }  // namespace fastnlcg

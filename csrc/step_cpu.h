@@ -11,25 +11,26 @@
 
 namespace fastnlcg {
 
-struct CpuVerbs {
+struct CpuKernels {
   const char* name;  // of the instruction set
 
   // The whole step: the passes of its preconditioner over tiles. passes.h counts their bytes.
   void (*step)(const Step&);
 
   // The parts, over the same passes; they neither read nor write `scalars`.
-  bool (*update_curvature)(const Step&, double* ys, double* shs);        // bfgs: writes h where the gate is open: true
+  bool (*update_curvature)(const Step&, double* ys,
+                           double* shs);  // bfgs: writes h where the curvature condition holds: true
   void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, diagonal, g_prev (unless null)
   void (*update_direction)(const Step&, double beta);  // writes p (unless null), d, g_prev (unless null); adam: v
   void (*last_move)(const Step&);  // bfgs: scalars->gs and shs from the state, as the last step left them
   void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over d, and g_prev (unless null)
 };
 
-extern const CpuVerbs kBaseline, kAvx2, kAvx512;
+extern const CpuKernels kBaseline, kAvx2, kAvx512;
 
 // The widest set this processor has, or the one the environment variable FASTNLCG_ISA names. Throws
 // std::invalid_argument where it names none or one that the processor lacks.
-const CpuVerbs& cpu_verbs();
+const CpuKernels& cpu_kernels();
 // The names this processor has, widest last; fills at most 3, returns how many.
 int cpu_instruction_sets(const char** names);
 

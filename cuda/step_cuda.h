@@ -19,7 +19,7 @@ struct CudaStatus {
   int runtime_version;               // 13000 for 13.0; 0: not built
   int driver_version;                // of the CUDA the driver supports; 0: no driver
   std::vector<std::string> devices;  // names with compute capability
-  std::string why_off;               // empty where CUDA parameters can be stepped
+  std::string unavailable_reason;    // empty where CUDA parameters can be stepped
 };
 
 // Never throws, never needs a driver.

@@ -7,11 +7,11 @@
 //     step_in_one<S, P>    all passes of preconditioner P in one launch: the blocks wait for that decision. What the
 //                          first loaded, g and one stream more, stays in shared memory as far as it fits
 //     part<S, Pass>        one pass with numbers from the host, for the flat-buffer functions
-//     write_rows<Row>      the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and a
+//     upload_rows<Row>      the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and a
 //                          graph can capture it
 //
-// A span is one tile of 4096 elements (tile.cuh), for huge states 2^k of them (tiles_per_span): one partial sum. A
-// block takes every gridDim-th span; every other pass walks backwards, to find in the L2 cache what was read last.
+// A chunk is one tile of 4096 elements (tile.cuh), for huge states 2^k of them (tiles_per_chunk): one partial sum. A
+// block takes every gridDim-th chunk; every other pass walks backwards, to find in the L2 cache what was read last.
 //
 // Device code is loads, passes.h, sums, stores. It decides like the CPU, by the functions of nlcg_math.h, in one
 // thread. Scalars are read at the start of a step and written at its end: where a sum is not finite, nothing changes.
@@ -30,33 +30,33 @@
 namespace fastnlcg {
 namespace {
 
-// ---- a pass over the block's spans, and what follows from its sums -----------------------------------------------
+// ---- a pass over the block's chunks, and what follows from its sums -----------------------------------------------
 
 template <class S, class Pass>
 __device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pass, Totals& totals) {
   const Arguments& a = launch.a;
   const int tiles = static_cast<int>(tiles_of(a.state.n));
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-  const int last = block + (a.spans - 1 - block) / blocks * blocks;
+  const int last = block + (a.chunks - 1 - block) / blocks * blocks;
 #pragma unroll 1
-  for (int span = Pass::kBackward ? last : block; 0 <= span && span < a.spans;
-       span += Pass::kBackward ? -blocks : blocks) {
-    const int local = span / blocks;
+  for (int chunk = Pass::kBackward ? last : block; 0 <= chunk && chunk < a.chunks;
+       chunk += Pass::kBackward ? -blocks : blocks) {
+    const int local = chunk / blocks;
     ThreadSums<S, Pass::kSums> sums = {};
 #pragma unroll 1
-    for (int t = 0; t < a.tiles_per_span; ++t) {
-      const int tile = span * a.tiles_per_span + t;
+    for (int t = 0; t < a.tiles_per_chunk; ++t) {
+      const int tile = chunk * a.tiles_per_chunk + t;
       if (tile >= tiles) break;
-      const int slot = local * a.tiles_per_span + t;
-      const int room = slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
-      run_tile(launch, pass, tile, room, sums);
+      const int slot = local * a.tiles_per_chunk + t;
+      const int smem_offset = slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
+      run_tile(launch, pass, tile, smem_offset, sums);
     }
     double largest = static_cast<double>(sums.largest);
     block_totals<Pass::kSums, Pass::kMaxGradient>(sums.sum, largest, totals, local);
     if (threadIdx.x == 0) {
 #pragma unroll
-      for (int j = 0; j < Pass::kSums; ++j) a.partials[j * a.spans + span] = sums.sum[j];
-      if (Pass::kMaxGradient) a.partials[Pass::kSums * a.spans + span] = largest;
+      for (int j = 0; j < Pass::kSums; ++j) a.partials[j * a.chunks + chunk] = sums.sum[j];
+      if (Pass::kMaxGradient) a.partials[Pass::kSums * a.chunks + chunk] = largest;
     }
   }
 }
@@ -68,12 +68,12 @@ __device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], 
   for (int j = 0; j < K; ++j) x[j] = 0.0;
   largest = 0.0;
 #pragma unroll 4
-  for (int span = static_cast<int>(threadIdx.x); span < a.spans; span += kThreads) {
-    if (span < a.counted_spans) {
+  for (int chunk = static_cast<int>(threadIdx.x); chunk < a.chunks; chunk += kThreads) {
+    if (chunk < a.counted_chunks) {
 #pragma unroll
-      for (int j = 0; j < K; ++j) x[j] += a.partials[j * a.spans + span];
+      for (int j = 0; j < K; ++j) x[j] += a.partials[j * a.chunks + chunk];
     }
-    if (kMax) largest = Larger::of(largest, a.partials[K * a.spans + span]);
+    if (kMax) largest = Larger::of(largest, a.partials[K * a.chunks + chunk]);
   }
   block_totals<K, kMax>(x, largest, totals, 0);
 }
@@ -92,8 +92,8 @@ __device__ double number(DeviceNumber x) {
 }
 
 // Before the first decision, by the one thread that decides: the line search and every group's step length.
-__device__ __forceinline__ Course open(const Arguments& a, const Row& row) {
-  Course c = open_step(a.options, *a.scalars, a.set, row, a.exchange.ranks > 0);
+__device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const Row& row) {
+  StepPlan c = begin_step(a.options, *a.scalars, a.set, row, a.exchange.ranks > 0);
   for (std::int64_t i = 0; i < a.n_groups; ++i) {
     const GroupInput& in = group_inputs(a)[i];
     const double lr = in.lr_on_device.address != nullptr ? number(in.lr_on_device) : in.lr;
@@ -129,10 +129,10 @@ __device__ __forceinline__ Row row_of(const Arguments& a, const double (&sums)[P
 // What one thread makes of a pass's sums.
 template <class S, class Pass>
 __device__ __forceinline__ void decide(const Arguments& a, const Row& row, bool concludes) {
-  Course& c = a.control->course;
+  StepPlan& c = a.control->plan;
   bool bad_lr = false;
   if (Pass::kOpens) {
-    c = open(a, row);
+    c = begin_on_device(a, row);
     bad_lr = c.skip;
   }
   Pass::decide(c, a.options, row.column, row.column[kLargestGradient], static_cast<double>(a.state.n), kLargest<S>);
@@ -155,8 +155,8 @@ __host__ __device__ __forceinline__ bool exchanges(const Exchange& exchange, boo
 template <class S, class Pass, bool kLast, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   const Launch<S> launch(a);
-  run_pass(launch, Pass::decided(a.control->course, a.options, Fill<S>{}), totals);
-  if (!arrives_last(a.control->meeting)) return false;
+  run_pass(launch, Pass::decided(a.control->plan, a.options, Fill<S>{}), totals);
+  if (!is_last_block(a.control->barrier)) return false;
   double x[Pass::kSums], largest;
   grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
   if (threadIdx.x == 0) {
@@ -181,7 +181,7 @@ __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& tota
 
 // A step that AMP has found to overflow changes nothing, counters included. Over ranks all have to hear of it: the
 // first pass runs, and its row says so.
-__device__ __forceinline__ bool called_off(const Arguments& a) {
+__device__ __forceinline__ bool found_inf_set(const Arguments& a) {
   return a.exchange.ranks == 0 && a.found_inf.address != nullptr &&
          *static_cast<const float*>(a.found_inf.address) != 0.0f;
 }
@@ -194,13 +194,13 @@ constexpr int kBlocksOf = sizeof(S) == sizeof(float) ? 2 : 1;
 template <class S, class Pass, bool kLast>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
-  if (called_off(a) || (!Pass::kOpens && a.control->course.skip)) return;
+  if (found_inf_set(a) || (!Pass::kOpens && a.control->plan.skip)) return;
   pass_and_decide<S, Pass, kLast, false>(a, totals);
 }
 
 template <class S, class Pass>
 __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
-  if (!Pass::kOpens && a.control->course.skip) return;
+  if (!Pass::kOpens && a.control->plan.skip) return;
   __shared__ Row row;
   const int j = static_cast<int>(threadIdx.x);
   if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.counted, a.exchange.ranks, j);
@@ -208,21 +208,21 @@ __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
   if (j == 0) decide<S, Pass>(a, row, false);
 }
 
-// The passes one after another, the blocks meeting after each but the last.
+// The passes one after another, the blocks barrier after each but the last.
 template <class S, class First, class... Rest>
 __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
                                               unsigned meetings) {
   constexpr bool kLast = sizeof...(Rest) == 0;
   const bool decided = pass_and_decide<S, First, kLast, true>(a, totals);
   if constexpr (!kLast) {
-    Meeting& meeting = a.control->meeting;
+    GridBarrier& barrier = a.control->barrier;
     if (decided) {
-      release(meeting);
+      arrive_and_release(barrier);
     } else {
-      await(meeting, generation, meetings);
+      wait(barrier, generation, meetings);
     }
     __syncthreads();
-    if (!a.control->course.skip) passes_in_one<S, Rest...>(a, totals, generation, meetings + 1);
+    if (!a.control->plan.skip) passes_in_one<S, Rest...>(a, totals, generation, meetings + 1);
   }
 }
 template <class S, template <class> class... P>
@@ -234,9 +234,9 @@ __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals
 template <class S, class Preconditioner>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_in_one(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
-  if (called_off(a)) return;
-  __shared__ unsigned generation;  // before the first meeting; thread 0's
-  if (threadIdx.x == 0) generation = current_generation(a.control->meeting);
+  if (found_inf_set(a)) return;
+  __shared__ unsigned generation;  // before the first barrier; thread 0's
+  if (threadIdx.x == 0) generation = barrier_generation(a.control->barrier);
   passes_in_one<S>(a, totals, generation, typename Preconditioner::Passes{});
 }
 
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_cons
   __shared__ Totals totals;
   const Launch<S> launch(a);
   run_pass(launch, pass, totals);
-  if (!arrives_last(a.control->meeting)) return;
+  if (!is_last_block(a.control->barrier)) return;
   double x[Pass::kSums], largest;
   grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
   if (threadIdx.x != 0) return;
@@ -262,7 +262,7 @@ struct Rows {
 };
 
 template <class Row, int kBytes>
-__global__ void write_rows(const __grid_constant__ Rows<Row, kBytes> rows, Row* to) {
+__global__ void upload_rows(const __grid_constant__ Rows<Row, kBytes> rows, Row* to) {
   for (int i = static_cast<int>(threadIdx.x); i < rows.count; i += static_cast<int>(blockDim.x)) to[i] = rows.row[i];
 }
 constexpr int kSmallRows = 4096, kLargeRows = 32764;
@@ -271,7 +271,7 @@ constexpr int kSmallRows = 4096, kLargeRows = 32764;
 
 void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // said here: not to be found again by somebody else
+  cudaGetLastError();  // clears it, so that a later call does not report it again
   throw std::runtime_error("fastnlcg: " + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
@@ -397,12 +397,12 @@ const Limits& limits(int device) {
   return l;
 }
 
-// Where in the workspace what lies, in doubles; every part begins a cache line.
+// Workspace layout, in doubles; each region starts on a cache line.
 struct Workspace {
   std::int64_t control, scalars, alpha, alpha_prev, of_param, group_table, segments, partials, end;
 
   Workspace(std::int64_t n, std::int64_t max_segments, std::int64_t groups) {
-    const std::int64_t spans = (tiles_of(n) + tiles_per_span(tiles_of(n)) - 1) / tiles_per_span(tiles_of(n));
+    const std::int64_t chunks = (tiles_of(n) + tiles_per_chunk(tiles_of(n)) - 1) / tiles_per_chunk(tiles_of(n));
     std::int64_t next = 0;
     const auto take = [&](std::int64_t bytes) {
       const std::int64_t begin = next;
@@ -416,27 +416,27 @@ struct Workspace {
     of_param = take(2 * 8);  // param_steps and beta2_powers of a flat buffer
     group_table = take(groups * static_cast<std::int64_t>(sizeof(GroupInput)));
     segments = take(max_segments * static_cast<std::int64_t>(sizeof(Segment)));
-    partials = take(kMaxSums * spans * 8);
+    partials = take(kMaxSums * chunks * 8);
     end = next;
   }
 };
 
 template <int kBytes, class Row>
-void write_rows_of(const Row* rows, std::int64_t first, std::int64_t last, Row* to, const CudaStep& cuda) {
+void upload_rows_of(const Row* rows, std::int64_t first, std::int64_t last, Row* to, const CudaStep& cuda) {
   Rows<Row, kBytes> part;
   for (; first < last; first += part.count) {
     part.count = static_cast<int>(std::min<std::int64_t>(last - first, part.kMax));
     std::copy_n(rows + first, part.count, part.row);
-    launch("write_rows", write_rows<Row, kBytes>, {1, 128}, cuda, part, to + first);
+    launch("upload_rows", upload_rows<Row, kBytes>, {1, 128}, cuda, part, to + first);
   }
 }
 template <class Row>
-void write_table(const Row* rows, std::int64_t first, std::int64_t last, double* to, const CudaStep& cuda) {
+void upload_table(const Row* rows, std::int64_t first, std::int64_t last, double* to, const CudaStep& cuda) {
   Row* const table = reinterpret_cast<Row*>(to);
   if (last - first <= Rows<Row, kSmallRows>::kMax) {
-    write_rows_of<kSmallRows>(rows, first, last, table, cuda);
+    upload_rows_of<kSmallRows>(rows, first, last, table, cuda);
   } else {
-    write_rows_of<kLargeRows>(rows, first, last, table, cuda);
+    upload_rows_of<kLargeRows>(rows, first, last, table, cuda);
   }
 }
 
@@ -452,7 +452,7 @@ void write_segments(const Step& step, CudaStep& cuda, const Workspace& at) {
     while (first < last && cuda.written[static_cast<std::size_t>(last - 1)] == step.segments[last - 1]) --last;
   }
   cuda.written.clear();  // a launch may fail
-  write_table(step.segments, first, last, cuda.workspace + at.segments, cuda);
+  upload_table(step.segments, first, last, cuda.workspace + at.segments, cuda);
   cuda.written.assign(step.segments, step.segments + step.n_segments);
 }
 
@@ -462,8 +462,8 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   a.segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
   a.n_segments = static_cast<int>(step.n_segments);
   a.state = step.state;
-  a.tiles_per_span = static_cast<int>(tiles_per_span(tiles));
-  a.spans = static_cast<int>((tiles + a.tiles_per_span - 1) / a.tiles_per_span);
+  a.tiles_per_chunk = static_cast<int>(tiles_per_chunk(tiles));
+  a.chunks = static_cast<int>((tiles + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
   a.options = step.options;
   a.set = step.set;
   a.loss = step.loss;
@@ -476,7 +476,7 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   a.alpha_prev = cuda.workspace + at.alpha_prev;
   a.control = reinterpret_cast<Control*>(cuda.workspace + at.control);
   a.partials = cuda.workspace + at.partials;
-  a.counted_spans = static_cast<int>((tiles_of(step.counted) + a.tiles_per_span - 1) / a.tiles_per_span);
+  a.counted_chunks = static_cast<int>((tiles_of(step.counted) + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
   a.exchange = step.exchange;
   a.param_steps = step.param_steps;
   a.beta2_powers = step.beta2_powers;
@@ -484,8 +484,8 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   for (const void* stream : {step.state.grad_prev, step.state.direction, step.state.diagonal}) {
     if (reinterpret_cast<std::uintptr_t>(stream) % 16 != 0) a.aligned_state = false;
   }
-  a.listed = tiles <= kListedTiles;
-  for (std::int64_t tile = 0, s = 0; a.listed && tile <= tiles; ++tile) {
+  a.has_tile_index = tiles <= kMaxIndexedTiles;
+  for (std::int64_t tile = 0, s = 0; a.has_tile_index && tile <= tiles; ++tile) {
     while (s < step.n_segments && step.segments[s].offset + step.segments[s].n <= tile * kTile) ++s;
     a.first_segment[tile] = static_cast<int>(s);
   }
@@ -501,7 +501,7 @@ void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, A
   if (step.n_groups <= kInlineGroups) {
     std::copy(inputs.begin(), inputs.end(), a.groups);
   } else {
-    write_table(inputs.data(), 0, step.n_groups, cuda.workspace + at.group_table, cuda);
+    upload_table(inputs.data(), 0, step.n_groups, cuda.workspace + at.group_table, cuda);
     a.group_table = reinterpret_cast<const GroupInput*>(cuda.workspace + at.group_table);
   }
 }
@@ -516,16 +516,16 @@ void step_with(const Step& step, CudaStep& cuda) {
   write_segments(step, cuda, at);
   Arguments a = arguments_of(step, cuda, at);
   write_groups(step, cuda, at, a);
-  const int spans = a.spans;
-  // An empty shard has no span, and still takes part in every decision.
+  const int chunks = a.chunks;
+  // An empty shard has no chunk, and still takes part in every decision.
   const auto grid = [&](int most) {
-    return std::max(1, std::min(spans, cuda.blocks > 0 ? std::min(cuda.blocks, most) : most));
+    return std::max(1, std::min(chunks, cuda.blocks > 0 ? std::min(cuda.blocks, most) : most));
   };
   const bool automatic = cuda.form == CudaStep::Form::automatic;
   const bool wanted = automatic ? step.state.n <= kOneLaunchElements : cuda.form == CudaStep::Form::one_launch;
   if (wanted && fits.cooperative && step.exchange.ranks == 0) {
     const int blocks = grid(fits.blocks_in_one);
-    const std::int64_t needed = std::int64_t{(spans + blocks - 1) / blocks} * a.tiles_per_span;
+    const std::int64_t needed = std::int64_t{(chunks + blocks - 1) / blocks} * a.tiles_per_chunk;
     a.resident_tiles = static_cast<int>(std::min<std::int64_t>(fits.resident_tiles, needed));
     if (cuda.resident_tiles >= 0) a.resident_tiles = std::min(a.resident_tiles, cuda.resident_tiles);
     const std::size_t bytes = static_cast<std::size_t>(a.resident_tiles) * kResidentBytes<S>;
@@ -570,7 +570,7 @@ void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pa
   write_groups(step, cuda, at, a);
   const int multiprocessors = attribute_of(cuda.device, cudaDevAttrMultiProcessorCount);
   const int most = multiprocessors * blocks_per_multiprocessor(part<S, Pass>, 0);
-  const int blocks = std::min(a.spans, cuda.blocks > 0 ? cuda.blocks : most);
+  const int blocks = std::min(a.chunks, cuda.blocks > 0 ? cuda.blocks : most);
   launch(name, part<S, Pass>, {blocks}, cuda, a, pass);
   if (sums == nullptr) return;
   copy_to_host(sums, a.control->sums, Pass::kSums * sizeof(double), cuda);
@@ -675,7 +675,7 @@ CudaStatus cuda_status() {
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
     cudaGetLastError();
-    status.why_off = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+    status.unavailable_reason = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
     return status;
   }
   for (int i = 0; i < count; ++i) {
@@ -684,7 +684,7 @@ CudaStatus cuda_status() {
     status.devices.push_back(std::string(properties.name) + " (sm_" +
                              std::to_string(properties.major * 10 + properties.minor) + ")");
   }
-  if (count == 0) status.why_off = "no CUDA device";
+  if (count == 0) status.unavailable_reason = "no CUDA device";
   return status;
 }
 
@@ -698,7 +698,8 @@ std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::i
   return Workspace(n, max_segments, groups).end;
 }
 
-#define NLCG_BY_TYPE(verb, ...) (step.state.dtype == DType::f64 ? verb<double>(__VA_ARGS__) : verb<float>(__VA_ARGS__))
+#define NLCG_BY_TYPE(function, ...) \
+  (step.state.dtype == DType::f64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__))
 
 void cuda_step(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);

@@ -24,12 +24,12 @@ struct GroupInput {
 };
 constexpr int kInlineGroups = 16;  // more of them lie in a table
 
-constexpr int kListedTiles = 512;
+constexpr int kMaxIndexedTiles = 512;
 
 // What the blocks share, in device memory.
 struct Control {
-  Meeting meeting;
-  Course course;
+  GridBarrier barrier;
+  StepPlan plan;
   double sums[kMaxSums];  // of a part
 };
 
@@ -37,7 +37,7 @@ struct Arguments {
   const Segment* segments;
   int n_segments;
   State state;
-  int spans, tiles_per_span;
+  int chunks, tiles_per_chunk;
   Options options;
   double set, loss;
   DeviceNumber loss_on_device, grad_scale, found_inf;
@@ -48,17 +48,17 @@ struct Arguments {
   double* alpha;
   double* alpha_prev;
   Control* control;
-  double* partials;   // [sum][span]
-  int counted_spans;  // whose sums this rank adds
-  Exchange exchange;  // its memory is the device's
+  double* partials;    // [sum][chunk]
+  int counted_chunks;  // whose sums this rank adds
+  Exchange exchange;   // its memory is the device's
   double* param_steps;
   double* beta2_powers;
   int resident_tiles;  // per block
   bool aligned_state;  // the streams of the state, to 16 bytes
   // The first segment that ends behind each tile's begin, and one past the last tile: where there are few tiles, the
-  // latency of a search would show. `listed` says whether these are filled in.
-  bool listed;
-  int first_segment[kListedTiles + 1];
+  // latency of a search would show. `has_tile_index` says whether these are filled in.
+  bool has_tile_index;
+  int first_segment[kMaxIndexedTiles + 1];
 };
 
 __device__ __forceinline__ const GroupInput* group_inputs(const Arguments& a) {
@@ -77,8 +77,8 @@ extern __shared__ __align__(16) unsigned char resident_memory[];
 #endif
 
 template <class S>
-__device__ __forceinline__ S* resident(int room) {
-  return reinterpret_cast<S*>(resident_memory) + room;
+__device__ __forceinline__ S* resident(int smem_offset) {
+  return reinterpret_cast<S*>(resident_memory) + smem_offset;
 }
 
 // ---- loads and stores --------------------------------------------------------------------------------------------
@@ -263,11 +263,11 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
   return low;
 }
 
-// Q times four elements, half a tile apart, all in one segment. `room` is where a resident tile's g, and behind it the
-// stream of kResident, lie in shared memory, or -1.
+// Q times four elements, half a tile apart, all in one segment. `smem_offset` is where a resident tile's g, and behind
+// it the stream of kResident, lie in shared memory, or -1.
 template <class S, class E, int Q, class Pass, int K>
 __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& pass, const Segment& segment,
-                                          std::int64_t position, int room, ThreadSums<S, K>& sums) {
+                                          std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
   constexpr int kApart = kQuad * kThreads;
   const State& state = launch.a.state;
   const bool whole = launch.a.aligned_state;
@@ -276,7 +276,7 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
   E* const p_at = static_cast<E*>(segment.p) + (position - segment.offset);
   const E* const g_at = static_cast<const E*>(segment.g) + (position - segment.offset);
   const bool whole_p = takes_quads(p_at), whole_g = takes_quads(g_at);
-  const bool loaded = room >= 0 && !Pass::kOpens;  // the first pass has left them in shared memory
+  const bool loaded = smem_offset >= 0 && !Pass::kOpens;  // the first pass has left them in shared memory
   const int local = static_cast<int>(position % kTile);
 
   S p[Q][kQuad] = {}, g[Q][kQuad] = {}, grad_prev[Q][kQuad] = {}, d[Q][kQuad] = {}, diagonal[Q][kQuad] = {};
@@ -285,8 +285,8 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
   for (int q = 0; q < Q; ++q) {
     const std::int64_t at = position + q * kApart;
     if (loaded) {
-      load_resident(resident<S>(room) + local + q * kApart, g[q]);
-      if (reads & Pass::kResident) load_resident(resident<S>(room) + kTile + local + q * kApart, kept[q]);
+      load_resident(resident<S>(smem_offset) + local + q * kApart, g[q]);
+      if (reads & Pass::kResident) load_resident(resident<S>(smem_offset) + kTile + local + q * kApart, kept[q]);
     } else {
       if (pass.kReadsGradient) load_quad(g_at + q * kApart, whole_g, g[q]);
     }
@@ -307,9 +307,9 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
     for (int l = 0; l < kQuad; ++l) {
       if (pass.kReadsGradient && !loaded) g[q][l] = launch.gradient(g[q][l], p[q][l], numbers);
     }
-    if (Pass::kOpens && Pass::kResident != 0 && room >= 0) {
-      store_resident(resident<S>(room) + local + q * kApart, g[q]);
-      store_resident(resident<S>(room) + kTile + local + q * kApart, kept[q]);
+    if (Pass::kOpens && Pass::kResident != 0 && smem_offset >= 0) {
+      store_resident(resident<S>(smem_offset) + local + q * kApart, g[q]);
+      store_resident(resident<S>(smem_offset) + kTile + local + q * kApart, kept[q]);
     }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
@@ -328,18 +328,18 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
 // One element of a segment.
 template <class S, class E, class Pass, int K>
 __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pass, const Segment& segment,
-                                        std::int64_t position, int room, ThreadSums<S, K>& sums) {
+                                        std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
   const State& state = launch.a.state;
   const SegmentNumbers<S> numbers = launch.template numbers<Pass>(segment);
   const unsigned reads = pass.reads(), writes = pass.writes();
   E* const p_at = static_cast<E*>(segment.p) + (position - segment.offset);
   const E* const g_at = static_cast<const E*>(segment.g) + (position - segment.offset);
-  const bool loaded = room >= 0 && !Pass::kOpens;
+  const bool loaded = smem_offset >= 0 && !Pass::kOpens;
   const int local = static_cast<int>(position % kTile);
 
   const bool needs_p = (reads & kP) || (pass.kReadsGradient && numbers.decays && !loaded);
   const S p = needs_p ? value_of(*p_at) : S{};
-  const S g = loaded                ? resident<S>(room)[local]
+  const S g = loaded                ? resident<S>(smem_offset)[local]
               : pass.kReadsGradient ? launch.gradient(value_of(*g_at), p, numbers)
                                     : S{};
   At<S, K> at{p,
@@ -349,9 +349,9 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
               reads & kDiagonal ? *stream<S>(state.diagonal, position) : S{},
               numbers,
               sums};
-  if (Pass::kOpens && Pass::kResident != 0 && room >= 0) {
-    resident<S>(room)[local] = at.g_;
-    resident<S>(room)[kTile + local] = Pass::kResident == kD ? at.d_ : at.diagonal_;
+  if (Pass::kOpens && Pass::kResident != 0 && smem_offset >= 0) {
+    resident<S>(smem_offset)[local] = at.g_;
+    resident<S>(smem_offset)[kTile + local] = Pass::kResident == kD ? at.d_ : at.diagonal_;
   }
   pass(at);
   if (writes & kDiagonal) *stream<S>(state.diagonal, position) = at.diagonal_;
@@ -361,11 +361,11 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
 }
 
 template <class S, class Pass, int K>
-__device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, int tile, int room,
+__device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, int tile, int smem_offset,
                                          ThreadSums<S, K>& sums) {
   const Arguments& a = launch.a;
   const std::int64_t begin = std::int64_t{tile} * kTile, end = begin + kTile;
-  const int first = a.listed ? a.first_segment[tile] : find_segment(a.segments, 0, a.n_segments, begin);
+  const int first = a.has_tile_index ? a.first_segment[tile] : find_segment(a.segments, 0, a.n_segments, begin);
   if (first == a.n_segments || a.segments[first].offset >= end) return;
   const Segment& segment = a.segments[first];
   const std::int64_t position = begin + kQuad * static_cast<int>(threadIdx.x);
@@ -373,18 +373,18 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
     with_element_type<S>(segment.dtype, [&](auto element) {
       using E = decltype(element);
       if constexpr (sizeof(S) == sizeof(float) && std::is_same_v<Pass, CurvatureDot<S>>) {  // registers for two at once
-        run_quads<S, E, 2>(launch, pass, segment, position, room, sums);
+        run_quads<S, E, 2>(launch, pass, segment, position, smem_offset, sums);
       } else {
 #pragma unroll 1
         for (int q = 0; q < 2; ++q) {
-          run_quads<S, E, 1>(launch, pass, segment, position + q * kQuad * kThreads, room, sums);
+          run_quads<S, E, 1>(launch, pass, segment, position + q * kQuad * kThreads, smem_offset, sums);
         }
       }
     });
     return;
   }
   int s = first;
-  const int beyond = a.listed ? a.first_segment[tile + 1] : a.n_segments;
+  const int beyond = a.has_tile_index ? a.first_segment[tile + 1] : a.n_segments;
 #pragma unroll 1
   for (int q = 0; q < 2; ++q) {
     const std::int64_t at = position + q * kQuad * kThreads;
@@ -392,8 +392,9 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
     if (s == a.n_segments) return;
     const Segment& here = a.segments[s];
     if (here.offset <= at && here.offset + here.n >= at + kQuad) {
-      with_element_type<S>(
-          here.dtype, [&](auto element) { run_quads<S, decltype(element), 1>(launch, pass, here, at, room, sums); });
+      with_element_type<S>(here.dtype, [&](auto element) {
+        run_quads<S, decltype(element), 1>(launch, pass, here, at, smem_offset, sums);
+      });
       continue;
     }
 #pragma unroll 1
@@ -402,8 +403,9 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
       if (s == a.n_segments) return;
       const Segment& one = a.segments[s];
       if (one.offset > at + l) continue;
-      with_element_type<S>(one.dtype,
-                           [&](auto element) { run_one<S, decltype(element)>(launch, pass, one, at + l, room, sums); });
+      with_element_type<S>(one.dtype, [&](auto element) {
+        run_one<S, decltype(element)>(launch, pass, one, at + l, smem_offset, sums);
+      });
     }
   }
 }

@@ -13,10 +13,10 @@ import pytest
 import torch
 from fastnlcg import _native, layout
 
-GPU = torch.cuda.is_available() and not _native.cuda_off()
+GPU = torch.cuda.is_available() and not _native.cuda_unavailable_reason()
 EMULATION = importlib.util.find_spec("fastnlcg._emulated") is not None
 NO_EMULATION = "fastnlcg._emulated is not built (FASTNLCG_EMULATION=ON)"
-NO_GPU = f"no GPU: {_native.cuda_off() or 'torch sees none'}"
+NO_GPU = f"no GPU: {_native.cuda_unavailable_reason() or 'torch sees none'}"
 
 
 # The preconditioner that NLCG takes by default (conftest.py): in tests that hold for one of them only.
@@ -80,7 +80,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
         for key in ("Step", "workspace_doubles", "cuda_status"):
             monkeypatch.setattr(_native, key, getattr(_emulated, key))
         monkeypatch.setattr(_native, "Buffer", emulated_buffer)
-        monkeypatch.setattr(_native, "cuda_off", lambda: "")
+        monkeypatch.setattr(_native, "cuda_unavailable_reason", lambda: "")
         monkeypatch.setattr(_native, "current_stream", lambda device, *arrays: 0)
         monkeypatch.setattr(_native, "capturing", lambda: False)
         monkeypatch.setattr(_native, "on_gpu", lambda device: True)

@@ -660,4 +660,4 @@ def test_cpu_and_gpu_parameters_do_not_mix(gpu: Backend) -> None:
 def test_the_report_says_why_cuda_is_off() -> None:
     done = subprocess.run([sys.executable, "-m", "fastnlcg", "--json"], capture_output=True, text=True, check=True)
     cuda = json.loads(done.stdout)["cuda"]
-    assert bool(cuda["why_off"]) == (not cuda["devices"])
+    assert bool(cuda["unavailable_reason"]) == (not cuda["devices"])

@@ -36,7 +36,7 @@ def random_cuts(n: int, dtypes: tuple[str, ...], seed: int = 0) -> list[Cut]:
 
 def run(lockstep: Lockstep, steps: int | None = None, losses: list[float] | None = None) -> list:
     states = []
-    # the curvature gate of bfgs opens and closes over many; what the others do, they do at once
+    # the curvature condition of bfgs opens and closes over many; what the others do, they do at once
     steps = steps or (STEPS if lockstep.options.preconditioner == "bfgs" else 8)
     for t in range(steps):
         lockstep.noisy_gradients()

@@ -70,12 +70,12 @@ def report() -> dict[str, Any]:
 
         torch_version = torch.__version__
     try:
-        instruction_set, why_off = _native.instruction_set(), ""
+        instruction_set, unavailable_reason = _native.instruction_set(), ""
     except ValueError as error:  # FASTNLCG_ISA names one that this processor lacks
-        instruction_set, why_off = None, str(error)
+        instruction_set, unavailable_reason = None, str(error)
     cuda = _native.cuda_status()
     checked: dict[str, Any] = self_check() if instruction_set else {"differences": {}, "passed": False}
-    if torch_version is not None and not cuda["why_off"] and torch.cuda.is_available():
+    if torch_version is not None and not cuda["unavailable_reason"] and torch.cuda.is_available():
         on_gpu = self_check("cuda")
         differences = {f"{key} on the GPU": error for key, error in on_gpu["differences"].items()}
         checked = {
@@ -92,7 +92,7 @@ def report() -> dict[str, Any]:
             "instruction_sets": _native.instruction_sets(),
             "instruction_set": instruction_set,
             "threads": _native.num_threads(),
-            "why_off": why_off,
+            "unavailable_reason": unavailable_reason,
         },
         "cuda": cuda,
         "self_check": checked,
@@ -113,11 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     built = f"built for sm {cuda['architectures'].replace('-real', '')}; " if cuda["built"] else ""
     print(f"fastnlcg     {facts['version']} ({facts['compiler']})")
     print(f"python       {facts['python']}, numpy {facts['numpy']}, torch {facts['torch'] or 'not installed'}")
-    print(f"cpu          {cpu['why_off'] or cpu['instruction_set']} (of {', '.join(cpu['instruction_sets'])})")
+    print(f"cpu          {cpu['unavailable_reason'] or cpu['instruction_set']} (of {', '.join(cpu['instruction_sets'])})")
     print(f"threads      {cpu['threads']}")
     print(
-        f"cuda         off: {built}{cuda['why_off']}"
-        if cuda["why_off"]
+        f"cuda         off: {built}{cuda['unavailable_reason']}"
+        if cuda["unavailable_reason"]
         else f"cuda         {', '.join(cuda['devices'])}"
     )
     differences = ", ".join(f"{dtype} {error:.1e}" for dtype, error in check["differences"].items()) or "none"

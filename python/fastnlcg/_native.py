@@ -1,4 +1,4 @@
-"""The gate between Python and the native module: the only importer of ``_core``, and where arguments are checked.
+"""The validation layer between Python and the native module: the only importer of ``_core``, and where arguments are checked.
 
 Rule: check everything, write nothing, then raise. TypeError is the wrong kind, ValueError the wrong value or shape,
 RuntimeError the wrong moment. Works without torch.
@@ -29,7 +29,7 @@ __all__ = [
     "check_options",
     "check_real",
     "compiler",
-    "cuda_off",
+    "cuda_unavailable_reason",
     "cuda_status",
     "current_stream",
     "instruction_set",
@@ -40,7 +40,7 @@ __all__ = [
     "num_threads",
     "on_gpu",
     "row_doubles",
-    "span_elements",
+    "chunk_elements",
     "state_dtype",
     "version",
     "workspace_doubles",
@@ -88,13 +88,13 @@ instruction_set = _core.instruction_set
 instruction_sets = _core.instruction_sets
 workspace_doubles = _core.workspace_doubles
 row_doubles: int = _core.row_doubles
-span_elements = _core.span_elements
+chunk_elements = _core.chunk_elements
 
 
 @functools.cache
-def cuda_off() -> str:
+def cuda_unavailable_reason() -> str:
     """Why there are no CUDA kernels; empty where there are."""
-    return str(cuda_status()["why_off"])
+    return str(cuda_status()["unavailable_reason"])
 
 
 def on_gpu(device: Any) -> bool:
@@ -290,8 +290,8 @@ def buffers(parameters: Mapping[str, object], state: Mapping[str, object], writt
             raise ValueError(f"{name} is on {view.device} and g on {views.device}; expected one device")
         if view.device != "cpu" and not view.device.startswith("cuda"):
             raise ValueError(f"{name} is on {view.device}, expected cpu or cuda")
-        if view.device != "cpu" and cuda_off():
-            raise ValueError(f"{name} is on {view.device}, expected cpu: {cuda_off()}")
+        if view.device != "cpu" and cuda_unavailable_reason():
+            raise ValueError(f"{name} is on {view.device}, expected cpu: {cuda_unavailable_reason()}")
         if not view.contiguous:
             raise ValueError(f"{name} is not contiguous (row-major); a flat-buffer function needs that")
         if name in written and view.readonly:

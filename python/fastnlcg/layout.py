@@ -440,10 +440,10 @@ def _places(params: Sequence[Tensor], stateful: Sequence[int], uncounted: frozen
         offsets = list(itertools.accumulate(sizes, initial=0))
         return offsets[:-1], counted, counted
     # The copies begin a span, so that the partial sums before them are those that count.
-    span = _native.span_elements(counted + copies)
+    span = _native.chunk_elements(counted + copies)
     begin = -(-counted // span) * span
-    while _native.span_elements(begin + copies) != span:
-        span = _native.span_elements(begin + copies)
+    while _native.chunk_elements(begin + copies) != span:
+        span = _native.chunk_elements(begin + copies)
         begin = -(-counted // span) * span
     split = sum(i not in uncounted for i in stateful)
     offsets = [

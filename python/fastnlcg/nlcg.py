@@ -87,7 +87,7 @@ class NLCG(torch.optim.Optimizer):
 
     Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0, and the BFGS h
     stays. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
-    describe the edit, and the clamp on beta and the gate on the sums keep that harmless. A gradient with other strides
+    describe the edit, and the clamp on beta and the condition on the sums keep that harmless. A gradient with other strides
     than its parameter is copied first, and a parameter with gaps in memory is stepped in a copy; all else is read and
     written in place. ``p.grad`` is left as it was. A step without any gradient does nothing.
 
@@ -120,7 +120,7 @@ class NLCG(torch.optim.Optimizer):
             the gradient seen is ``g + weight_decay * p``.
         eps: added to h where it divides, >= 0; > 0 with ``"adam"``. With ``"bfgs"`` and 0 a step with a curvature
             update moves 4 more bytes per parameter.
-        curvature_eps: the curvature gate of ``"bfgs"``, >= 0.
+        curvature_eps: the curvature condition of ``"bfgs"``, >= 0.
         beta2: the decay of ``"adam"``'s v, in [0, 1).
         beta_max: upper bound of beta, in [0, 1]; None: the preconditioner's default.
         restart: when to forget the direction, beta = 0. None: never (the paper); ``"descent"``: where d would not

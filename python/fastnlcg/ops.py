@@ -131,7 +131,7 @@ def bfgs_diag_update(
         g_prev: gradient before the last move.
         d: direction of the last move.
         alpha_prev: its step length.
-        curvature_eps: the gate, >= 0.
+        curvature_eps: the curvature condition, >= 0.
         threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
 

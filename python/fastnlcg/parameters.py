@@ -41,8 +41,8 @@ def check_parameter(index: int, p: Tensor) -> None:
         raise RuntimeError(f"{what} has layout {here.layout}; expected torch.strided")
     if here.device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"{what} cannot be stepped; expected cpu or cuda")
-    if _native.on_gpu(here.device) and _native.cuda_off():
-        raise RuntimeError(f"{what} cannot be stepped; expected cpu: {_native.cuda_off()}")
+    if _native.on_gpu(here.device) and _native.cuda_unavailable_reason():
+        raise RuntimeError(f"{what} cannot be stepped; expected cpu: {_native.cuda_unavailable_reason()}")
     if not is_dense(here) and _overlaps(here):
         raise ValueError(f"{what} has strides {here.stride()}: expanded or overlapping; expected one place an element")
 
