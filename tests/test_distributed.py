@@ -387,10 +387,10 @@ def test_grad_scaler_over_shards(kind: str) -> None:
 def failing_gather(kind: str, nth: int) -> None:
     net = sharded()
     optimizer = optimizer_of(net.parameters(), kind)
-    train(net, optimizer, 0, 4)
+    train(net, optimizer, 0, 5)
     twin = sharded()
     other = optimizer_of(twin.parameters(), kind)
-    train(twin, other, 0, 4)
+    train(twin, other, 0, 5)
 
     def state(net: nn.Module, optimizer: NLCG) -> str:
         return repr([p.to_local() for p in net.parameters()]) + repr(optimizer.state_dict())
@@ -403,7 +403,7 @@ def failing_gather(kind: str, nth: int) -> None:
             raise ConnectionError("the cable")
         return original(*args, **kwargs)
 
-    loss = loss_of(net, 4, dist.get_world_size(), dist.get_rank())
+    loss = loss_of(net, 5, dist.get_world_size(), dist.get_rank())
     optimizer.zero_grad()
     loss.backward()
     setattr(dist, _GATHER, failing)
@@ -413,8 +413,10 @@ def failing_gather(kind: str, nth: int) -> None:
     finally:
         setattr(dist, _GATHER, original)
     assert state(net, optimizer) == before
-    train(net, optimizer, 4, 7)
-    train(twin, other, 4, 7)
+    train(twin, other, 5, 6)
+    assert other.diagnostics().updated == (kind != "none")  # the step that failed would have written h
+    train(net, optimizer, 5, 8)
+    train(twin, other, 6, 8)
     assert state(net, optimizer) == state(twin, other)
 
 
