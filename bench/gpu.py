@@ -6,7 +6,7 @@
 Times are medians in microseconds on the GPU. A step is timed between two events, behind a pause that lets the host run
 ahead (`gpu_us`), and as the replay of a CUDA graph (`graph_us`: a graph of gradient and step, less one of the gradient
 alone). `host_us` is the time `step()` takes to return. "cold": 256 MB were written in between, so L2 holds nothing.
-In every step the gradient is new, g = p, a quadratic's: the curvature condition is open. Bandwidth is against a measured
+In every step the gradient is new, g = p, a quadratic's: the curvature condition holds. Bandwidth is against a measured
 copy. The JSON is written after every part, so that what broke off is not lost.
 """
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 from fastnlcg import __main__ as main
 from fastnlcg import _native, reference
 
@@ -43,12 +40,3 @@ def test_a_wrong_step_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(reference, "conjugate_direction", lambda z, beta, d: z + 1.01 * beta * d)
     assert main.main([]) == 1
     assert "FAILED" in capsys.readouterr().out
-
-
-def test_the_readmes_lines_of_use_run(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    torch.manual_seed(0)
-    loader = [(torch.randn(50, 4), torch.randint(3, (50,))) for _ in range(3)]
-    exec(code, {"model": torch.nn.Linear(4, 3), "loader": loader})
-    assert "Diagnostics(step=60, " in capsys.readouterr().out

@@ -6,7 +6,9 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
+import backends
 import numpy as np
 import pytest
 import torch
@@ -650,3 +652,64 @@ def test_on_digits_at_large_batch_nlcg_reaches_half_of_momentums_loss() -> None:
             losses.append(nn.functional.cross_entropy(net(x), y).item())
         final[name] = sum(losses)
     assert final["nlcg"] <= 0.5 * final["momentum"]
+
+
+# ---- silent failures have a voice ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_first_skipped_step_warns() -> None:
+    if backends.current.on_gpu:
+        pytest.skip("on a GPU the host does not know of the skip")
+    net = model()
+    optimizer = NLCG(net.parameters())
+    for t in range(3):
+        backward(net)
+        net[0].bias.grad[0] = math.nan
+        if t == 0:
+            with pytest.warns(UserWarning, match="a step was skipped.*not finite") as seen:
+                optimizer.step()
+            assert seen[0].filename == __file__
+        else:
+            optimizer.step()
+    assert optimizer.diagnostics().skipped_steps == 3
+
+
+def test_a_line_search_that_sees_no_loss_warns_once() -> None:
+    net = model()
+    for search in (None, OnlineLineSearch()):
+        optimizer = NLCG(net.parameters(), line_search=search)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(25):
+                backward(net)
+                optimizer.step()
+        assert [str(w.message)[:35] for w in seen] == (["line_search is on, and ten steps ha"] if search else [])
+        assert all(w.filename == __file__ for w in seen)
+
+
+def test_a_loss_given_ahead_is_as_good_as_one_given_with_the_step() -> None:
+    runs = []
+    for ahead in (False, True):
+        net = model()
+        optimizer = NLCG(net.parameters(), 0.01, line_search=OnlineLineSearch(0.0, -0.0, 0.2, 0.1))
+        for t in range(8):
+            loss = backward(net)
+            if ahead and t != 3:
+                optimizer.set_loss(loss)
+                optimizer.step()
+            else:
+                optimizer.step(loss=None if t == 3 else loss)
+        runs.append((bits(net), optimizer.diagnostics()))
+    assert runs[0] == runs[1]
+    with pytest.raises(TypeError, match="loss"):
+        optimizer.set_loss("1")
+
+
+def test_a_loss_in_the_place_of_the_closure() -> None:
+    net = model()
+    optimizer = NLCG(net.parameters())
+    loss = backward(net)
+    with pytest.raises(TypeError, match=r"closure must be callable, got Tensor; did you mean step\(loss=...\)\?"):
+        optimizer.step(loss)
+    assert not optimizer.state

@@ -2,6 +2,7 @@
 
     NLCG                the torch optimizer
     OnlineLineSearch    the paper's line search on the mini-batch loss, an option of NLCG
+    Diagnostics         what a step did: NLCG.diagnostics()
     warmup_cosine       linear warm-up and cosine decay relative to the peak, as a torch scheduler
     paper_schedule      the paper's learning-rate schedule, likewise
     ops                 the step and its parts over flat buffers; no torch needed
@@ -35,6 +36,10 @@ __all__ = [
 __version__ = _native.version
 
 _NEED_TORCH = {"NLCG": "nlcg", "Diagnostics": "nlcg", "paper_schedule": "schedules", "warmup_cosine": "schedules"}
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> object:

@@ -113,7 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     built = f"built for sm {cuda['architectures'].replace('-real', '')}; " if cuda["built"] else ""
     print(f"fastnlcg     {facts['version']} ({facts['compiler']})")
     print(f"python       {facts['python']}, numpy {facts['numpy']}, torch {facts['torch'] or 'not installed'}")
-    print(f"cpu          {cpu['unavailable_reason'] or cpu['instruction_set']} (of {', '.join(cpu['instruction_sets'])})")
+    print(
+        f"cpu          {cpu['unavailable_reason'] or cpu['instruction_set']} (of {', '.join(cpu['instruction_sets'])})"
+    )
     print(f"threads      {cpu['threads']}")
     print(
         f"cuda         off: {built}{cuda['unavailable_reason']}"

@@ -1,4 +1,4 @@
-"""The validation layer between Python and the native module: the only importer of ``_core``, and where arguments are checked.
+"""The validation layer between Python and the native module: checks arguments; the only importer of ``_core``.
 
 Rule: check everything, write nothing, then raise. TypeError is the wrong kind, ValueError the wrong value or shape,
 RuntimeError the wrong moment. Works without torch.
@@ -28,9 +28,10 @@ __all__ = [
     "check_loss",
     "check_options",
     "check_real",
+    "chunk_elements",
     "compiler",
-    "cuda_unavailable_reason",
     "cuda_status",
+    "cuda_unavailable_reason",
     "current_stream",
     "instruction_set",
     "instruction_sets",
@@ -40,7 +41,6 @@ __all__ = [
     "num_threads",
     "on_gpu",
     "row_doubles",
-    "chunk_elements",
     "state_dtype",
     "version",
     "workspace_doubles",

@@ -9,6 +9,7 @@ side holds them; :meth:`NLCG.state_dict` brings the entry up to date.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -73,6 +74,26 @@ def complete(groups: Sequence[MutableMapping[str, Any]], defaults: Mapping[str, 
             if k == 0:
                 group["scalars"] = {"format": 1, "step": 0.0, "gg": 0.0, "gd": 0.0, **group["scalars"]}
         group.setdefault("scalars", scalars_of(k))
+
+
+def size_of(group: Mapping[str, Any]) -> tuple[int, int]:
+    """Of its parameters: how many tensors, how many elements."""
+    return len(group["params"]), sum(p.numel() for p in group["params"])
+
+
+def check_whole(groups: Sequence[Mapping[str, Any]], sizes: Sequence[tuple[int, int]], process_group: object) -> None:
+    """RuntimeError where the groups are not all there, or hold other parameters than were added: DeepSpeed's ZeRO puts
+    this rank's share in the place of a group's parameters, and steps one group at a time."""
+    if len(groups) != len(sizes):
+        raise RuntimeError(
+            f"{len(groups)} parameter groups, expected {len(sizes)}: this optimizer's sums run over all groups, so it "
+            "cannot be stepped one group at a time, as DeepSpeed's ZeRO does (use add_param_group to add one)"
+        )
+    if "deepspeed" in sys.modules and process_group is None and list(map(size_of, groups)) != list(sizes):
+        raise RuntimeError(
+            "the groups hold other parameters than were added: DeepSpeed's ZeRO has put this rank's share in their "
+            "place, and the sums would miss the rest; give process_group= (with one group), or use FSDP2"
+        )
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class Table:
 
     native: _native.Step | None = None
     ranks: distributed.Ranks | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     params: list[Tensor] = field(default_factory=list)
     """every parameter of every group"""
     layout: list[Tensor] = field(default_factory=list)
@@ -138,6 +139,46 @@ class Table:
         assert self.native is not None
         self.native.point([p.data_ptr() for p in self.stepped], [g.data_ptr() for g in self.gradients])
 
+    def step_on_cpu(
+        self, lr: list[float | Tensor], weight_decay: list[float], maximize: list[bool], loss: float | Tensor
+    ) -> bool:
+        """Takes the step. False where it was skipped."""
+        assert self.native is not None
+        rates = [float(rate) for rate in lr]
+        return self.native.step(rates, weight_decay, maximize, self.set, float(loss), _native.num_threads())
+
+    def step_on_gpu(
+        self,
+        lr: list[float | Tensor],
+        weight_decay: list[float],
+        maximize: list[bool],
+        loss: float | Tensor,
+        capturable: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """Enqueues the step on torch's current stream. Numbers that lie on the device are read there."""
+        native, device = self.native, self.device
+        assert native is not None
+        for name, x in (("loss", loss), *(("lr", rate) for rate in lr)):
+            if isinstance(x, Tensor) and x.device != device:
+                raise RuntimeError(f"{name} is on {x.device}, the parameters on {device}")
+        if not capturable and _native.capturing():
+            raise RuntimeError("a step can be captured into a CUDA graph only with capturable=True")
+        native.stream = _native.current_stream(str(device))
+        return native.step(
+            [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
+            weight_decay,
+            maximize,
+            self.set,
+            math.nan if isinstance(loss, Tensor) else loss,
+            1,
+            lr_on_device=[_number(rate) for rate in lr],
+            loss_on_device=_number(loss),
+            grad_scale=_number(grad_scale),
+            found_inf=_number(found_inf),
+        )
+
     def moved(self) -> None:
         """After a step that was taken: brings copies back, and tells autograd of native writes."""
         if not self.plain:
@@ -147,6 +188,11 @@ class Table:
                     if here.numel() and here.data_ptr() != stepped.data_ptr():
                         here.copy_(stepped)
         _increment_version(self.moving)
+
+
+def _number(x: float | Tensor | None) -> tuple[int, str] | None:
+    """Address and type of a number on the device; None for one that is not."""
+    return (x.data_ptr(), DTYPES[x.dtype]) if isinstance(x, Tensor) else None
 
 
 def _signature(t: Tensor) -> tuple[object, ...]:
@@ -269,6 +315,7 @@ class Layout:
         self.table = Table(
             native=native,
             ranks=ranks,
+            device=self.device,
             params=params,
             layout=layout,
             states=len(state),

@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
-from fastnlcg import _native, checkpoint, distributed, groups, layout
+from fastnlcg import _native, checkpoint, diagnostics, distributed, groups, layout
+from fastnlcg.diagnostics import Diagnostics
 from fastnlcg.line_search import OnlineLineSearch
-from fastnlcg.parameters import DTYPES, check_kind
+from fastnlcg.losses import Losses, check_loss, warn_of_skip
+from fastnlcg.parameters import check_kind
 
 __all__ = ["NLCG", "Diagnostics"]
-
-_CALLER = 6  # of step(), for warnings: behind a method of ours, step(), and three wrappers of torch
-
-
-@dataclass(frozen=True)
-class Diagnostics:
-    """What the last step did; see :meth:`NLCG.diagnostics`."""
-
-    step: int
-    """completed steps"""
-    skipped_steps: int
-    """steps that changed nothing because a sum was not finite"""
-    beta: float
-    """conjugacy coefficient after clamping and restarts"""
-    rz: float
-    """sum(g g / (h + eps))"""
-    ys: float
-    """sum(y s): 0 where no curvature pair was formed (first step, changed parameters, not ``"bfgs"``)"""
-    shs: float
-    """sum(s h s), likewise"""
-    updated: bool
-    """whether the preconditioner's diagonal was updated"""
-    grad_norm: float
-    """norm of g, after L2 weight decay"""
-    direction_norm: float
-    """norm of d"""
-    cosine: float
-    """cos(g, -d): 1 is steepest descent; NaN where one of them is zero"""
-    ls_scale: float
-    """line-search scale, in (0, 1]"""
-    launches: int = 0
-    """CUDA launches of the step's passes: 1 (cooperative), or one for each; 0 on the CPU"""
 
 
 class NLCG(torch.optim.Optimizer):
@@ -87,9 +54,9 @@ class NLCG(torch.optim.Optimizer):
 
     Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0, and the BFGS h
     stays. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
-    describe the edit, and the clamp on beta and the condition on the sums keep that harmless. A gradient with other strides
-    than its parameter is copied first, and a parameter with gaps in memory is stepped in a copy; all else is read and
-    written in place. ``p.grad`` is left as it was. A step without any gradient does nothing.
+    describe the edit, and the clamp on beta and the curvature condition keep that harmless. A gradient with other
+    strides than its parameter is copied first, and a parameter with gaps in memory is stepped in a copy; all else is
+    read and written in place. ``p.grad`` is left as it was. A step without any gradient does nothing.
 
     On a GPU a step is enqueued on torch's current stream; it neither waits nor allocates, and whether it was skipped
     only the device knows. The first step, and the first with a new parameter, lay out the state, and cannot be captured
@@ -162,9 +129,7 @@ class NLCG(torch.optim.Optimizer):
 
     _stepping = False
     _checked: list[Any]
-    _next_loss: float | Tensor | None
-    _without_loss: int
-    _warned: bool
+    _skipped: bool  # some step was, and a warning has said so
 
     def __init__(
         self,
@@ -217,7 +182,7 @@ class NLCG(torch.optim.Optimizer):
         self.average_loss = average_loss
         self._process_group = process_group
         self._sizes: list[tuple[int, int]] = []
-        self._forget()
+        self._reset_caches()
         super().__init__(params, defaults)
         self._step_supports_amp_scaling = capturable
 
@@ -238,22 +203,12 @@ class NLCG(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         group.setdefault("scalars", groups.scalars_of(len(self.param_groups) - 1))
-        self._sizes.append(_size(group))
+        self._sizes.append(groups.size_of(group))
 
     def _check_groups(self) -> tuple[dict[str, Any], list[float | Tensor], list[float], list[bool]]:
         """The shared options; lr, weight_decay and maximize per group. All checked, where they have changed."""
         found = self.param_groups
-        if len(found) != len(self._sizes):
-            raise RuntimeError(
-                f"{len(found)} parameter groups, expected {len(self._sizes)}: this optimizer's sums run over all "
-                "groups, so it cannot be stepped one group at a time, as DeepSpeed's ZeRO does (use add_param_group to "
-                "add one)"
-            )
-        if "deepspeed" in sys.modules and self._process_group is None and list(map(_size, found)) != self._sizes:
-            raise RuntimeError(
-                "the groups hold other parameters than were added: DeepSpeed's ZeRO has put this rank's share in their "
-                "place, and the sums would miss the rest; give process_group= (with one group), or use FSDP2"
-            )
+        groups.check_whole(found, self._sizes, self._process_group)
         lr = [groups.check_lr(group["lr"], capturable=group["capturable"]) for group in found]
         weight_decay = [_native.check_real("weight_decay", group["weight_decay"], minimum=0.0) for group in found]
         maximize = [group["maximize"] for group in found]
@@ -290,6 +245,8 @@ class NLCG(torch.optim.Optimizer):
                 (an optimizer that is handed one group at a time cannot form global sums); a second thread. And what
                 torch.distributed raises where ranks exchange sums.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure must be callable, got {type(closure).__name__}; did you mean step(loss=...)?")
         if closure is not None and loss is not None:
             raise ValueError("give a closure or loss=, not both: the closure returns the loss")
         value = None
@@ -302,21 +259,27 @@ class NLCG(torch.optim.Optimizer):
             self._stepping = True
             try:
                 options, lr, weight_decay, maximize = self._check_groups()
-                now: float | Tensor = math.nan
+                loss_seen: float | Tensor = math.nan
                 if options["line_search"] is not None:
                     given = loss if closure is None else value
-                    now = _check_loss(self._next_loss if given is None else given)
-                    self._warn_of_losses(now)
+                    loss_seen = self._losses.take(given, one_of_many=self._one_of_many())
                 table = self._layout.gather(self.param_groups, self.state, self._process_group, self.average_loss)
                 if table.takes_part:
                     if _native.on_gpu(self._layout.device):
-                        moved = self._step_on_gpu(table, lr, weight_decay, maximize, now)
+                        # what GradScaler sets, where _step_supports_amp_scaling
+                        amp = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+                        moved = table.step_on_gpu(lr, weight_decay, maximize, loss_seen, options["capturable"], **amp)
+                    elif options["capturable"]:
+                        raise RuntimeError("capturable=True needs CUDA parameters; these are on the CPU")
                     else:
-                        moved = self._step_on_cpu(table, lr, weight_decay, maximize, now)
+                        moved = table.step_on_cpu(lr, weight_decay, maximize, loss_seen)
                     if moved:
                         table.moved()
+                    elif not self._skipped:
+                        self._skipped = True
+                        warn_of_skip()
                 table.gradients = []
-                self._next_loss = None
+                self._losses.next = None
             except BaseException:
                 # GradScaler sets these for one call and removes them after it, unless the call raises; and it
                 # multiplies with what it finds: the next step would divide by the scale squared.
@@ -330,76 +293,14 @@ class NLCG(torch.optim.Optimizer):
     def set_loss(self, loss: float | Tensor) -> None:
         """The loss of the next step, for the line search, where a trainer calls ``step()`` without one. A closure's
         value or ``loss=`` goes before it."""
-        _check_loss(loss)
-        self._next_loss = loss
+        check_loss(loss)
+        self._losses.next = loss
 
-    def _step_on_cpu(
-        self,
-        table: layout.Table,
-        lr: list[float | Tensor],
-        weight_decay: list[float],
-        maximize: list[bool],
-        loss: float | Tensor,
-    ) -> bool:
-        if self._layout.options["capturable"]:
-            raise RuntimeError("capturable=True needs CUDA parameters; these are on the CPU")
-        assert table.native is not None
-        rates = [float(rate) for rate in lr]
-        return table.native.step(rates, weight_decay, maximize, table.set, float(loss), _native.num_threads())
-
-    def _step_on_gpu(
-        self,
-        table: layout.Table,
-        lr: list[float | Tensor],
-        weight_decay: list[float],
-        maximize: list[bool],
-        loss: float | Tensor,
-    ) -> bool:
-        """Enqueues the step on the current stream. Numbers that lie on the device are read there."""
-        native, device = table.native, self._layout.device
-        assert native is not None
-        for name, x in (("loss", loss), *(("lr", rate) for rate in lr)):
-            if isinstance(x, Tensor) and x.device != device:
-                raise RuntimeError(f"{name} is on {x.device}, the parameters on {device}")
-        if self._layout.options["capturable"] is False and _native.capturing():
-            raise RuntimeError("a step can be captured into a CUDA graph only with capturable=True")
-        native.stream = _native.current_stream(str(device))
-        return native.step(
-            [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
-            weight_decay,
-            maximize,
-            table.set,
-            math.nan if isinstance(loss, Tensor) else loss,
-            1,
-            lr_on_device=[_number(rate) for rate in lr],
-            loss_on_device=_number(loss),
-            # what GradScaler sets, where _step_supports_amp_scaling
-            grad_scale=_number(getattr(self, "grad_scale", None)),
-            found_inf=_number(getattr(self, "found_inf", None)),
-        )
-
-    def _warn_of_losses(self, loss: float | Tensor) -> None:
-        """Gives a voice to a line search that cannot work."""
-        if self.average_loss is None and not self._warned and distributed.world_size() > 1:
-            params = layout.parameters(self.param_groups)
-            if self._process_group is None and not any(map(distributed.is_sharded, params)):
-                self._warned = True
-                warnings.warn(
-                    "the line search sees this rank's loss alone, and torch.distributed has more ranks: pass "
-                    "average_loss=True, which data-parallel replicas need to stay equal, or False where this is meant",
-                    UserWarning,
-                    stacklevel=_CALLER,
-                )
-        if not isinstance(loss, Tensor) and math.isnan(loss):
-            self._without_loss += 1
-            if self._without_loss == 10:
-                warnings.warn(
-                    "line_search is on, and ten steps have seen no loss: pass step(loss=...), a closure, or set_loss()",
-                    UserWarning,
-                    stacklevel=_CALLER,
-                )
-        else:
-            self._without_loss = -(10**9)  # it has seen one
+    def _one_of_many(self) -> bool:
+        """Whether other ranks have losses of their own, and nobody has said what to do about it."""
+        if self.average_loss is not None or self._process_group is not None or distributed.world_size() == 1:
+            return False
+        return not any(map(distributed.is_sharded, layout.parameters(self.param_groups)))
 
     # ---- what it did ---------------------------------------------------------------------------------------------
 
@@ -411,31 +312,7 @@ class NLCG(torch.optim.Optimizer):
             here = self._layout
             if here.native is None and any(isinstance(p, Tensor) and entry for p, entry in self.state.items()):
                 here.restore(self.param_groups, self.state, self._process_group, self.average_loss)  # after a load
-            native, ranks = here.native, here.table.ranks
-            if native is None:
-                return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
-            here.use_stream()
-            s = native.scalars
-            gg, dd, gd = native.state_norms(_native.num_threads())
-            if "grad_prev" not in layout.streams(here.options):  # the step has kept the sums instead
-                gg, gd = s["gg"], s["gd"]
-            if ranks is not None and ranks.every_decision:
-                gg, dd, gd = ranks.total([gg, dd, gd], here.device)
-        norms = math.sqrt(gg) * math.sqrt(dd)
-        return Diagnostics(
-            step=int(s["step"]),
-            skipped_steps=int(s["skipped_steps"]),
-            beta=s["beta"],
-            rz=s["rz"],
-            ys=s["ys"],
-            shs=s["shs_used"],
-            updated=bool(s["updated"]),
-            grad_norm=math.sqrt(gg),
-            direction_norm=math.sqrt(dd),
-            cosine=-gd / norms if norms else math.nan,
-            ls_scale=s["ls_scale"],
-            launches=native.launches,
-        )
+            return diagnostics.read(here)
 
     def __repr__(self) -> str:
         lines: list[str] = super().__repr__().splitlines()
@@ -492,33 +369,14 @@ class NLCG(torch.optim.Optimizer):
         for k, group in enumerate(self.param_groups):
             known = groups.scalars_of(k)
             group["scalars"] = {key: group["scalars"].get(key, value) for key, value in known.items()}
-        self._sizes = list(map(_size, self.param_groups))
+        self._sizes = list(map(groups.size_of, self.param_groups))
         self._step_supports_amp_scaling = self.defaults.get("capturable", False)
-        self._forget()
+        self._reset_caches()
 
-    def _forget(self) -> None:
+    def _reset_caches(self) -> None:
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
         self._lock = threading.Lock()
         self._layout = layout.Layout()
         self._checked = []
-        self._next_loss = None
-        self._without_loss = 0
-        self._warned = False
-
-
-def _size(group: dict[str, Any]) -> tuple[int, int]:
-    return len(group["params"]), sum(p.numel() for p in group["params"])
-
-
-def _number(x: float | Tensor | None) -> tuple[int, str] | None:
-    """Address and type of a number on the device; None for one that is not."""
-    return (x.data_ptr(), DTYPES[x.dtype]) if isinstance(x, Tensor) else None
-
-
-def _check_loss(loss: object) -> float | Tensor:
-    """The loss as a number; as it is where it lies on a GPU."""
-    if isinstance(loss, Tensor) and _native.on_gpu(loss.device) and loss.dtype in DTYPES:
-        if loss.numel() != 1:
-            raise ValueError(f"loss must have one element, got shape {tuple(loss.shape)}")
-        return loss.detach()
-    return _native.check_loss(loss)
+        self._losses = Losses()
+        self._skipped = False

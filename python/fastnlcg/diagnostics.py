@@ -1,0 +1,71 @@
+"""What a step did: numbers that are there anyway, and three norms that are computed when they are asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastnlcg import _native, layout
+
+if TYPE_CHECKING:
+    from fastnlcg.layout import Layout
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What the last step did; see :meth:`NLCG.diagnostics`."""
+
+    step: int
+    """completed steps"""
+    skipped_steps: int
+    """steps that changed nothing because a sum was not finite"""
+    beta: float
+    """conjugacy coefficient after clamping and restarts"""
+    rz: float
+    """sum(g g / (h + eps))"""
+    ys: float
+    """sum(y s): 0 where no curvature pair was formed (first step, changed parameters, not ``"bfgs"``)"""
+    shs: float
+    """sum(s h s), likewise"""
+    updated: bool
+    """whether the preconditioner's diagonal was updated"""
+    grad_norm: float
+    """norm of g, after L2 weight decay"""
+    direction_norm: float
+    """norm of d"""
+    cosine: float
+    """cos(g, -d): 1 is steepest descent; NaN where one of them is zero"""
+    ls_scale: float
+    """line-search scale, in (0, 1]"""
+    launches: int = 0
+    """CUDA launches of the step's passes: 1 (cooperative), or one for each; 0 on the CPU"""
+
+
+def read(of: Layout) -> Diagnostics:
+    """Of the last step. Waits for the device; where parameters are spread over ranks, all have to call it."""
+    native, ranks = of.native, of.table.ranks
+    if native is None:
+        return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
+    of.use_stream()
+    s = native.scalars
+    gg, dd, gd = native.state_norms(_native.num_threads())
+    if "grad_prev" not in layout.streams(of.options):  # the step has kept the sums instead
+        gg, gd = s["gg"], s["gd"]
+    if ranks is not None and ranks.every_decision:
+        gg, dd, gd = ranks.total([gg, dd, gd], of.device)
+    norms = math.sqrt(gg) * math.sqrt(dd)
+    return Diagnostics(
+        step=int(s["step"]),
+        skipped_steps=int(s["skipped_steps"]),
+        beta=s["beta"],
+        rz=s["rz"],
+        ys=s["ys"],
+        shs=s["shs_used"],
+        updated=bool(s["updated"]),
+        grad_norm=math.sqrt(gg),
+        direction_norm=math.sqrt(dd),
+        cosine=-gd / norms if norms else math.nan,
+        ls_scale=s["ls_scale"],
+        launches=native.launches,
+    )

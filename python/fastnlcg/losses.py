@@ -1,0 +1,63 @@
+"""The losses that the line search of an optimizer is told, and its voice where it is told none or the wrong ones."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from torch import Tensor
+
+from fastnlcg import _native
+from fastnlcg.parameters import DTYPES
+
+_CALLER = 6  # of NLCG.step(), for warnings: behind a method here, step(), and three wrappers of torch
+_PATIENCE = 10  # steps without a loss
+
+
+class Losses:
+    def __init__(self) -> None:
+        self.next: float | Tensor | None = None
+        """set ahead of a step that will be given none"""
+        self._missed = 0
+        self._seen = self._warned = False
+
+    def take(self, given: object, *, one_of_many: bool) -> float | Tensor:
+        """The loss of this step, checked; NaN for none. ``one_of_many``: other ranks have losses of their own."""
+        loss = check_loss(self.next if given is None else given)
+        if one_of_many and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the line search sees this rank's loss alone, and torch.distributed has more ranks: pass "
+                "average_loss=True, which data-parallel replicas need to stay equal, or False where this is meant",
+                UserWarning,
+                stacklevel=_CALLER,
+            )
+        self._seen |= isinstance(loss, Tensor) or not math.isnan(loss)
+        self._missed += not self._seen
+        if self._missed == _PATIENCE and not self._seen:
+            self._missed += 1
+            warnings.warn(
+                "line_search is on, and ten steps have seen no loss: pass step(loss=...), a closure, or set_loss()",
+                UserWarning,
+                stacklevel=_CALLER,
+            )
+        return loss
+
+
+def warn_of_skip() -> None:
+    """At the first step that was skipped."""
+    warnings.warn(
+        "a step was skipped, because a gradient (or a sum over them) is not finite; diagnostics().skipped_steps counts "
+        "further ones",
+        UserWarning,
+        stacklevel=_CALLER,
+    )
+
+
+def check_loss(loss: object) -> float | Tensor:
+    """The loss as a number; as it is where it lies on a GPU."""
+    if isinstance(loss, Tensor) and _native.on_gpu(loss.device) and loss.dtype in DTYPES:
+        if loss.numel() != 1:
+            raise ValueError(f"loss must have one element, got shape {tuple(loss.shape)}")
+        return loss.detach()
+    return _native.check_loss(loss)
