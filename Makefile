@@ -14,7 +14,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc cuda python tests/emulation -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
-TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark expecttest hypothesis accelerate lightning transformers tensorboard sphinx myst-parser furo scikit-learn matplotlib tqdm pillow pytorch-optimizer \
+TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark expecttest hypothesis accelerate lightning transformers tensorboard sphinx myst-parser furo \
+         nbclient ipykernel build check-jsonschema scikit-learn matplotlib tqdm pillow pytorch-optimizer \
          ruff mypy clang-format nvidia-cuda-nvdisasm
 CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh tests/emulation/*)
 
@@ -40,6 +41,8 @@ lint: .venv/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: .venv/tools
 	$(BIN)/ruff check --fix .

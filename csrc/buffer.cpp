@@ -4,8 +4,8 @@
 
 #include <stdexcept>
 
-#include "../cuda/step_cuda.h"
 #include "dlpack.h"
+#include "step_cuda.h"
 
 namespace fastnlcg {
 

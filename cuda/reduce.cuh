@@ -2,8 +2,7 @@
 //
 //   a thread   adds its own elements, in the order of the flat state
 //   a block    adds its threads: lanes of a warp 16, 8, 4, 2, 1 apart, then warps 8, 4, 2, 1 apart
-//   the grid   the last block to arrive adds one number per chunk, thread t those of chunks t, t + 512, ..., then as
-//   above
+//   the grid   the last block to arrive adds one number per chunk, thread t those of chunks t, t + 512, ..., then as above
 //
 // Which block summed a chunk, and when, does not enter. No floating-point atomics.
 #pragma once

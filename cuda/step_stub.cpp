@@ -1,7 +1,7 @@
 // CUDA's answers in a build without it.
 #include <stdexcept>
 
-#include "step_cuda.h"
+#include "../csrc/step_cuda.h"
 
 namespace fastnlcg {
 

@@ -10,8 +10,8 @@
 
 #include "../csrc/half.h"
 #include "../csrc/passes.h"
+#include "../csrc/step_cuda.h"
 #include "reduce.cuh"
-#include "step_cuda.h"
 
 namespace fastnlcg {
 namespace {

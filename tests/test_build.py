@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -79,3 +80,43 @@ def test_where_cuda_cannot_be_compiled_auto_says_why_and_builds_without(tmp_path
     status, said = configure(tmp_path, nvcc, mode="ON")
     assert status != 0
     assert reason in said
+
+
+# ---- what was built --------------------------------------------------------------------------------------------------
+
+
+def readelf(*options: str) -> str:
+    from fastnlcg import _core
+
+    return subprocess.run(
+        ["readelf", "-W", *options, _core.__file__], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf (binutils)")
+def test_the_module_is_hardened_and_links_no_more_than_it_needs() -> None:
+    dynamic = readelf("-d")
+    assert re.search(r"\(FLAGS(_1)?\).*\b(BIND_NOW|NOW)\b", dynamic)
+    assert "GNU_RELRO" in readelf("-l")
+    assert re.search(r"GNU_STACK.* RW +0x", readelf("-l"))  # no executable stack
+    assert "__stack_chk_fail" in readelf("--dyn-syms")
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*?)\]", dynamic))
+    names = {re.split(r"[.-]", name)[0] for name in needed}
+    assert names <= {"libgomp", "libstdc++", "libm", "libgcc_s", "libc", "libpthread", "librt", "libdl", "ld"}
+
+
+@pytest.mark.parametrize("first", ["torch", "fastnlcg"])
+def test_one_openmp_runtime_in_the_process(first: str) -> None:
+    """torch's, where torch is imported first; a wheel must not bring one of its own (pyproject.toml, cibuildwheel)."""
+    second = {"torch": "fastnlcg", "fastnlcg": "torch"}[first]
+    code = f"""
+import {first}, {second}, re
+import torch
+from fastnlcg import NLCG
+p = torch.nn.Parameter(torch.ones(100_000)); p.grad = torch.ones_like(p)
+torch.set_num_threads(2); NLCG([p]).step(); p.sum()
+print(*sorted(set(re.findall(r"/\\S*lib[gi]omp\\S*", open("/proc/self/maps").read()))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = done.stdout.split()
+    assert len(found) == 1 if first == "torch" else len(found) <= 2, found

@@ -109,6 +109,38 @@ def test_a_killed_run_goes_on_to_the_same_losses(whole: dict[str, Path], tmp_pat
     assert losses(tmp_path) == losses(whole[world])
 
 
+PRINTS = {
+    "minimal": r"training accuracy 9[5-9]",
+    "large_batch": r"best: 0.0[13]\n",
+    "own_optimizer": r"loss \de-0\d, of 1.08e\+03",
+    "minimize": r"adam +loss +3515.78 -> +97\.",
+}
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_short_ones(name: str) -> None:
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.search(PRINTS[name], done.stdout), done.stdout
+
+
+@pytest.mark.filterwarnings("ignore")  # of jupyter's packages
+def test_the_notebook() -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "examples" / "diagnostics.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert any("120 steps, 0 skipped" in output.get("text", "") for output in outputs)
+
+
+def test_every_example_is_tested() -> None:
+    tested = {*PRINTS, "train", "diagnostics", "with_accelerate", "with_lightning", "with_transformers"}
+    assert {path.stem for path in (ROOT / "examples").iterdir() if path.is_file()} == tested
+
+
 @pytest.mark.parametrize(("name", "most"), [("accelerate", 0.1), ("lightning", 0.15), ("transformers", 0.2)])
 def test_trainers(name: str, most: float) -> None:
     """And the line search has seen the losses: without one, ten steps warn."""

@@ -236,6 +236,8 @@ class Layout:
                     "some; make a new optimizer"
                 )
             self.native.set_options(**_native.native_options(options))
+            if (options["line_search"] is None) != (self.options["line_search"] is None):
+                self.table.params = []  # other ranks may have a say in the loss: look for them again
         self.options = options
 
     def gather(

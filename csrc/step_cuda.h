@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/step_args.h"
+#include "step_args.h"
 
 namespace fastnlcg {
 

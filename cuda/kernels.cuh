@@ -1,0 +1,263 @@
+// The CUDA kernels: the passes of passes.h over tiles. Device code; launches are in step_kernel.cu.
+//
+//     step_pass<S, Pass>           one pass; the last block to finish adds the partial sums and decides what the next pass
+//                                  does
+//     decide_over_ranks<S, Pass>   where parameters are spread over ranks: adds the ranks' rows and decides, in one block,
+//                                  after the ranks have exchanged them between two launches
+//     step_in_one<S, P>            all passes of preconditioner P in one launch: the blocks wait for that decision. What
+//                                  the first loaded, g and one stream more, stays in shared memory as far as it fits
+//     part<S, Pass>                one pass with numbers from the host, for the flat-buffer functions
+//     upload_rows<Row>             the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and
+//                                  a graph can capture it
+//
+// A chunk is one tile of 4096 elements (tile.cuh), for huge states 2^k of them (tiles_per_chunk): one partial sum. A block
+// takes every gridDim-th chunk; every other pass walks backwards, to find in the L2 cache what was read last.
+//
+// The decisions are the CPU's, by the functions of nlcg_math.h, in one thread. Scalars are read at the start of a step and
+// written at its end: where a sum is not finite, nothing changes.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fastnlcg {
+namespace {
+
+// ---- a pass over the block's chunks, and what follows from its sums -----------------------------------------------
+
+template <class S, class Pass>
+__device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pass, Totals& totals) {
+  const Arguments& a = launch.a;
+  const int tiles = static_cast<int>(tiles_of(a.state.n));
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const int last = block + (a.chunks - 1 - block) / blocks * blocks;
+#pragma unroll 1
+  for (int chunk = Pass::kBackward ? last : block; 0 <= chunk && chunk < a.chunks;
+       chunk += Pass::kBackward ? -blocks : blocks) {
+    const int local = chunk / blocks;
+    ThreadSums<S, Pass::kSums> sums = {};
+#pragma unroll 1
+    for (int t = 0; t < a.tiles_per_chunk; ++t) {
+      const int tile = chunk * a.tiles_per_chunk + t;
+      if (tile >= tiles) break;
+      const int slot = local * a.tiles_per_chunk + t;
+      const int smem_offset = slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
+      run_tile(launch, pass, tile, smem_offset, sums);
+    }
+    double largest = static_cast<double>(sums.largest);
+    block_totals<Pass::kSums, Pass::kMaxGradient>(sums.sum, largest, totals, local);
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int j = 0; j < Pass::kSums; ++j) a.partials[j * a.chunks + chunk] = sums.sum[j];
+      if (Pass::kMaxGradient) a.partials[Pass::kSums * a.chunks + chunk] = largest;
+    }
+  }
+}
+
+// The sums over the grid, in thread 0 of the last block.
+template <int K, bool kMax>
+__device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], double& largest, Totals& totals) {
+#pragma unroll
+  for (int j = 0; j < K; ++j) x[j] = 0.0;
+  largest = 0.0;
+#pragma unroll 4
+  for (int chunk = static_cast<int>(threadIdx.x); chunk < a.chunks; chunk += kThreads) {
+    if (chunk < a.counted_chunks) {
+#pragma unroll
+      for (int j = 0; j < K; ++j) x[j] += a.partials[j * a.chunks + chunk];
+    }
+    if (kMax) largest = Larger::of(largest, a.partials[K * a.chunks + chunk]);
+  }
+  block_totals<K, kMax>(x, largest, totals, 0);
+}
+
+__device__ double number(DeviceNumber x) {
+  switch (x.dtype) {
+    case DType::f64:
+      return *static_cast<const double*>(x.address);
+    case DType::f32:
+      return static_cast<double>(*static_cast<const float*>(x.address));
+    case DType::bf16:
+      return static_cast<double>(value_of(*static_cast<const BFloat16*>(x.address)));
+    default:
+      return static_cast<double>(value_of(*static_cast<const Float16*>(x.address)));
+  }
+}
+
+// Before the first decision, by the one thread that decides: the line search and every group's step length.
+__device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const Row& row) {
+  StepPlan c = begin_step(a.options, *a.scalars, a.set, row, a.exchange.ranks > 0);
+  for (std::int64_t i = 0; i < a.n_groups; ++i) {
+    const GroupInput& in = group_inputs(a)[i];
+    const double lr = in.lr_on_device.address != nullptr ? number(in.lr_on_device) : in.lr;
+    a.alpha[i] = lr * c.next.ls_scale;
+    // The host checks an lr that it can see; one on the device is checked here.
+    if (!(is_finite(lr) && lr >= 0.0)) c.skip = true;
+  }
+  return c;
+}
+
+// A number of the scalars, in the state's type.
+template <class S>
+struct Fill {
+  using Scalar = S;
+  __host__ __device__ S operator()(double x) const { return static_cast<S>(x); }
+};
+
+// What this rank knows after a pass.
+template <class Pass>
+__device__ __forceinline__ Row row_of(const Arguments& a, const double (&sums)[Pass::kSums], double largest) {
+  Row row = {};
+#pragma unroll
+  for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
+  row.column[kLargestGradient] = largest;
+  if (Pass::kOpens) {
+    const double loss = a.loss_on_device.address != nullptr ? number(a.loss_on_device) : a.loss;
+    const double found_inf = a.found_inf.address != nullptr ? *static_cast<const float*>(a.found_inf.address) : 0.0f;
+    contribute(row, *a.scalars, a.set, loss, static_cast<double>(a.n_segments), found_inf);
+  }
+  return row;
+}
+
+// What one thread makes of a pass's sums.
+template <class S, class Pass>
+__device__ __forceinline__ void decide(const Arguments& a, const Row& row, bool concludes) {
+  StepPlan& c = a.control->plan;
+  bool bad_lr = false;
+  if (Pass::kOpens) {
+    c = begin_on_device(a, row);
+    bad_lr = c.skip;
+  }
+  Pass::decide(c, a.options, row.column, row.column[kLargestGradient], static_cast<double>(a.state.n), kLargest<S>);
+  c.skip = c.skip || bad_lr || c.idle;
+  if (c.idle) return;
+  if (concludes) {  // nothing is left to be found: what could not be written has been decided before
+    *a.scalars = c.next;
+    for (std::int64_t i = 0; i < a.n_groups; ++i) a.alpha_prev[i] = a.alpha[i];
+  } else if (c.skip) {
+    a.scalars->skipped_steps += 1.0;
+  }
+}
+
+// Whether the ranks exchange their rows after this pass. The sums of the last are for the next step.
+__host__ __device__ __forceinline__ bool exchanges(const Exchange& exchange, bool opens, bool last) {
+  return exchange.ranks > 0 && (opens || (exchange.every_decision && !last));
+}
+
+// One pass of the step; kLast: of its passes; kAlone: never over ranks. True in the block that decided.
+template <class S, class Pass, bool kLast, bool kAlone>
+__device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
+  const Launch<S> launch(a);
+  run_pass(launch, Pass::decided(a.control->plan, a.options, Fill<S>{}), totals);
+  if (!is_last_block(a.control->barrier)) return false;
+  double x[Pass::kSums], largest;
+  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
+  if (threadIdx.x == 0) {
+    const Row row = row_of<Pass>(a, x, largest);
+    if (!kAlone && exchanges(a.exchange, Pass::kOpens, kLast)) {
+      *a.exchange.mine = row;
+    } else {
+      decide<S, Pass>(a, row, kLast);
+    }
+  }
+  if constexpr (kLast) {
+    __syncthreads();
+    const double step = a.scalars->step;
+    for (int i = static_cast<int>(threadIdx.x); i < a.n_segments; i += kThreads) {
+      const int param = a.segments[i].param;
+      a.param_steps[param] = step;
+      if (Pass::kBiasCorrected) a.beta2_powers[param] *= a.options.beta2;
+    }
+  }
+  return true;
+}
+
+// A step that AMP has found to overflow changes nothing, counters included. Over ranks all have to hear of it: the
+// first pass runs, and its row says so.
+__device__ __forceinline__ bool found_inf_set(const Arguments& a) {
+  return a.exchange.ranks == 0 && a.found_inf.address != nullptr &&
+         *static_cast<const float*>(a.found_inf.address) != 0.0f;
+}
+
+// ---- kernels -----------------------------------------------------------------------------------------------------
+// Two blocks of 512 threads fit a multiprocessor at 64 registers a thread; with doubles one, at 128.
+template <class S>
+constexpr int kBlocksOf = sizeof(S) == sizeof(float) ? 2 : 1;
+
+template <class S, class Pass, bool kLast>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
+  __shared__ Totals totals;
+  if (found_inf_set(a) || (!Pass::kOpens && a.control->plan.skip)) return;
+  pass_and_decide<S, Pass, kLast, false>(a, totals);
+}
+
+template <class S, class Pass>
+__global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
+  if (!Pass::kOpens && a.control->plan.skip) return;
+  __shared__ Row row;
+  const int j = static_cast<int>(threadIdx.x);
+  if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.counted, a.exchange.ranks, j);
+  __syncthreads();
+  if (j == 0) decide<S, Pass>(a, row, false);
+}
+
+// The passes one after another, the blocks barrier after each but the last.
+template <class S, class First, class... Rest>
+__device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
+                                              unsigned meetings) {
+  constexpr bool kLast = sizeof...(Rest) == 0;
+  const bool decided = pass_and_decide<S, First, kLast, true>(a, totals);
+  if constexpr (!kLast) {
+    GridBarrier& barrier = a.control->barrier;
+    if (decided) {
+      arrive_and_release(barrier);
+    } else {
+      wait(barrier, generation, meetings);
+    }
+    __syncthreads();
+    if (!a.control->plan.skip) passes_in_one<S, Rest...>(a, totals, generation, meetings + 1);
+  }
+}
+template <class S, template <class> class... P>
+__device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
+                                              PassList<P...>) {
+  passes_in_one<S, P<S>...>(a, totals, generation, 0);
+}
+
+template <class S, class Preconditioner>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_in_one(const __grid_constant__ Arguments a) {
+  __shared__ Totals totals;
+  if (found_inf_set(a)) return;
+  __shared__ unsigned generation;  // before the first barrier; thread 0's
+  if (threadIdx.x == 0) generation = barrier_generation(a.control->barrier);
+  passes_in_one<S>(a, totals, generation, typename Preconditioner::Passes{});
+}
+
+template <class S, class Pass>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_constant__ Arguments a, const Pass pass) {
+  __shared__ Totals totals;
+  const Launch<S> launch(a);
+  run_pass(launch, pass, totals);
+  if (!is_last_block(a.control->barrier)) return;
+  double x[Pass::kSums], largest;
+  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
+  if (threadIdx.x != 0) return;
+#pragma unroll
+  for (int j = 0; j < Pass::kSums; ++j) a.control->sums[j] = x[j];
+}
+
+// As many rows as fit the kernel arguments of every CUDA (4 KB), and of CUDA 12.1 and newer (32,764 bytes).
+template <class Row, int kBytes>
+struct Rows {
+  static constexpr int kMax = (kBytes - 32) / static_cast<int>(sizeof(Row));
+  Row row[kMax];
+  int count;
+};
+
+template <class Row, int kBytes>
+__global__ void upload_rows(const __grid_constant__ Rows<Row, kBytes> rows, Row* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < rows.count; i += static_cast<int>(blockDim.x)) to[i] = rows.row[i];
+}
+constexpr int kSmallRows = 4096, kLargeRows = 32764;
+
+}  // namespace
+}  // namespace fastnlcg

@@ -1,0 +1,24 @@
+"""Minimizing a function with the reference: NumPy float64, no torch, no native code in the loop.
+
+    python examples/minimize.py
+
+fastnlcg.reference is the definition of the method, which every kernel is tested against, and usable by itself.
+"""
+
+import numpy as np
+from fastnlcg import reference
+
+
+def rosenbrock(x: np.ndarray) -> tuple[float, np.ndarray]:
+    """The chain of n = 64, and its gradient."""
+    a, b = x[1:] - x[:-1] ** 2, 1.0 - x[:-1]
+    gradient = np.zeros_like(x)
+    gradient[1:] += 200.0 * a
+    gradient[:-1] += -400.0 * x[:-1] * a - 2.0 * b
+    return float(np.sum(100.0 * a**2 + b**2)), gradient
+
+
+start = np.linspace(-1.0, 1.0, 64)
+for preconditioner, lr in (("adam", 0.01), ("bfgs", 2e-4), (None, 2e-4)):
+    run = reference.minimize(rosenbrock, start, steps=300, lr=lr, preconditioner=preconditioner)
+    print(f"{preconditioner!s:<5} loss {run.losses[0]:8.2f} -> {run.losses[-1]:8.4f}")
