@@ -119,4 +119,4 @@ print(*sorted(set(re.findall(r"/\\S*lib[gi]omp\\S*", open("/proc/self/maps").rea
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = done.stdout.split()
-    assert len(found) == 1 if first == "torch" else len(found) <= 2, found
+    assert len(found) == 1, found
