@@ -37,6 +37,13 @@ Shape shape_of(int ndim, GetSize size, GetStride stride, std::int64_t unit) {
   return shape;
 }
 
+// The stride of a row-major dimension, walking from the last. What overflows is refused by shape_of, from the extents.
+std::int64_t next_stride(std::int64_t& row_major, std::int64_t extent) {
+  const std::int64_t stride = row_major;
+  if (extent != 0 && __builtin_mul_overflow(row_major, extent, &row_major)) row_major = 0;
+  return stride;
+}
+
 std::string dtype_name(const DLDataType& type) {
   static const char* const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
   const std::string kind = type.code < 7 ? kinds[type.code] : "type code " + std::to_string(type.code) + " of ";
@@ -99,8 +106,17 @@ void Buffer::from_buffer_protocol(PyObject* owner) {
   data_ = view_.buf;
   dtype_ = format_name(view_.format, view_.itemsize);
   readonly_ = view_.readonly != 0;
+  // Without strides it is row-major (ctypes), without a shape one-dimensional.
+  std::int64_t row_major = view_.itemsize;
+  const std::int64_t length = view_.itemsize > 0 ? view_.len / view_.itemsize : 0;
   const Shape shape = shape_of(
-      view_.ndim, [&](int i) { return view_.shape[i]; }, [&](int i) { return view_.strides[i]; }, view_.itemsize);
+      view_.shape == nullptr ? 1 : view_.ndim,
+      [&](int i) { return view_.shape == nullptr ? length : static_cast<std::int64_t>(view_.shape[i]); },
+      [&](int i) {
+        if (view_.strides != nullptr) return static_cast<std::int64_t>(view_.strides[i]);
+        return next_stride(row_major, view_.shape == nullptr ? length : static_cast<std::int64_t>(view_.shape[i]));
+      },
+      view_.itemsize);
   size_ = shape.size;
   contiguous_ = shape.contiguous && view_.suboffsets == nullptr;
 }
@@ -182,16 +198,16 @@ void Buffer::from_cuda_array_interface(PyObject* owner) {
       ndim, [&](int i) { return integer(PyTuple_GET_ITEM(shape, i)); },
       [&](int i) {
         if (strided) return integer(PyTuple_GET_ITEM(strides, i));
-        const std::int64_t stride = row_major, extent = integer(PyTuple_GET_ITEM(shape, i));
-        if (extent != 0) row_major *= extent;
-        return stride;
+        return next_stride(row_major, integer(PyTuple_GET_ITEM(shape, i)));
       },
       unit);
   size_ = s.size;
   contiguous_ = s.contiguous;
   data_ = PyLong_AsVoidPtr(PyTuple_GET_ITEM(data, 0));
   if (data_ == nullptr && PyErr_Occurred()) throw PythonError{};
-  readonly_ = PyObject_IsTrue(PyTuple_GET_ITEM(data, 1)) != 0;
+  const int readonly = PyObject_IsTrue(PyTuple_GET_ITEM(data, 1));
+  if (readonly < 0) throw PythonError{};
+  readonly_ = readonly != 0;
   device_ = "cuda:" + std::to_string(data_ == nullptr ? 0 : cuda_device_of(data_));
   Py_INCREF(owner);
   owner_ = owner;
@@ -227,16 +243,14 @@ void Buffer::from_capsule(PyObject* capsule) {
   dtype_ = tensor->dtype.code == 4 && tensor->dtype.bits == 16 && tensor->dtype.lanes == 1 ? "bfloat16"
                                                                                            : dtype_name(tensor->dtype);
   device_ = device_name(tensor->device);
-  if (tensor->ndim < 0) throw std::invalid_argument("a DLPack tensor with a negative number of dimensions");
+  if (tensor->ndim < 0 || (tensor->ndim > 0 && tensor->shape == nullptr)) {
+    throw std::invalid_argument("a DLPack tensor of " + std::to_string(tensor->ndim) + " dimensions without a shape");
+  }
   // strides count elements; a null pointer means row-major
   std::int64_t row_major = 1;
   const Shape shape = shape_of(
       tensor->ndim, [&](int i) { return tensor->shape[i]; },
-      [&](int i) {
-        const std::int64_t stride = tensor->strides == nullptr ? row_major : tensor->strides[i];
-        if (tensor->strides == nullptr && tensor->shape[i] != 0) row_major *= tensor->shape[i];
-        return stride;
-      },
+      [&](int i) { return tensor->strides == nullptr ? next_stride(row_major, tensor->shape[i]) : tensor->strides[i]; },
       1);
   size_ = shape.size;
   contiguous_ = shape.contiguous;

@@ -44,7 +44,8 @@ NLCG_HD T scaled_gradient(T g, T factor) {
 // L2 weight decay pulls toward zero: the gradient the method sees.
 template <class T>
 NLCG_HD T decayed_gradient(T g, T weight_decay, T p) {
-  return g + weight_decay * p;
+  // Where the decay is 0 the parameter has no say: it may be infinite, and share a vector with others that decay.
+  return weight_decay != T{} ? g + weight_decay * p : g;
 }
 
 // min(x, bound), and bound where x is NaN: an overflow inside the curvature update must not reach h.
@@ -244,13 +245,15 @@ NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double set, co
 }
 
 // bfgs, after pass 1: is h updated? `gs` = sum(g s) over this gradient and the last move.
-NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double grad_max, double n, double largest) {
+NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double grad_max, double n, double limit) {
   c.skip = o.skip_nonfinite && !(is_finite(gs) && is_finite(grad_max));
   c.next.ys = c.same ? gs - c.next.gs : 0.0;
   c.next.shs_used = c.same ? c.next.shs : 0.0;
   c.curvature = c.same && curvature_accepted(c.next.ys, c.next.shs, o.curvature_eps);
+  // Pass 2 divides by eps in the state's type, where a tiny one is 0.
+  const double eps = limit < 2.0 * kLargestFloat ? static_cast<double>(static_cast<float>(c.eps)) : c.eps;
   c.deferred =
-      c.curvature && (c.spread || (o.skip_nonfinite && may_overflow(grad_max, c.next.grad_max, c.eps, n, largest)));
+      c.curvature && (c.spread || (o.skip_nonfinite && may_overflow(grad_max, c.next.grad_max, eps, n, limit)));
   c.next.updated = c.curvature ? 1.0 : 0.0;
   c.next.grad_max = grad_max;
 }

@@ -126,7 +126,7 @@ SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
   }
   lanes.decays = Pass::kL2 && x[kWeightDecay] != 0.0;
   lanes.maximizes = x[kSign] < 0.0;
-  lanes.moves = x[kAlpha] != 0.0;
+  lanes.moves = static_cast<S>(x[kAlpha]) != S{0};
   return lanes;
 }
 
@@ -205,7 +205,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
     for (int j = 0; j < kNumbers; ++j) block.number[j][lane] = static_cast<S>(x[j]);
     lanes.decays |= Pass::kL2 && x[kWeightDecay] != 0.0;
     lanes.maximizes |= x[kSign] < 0.0;
-    lanes.moves |= x[kAlpha] != 0.0;
+    lanes.moves |= static_cast<S>(x[kAlpha]) != S{0};
   });
   static_assert(sizeof(lanes.number) == sizeof(block.number));
   __builtin_memcpy(lanes.number, block.number, sizeof(block.number));
@@ -277,10 +277,8 @@ void run_tile(const Step& step, const Pass& pass, Flags flags, std::int64_t tile
 
 // libgomp's pool does not survive fork(): a child that enters a parallel region hangs. It computes alone instead, with
 // the same bits.
-bool forked() {
-  static const pid_t owner = getpid();
-  return getpid() != owner;
-}
+const pid_t loaded_by = getpid();  // at load, not at first use: that may be in the child
+bool forked() { return getpid() != loaded_by; }
 
 // Every other pass walks backwards, in strips of half a megabyte per stream: it finds in the cache what the pass before
 // read last, and the next, forwards again, what it left. A strip is long enough for the hardware's prefetchers, which

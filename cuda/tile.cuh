@@ -235,7 +235,7 @@ struct Launch {
     x.weight_decay = static_cast<S>(weight_decay);
     x.kept = static_cast<S>(1.0 - alpha * weight_decay);
     x.decays = Pass::kL2 && weight_decay != 0.0;
-    x.moves = alpha != 0.0;
+    x.moves = x.alpha != S{0};
     if (Pass::kBiasCorrected) {
       const double power = a.beta2_powers[segment.param];
       x.root = root_correction<S>(power * a.options.beta2);

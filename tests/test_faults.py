@@ -917,3 +917,199 @@ def test_a_step_allocates_nothing_of_the_parameters_size() -> None:
     before = status("VmRSS")
     optimizer.step()
     assert status("VmHWM") - before < 1 << 20
+
+
+# ---- found by attacks: each was red once -----------------------------------------------------------------------------
+
+
+class TestHAttacks:
+    def test_a_group_without_decay_beside_one_with(self) -> None:
+        """0 * inf: an infinite parameter without decay, in the block of one with decay, became NaN."""
+        ps = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.full((5,), math.inf))]
+        for p in ps:
+            p.grad = torch.ones(5)
+        groups = [{"params": [ps[0]], "weight_decay": 0.1}, {"params": [ps[1]]}]
+        optimizer = NLCG(groups, 0.1, preconditioner=None)
+        optimizer.step()
+        assert optimizer.diagnostics().skipped_steps == 0
+        assert torch.isfinite(ps[0]).all()
+
+    @pytest.mark.parametrize("n", [5, 16, 40])
+    def test_the_sign_of_a_zero_where_alpha_underflows(self, cpu_or_emulated: backends.Backend, n: int) -> None:
+        p = nn.Parameter(torch.full((n,), -0.0))
+        p.grad = torch.full((n,), -1.0)
+        NLCG([p], 1e-46, preconditioner=None).step()
+        assert bool(torch.signbit(p).all())
+
+    def test_a_tiny_eps_does_not_let_a_skipped_step_write_h(self, cpu_or_emulated: backends.Backend) -> None:
+        """In float32 an eps of 1e-50 is 0: where h is 0 pass 2 then divides by it."""
+        ps, optimizer = stepped(preconditioner="bfgs", eps=1e-50)
+        optimizer.state[ps[0]]["hessian_diag"].view(-1)[0] = 0.0
+        before = everything(ps, optimizer)
+        quadratic_gradients(ps)
+        ps[0].grad.view(-1)[0] = optimizer.state[ps[0]]["grad_prev"].view(-1)[0]  # y = 0 there: h stays 0
+        optimizer.state[ps[0]]["direction"].view(-1)[0] = 0.0
+        before = everything(ps, optimizer)
+        optimizer.step()
+        if optimizer.diagnostics().skipped_steps:
+            assert everything(ps, optimizer) == before
+
+    def test_many_skipped_sets_do_not_forget_the_last_one(self, cpu_or_emulated: backends.Backend) -> None:
+        ps = [parameter(3, seed=k) for k in range(8)]
+        optimizer = NLCG(ps, 0.01)
+        for _ in range(2):
+            one_step(ps, optimizer)
+        for k in range(1, 200):  # other sets, all skipped
+            for i, p in enumerate(ps):
+                p.grad = torch.full((3,), math.nan) if k >> i & 1 else None
+            optimizer.step()
+        one_step(ps, optimizer)
+        assert optimizer.diagnostics().beta > 0
+
+    @pytest.mark.parametrize("backend_name", ["cpu"])
+    def test_state_set_by_hand_is_taken(self, backend_name: str) -> None:
+        ps, optimizer = stepped()
+        qs, other = stepped()
+        zero = torch.zeros_like(ps[0])
+        optimizer.state[ps[0]]["direction"] = zero  # another tensor
+        other.state[qs[0]]["direction"].zero_()  # in place
+        one_step(ps, optimizer)
+        one_step(qs, other)
+        assert torch.equal(ps[0], qs[0])
+        assert torch.equal(optimizer.state[ps[0]]["direction"], other.state[qs[0]]["direction"])
+        optimizer.state[ps[1]] = {}  # starts again
+        one_step(ps, optimizer)
+        assert optimizer.state[ps[1]]["step"] == optimizer.state[ps[0]]["step"]
+        assert optimizer.diagnostics().beta == 0.0
+
+    def test_a_model_that_becomes_double_between_steps(self) -> None:
+        ps, optimizer = stepped()
+        for p in ps:
+            p.data = p.data.double()
+        one_step(ps, optimizer)
+        assert all(s["direction"].dtype == torch.float64 for s in optimizer.state.values())
+        assert optimizer.diagnostics().step == 4
+
+    @pytest.mark.parametrize(
+        ("keywords", "match"),
+        [
+            ({"lr": 10**400}, "Invalid learning rate"),
+            ({"eps": 10**400}, "Invalid eps"),
+            ({"restart": 2**63}, "restart"),
+        ],
+    )
+    def test_numbers_beyond_a_double(self, keywords: dict, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            NLCG([parameter(3)], **keywords)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda s: s["state"][0].update(step=2**63), r"'step'.*2\*\*53"),
+            (lambda s: s["state"][0].update(step=1e308), r"'step'.*2\*\*53"),
+            (lambda s: s["state"][0].update(direction=torch.full((20,), 1e300, dtype=torch.float64)), "not finite"),
+            (lambda s: s["param_groups"][0].update(params=[0, 0]), "twice"),
+        ],
+    )
+    def test_checkpoints_that_would_fail_later(self, change: object, match: str) -> None:
+        ps, optimizer = stepped()
+        saved = copy.deepcopy(optimizer.state_dict())
+        change(saved)
+        before = everything(ps, optimizer)
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(saved)
+        assert everything(ps, optimizer) == before
+
+    def test_own_checkpoints_are_taken_after_a_propagated_nan(self) -> None:
+        ps, optimizer = stepped(nonfinite="propagate")
+        ps[0].grad.fill_(math.nan)
+        optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    def test_a_step_count_of_one_element_is_taken(self) -> None:
+        ps, optimizer = stepped()
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["state"][0]["step"] = torch.tensor([3.0])
+        optimizer.load_state_dict(saved)
+        one_step(ps, optimizer)
+        assert optimizer.state[ps[0]]["step"] == 4
+
+    def test_an_interrupt_leaves_no_move_that_autograd_has_not_heard_of(self) -> None:
+        """Ctrl-C in the middle of the native step: it ends, then KeyboardInterrupt."""
+        import signal
+
+        p = parameter(3_000_000)
+        p.grad = torch.ones_like(p)
+        optimizer = NLCG([p])
+        optimizer.step()
+        before, version = p.detach().clone(), p._version
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        def train() -> None:
+            signal.setitimer(signal.ITIMER_REAL, 0.0005)
+            for _ in range(1000):
+                optimizer.step()
+
+        old = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                train()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, old)
+        assert p._version > version or torch.equal(p, before)
+        steps = optimizer.diagnostics().step
+        assert optimizer.state_dict()["state"][0]["step"] == steps
+        optimizer.step()
+        assert optimizer.diagnostics().step == steps + 1
+
+    def test_diagnostics_in_a_signal_handler_do_not_deadlock(self) -> None:
+        import signal
+
+        p = parameter(3_000_000)
+        p.grad = torch.ones_like(p)
+        optimizer = NLCG([p])
+        optimizer.step()
+        seen: list[object] = []
+
+        def handler(*_: object) -> None:
+            try:
+                seen.append(optimizer.diagnostics().step)
+            except RuntimeError as error:
+                seen.append(str(error))
+
+        old = signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        try:
+            while len(seen) < 20:
+                optimizer.step()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, old)
+        assert all(isinstance(x, int) or "inside a step" in x for x in seen)
+
+    def test_a_child_forked_while_another_thread_steps(self) -> None:
+        """It steps, or is told why it cannot; it does not wait for a thread that it does not have."""
+        p = parameter(5_000_000)
+        p.grad = torch.ones_like(p)
+        optimizer = NLCG([p])
+        optimizer.step()
+        thread = threading.Thread(target=lambda: [optimizer.step() for _ in range(30)])
+        thread.start()
+        children = []
+        for _ in range(3):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    optimizer.step()
+                    os._exit(0)
+                except RuntimeError as error:  # the step was under way, so its state is torn here: refused for good
+                    os._exit(0 if "another thread" in str(error) else 1)
+                finally:
+                    os._exit(2)
+            children.append(pid)
+        thread.join()
+        for pid in children:
+            assert os.waitpid(pid, 0)[1] == 0

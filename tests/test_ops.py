@@ -440,3 +440,49 @@ except ModuleNotFoundError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "fastnlcg.NLCG needs torch: pip install 'fastnlcg[torch]'" in done.stdout
+
+
+# ---- found by attacks ------------------------------------------------------------------------------------------------
+
+
+def test_arrays_without_strides() -> None:
+    """ctypes leaves them out of its buffer, which means row-major; it was a null pointer."""
+    import ctypes
+
+    array = (ctypes.c_float * 12)(*range(12))
+    view = _native.Buffer(array)
+    assert (view.size, view.dtype, view.contiguous) == (12, "float32", True)
+    nested = ((ctypes.c_double * 3) * 4)()
+    view = _native.Buffer(nested)
+    assert (view.size, view.contiguous) == (12, True)
+
+
+def test_no_gradient_is_said() -> None:
+    with pytest.raises(TypeError, match="g must be an array, got None"):
+        ops.preconditioned_dots(None, None, None)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2**31, 2**70])
+def test_thread_counts_are_bounded(threads: int) -> None:
+    with pytest.raises(ValueError, match=r"threads must be from 1 to 2\*\*31 - 1"):
+        ops.preconditioned_dots(np.ones(3, "f"), None, None, threads=threads)
+
+
+def test_a_shape_beyond_64_bits_is_refused() -> None:
+    class Absurd:
+        __cuda_array_interface__ = {"shape": (2**40, 2**40), "typestr": "<f4", "data": (4096, False), "version": 3}  # noqa: RUF012
+
+    with pytest.raises(ValueError, match="more bytes than 64 bits"):
+        _native.Buffer(Absurd())
+
+
+def test_a_raising_bool_is_passed_on() -> None:
+    class Bad:
+        def __bool__(self) -> bool:
+            raise ZeroDivisionError
+
+    class Array:
+        __cuda_array_interface__ = {"shape": (2,), "typestr": "<f4", "data": (4096, Bad()), "version": 3}  # noqa: RUF012
+
+    with pytest.raises(ZeroDivisionError):
+        _native.Buffer(Array())

@@ -79,6 +79,7 @@ RESTARTS = ("descent", "powell")
 NONFINITE = ("skip", "propagate")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 SMALLEST_EPS = 1.1754944e-38  # the least normal float32: anything less may be flushed to 0
+LARGEST_COUNT = 2**53  # of steps: whole numbers up to here are exact in a double
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 version: str = _core.version
@@ -127,7 +128,10 @@ def check_real(name: str, value: object, *, minimum: float = -math.inf) -> float
     """``value`` as a float; TypeError unless it is a real number, ValueError unless finite and >= ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the largest double
+        number = math.inf
     if not (math.isfinite(number) and number >= minimum):
         bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
         what = "Invalid learning rate" if name == "lr" else f"Invalid {name}"
@@ -166,8 +170,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be a bool, got {options[name]!r}")
     restart = options["restart"]
     if isinstance(restart, int) and not isinstance(restart, bool):
-        if restart < 1:
-            raise ValueError(f"restart must be at least 1 step, got {restart}")
+        if not 1 <= restart <= LARGEST_COUNT:
+            raise ValueError(f"restart must be from 1 to 2**53 steps, got {restart}")
     elif restart is not None:
         kind = ValueError if isinstance(restart, str) else TypeError
         if not isinstance(restart, str) or restart not in RESTARTS:
@@ -232,8 +236,8 @@ def num_threads(threads: int | None = None) -> int:
     if threads is not None:
         if isinstance(threads, bool) or not isinstance(threads, int):
             raise TypeError(f"threads must be an int, got {threads!r}")
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        if not 1 <= threads < 2**31:
+            raise ValueError(f"threads must be from 1 to 2**31 - 1, got {threads}")
         return threads
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch is not None else _core.max_threads()
@@ -274,6 +278,8 @@ def buffers(parameters: Mapping[str, object], state: Mapping[str, object], writt
     ``parameters`` share one dtype (and ``g`` is among them); ``state`` has the state's dtype for it. Names mapped to
     None are left out.
     """
+    if parameters["g"] is None:
+        raise TypeError("g must be an array, got None")
     given = {name: array for name, array in {**parameters, **state}.items() if array is not None}
     views = Views({name: _view(name, array) for name, array in given.items()})
     views.dtype, views.device, views.n = views["g"].dtype, views["g"].device, views["g"].size

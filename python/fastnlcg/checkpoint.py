@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastnlcg import groups, layout
+from fastnlcg import _native, groups, layout
 from fastnlcg.distributed import as_like, memory, shard_like
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ def check(optimizer: NLCG, given: object) -> None:
     sizes, own_sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
     if sizes != own_sizes:
         raise ValueError(f"param_groups have {sizes} parameters, expected {own_sizes}")
+    indices = [index for g in saved for index in g["params"]]
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"param_groups name a parameter twice: {indices}")
     if not isinstance(state, Mapping):
         raise ValueError(f"state must be a mapping, got {type(state).__name__}")
     _check_names(saved, own)
@@ -42,7 +45,7 @@ def check(optimizer: NLCG, given: object) -> None:
             groups.check(group)
         except (TypeError, ValueError) as error:
             raise ValueError(f"param_groups[{k}]: {error}") from error
-        unknown += groups.check_scalars(k, group)
+        unknown += groups.check_scalars(k, group, finite=group["nonfinite"] == "skip")
     groups.check_together(whole)
     if whole[0]["scalars"].get("format", groups.FORMAT) > groups.FORMAT:
         unknown += [f"param_groups[0][{key!r}]" for key in whole[0] if key not in own[0]]
@@ -94,7 +97,8 @@ def _check_entry(index: Any, p: Tensor, entry: object, options: Mapping[str, Any
         if value.shape != p.shape:
             raise ValueError(f"{where}: {key!r} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
         here = memory(value)
-        if finite and not bool(torch.isfinite(here).all()):
+        as_kept = here if p.dtype == torch.float64 else here.float()
+        if finite and not bool(torch.isfinite(as_kept).all()):
             raise ValueError(f"{where}: {key!r} has values that are not finite")
         if finite and key in ("hessian_diag", "exp_avg_sq") and here.numel() and bool((here < 0).any()):
             raise ValueError(f"{where}: {key!r} has negative values")
@@ -104,8 +108,8 @@ def _check_entry(index: Any, p: Tensor, entry: object, options: Mapping[str, Any
 def _check_number(where: str, key: str, value: object) -> None:
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     real = isinstance(number, float | int) and not isinstance(number, bool)
-    if key == "step" and not (real and number >= 0 and float(number).is_integer()):  # type: ignore[operator, arg-type]
-        raise ValueError(f"{where}: 'step' is {value!r}, expected a whole number >= 0")
+    if key == "step" and not (real and 0 <= number <= _native.LARGEST_COUNT and int(number) == number):  # type: ignore
+        raise ValueError(f"{where}: 'step' is {value!r}, expected a whole number from 0 to 2**53")
     if key == "beta2_power" and not (real and 0.0 <= number <= 1.0):  # type: ignore[operator]
         raise ValueError(f"{where}: 'beta2_power' is {value!r}, expected a number in [0, 1]")
 

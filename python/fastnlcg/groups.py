@@ -152,9 +152,9 @@ def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
     return _native.check_real("lr", lr, minimum=0.0)
 
 
-def check_scalars(k: int, group: Mapping[str, Any]) -> list[str]:
+def check_scalars(k: int, group: Mapping[str, Any], *, finite: bool = True) -> list[str]:
     """Checks the scalars of a group that was saved, and returns the names that this version does not know. ValueError
-    for what is missing or damaged."""
+    for what is missing or damaged; ``finite``: NaN and Inf are damage."""
     where, scalars = f"param_groups[{k}]", group["scalars"]
     if not isinstance(scalars, Mapping):
         raise ValueError(f"{where}['scalars'] is {type(scalars).__name__}, expected a mapping")
@@ -167,10 +167,12 @@ def check_scalars(k: int, group: Mapping[str, Any]) -> list[str]:
         if value is None and key == "loss_prev":
             continue
         number = isinstance(value, float | int) and not isinstance(value, bool)
-        if not (number and math.isfinite(value)):
+        if not number or (not math.isfinite(value) and (finite or key in ("format", "step", "skipped_steps"))):
             raise ValueError(f"{where}['scalars'][{key!r}] is {value!r}, expected a finite number")
         if key == "ls_scale" and not 0.0 < value <= 1.0:
             raise ValueError(f"{where}['scalars']['ls_scale'] is {value!r}, expected 0 < ls_scale <= 1")
-        if key in ("step", "skipped_steps", "format") and not (value >= 0 and float(value).is_integer()):
-            raise ValueError(f"{where}['scalars'][{key!r}] is {value!r}, expected a whole number >= 0")
+        if key in ("step", "skipped_steps", "format") and not (
+            0 <= value <= _native.LARGEST_COUNT and int(value) == value
+        ):
+            raise ValueError(f"{where}['scalars'][{key!r}] is {value!r}, expected a whole number from 0 to 2**53")
     return [f"{where}['scalars'][{key!r}]" for key in scalars if key not in scalars_of(k)]

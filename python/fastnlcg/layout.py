@@ -12,6 +12,7 @@ all ranks count the same steps of it.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -81,8 +82,8 @@ class Table:
     """every parameter of every group"""
     layout: list[Tensor] = field(default_factory=list)
     """those with state, in the order of the flat state"""
-    states: int = 0
-    """len(optimizer.state) when the state was laid out"""
+    state: list[object] = field(default_factory=list)
+    """what optimizer.state held when it was laid out: the views of every parameter, one after another"""
     groups: int = 0
     """len(optimizer.param_groups) then"""
     moving: list[Tensor] = field(default_factory=list)
@@ -104,6 +105,11 @@ class Table:
     def takes_part(self) -> bool:
         """Whether there is anything to do, here or on the other ranks."""
         return self.native is not None and (bool(self.moving) or self.ranks is not None)
+
+    def holds(self, state: State) -> bool:
+        """Whether optimizer.state is what was laid out, and nobody has put another tensor there, or taken one away."""
+        found = _entries(state)
+        return len(found) == len(self.state) and all(map(is_, found, self.state))
 
     def refresh(self) -> bool:
         """Follows the parameters to new gradients, the usual case between two steps. False where anything but an
@@ -179,15 +185,22 @@ class Table:
             found_inf=_number(found_inf),
         )
 
-    def moved(self) -> None:
-        """After a step that was taken: brings copies back, and tells autograd of native writes."""
+    def announce(self) -> None:
+        """Tells autograd of the native writes to come."""
+        _increment_version(self.moving)
+
+    def bring_back(self) -> None:
+        """After a step that was taken: what was stepped in a copy."""
         if not self.plain:
             with torch.no_grad():
                 for p, stepped in zip(self.moving, self.stepped, strict=True):
                     here = memory(p)
                     if here.numel() and here.data_ptr() != stepped.data_ptr():
                         here.copy_(stepped)
-        _increment_version(self.moving)
+
+
+def _entries(state: State) -> list[object]:
+    return [value for entry in state.values() if isinstance(entry, dict) for value in entry.values()]
 
 
 def _number(x: float | Tensor | None) -> tuple[int, str] | None:
@@ -217,8 +230,6 @@ class Layout:
         self.table = Table()
         self.options: dict[str, Any] = {}
         self.device = torch.device("cpu")
-        self._sets: dict[tuple[int, ...], float] = {}
-        self._set_names = itertools.count()
 
     @property
     def native(self) -> _native.Step | None:
@@ -250,7 +261,7 @@ class Layout:
             len(param_groups) != table.groups
             or len(params) != len(table.params)
             or not all(map(is_, params, table.params))
-            or len(state) != table.states
+            or not table.holds(state)
             or not table.refresh()
         ):
             self._rebuild(params, param_groups, state, process_group, average_loss)
@@ -273,7 +284,9 @@ class Layout:
                     "add the new parameter to a new optimizer"
                 )
             relocated |= held is not None and (
-                memory(held).stride() != dense_strides(memory(params[i])) or held.device != params[i].device
+                memory(held).stride() != dense_strides(memory(params[i]))
+                or held.device != params[i].device
+                or (held.dtype == torch.float64) != (params[i].dtype == torch.float64)
             )
         check_mixture(stateful, params)
         with_gradient = {
@@ -298,7 +311,7 @@ class Layout:
             or relocated
             or ranks is not old.ranks
             or len(param_groups) != old.groups
-            or len(state) != old.states
+            or not old.holds(state)
             or len(layout) != len(old.layout)
             or not all(map(is_, layout, old.layout))
         ):
@@ -320,24 +333,17 @@ class Layout:
             device=self.device,
             params=params,
             layout=layout,
-            states=len(state),
+            state=old.state if native is old.native else self.table.state,
             groups=len(param_groups),
             moving=[params[i] for i in moving],
             resting=[p for p, g in zip(params, grads, strict=True) if g is None],
-            set=self._name_set(moving),
+            set=_name_of(moving),
             stepped=stepped,
             gradients=gradients,
             plain=all(here is params[i] for i, here in zip(moving, stepped, strict=True)),
             signatures=[_signature(here) for here in stepped],
         )
         self.table._point()
-
-    def _name_set(self, moving: list[int]) -> float:
-        """A number for this set of parameters, the same as long as the layout of the state is. The native side compares
-        it with that of the last step that was not skipped, which the host need not know."""
-        if len(self._sets) > 100 and tuple(moving) not in self._sets:  # sets that come and go at random
-            self._sets.clear()
-        return self._sets.setdefault(tuple(moving), float(next(self._set_names)))
 
     def _set_segments(
         self,
@@ -422,7 +428,8 @@ class Layout:
                 place = whole[offset : offset + here.numel()].as_strided(here.shape, dense_strides(here), offset)
                 views[key] = as_like(place, p)
             for key, value in state.get(p, {}).items():
-                memory(views[key]).copy_(memory(value))
+                if key in views:
+                    memory(views[key]).copy_(memory(value))
             fresh.append((p, views))
         scalars = dict(param_groups[0]["scalars"])
         if any(state.get(p) for p in layout) or (ranks is not None and scalars["step"]):
@@ -432,15 +439,15 @@ class Layout:
             step = max([scalars["step"], *counts])  # files of format 1 have only the parameters'
             # The set of the last step: what did not move in it has an older count, what is new here has none.
             last = [i for i, count in zip(stateful, counts, strict=True) if params[i].numel() and count == step]
-            self._sets.clear()
-            native.scalars = {**scalars, "step": step, "set": self._name_set(last)}
+            native.scalars = {**scalars, "step": step, "set": _name_of(last)}
             native.alpha_prev = [float(group["scalars"]["alpha_prev"]) for group in param_groups]
             self._set_segments(native, params, stateful, last, param_groups, uncounted)
             if options["preconditioner"] == "bfgs":
                 native.last_move(_native.num_threads())
         for p, views in fresh:
             state[p] = views
-        self.table = Table(native=native, ranks=ranks, layout=layout, states=len(state), groups=len(param_groups))
+        held = _entries(state)
+        self.table = Table(native=native, ranks=ranks, layout=layout, state=held, groups=len(param_groups))
         return native
 
     def restore(self, param_groups: Groups, state: State, process_group: Any, average_loss: bool | None) -> None:
@@ -474,6 +481,14 @@ class Layout:
         native, layout = self.native, self.table.layout
         if native is not None and layout and _native.on_gpu(layout[0].device):
             native.stream = _native.current_stream(str(layout[0].device))
+
+
+def _name_of(active: Sequence[int]) -> float:
+    """A number for this set of parameters. The native side compares it with that of the last step that was not skipped,
+    which on a GPU only the device knows; so it is a hash, and nothing has to be remembered: 53 bits, exact in a double.
+    """
+    digest = hashlib.blake2b(repr(tuple(active)).encode(), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11)
 
 
 def _places(params: Sequence[Tensor], stateful: Sequence[int], uncounted: frozenset[int]) -> tuple[list[int], int, int]:

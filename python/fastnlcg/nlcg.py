@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
@@ -265,6 +267,8 @@ class NLCG(torch.optim.Optimizer):
                     loss_seen = self._losses.take(given, one_of_many=self._one_of_many())
                 table = self._layout.gather(self.param_groups, self.state, self._process_group, self.average_loss)
                 if table.takes_part:
+                    # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
+                    table.announce()
                     if _native.on_gpu(self._layout.device):
                         # what GradScaler sets, where _step_supports_amp_scaling
                         amp = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
@@ -274,7 +278,7 @@ class NLCG(torch.optim.Optimizer):
                     else:
                         moved = table.step_on_cpu(lr, weight_decay, maximize, loss_seen)
                     if moved:
-                        table.moved()
+                        table.bring_back()
                     elif not self._skipped:
                         self._skipped = True
                         warn_of_skip()
@@ -309,6 +313,8 @@ class NLCG(torch.optim.Optimizer):
         a step that is under way in another thread, or on a GPU. Where parameters are spread over ranks, all have to
         call it; and after a load with ``"adam"`` there, the gradient's norm is NaN until the next step."""
         with self._lock:
+            if self._stepping:  # the lock is this thread's: a signal handler, or a hook of the exchange
+                raise RuntimeError("diagnostics() inside a step of the same thread")
             here = self._layout
             if here.native is None and any(isinstance(p, Tensor) and entry for p, entry in self.state.items()):
                 here.restore(self.param_groups, self.state, self._process_group, self.average_loss)  # after a load
@@ -375,8 +381,21 @@ class NLCG(torch.optim.Optimizer):
 
     def _reset_caches(self) -> None:
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        _LIVE.add(self)
         self._layout = layout.Layout()
         self._checked = []
         self._losses = Losses()
         self._skipped = False
+
+
+# A child forked while another thread steps must not wait for that thread, which it does not have.
+_LIVE: weakref.WeakSet[NLCG] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for optimizer in list(_LIVE):
+        optimizer._lock, optimizer._stepping = threading.RLock(), False
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
