@@ -112,8 +112,9 @@ class NativeStep {
       throw bad("a workspace of " + std::to_string(workspace->size()) + " doubles, expected " + std::to_string(needed));
     }
     cuda_.workspace = static_cast<double*>(workspace->data());
-    cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
+    sync_to_device();
   }
+  ~NativeStep() { cuda_forget(cuda_); }
   NativeStep(const NativeStep&) = delete;
   NativeStep& operator=(const NativeStep&) = delete;
 
@@ -362,7 +363,7 @@ class NativeStep {
       py::gil_scoped_release released;
       cpu.last_move(step);
     }
-    if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
+    sync_to_device();
   }
 
   py::dict scalars() {
@@ -379,7 +380,7 @@ class NativeStep {
       if (values.contains(name)) value = py::cast<double>(values[name]);
     });
     scalars_ = next;
-    if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
+    sync_to_device();
   }
   std::vector<double> alpha_prev() {
     sync_from_device();
@@ -392,7 +393,7 @@ class NativeStep {
     if (values.size() != groups_.size()) throw bad("one alpha_prev per group");
     sync_from_device();
     for (std::size_t i = 0; i < groups_.size(); ++i) groups_[i].alpha_prev = values[i];
-    if (cuda_.workspace != nullptr) cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
+    sync_to_device();
   }
 
   // beta2^k of a flat buffer.
@@ -507,7 +508,15 @@ class NativeStep {
   }
   // Copies the device's scalars to the host.
   void sync_from_device() {
-    if (cuda_.workspace != nullptr) cuda_read_scalars(cuda_, &scalars_, groups_.data(), step_.n_groups);
+    if (cuda_.workspace == nullptr) return;
+    py::gil_scoped_release released;  // it waits for the stream
+    cuda_read_scalars(cuda_, &scalars_, groups_.data(), step_.n_groups);
+  }
+
+  void sync_to_device() {
+    if (cuda_.workspace == nullptr) return;
+    py::gil_scoped_release released;
+    cuda_write_scalars(cuda_, scalars_, groups_.data(), step_.n_groups);
   }
 
   void check(const char* name, const Buffer& buffer, const std::string& dtype) const {

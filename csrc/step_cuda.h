@@ -55,7 +55,12 @@ struct CudaStep {
   // What the device's tables hold, so that they are rewritten only where something changed.
   bool tables_unknown = false;  // a captured graph writes the pointers when it is replayed
   std::vector<Segment> written;
-  int launches = 0;  // of the last step's passes: 1, or one each
+  int launches = 0;                  // of the last step's passes: 1, or one each
+  bool cooperative_refused = false;  // a cooperative launch was too large once: separate ones for good
+
+  // What the next work has to wait for, where it goes to another stream.
+  void* last_work = nullptr;  // a cudaEvent_t
+  void* last_stream = nullptr;
 };
 
 // Doubles of workspace for a state of n elements, at most so many segments, and so many groups.
@@ -64,6 +69,9 @@ std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::i
 // The whole step: one cooperative launch, or one for each pass. Over ranks always the latter, with Exchange::gather
 // called between them, which enqueues its work on the same stream.
 void cuda_step(const Step&, CudaStep&);
+
+// Gives back what a step keeps on the host side.
+void cuda_forget(CudaStep&);
 
 // The scalars and alpha_prev of every group. Reading waits for the stream.
 void cuda_read_scalars(const CudaStep&, Scalars*, Group*, std::int64_t groups);

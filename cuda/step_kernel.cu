@@ -52,8 +52,8 @@ struct Grid {
 };
 
 template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const CudaStep& cuda,
-            const std::type_identity_t<Parameters>&... arguments) {
+cudaError_t try_launch(void (*kernel)(Parameters...), const Grid& grid, const CudaStep& cuda,
+                       const std::type_identity_t<Parameters>&... arguments) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -64,9 +64,41 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   config.stream = stream_of(cuda);
   config.attrs = &attribute;
   config.numAttrs = grid.cooperative ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...),
-        "kernel " + std::string(name) + ", " + std::to_string(grid.blocks) + " blocks of " +
-            std::to_string(grid.threads) + " threads on device " + std::to_string(cuda.device));
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+void check_launch(cudaError_t error, const char* name, const Grid& grid, const CudaStep& cuda) {
+  check(error, "kernel " + std::string(name) + ", " + std::to_string(grid.blocks) + " blocks of " +
+                   std::to_string(grid.threads) + " threads on device " + std::to_string(cuda.device));
+}
+
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const CudaStep& cuda,
+            const std::type_identity_t<Parameters>&... arguments) {
+  check_launch(try_launch(kernel, grid, cuda, arguments...), name, grid, cuda);
+}
+
+bool captures(const CudaStep& cuda) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream_of(cuda), &capture), "cudaStreamIsCapturing");
+  return capture != cudaStreamCaptureStatusNone;
+}
+
+// Work of one optimizer shares its barrier and scalars, so two streams must not run it at once: the later one waits for
+// the event behind the last work on the earlier. A graph orders its own.
+void follow_last_stream(const CudaStep& cuda) {
+  if (cuda.last_work == nullptr || cuda.last_stream == cuda.stream || captures(cuda)) return;
+  check(cudaStreamWaitEvent(stream_of(cuda), static_cast<cudaEvent_t>(cuda.last_work), 0), "cudaStreamWaitEvent");
+}
+void mark_last_work(CudaStep& cuda) {
+  if (captures(cuda)) return;
+  auto event = static_cast<cudaEvent_t>(cuda.last_work);
+  if (event == nullptr) {
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    cuda.last_work = event;
+  }
+  check(cudaEventRecord(event, stream_of(cuda)), "cudaEventRecord");
+  cuda.last_stream = cuda.stream;
 }
 
 // What fits a device at once, found out once for each preconditioner and type.
@@ -191,9 +223,7 @@ void upload_table(const Row* rows, std::int64_t first, std::int64_t last, double
 // Brings the device's table of segments up to date, where it is not. A captured step writes all of it at every replay,
 // so from then on nobody knows what it holds.
 void write_segments(const Step& step, CudaStep& cuda, const Workspace& at) {
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream_of(cuda), &capture), "cudaStreamIsCapturing");
-  if (capture != cudaStreamCaptureStatusNone) cuda.tables_unknown = true;
+  if (captures(cuda)) cuda.tables_unknown = true;
   std::int64_t first = 0, last = step.n_segments;
   if (!cuda.tables_unknown && static_cast<std::int64_t>(cuda.written.size()) == step.n_segments) {
     while (first < last && cuda.written[static_cast<std::size_t>(first)] == step.segments[first]) ++first;
@@ -271,15 +301,23 @@ void step_with(const Step& step, CudaStep& cuda) {
   };
   const bool automatic = cuda.form == CudaStep::Form::automatic;
   const bool wanted = automatic ? step.state.n <= kOneLaunchElements : cuda.form == CudaStep::Form::one_launch;
-  if (wanted && fits.cooperative && step.exchange.ranks == 0) {
+  if (wanted && fits.cooperative && !cuda.cooperative_refused && step.exchange.ranks == 0) {
     const int blocks = grid(fits.blocks_in_one);
     const std::int64_t needed = std::int64_t{(chunks + blocks - 1) / blocks} * a.tiles_per_chunk;
     a.resident_tiles = static_cast<int>(std::min<std::int64_t>(fits.resident_tiles, needed));
     if (cuda.resident_tiles >= 0) a.resident_tiles = std::min(a.resident_tiles, cuda.resident_tiles);
     const std::size_t bytes = static_cast<std::size_t>(a.resident_tiles) * kResidentBytes<S>;
-    launch("step_in_one", step_in_one<S, Preconditioner>, {blocks, kThreads, bytes, true}, cuda, a);
-    cuda.launches = 1;
-    return;
+    const Grid whole = {blocks, kThreads, bytes, true};
+    const cudaError_t error = try_launch(step_in_one<S, Preconditioner>, whole, cuda, a);
+    if (error != cudaErrorCooperativeLaunchTooLarge) {
+      check_launch(error, "step_in_one", whole, cuda);
+      cuda.launches = 1;
+      return;
+    }
+    // A green context, or MPS, has fewer multiprocessors than the device says: separate launches from now on.
+    cudaGetLastError();
+    cuda.cooperative_refused = true;
+    a.resident_tiles = 0;
   }
   cuda.launches = 0;
   const int passes = number_of_passes(typename Preconditioner::Passes{});
@@ -329,6 +367,10 @@ void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pa
 class Scratch {
  public:
   Scratch(const Step& host, CudaStep& cuda) : step(host), cuda_(cuda) {
+    if (captures(cuda)) {
+      throw std::runtime_error(
+          "fastnlcg.ops cannot be captured into a CUDA graph: its scalars are the host's; NLCG(capturable=True) can");
+    }
     cuda.max_segments = step.n_segments;
     const Workspace at(step.state.n, step.n_segments, step.n_groups);
     const std::size_t bytes = static_cast<std::size_t>(at.end) * sizeof(double);
@@ -451,11 +493,19 @@ std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::i
 
 void cuda_step(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
+  follow_last_stream(cuda);
   NLCG_BY_TYPE(step_in, step, cuda);
+  mark_last_work(cuda);
+}
+
+void cuda_forget(CudaStep& cuda) {
+  if (cuda.last_work != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(cuda.last_work));
+  cuda.last_work = nullptr;
 }
 
 void cuda_read_scalars(const CudaStep& cuda, Scalars* scalars, Group* groups, std::int64_t n_groups) {
   const DeviceGuard guard(cuda.device);
+  follow_last_stream(cuda);
   const Workspace at(0, cuda.max_segments, n_groups);
   copy_to_host(scalars, cuda.workspace + at.scalars, sizeof(Scalars), cuda);
   for (std::int64_t i = 0; i < n_groups; ++i) {
@@ -466,6 +516,7 @@ void cuda_read_scalars(const CudaStep& cuda, Scalars* scalars, Group* groups, st
 
 void cuda_write_scalars(const CudaStep& cuda, const Scalars& scalars, const Group* groups, std::int64_t n_groups) {
   const DeviceGuard guard(cuda.device);
+  follow_last_stream(cuda);
   const Workspace at(0, cuda.max_segments, n_groups);
   copy_to_device(cuda.workspace + at.scalars, &scalars, sizeof(Scalars), cuda);
   for (std::int64_t i = 0; i < n_groups; ++i) {
@@ -476,6 +527,7 @@ void cuda_write_scalars(const CudaStep& cuda, const Scalars& scalars, const Grou
 
 void cuda_state_norms(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
   const DeviceGuard guard(cuda.device);
+  follow_last_stream(cuda);
   NLCG_BY_TYPE(state_norms_in, step, cuda, gg, dd, gd);
 }
 

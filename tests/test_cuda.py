@@ -14,6 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import backends
@@ -661,3 +663,108 @@ def test_the_report_says_why_cuda_is_off() -> None:
     done = subprocess.run([sys.executable, "-m", "fastnlcg", "--json"], capture_output=True, text=True, check=True)
     cuda = json.loads(done.stdout)["cuda"]
     assert bool(cuda["unavailable_reason"]) == (not cuda["devices"])
+
+
+# ---- edges -----------------------------------------------------------------------------------------------------------
+
+
+@only_emulated
+def test_a_cooperative_launch_that_is_too_large_falls_back_for_good(
+    gpu: Backend, preconditioner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under MPS, or in a green context."""
+    runs = []
+    for refused in (False, True):
+        ps = parameters(gpu)
+        optimizer = NLCG(ps, 0.1)
+        launches = []
+        for t in range(4):
+            set_gradients(ps, 1.0 + t)
+            with monkeypatch.context() as inside:
+                if refused and t == 1:
+                    inside.setenv("FASTNLCG_EMULATE_TOO_LARGE", "1")
+                optimizer.step()
+            launches.append(optimizer.diagnostics().launches)
+        passes = {"adam": 2, "bfgs": 3}[preconditioner]
+        assert launches == ([1, passes, passes, passes] if refused else [1] * 4)
+        runs.append(bits(optimizer))
+    assert runs[0] == runs[1]
+
+
+@only_emulated
+def test_work_on_another_stream_waits_for_the_last(
+    gpu: Backend, preconditioner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps at once would count on one barrier, and hang."""
+    log = tmp_path / "log"
+    monkeypatch.setenv("FASTNLCG_EMULATE_LOG", str(log))
+    ps = parameters(gpu)
+    optimizer = NLCG(ps, 0.1)
+    for stream in (0, 0, 7, 7, 0):
+        monkeypatch.setattr(_native, "current_stream", lambda device, *arrays, s=stream: s)
+        set_gradients(ps)
+        optimizer.step()
+    monkeypatch.setattr(_native, "current_stream", lambda device, *arrays: 9)
+    optimizer.diagnostics()
+    events = [tuple(line.split()) for line in log.read_text().splitlines()]
+    expected = [("record", "0"), ("record", "0"), ("wait", "7"), ("record", "7"), ("record", "7"), ("wait", "0")]
+    assert events[:7] == [*expected, ("record", "0")]
+    assert set(events[7:]) == {("wait", "9")}
+
+
+@only_emulated
+def test_ops_are_not_captured(gpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph would copy from the host's numbers when they are gone."""
+    x = device_arrays(gpu, 100, torch.float32)
+    before = on_cpu(x)
+    monkeypatch.setenv("FASTNLCG_EMULATE_CAPTURE", "1")
+    arrays = {name: backends.OnDevice(t) for name, t in x.items()}
+    with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"):
+        ops.direction_update(arrays["d"], arrays["g"], arrays["h"], beta=0.5, p=arrays["p"], alpha=0.1)
+    assert all(torch.equal(x[name], t) for name, t in before.items())
+
+
+@only_emulated
+def test_waiting_for_a_stream_lets_other_threads_run(
+    gpu: Backend, preconditioner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ps = parameters(gpu)
+    optimizer = NLCG(ps, 0.1)
+    set_gradients(ps)
+    optimizer.step()
+    monkeypatch.setenv("FASTNLCG_EMULATE_SLOW", "1")
+    for wait in (optimizer.diagnostics, optimizer.state_dict):
+        counted, stop = [0], threading.Event()
+
+        def count(counted: list[int] = counted, stop: threading.Event = stop) -> None:
+            while not stop.is_set():
+                counted[0] += 1
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        before = counted[0]
+        wait()
+        after = counted[0]
+        stop.set()
+        thread.join()
+        assert after - before > 20  # of the 200 ms that a wait takes
+
+
+def test_what_amp_sets_may_be_of_another_dtype_or_a_number(gpu: Backend, preconditioner: str) -> None:
+    runs = []
+    for scale in (None, torch.tensor(4.0, device=gpu.device), torch.tensor(4.0, dtype=torch.float64), 4.0):
+        ps = parameters(gpu)
+        optimizer = NLCG(ps, 0.1, capturable=True)
+        for t in range(2):
+            set_gradients(ps, 1.0 + t)
+            if scale is not None:
+                for p in ps:
+                    p.grad *= 4.0
+                optimizer.grad_scale, optimizer.found_inf = scale, 0.0
+            optimizer.step()
+        optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), dtype=torch.float64)
+        optimizer.step()  # called off
+        runs.append((bits(optimizer), optimizer.diagnostics().step))
+    assert all(run == runs[0] for run in runs)
+    assert runs[0][1] == 2

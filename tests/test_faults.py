@@ -365,13 +365,11 @@ class TestENumbers:
     def test_45_a_nonfinite_gradient(self, keywords: dict, value: float) -> None:
         ps, optimizer = stepped(line_search=OnlineLineSearch(), **keywords)
         qs, expected = stepped(line_search=OnlineLineSearch(), **keywords)
-        before, versions = everything(ps, optimizer), [p._version for p in ps]
+        before = everything(ps, optimizer)
         quadratic_gradients(ps)
         ps[1].grad[0, 1] = value
         optimizer.step(loss=100.0)
         assert everything(ps, optimizer) == before
-        if not backends.current.on_gpu:  # where the host does not know of the skip
-            assert [p._version for p in ps] == versions
         assert optimizer.diagnostics().skipped_steps == 1
         for _ in range(3):
             one_step(ps, optimizer)

@@ -96,6 +96,8 @@ class Table:
     """what the native side moves, of ``moving``: the memory of each, or a copy without gaps"""
     gradients: list[Tensor] = field(default_factory=list)
     """what it reads, copies among them: alive until the step is over"""
+    amp: list[Tensor | None] = field(default_factory=list)
+    """what the last step was told by AMP: alive until it has run"""
     plain: bool = True
     """whether all of ``moving`` are plain tensors that are stepped in place"""
     signatures: list[tuple[object, ...]] = field(default_factory=list)
@@ -160,8 +162,8 @@ class Table:
         maximize: list[bool],
         loss: float | Tensor,
         capturable: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        grad_scale: float | Tensor | None,
+        found_inf: float | Tensor | None,
     ) -> bool:
         """Enqueues the step on torch's current stream. Numbers that lie on the device are read there."""
         native, device = self.native, self.device
@@ -172,6 +174,7 @@ class Table:
         if not capturable and _native.capturing():
             raise RuntimeError("a step can be captured into a CUDA graph only with capturable=True")
         native.stream = _native.current_stream(str(device))
+        self.amp = [_float32_on(device, x) for x in (grad_scale, found_inf)]
         return native.step(
             [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
             weight_decay,
@@ -181,8 +184,8 @@ class Table:
             1,
             lr_on_device=[_number(rate) for rate in lr],
             loss_on_device=_number(loss),
-            grad_scale=_number(grad_scale),
-            found_inf=_number(found_inf),
+            grad_scale=_number(self.amp[0]),
+            found_inf=_number(self.amp[1]),
         )
 
     def announce(self) -> None:
@@ -201,6 +204,14 @@ class Table:
 
 def _entries(state: State) -> list[object]:
     return [value for entry in state.values() if isinstance(entry, dict) for value in entry.values()]
+
+
+def _float32_on(device: torch.device, x: float | Tensor | None) -> Tensor | None:
+    """What AMP sets, where the kernels can read it: GradScaler's own tensors may lie on another GPU, a user's be of
+    another dtype, or no tensor."""
+    if x is None:
+        return None
+    return torch.as_tensor(x).detach().to(device, torch.float32, non_blocking=True)
 
 
 def _number(x: float | Tensor | None) -> tuple[int, str] | None:

@@ -9,11 +9,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -259,10 +262,34 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaS
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) {
-  return *s = cudaStreamCaptureStatusNone, cudaSuccess;
+inline bool emulates(const char*);
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  if (emulates("SLOW")) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  return cudaSuccess;
 }
+// What a test asks for, in environment variables: a capture in progress, streams that are slow to finish, cooperative
+// launches that are too large, and a log of events.
+inline bool emulates(const char* what) { return std::getenv((std::string("FASTNLCG_EMULATE_") + what).c_str()); }
+inline void log_event(const char* what, const void* stream) {
+  if (const char* path = std::getenv("FASTNLCG_EMULATE_LOG")) {
+    std::FILE* file = std::fopen(path, "a");
+    std::fprintf(file, "%s %zu\n", what, reinterpret_cast<std::size_t>(stream));
+    std::fclose(file);
+  }
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) {
+  return *s = emulates("CAPTURE") ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
+}
+using cudaEvent_t = void*;
+enum { cudaEventDisableTiming = 2 };
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new int, cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) {
+  return log_event("record", stream), cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t, unsigned) {
+  return log_event("wait", stream), cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete static_cast<int*>(event), cudaSuccess; }
 inline cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_t) {
   *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   std::memset(*memory, 0xff, bytes);  // nobody may count on zeros
@@ -275,7 +302,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const std::type_identity_t<Parameters>&... arguments) {
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
   const bool cooperative = config->numAttrs > 0 && config->attrs->val.cooperative;
-  if (cooperative && blocks > 2 * kMultiprocessors) return cudaErrorCooperativeLaunchTooLarge;
+  if (cooperative && (blocks > 2 * kMultiprocessors || emulates("TOO_LARGE")))
+    return cudaErrorCooperativeLaunchTooLarge;
   if (config->dynamicSmemBytes > sizeof(resident_memory)) std::abort();
   const std::function<void()> body = [&] { kernel(arguments...); };
   std::atomic<unsigned> next{0};
