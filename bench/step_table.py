@@ -53,7 +53,7 @@ def host_time(rows: list[dict[str, object]]) -> str:
     names = {"nlcg_adam": "NLCG", "nlcg_fr": "the paper's form", "sgd_momentum_fused": "fused SGD with momentum"}
     names |= {"adamw_fused": "fused AdamW", "rmsprop_foreach": "foreach RMSProp"}
     times = (f"{label} {1e3 * found['small100', name]['median_ms']:.0f}" for name, label in names.items())
-    return f"100 tensors of 8 elements, microseconds a step: {', '.join(times)}."
+    return f"100 tensors of 8 elements, microseconds per step: {', '.join(times)}."
 
 
 def picture(rows: list[dict[str, object]], path: Path) -> None:

@@ -6,7 +6,7 @@
 
 A perceptron learns scikit-learn's digits. Every optimizer step sees --batch images, the ranks' shares together, each in
 micro-batches of --micro (virtual batching). --out gets losses.csv and checkpoints by torch.distributed.checkpoint; a
-run that finds one there goes on from it, to the same losses to the bit, also after SIGKILL. --logdir adds TensorBoard.
+run that finds one there goes on from it, to the same losses bit for bit, also after SIGKILL. --logdir adds TensorBoard.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that versions have written: this one and later ones load them, and go on to the bit.
+"""Files that versions have written: this one and later ones load them, and resume bit for bit.
 
 python tests/test_checkpoints.py FILE     writes a fixture with the version that is installed; once a version that
                                           changes what is saved, into tests/fixtures

@@ -541,7 +541,7 @@ class TestFState:
 
     @only_bfgs
     def test_54_a_state_dict_of_version_0_2(self) -> None:
-        """It lacks beta2, beta_max, gg and gd, and goes on to the bit."""
+        """It lacks beta2, beta_max, gg and gd, and resumes bit for bit."""
         ps, optimizer = stepped()
         qs = [nn.Parameter(p.detach().clone()) for p in ps]
         saved = copy.deepcopy(optimizer.state_dict())

@@ -39,7 +39,7 @@ _NEED_TORCH = {"NLCG": "nlcg", "Diagnostics": "nlcg", "paper_schedule": "schedul
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str) -> object:

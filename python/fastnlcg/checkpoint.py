@@ -85,7 +85,8 @@ def _check_entry(index: Any, p: Tensor, entry: object, options: Mapping[str, Any
     keys = {*layout.numbers(options), *layout.streams(options)}
     if not isinstance(entry, Mapping) or not keys <= set(entry):
         got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
-        raise ValueError(f"{where} has {got}, expected the keys {sorted(keys)}")
+        whose = "" if isinstance(entry, Mapping) and "direction" in entry else "; is it another optimizer's?"
+        raise ValueError(f"{where} has {got}, expected the keys {sorted(keys)}{whose}")
     for key in sorted(keys):
         value = entry[key]
         if key in layout.NUMBERS:

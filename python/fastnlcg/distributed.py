@@ -1,7 +1,7 @@
 """Parameters spread over ranks: which ranks hold the rest of them, and the sums over all.
 
 The engine is torch.distributed. Between two passes every rank gathers one small row of doubles from every other
-(``all_gather_single``, 80 bytes a rank), and the native side adds the rows up in the order of ranks. So every rank
+(``all_gather_single``, 80 bytes per rank), and the native side adds the rows up in the order of ranks. So every rank
 has the same sums to the bit, whatever algorithm carried them: an all-reduce may add in another order in another group,
 and the replicas of HSDP would drift apart.
 

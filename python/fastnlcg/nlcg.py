@@ -60,18 +60,22 @@ class NLCG(torch.optim.Optimizer):
     strides than its parameter is copied first, and a parameter with gaps in memory is stepped in a copy; all else is
     read and written in place. ``p.grad`` is left as it was. A step without any gradient does nothing.
 
-    On a GPU a step is enqueued on torch's current stream; it neither waits nor allocates, and whether it was skipped
-    only the device knows. The first step, and the first with a new parameter, lay out the state, and cannot be captured
-    into a CUDA graph; :meth:`diagnostics` and :meth:`state_dict` wait. CPU and GPU compute the same formulas on the
-    same numbers, but add up in different orders, so their trajectories agree to rounding, not to the bit.
+    On a GPU a step is enqueued on torch's current stream. It does not synchronize or allocate, and only the device
+    knows whether it was skipped. The first step, and the first with a new parameter, allocate state and cannot be
+    captured into a CUDA graph. :meth:`diagnostics` and :meth:`state_dict` synchronize. CPU and GPU evaluate the same
+    formulas but sum in different orders, so their trajectories agree to rounding, not bitwise.
 
     Parameters may be spread over ranks: as DTensors (FSDP2, HSDP, tensor parallel), or as plain shards with
-    ``process_group`` (FSDP1, ZeroRedundancyOptimizer). All sums then run over all ranks, by one exchange of 80 bytes a
-    rank in each step (two with ``"bfgs"``), and every rank takes the same decisions: all have to call :meth:`step`, and
-    :meth:`diagnostics`, which sums too. Under DDP gradients are equal and nothing is exchanged.
+    ``process_group`` (FSDP1, ZeroRedundancyOptimizer). All sums then run over all ranks, in one
+    exchange of 80 bytes per rank and step (two with ``"bfgs"``), and every rank takes the same decisions: all ranks
+    must call :meth:`step`, and :meth:`diagnostics`, which sums too. Under DDP gradients are equal on all ranks and
+    nothing is exchanged.
 
-    A step in one thread at a time; a second gets a RuntimeError. Exceptions, interrupts, a failed exchange and skipped
-    steps leave parameters and state as they were. ``torch.compile`` leaves the step out of its graphs.
+    One thread steps at a time; another raises a RuntimeError. Exceptions, a failed exchange and skipped steps leave
+    parameters and state unchanged; an interrupt lets the native step finish first. ``torch.compile`` leaves the step
+    out of its graphs.
+
+    Most users need ``lr`` and ``weight_decay`` only.
 
     Args:
         params: parameters, named or not, or groups. Groups may have their own ``lr``, ``weight_decay`` and
@@ -96,13 +100,13 @@ class NLCG(torch.optim.Optimizer):
             descend, ``-rz + beta * sum(g d) >= 0``; ``"powell"``: where ``|rz_mid| >= 0.2 * rz``; N: every N steps.
         nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; ``"propagate"``: as
             torch's own optimizers.
-        maximize: maximize the objective; the line search's comparison turns round too.
+        maximize: maximize the objective; the line search's comparison is reversed too.
         stochastic_rounding: for bfloat16 parameters: round up with the probability of what is cut off, so that updates
-            below a parameter's resolution are kept on average instead of lost. The random bits depend on the step and
-            the element's place alone: replicas and resumed runs have the same.
-        average_loss: average the line search's loss over all ranks, which data-parallel training needs: ranks that
-            decide by losses of their own drift apart. One exchange of 80 bytes a rank in each step. Where parameters
-            are spread over ranks it is always done, and costs nothing. None: then only, and a warning else.
+            below a parameter's resolution are kept on average instead of lost. The random bits depend only on the step
+            and the element's position, so replicas and resumed runs agree.
+        average_loss: average the line search's loss over all ranks, which data-parallel training needs: replicas whose
+            line searches see different losses drift apart. One exchange of 80 bytes per rank and step. If parameters
+            are spread over ranks it is always done, at no extra cost. None: only then, with a warning otherwise.
         process_group: the ranks over which plain parameters are spread.
         capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a
             tensor on the device (a step skips where it is negative or not finite), and a GradScaler leaves unscaling
@@ -158,7 +162,7 @@ class NLCG(torch.optim.Optimizer):
         differentiable: bool = False,
     ) -> None:
         if not isinstance(line_search, OnlineLineSearch | None):
-            raise TypeError(f"line_search must be None or an OnlineLineSearch, got {line_search!r}")
+            raise TypeError(f"line_search must be None or an OnlineLineSearch(), got {line_search!r}")
         if not isinstance(average_loss, bool | None):
             raise TypeError(f"average_loss must be None or a bool, got {average_loss!r}")
         defaults: dict[str, Any] = {
@@ -241,7 +245,7 @@ class NLCG(torch.optim.Optimizer):
                 one-element tensor. None, or one that is not finite, leaves the line search alone.
 
         Raises:
-            TypeError, ValueError: for a wrong loss, hyper-parameter, parameter or gradient, named by index; nothing has
+            TypeError, ValueError: for a wrong loss, hyperparameter, parameter or gradient, named by index; nothing has
                 changed then.
             RuntimeError: gradients that are sparse, on another device or of another dtype; fewer groups than before
                 (an optimizer that is handed one group at a time cannot form global sums); a second thread. And what
