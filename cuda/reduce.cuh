@@ -29,7 +29,7 @@ __device__ __forceinline__ double across_lanes(double x, int width) {
   return x;
 }
 
-// Shared memory for block_totals. Two sets, which calls without a barrier between them use in parity: a block may begin
+// Shared memory for block_totals. Two sets, which calls without a barrier between them use alternately: a block may begin
 // to write one while its first warp still reads the other, so one barrier per call is enough.
 struct Totals {
   double of_warp[2][kMaxSums + 1][kWarps];
@@ -80,7 +80,11 @@ __device__ __forceinline__ bool is_last_block(GridBarrier& barrier) {
 
 // Thread 0 only, before the block first arrives.
 __device__ __forceinline__ unsigned barrier_generation(const GridBarrier& barrier) {
+#ifdef __CUDACC__
   return *static_cast<const volatile unsigned*>(&barrier.generation);
+#else  // the emulation's, which a race detector understands
+  return polled(barrier.generation);
+#endif
 }
 
 // By the last block, when it has decided: lets the others go on. They see what it wrote.

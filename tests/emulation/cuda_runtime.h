@@ -68,60 +68,103 @@ struct dim3 {
   explicit dim3(unsigned width) : x(width) {}
 };
 
+// For ThreadSanitizer (race.cpp) every CUDA thread is a fiber of its own, and the only order between them is what the
+// kernels' barriers, shuffles and atomics make. So the machinery below must not be seen: it is plain code over raw
+// memory in functions that are not instrumented, and says at barriers what a GPU would guarantee.
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#define NLCG_UNSEEN __attribute__((no_sanitize_thread))
+inline void* tsan_create() { return __tsan_create_fiber(0); }
+inline void* tsan_current() { return __tsan_get_current_fiber(); }
+inline void tsan_switch(void* fiber, bool ordered) {
+  __tsan_switch_to_fiber(fiber, ordered ? 0 : __tsan_switch_to_fiber_no_sync);
+}
+inline void tsan_destroy(void* fiber) { __tsan_destroy_fiber(fiber); }
+inline void tsan_release(void* at) { __tsan_release(at); }
+inline void tsan_acquire(void* at) { __tsan_acquire(at); }
+#else
+#define NLCG_UNSEEN
+inline void* tsan_create() { return nullptr; }
+inline void* tsan_current() { return nullptr; }
+inline void tsan_switch(void*, bool) {}
+inline void tsan_destroy(void*) {}
+inline void tsan_release(void*) {}
+inline void tsan_acquire(void*) {}
+#endif
+
 // One block: its threads take turns.
 class Block {
  public:
-  Block(unsigned threads, const std::function<void()>& body) : body_(body), fibers_(threads), lanes_(threads) {}
-  void run();
+  Block(unsigned threads, const std::function<void()>& body)
+      : body_(body), fibers_(new Fiber[threads]), lanes_(new double[threads]()), threads_(threads) {}
+  ~Block() {
+    delete[] fibers_;
+    delete[] lanes_;
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  NLCG_UNSEEN void run();
 
   // Called by the running thread.
-  void wait_for_block() {
-    wait([this] { return barrier_; }, arrived_, fibers_.size(), barrier_);
+  NLCG_UNSEEN void wait_for_block() { wait(all_, threads_); }
+  NLCG_UNSEEN void wait_for_warp() { wait(warps_[current_ / 32], threads_ < 32 ? threads_ : 32); }
+  NLCG_UNSEEN void yield(bool last = false) {
+    Fiber& own = fibers_[current_];
+    tsan_switch(scheduler_tsan_, last);
+    fastnlcg_switch_stack(&own.stack_pointer, scheduler_);
   }
-  void wait_for_warp() {
-    Warp& warp = warps_[current_ / 32];
-    wait([&warp] { return warp.barrier; }, warp.arrived, std::min<std::size_t>(32, fibers_.size()), warp.barrier);
-  }
-  void yield() { fastnlcg_switch_stack(&fibers_[current_].stack_pointer, scheduler_); }
 
-  double& lane(std::size_t thread) { return lanes_[thread]; }
-  std::size_t current() const { return current_; }
-  std::size_t size() const { return fibers_.size(); }
+  double* lanes() { return lanes_; }  // each is written by its thread, and read behind a barrier
+  NLCG_UNSEEN std::size_t current() const { return current_; }
+  NLCG_UNSEEN std::size_t size() const { return threads_; }
 
  private:
   static constexpr std::size_t kStack = 64 * 1024;
   struct Fiber {
-    std::unique_ptr<char[]> stack;
+    char* stack = nullptr;
     void* stack_pointer = nullptr;
+    void* tsan = nullptr;
     bool done = false;
   };
-  struct Warp {
+  struct Barrier {
     std::size_t arrived = 0;
-    std::uint64_t barrier = 0;
+    std::uint64_t generation = 0;
+    char ordered[2] = {};  // what those who wait at an even or odd generation have done before
   };
 
-  template <class Now>
-  void wait(Now now, std::size_t& arrived, std::size_t expected, std::uint64_t& barrier) {
-    const std::uint64_t before = now();
-    if (++arrived == expected) {
-      arrived = 0;
-      ++barrier;
+  NLCG_UNSEEN void wait(Barrier& barrier, std::size_t expected) {
+    const std::uint64_t before = barrier.generation;
+    tsan_release(&barrier.ordered[before & 1]);
+    if (++barrier.arrived == expected) {
+      barrier.arrived = 0;
+      ++barrier.generation;
     }
-    while (now() == before) yield();
+    while (barrier.generation == before) yield();
+    tsan_acquire(&barrier.ordered[before & 1]);
   }
-  static void enter();
+  NLCG_UNSEEN static void enter();
 
   const std::function<void()>& body_;
-  std::vector<Fiber> fibers_;
-  std::vector<double> lanes_;
-  Warp warps_[32];
-  std::size_t arrived_ = 0, current_ = 0;
-  std::uint64_t barrier_ = 0;
+  Fiber* fibers_;
+  double* lanes_;
+  std::size_t threads_, current_ = 0;
+  Barrier all_, warps_[32];
   void* scheduler_ = nullptr;
+  void* scheduler_tsan_ = nullptr;
 };
 
 inline thread_local Block* this_block = nullptr;
-inline thread_local Index threadIdx, blockIdx;
+#ifdef __SANITIZE_THREAD__
+struct ThreadIndex {
+  NLCG_UNSEEN operator unsigned() const { return static_cast<unsigned>(this_block->current()); }
+};
+struct {
+  ThreadIndex x;
+} constexpr threadIdx;
+#else
+inline thread_local Index threadIdx;
+#endif
+inline thread_local Index blockIdx;
 inline thread_local dim3 gridDim, blockDim;
 alignas(128) inline thread_local unsigned char resident_memory[96 * 1024];
 
@@ -129,34 +172,61 @@ inline void Block::enter() {
   Block& block = *this_block;
   block.body_();
   block.fibers_[block.current_].done = true;
-  block.yield();
+  block.yield(true);
   std::abort();  // nobody comes back to a finished thread
 }
 
 inline void Block::run() {
   this_block = this;
-  for (Fiber& fiber : fibers_) {
-    fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
-    auto top = reinterpret_cast<std::uintptr_t>(fiber.stack.get() + kStack) / 16 * 16;
+  scheduler_tsan_ = tsan_current();
+  for (std::size_t i = 0; i < threads_; ++i) {
+    Fiber& fiber = fibers_[i];
+    fiber.stack = static_cast<char*>(std::malloc(kStack));
+    fiber.tsan = tsan_create();
+    auto top = reinterpret_cast<std::uintptr_t>(fiber.stack + kStack) / 16 * 16;
     auto* frame = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, and 8 bytes of alignment
-    std::fill_n(frame, 8, nullptr);
+    for (int k = 0; k < 8; ++k) frame[k] = nullptr;
     frame[6] = reinterpret_cast<void*>(&Block::enter);
     fiber.stack_pointer = frame;
   }
-  for (std::size_t left = fibers_.size(); left > 0;) {
-    for (current_ = 0; current_ < fibers_.size(); ++current_) {
-      if (fibers_[current_].done) continue;
-      threadIdx.x = static_cast<unsigned>(current_);
-      fastnlcg_switch_stack(&scheduler_, fibers_[current_].stack_pointer);
-      if (fibers_[current_].done) --left;
+  bool first = true;
+  for (std::size_t left = threads_; left > 0; first = false) {
+    for (std::size_t i = 0; i < threads_; ++i) {
+      Fiber& fiber = fibers_[i];
+      if (fiber.done) continue;
+      current_ = i;
+#ifndef __SANITIZE_THREAD__
+      threadIdx.x = static_cast<unsigned>(i);
+#endif
+      tsan_switch(fiber.tsan, first);
+      fastnlcg_switch_stack(&scheduler_, fiber.stack_pointer);
+      if (fiber.done) --left;
     }
+  }
+  for (std::size_t i = 0; i < threads_; ++i) {
+    tsan_destroy(fibers_[i].tsan);
+    std::free(fibers_[i].stack);
   }
 }
 
 // ---- what device code calls --------------------------------------------------------------------------------------
 
 inline void __syncthreads() { this_block->wait_for_block(); }
+// ThreadSanitizer does not know fences. Every atomic of the kernels has one on the side that matters, so the atomics
+// carry the order; MUTANT_RELAXED takes it away, and must be reported.
+#ifdef MUTANT_RELAXED
+constexpr std::memory_order kArrive = std::memory_order_relaxed, kPoll = std::memory_order_relaxed;
+#else
+constexpr std::memory_order kArrive = std::memory_order_acq_rel, kPoll = std::memory_order_acquire;
+#endif
+#ifdef __SANITIZE_THREAD__
+inline void __threadfence() {}
+#else
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+#endif
+inline unsigned polled(const unsigned& word) {
+  return std::atomic_ref<unsigned>(const_cast<unsigned&>(word)).load(kPoll);
+}
 inline void __nanosleep(unsigned) { std::this_thread::yield(); }
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -179,14 +249,17 @@ template <class T>
 void __stwb(T* to, T value) {
   *checked(to) = value;
 }
-inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::atomic_ref<unsigned>(*at).fetch_add(value); }
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  return std::atomic_ref<unsigned>(*at).fetch_add(value, kArrive);
+}
 inline double __shfl_down_sync(unsigned, double x, unsigned apart) {
   Block& block = *this_block;
-  const std::size_t own = block.current();
-  block.lane(own) = x;
+  double* const lanes = block.lanes();
+  const std::size_t own = block.current(), threads = block.size();
+  lanes[own] = x;
   block.wait_for_warp();
   const std::size_t other = own + apart;
-  const double y = other / 32 == own / 32 && other < block.size() ? block.lane(other) : x;
+  const double y = other / 32 == own / 32 && other < threads ? lanes[other] : x;
   block.wait_for_warp();
   return y;
 }

@@ -1,0 +1,75 @@
+// The kernels under ThreadSanitizer: some steps of every preconditioner, in one launch and in separate ones, with the same
+// bits. Prints what it ran; ThreadSanitizer prints what it found and decides on the exit status. tests/test_race.py
+// builds and runs it, and its mutants.
+#include <cmath>
+
+#include "step_kernel.cpp"
+
+using namespace fastnlcg;
+
+namespace {
+
+// Some steps over two tiles in three parameters, one of which begins inside a tile; the bits of the parameters.
+std::uint64_t run(Preconditioner preconditioner, CudaStep::Form form, int resident_tiles, int blocks) {
+  constexpr std::int64_t n = kTile + 101;
+  constexpr int steps = 3;
+  const std::int64_t cuts[] = {0, n / 3 + 1, n / 2, n};
+  std::vector<float> p(n), g(n), grad_prev(n), d(n), diagonal(n, preconditioner == Preconditioner::bfgs ? 1.0f : 0.0f);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = std::sin(0.1f * static_cast<float>(i % 1000));
+  std::vector<Segment> segments;
+  for (int k = 0; k < 3; ++k) {
+    segments.push_back({&p[cuts[k]], &g[cuts[k]], cuts[k], cuts[k + 1] - cuts[k], k % 2, k, DType::f32});
+  }
+  std::vector<double> param_steps(3), powers(3, 1.0);
+  std::vector<Group> groups = {{0.01, 0, 0, 0, 1}, {0.02, 0, 0, 0.1, 1}};
+  Scalars scalars = {};
+  scalars.ls_scale = 1.0;
+  Step step = {};
+  step.state = {grad_prev.data(), d.data(), diagonal.data(), n, DType::f32};
+  step.options.preconditioner = preconditioner;
+  step.options.update = UpdateRule::polak_ribiere;
+  step.options.restart = Restart::descent;
+  step.segments = segments.data();
+  step.n_segments = 3;
+  step.groups = groups.data();
+  step.n_groups = 2;
+  step.scalars = &scalars;
+  step.param_steps = param_steps.data();
+  step.beta2_powers = powers.data();
+  step.loss = std::nan("");
+  step.counted = n;
+  CudaStep cuda;
+  std::vector<double> workspace(static_cast<std::size_t>(workspace_doubles(n, 3, 2)) + 2);
+  cuda.workspace = workspace.data();
+  cuda.max_segments = 3;
+  cuda.form = form;
+  cuda.resident_tiles = resident_tiles;
+  cuda.blocks = blocks;
+  cuda_write_scalars(cuda, scalars, groups.data(), 2);
+  for (int t = 0; t < steps; ++t) {
+    for (std::int64_t i = 0; i < n; ++i) g[i] = (1.0f + static_cast<float>(i % 7)) * p[i];
+    if (t == 1) g[n / 2] = INFINITY;  // a skipped step leaves the barrier as it found it
+    cuda_step(step, cuda);
+  }
+  cuda_forget(cuda);
+  std::uint64_t hash = 1469598103934665603u;
+  for (const float x : p) hash = (hash ^ bits_of<std::uint32_t>(x)) * 1099511628211u;
+  return hash;
+}
+
+}  // namespace
+
+// race KIND: "adam", "bfgs" or "none".
+int main(int, char** arguments) {
+  const std::string name = arguments[1];
+  const Preconditioner kind = name == "adam"   ? Preconditioner::adam
+                              : name == "bfgs" ? Preconditioner::bfgs
+                                               : Preconditioner::none;
+  const std::uint64_t separate = run(kind, CudaStep::Form::separate_launches, 0, 2);
+  const std::uint64_t in_one = run(kind, CudaStep::Form::one_launch, 0, 2);
+  const std::uint64_t resident = run(kind, CudaStep::Form::one_launch, -1, 1);  // the block then sums two chunks
+  const bool same = in_one == separate && resident == separate;
+  std::printf("%s: separate launches, one, one with resident tiles: %s\n", name.c_str(),
+              same ? "the same bits" : "OTHER BITS");
+  return same ? 0 : 1;
+}
