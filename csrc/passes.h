@@ -155,9 +155,13 @@ struct CurvatureDot : Pass {
   }
 };
 
-template <class T>
-struct CurvatureSums : Pass {  // all of ys and shs at once, for a caller without the sums of the step before
-  static constexpr int kSums = 3;
+// The sums over the last move from the state alone, sum(g_prev s) and sum(s h s): what the last pass of the step before
+// has formed, so a checkpoint need not hold them, and the ranks it is resumed on may be others. With sum(g s) too they are
+// all of ys and shs at once, for a caller without the step before.
+template <class T, bool kWithGradient>
+struct SumsOverLastMove : Pass {
+  static constexpr int kSums = kWithGradient ? 3 : 2;
+  static constexpr bool kReadsGradient = kWithGradient;
   NLCG_HD unsigned reads() const { return kGradPrev | kD | kDiagonal; }
   NLCG_HD unsigned writes() const { return 0; }
 
@@ -165,11 +169,15 @@ struct CurvatureSums : Pass {  // all of ys and shs at once, for a caller withou
   NLCG_HD void operator()(At& at) const {
     const T s = scaled_direction(at.alpha_prev(), at.d());
     const auto wide_s = at.wide(s);
-    at.add(0, at.wide(at.g()), wide_s);
-    at.add(1, at.wide_grad_prev(), wide_s);
-    at.add(2, at.wide(curvature_along(at.diagonal(), s)), wide_s);
+    at.add(0, at.wide_grad_prev(), wide_s);
+    at.add(1, at.wide(curvature_along(at.diagonal(), s)), wide_s);
+    if constexpr (kWithGradient) at.add(2, at.wide(at.g()), wide_s);
   }
 };
+template <class T>
+using LastMove = SumsOverLastMove<T, false>;
+template <class T>
+using CurvatureSums = SumsOverLastMove<T, true>;
 
 template <class T>
 struct CurvatureAndDots : Pass {
@@ -389,24 +397,6 @@ decltype(auto) with_preconditioner(Preconditioner kind, F&& f) {
       return f(Plain{});
   }
 }
-
-// What the last pass of the paper's form has summed over the last move, from the state: a checkpoint need not hold it,
-// and the ranks it is resumed on may be others.
-template <class T>
-struct LastMove : Pass {
-  static constexpr int kSums = 2;
-  static constexpr bool kReadsGradient = false;
-  NLCG_HD unsigned reads() const { return kGradPrev | kD | kDiagonal; }
-  NLCG_HD unsigned writes() const { return 0; }
-
-  template <class At>
-  NLCG_HD void operator()(At& at) const {
-    const T s = scaled_direction(at.alpha_prev(), at.d());
-    const auto wide_s = at.wide(s);
-    at.add(0, at.wide_grad_prev(), wide_s);
-    at.add(1, at.wide(curvature_along(at.diagonal(), s)), wide_s);
-  }
-};
 
 // For diagnostics: |d|^2, and where the state keeps g, |g|^2 and g . d.
 template <class T>

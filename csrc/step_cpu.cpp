@@ -411,8 +411,8 @@ template <class S>
 bool update_curvature_in(const Step& step, double* ys, double* shs) {
   double sums[kMaxSums + 1];
   reduce<S>(step, CurvatureSums<Vector<S>>{}, sums);
-  *ys = sums[0] - sums[1];
-  *shs = sums[2];
+  *ys = sums[2] - sums[0];
+  *shs = sums[1];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
   reduce<S>(step, Bfgs::update(*ys, *shs, Fill<S>{}), sums);
   return true;

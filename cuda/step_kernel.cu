@@ -411,8 +411,8 @@ bool update_curvature_in(const Step& step, CudaStep& cuda, double* ys, double* s
   const Scratch scratch(step, cuda);
   double sums[kMaxSums];
   run_part<S>("bfgs_diag_update, sums", scratch.step, cuda, CurvatureSums<S>{}, sums);
-  *ys = sums[0] - sums[1];
-  *shs = sums[2];
+  *ys = sums[2] - sums[0];
+  *shs = sums[1];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
   run_part<S>("bfgs_diag_update", scratch.step, cuda, Bfgs::update(*ys, *shs, Fill<S>{}), nullptr);
   return true;
