@@ -257,8 +257,8 @@ class Clock:
         cuda, pairs = self.torch.cuda, []
         for _ in range(rounds):
             before()
-            if ahead:  # about a millisecond in which the host enqueues what follows
-                cuda._sleep(2_000_000)
+            if ahead:  # some 20 ms in which the host enqueues what follows, hundreds of launches too
+                cuda._sleep(40_000_000)
             start, end = (cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             timed()
@@ -305,6 +305,7 @@ def step_times(names: tuple[str, ...] = LISTS, rounds: int = 50) -> Row:
         def cold(new_gradient: Callable[[], None] = new_gradient) -> None:
             new_gradient()
             clock.flush.zero_()
+            clock.flush.sum()  # read: lines that are only written would be written back at the expense of what is timed
 
         for optimizer, make in steppers(ps, 1e-3).items():
             row: Row = {"list": name, "parameters": n, "tensors": len(ps), "optimizer": optimizer}

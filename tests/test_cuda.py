@@ -563,6 +563,7 @@ def test_graph_replay_has_the_bits_of_eager_steps(gpu: Backend, preconditioner: 
             lr.mul_(0.9)
 
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())  # which made the inputs
         with torch.cuda.stream(side):
             for _ in range(3):
                 one_step()
