@@ -628,6 +628,7 @@ def test_schedule_arguments() -> None:
 
 
 @only_bfgs
+@pytest.mark.parametrize("cpu_or_emulated", ["cpu"], indirect=True)  # of training, not of kernels
 def test_on_digits_at_large_batch_nlcg_reaches_half_of_momentums_loss() -> None:
     """200 full-batch steps of a three-layer perceptron on the paper's schedule, three seeds; see `make demo`."""
     from sklearn.datasets import load_digits

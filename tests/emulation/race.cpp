@@ -65,9 +65,9 @@ int main(int, char** arguments) {
   const Preconditioner kind = name == "adam"   ? Preconditioner::adam
                               : name == "bfgs" ? Preconditioner::bfgs
                                                : Preconditioner::none;
+  const std::uint64_t resident = run(kind, CudaStep::Form::one_launch, -1, 1);  // the block then sums two chunks
   const std::uint64_t separate = run(kind, CudaStep::Form::separate_launches, 0, 2);
   const std::uint64_t in_one = run(kind, CudaStep::Form::one_launch, 0, 2);
-  const std::uint64_t resident = run(kind, CudaStep::Form::one_launch, -1, 1);  // the block then sums two chunks
   const bool same = in_one == separate && resident == separate;
   std::printf("%s: separate launches, one, one with resident tiles: %s\n", name.c_str(),
               same ? "the same bits" : "OTHER BITS");
