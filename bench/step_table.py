@@ -83,7 +83,7 @@ def picture(rows: list[dict[str, object]], path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
+    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)  # a third of the size
 
 
 if __name__ == "__main__":
