@@ -284,7 +284,7 @@ void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, A
   }
 }
 
-// Up to here one launch is worth its lower occupancy. Predicted from counted bytes, not measured: see the README.
+// Up to here one launch is worth its lower occupancy. Predicted from counted bytes, not measured: see docs/gpu.md.
 constexpr std::int64_t kOneLaunchElements = 40'000'000;
 
 template <class S, class Preconditioner>
