@@ -16,7 +16,7 @@ BIN := .venv/bin
 SOURCES := $(shell find csrc cuda python tests/emulation -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
 TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark expecttest hypothesis accelerate lightning transformers tensorboard sphinx myst-parser furo \
          nbclient ipykernel build check-jsonschema scikit-learn matplotlib tqdm pillow pytorch-optimizer \
-         ruff mypy clang-format nvidia-cuda-nvdisasm
+         ruff mypy clang-format nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
 CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh tests/emulation/*)
 
 .PHONY: demo test bench docs lint cuda gpu study gpu-study format clean

@@ -1,4 +1,5 @@
-"""Everything that needs a GPU, in one go: build, suite, sanitizers, step times, a whole training step; one JSON.
+"""Everything that needs a GPU, in one go: build, suite, sanitizers, step times, a stress test of the barrier, a profile
+of each pass, the model's predictions beside what was measured, a whole training step; one JSON.
 
     make gpu                                  on a machine with a GPU, nvcc and torch; downloads nothing
     python bench/gpu.py --only step_times     one part; the parts are the functions of PARTS below
@@ -286,18 +287,27 @@ class Clock:
 
 
 def step_times(names: tuple[str, ...] = LISTS, rounds: int = 50) -> Row:
+    """Every list in float32; one in 16-bit types, and with gradients of 0, for which a division takes its slow way."""
     import torch
 
     clock, rows = Clock(), []
     copy = clock.copy_tb_per_s()
-    for name in names:
+    cases = [(name, "float32", 1.0) for name in names]
+    if "resnet50" in names:
+        cases += [("resnet50", "bfloat16", 1.0), ("resnet50", "float16", 1.0), ("resnet50", "float32", 0.0)]
+    for model, dtype, slope in cases:
+        name = model + (f", {dtype}" if dtype != "float32" else "") + ("" if slope else ", zero gradients")
         torch.cuda.empty_cache()
         torch.manual_seed(0)
-        ps = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes_of(name)]
+        ps = [
+            torch.nn.Parameter(torch.randn(shape, device="cuda").to(getattr(torch, dtype)))
+            for shape in shapes_of(model)
+        ]
         n = sum(p.numel() for p in ps)
         for p in ps:
-            p.grad = p.detach().clone()
-        grads, values = [p.grad for p in ps], [p.detach() for p in ps]
+            p.grad = p.detach() * slope
+        grads = [p.grad for p in ps]
+        values = [p.detach() if slope else torch.zeros_like(p) for p in ps]
 
         def new_gradient(grads: list = grads, values: list = values) -> None:
             torch._foreach_copy_(grads, values)
@@ -308,6 +318,8 @@ def step_times(names: tuple[str, ...] = LISTS, rounds: int = 50) -> Row:
             clock.flush.sum()  # read: lines that are only written would be written back at the expense of what is timed
 
         for optimizer, make in steppers(ps, 1e-3).items():
+            if name not in LISTS and optimizer.startswith("nlcg_plain"):
+                continue
             row: Row = {"list": name, "parameters": n, "tensors": len(ps), "optimizer": optimizer}
             try:
                 step = make()
@@ -334,7 +346,7 @@ def step_times(names: tuple[str, ...] = LISTS, rounds: int = 50) -> Row:
                     row[f"graph_us_{state}"] = times[1] - times[0]
                     del alone, both
                 kind = optimizer.removesuffix("_one").removesuffix("_separate")
-                if kind in BYTES:
+                if kind in BYTES and dtype == "float32":
                     row["bytes_per_parameter"] = BYTES[kind]
                     row["of_copy"] = BYTES[kind] * n / row["gpu_us_cold"] * 1e-6 / copy
                 del step
@@ -396,12 +408,100 @@ def training_step(batch: int = 64, size: int = 224, rounds: int = 40) -> Row:
     return {"model": "ResNet-50", "batch": batch, "size": size, "ms": medians, "over_momentum": over}
 
 
+# ---- the grid-wide barrier, and where the time of a pass goes --------------------------------------------------------
+
+
+def stress(replays: int = 100_000) -> Row:
+    """One launch, from graphs, on grids of one block to all that fit, while another stream takes multiprocessors away:
+    always the bits of separate launches, which know no barrier between blocks."""
+    import torch
+    from fastnlcg import NLCG
+
+    most = 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    grids = sorted({1, 2, 3, 5, 8, 16, 33, 64, 100, most // 2 - 1, most // 2, most})
+    other, noise = torch.cuda.Stream(), torch.randn(1024, 1024, device="cuda")
+    each = max(1, replays // (len(grids) * 3))
+    compared, different = 0, []
+    for preconditioner in ("adam", "bfgs", None):
+        for blocks in grids:
+            ends = []
+            for form in ("separate", "one"):
+                torch.manual_seed(blocks)
+                p = torch.nn.Parameter(torch.randn(4096 * blocks - 5, device="cuda"))
+                p.grad = p.detach().clone()
+                optimizer = NLCG([p], 1e-3, preconditioner=preconditioner, capturable=True)
+                optimizer.step()
+                optimizer._layout.native.set_launch(form, blocks=blocks)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    p.grad.copy_(p.detach())
+                    optimizer.step()
+                for k in range(each):
+                    if k % 64 == 0:
+                        with torch.cuda.stream(other):
+                            noise = (noise @ noise).clamp(-1, 1)
+                    graph.replay()
+                torch.cuda.synchronize()
+                ends.append((p.detach().cpu(), optimizer.diagnostics()))
+            compared += each
+            same = torch.equal(ends[0][0], ends[1][0]) and ends[0][1].beta == ends[1][1].beta
+            if not same:
+                different.append({"preconditioner": preconditioner, "blocks": blocks})
+    return {"replays": compared, "different": different} | ({"error": "other bits"} if different else {})
+
+
+PROFILED = """
+import sys, torch
+from fastnlcg import NLCG
+p = torch.nn.Parameter(torch.randn(int(sys.argv[1]), device="cuda"))
+for kind in ("adam", "bfgs"):
+    optimizer = NLCG([p], 1e-3, preconditioner=kind, capturable=True)
+    for _ in range(4):
+        p.grad = p.detach().clone()
+        optimizer.step()
+        optimizer._layout.native.set_launch("separate")
+torch.cuda.synchronize()
+"""
+METRICS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "sm__inst_executed_pipe_fp64.avg.pct_of_peak_sustained_active",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
+)
+
+
+def profile() -> Row:
+    """Per pass, where ncu is: time, bandwidth, double precision, and warps that wait for memory."""
+    if shutil.which("ncu") is None:
+        return {"not_run": "no ncu"}
+    rows: Row = {}
+    for n in (25_557_032, 124_439_808):
+        options = ["--csv", "--kernel-name", "regex:step_", "--metrics", ",".join(METRICS)]
+        done = run(["ncu", *options, sys.executable, "-c", PROFILED, str(n)])
+        rows[str(n)] = [line for line in done.stdout.split("\n") if "step_" in line] or tail(done)
+    return rows
+
+
+def model() -> Row:
+    """What gpu_model.py predicts of the step times above, where they are in the file."""
+    import gpu_model
+
+    measured = ROOT / "build" / "gpu.json"
+    return {"table": list(gpu_model.against(measured))} if measured.exists() else {"not_run": f"no {measured}"}
+
+
 PARTS: dict[str, Callable[[], Row]] = {
     "facts": facts,
     "build": build,
     "suite": suite,
     "sanitizers": sanitizers,
     "step_times": step_times,
+    "stress": stress,
+    "profile": profile,
+    "model": model,
     "training_step": training_step,
 }
 

@@ -97,7 +97,15 @@ NLCG_HD U encode_f16(F x) {  // round to nearest even; a NaN stays one
 NLCG_HD float value_of(float x) { return x; }
 NLCG_HD double value_of(double x) { return x; }
 NLCG_HD float value_of(BFloat16 x) { return decode_bf16<float>(std::uint32_t{x.bits}); }
-NLCG_HD float value_of(Float16 x) { return decode_f16<float>(std::uint32_t{x.bits}); }
+NLCG_HD float value_of(Float16 x) {
+#ifdef __CUDA_ARCH__  // exact, so the same number; one instruction instead of ten
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  return decode_f16<float>(std::uint32_t{x.bits});
+#endif
+}
 NLCG_HD void assign(float& to, float x) { to = x; }
 NLCG_HD void assign(double& to, double x) { to = x; }
 NLCG_HD void assign(BFloat16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_bf16<std::uint32_t>(x)); }

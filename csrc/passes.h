@@ -19,7 +19,10 @@
 // Around it, a pass of the step has
 //
 //     decided(plan, options, fill)    the pass, as far as the passes before it have decided; fill(x) is x as a T
+//     know(fill)                      what of it holds in every step: for a compiler that got the pass from memory
 //     decide(plan, options, sums, largest, n, limit)    what follows from its sums; `limit` is the largest S
+//
+//     sums()                          which of its sums are not 0, as bits: as few as the options ask for
 //
 // and these constants: kSums; kMaxGradient (it also forms max |g|); kBackward (it walks from the end, to find in the
 // cache what the pass before read last); kOpens (first of its step: `decided` may use the options alone);
@@ -39,7 +42,11 @@ struct Pass {
   static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = false, kOpens = false;
   static constexpr bool kL2 = true, kBiasCorrected = false;
   static constexpr unsigned kResident = 0;
+  NLCG_HD unsigned sums() const { return ~0u; }
 };
+
+// sums() of a pass that forms rz, and where they are wanted rz_mid and sum(g d).
+NLCG_HD unsigned dots_wanted(bool mid, bool descent) { return 1u | (mid ? 2u : 0u) | (descent ? 4u : 0u); }
 
 // The passes of a step, in order.
 template <template <class> class... P>
@@ -53,6 +60,7 @@ struct PlainDots : Pass {
   static constexpr bool kOpens = true;
   bool mid, descent;
   NLCG_HD unsigned reads() const { return (mid ? kGradPrev : 0u) | (descent ? kD : 0u); }
+  NLCG_HD unsigned sums() const { return dots_wanted(mid, descent); }
   NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
@@ -93,6 +101,10 @@ struct PlainMove : Pass {
   template <class Fill>
   NLCG_HD static PlainMove decided(const StepPlan& c, const Options&, Fill fill) {
     return {{}, fill(c.next.beta), true, true};
+  }
+  template <class Fill>
+  NLCG_HD void know(Fill) {
+    keep_grad = move = true;
   }
   NLCG_HD static void decide(StepPlan& c, const Options&, const double*, double, double, double) { finish_step(c); }
 };
@@ -189,6 +201,7 @@ struct CurvatureAndDots : Pass {
   NLCG_HD unsigned reads() const {
     return (mid || curvature ? kGradPrev : 0u) | (descent || curvature ? kD : 0u) | kDiagonal;
   }
+  NLCG_HD unsigned sums() const { return dots_wanted(mid, descent); }
   NLCG_HD unsigned writes() const { return curvature && store_h ? kDiagonal : 0u; }
 
   template <class At>
@@ -214,6 +227,10 @@ struct CurvatureAndDots : Pass {
             !c.deferred,
             c.same && needs_rz_mid(o),
             c.same && needs_gd(o)};
+  }
+  template <class Fill>
+  NLCG_HD void know(Fill fill) {
+    c.bound = fill(0.25 * kLargest<typename Fill::Scalar>);
   }
   NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double) {
     decide_direction(c, o, sums[0], sums[1], sums[2]);
@@ -256,6 +273,11 @@ struct CurvatureAndMove : Pass {
   template <class Fill>
   NLCG_HD static CurvatureAndMove decided(const StepPlan& c, const Options&, Fill fill) {
     return {{}, bfgs_constants(c.eps, c.next.beta, c.next.ys, c.next.shs_used, fill), true, true, c.deferred};
+  }
+  template <class Fill>
+  NLCG_HD void know(Fill fill) {
+    c.bound = fill(0.25 * kLargest<typename Fill::Scalar>);
+    keep_grad = move = true;
   }
   NLCG_HD static void decide(StepPlan& c, const Options&, const double* sums, double, double, double) {
     finish_step(c);
@@ -306,6 +328,7 @@ struct AdamDots : Pass {
   AdamConstants<T> c;
   bool mid, descent;
   NLCG_HD unsigned reads() const { return kDiagonal | (mid ? kGradPrev : 0u) | (descent ? kD : 0u); }
+  NLCG_HD unsigned sums() const { return dots_wanted(mid, descent); }
   NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
@@ -361,6 +384,11 @@ struct AdamMove : Pass {
   template <class Fill>
   NLCG_HD static AdamMove decided(const StepPlan& c, const Options& o, Fill fill) {
     return {{}, adam_constants(o, c.next.beta, fill), needs_rz_mid(o), true};
+  }
+  template <class Fill>
+  NLCG_HD void know(Fill fill) {
+    c.bound = fill(0.25 * kLargest<typename Fill::Scalar>);
+    move = true;
   }
   NLCG_HD static void decide(StepPlan& c, const Options&, const double* sums, double, double, double) {
     finish_step(c);

@@ -142,11 +142,11 @@ constexpr int kMaxSums = 3;
 NLCG_HD constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }
 constexpr std::int64_t partials_needed(std::int64_t n) { return kMaxSums * tiles_of(n); }
 
-// A GPU sums 2^k tiles at a time, so that there are at most 4096 partial sums: adding them up then costs one block
-// little.
+// A GPU sums 2^k tiles at a time, so that there are at most 32,768 partial sums: enough that the last round of blocks,
+// which not all take part in, is a small part of a pass, and few enough that one block adds them up in microseconds.
 constexpr std::int64_t tiles_per_chunk(std::int64_t tiles) {
   std::int64_t in_one = 1;
-  while (in_one * 4096 < tiles) in_one *= 2;
+  while (in_one * 32768 < tiles) in_one *= 2;
   return in_one;
 }
 constexpr std::int64_t chunk_elements(std::int64_t n) { return kTile * tiles_per_chunk(tiles_of(n)); }

@@ -7,6 +7,7 @@
 //     step_in_one<S, P>            all passes of preconditioner P in one launch: the blocks wait for that decision. What
 //                                  the first loaded, g and one stream more, stays in shared memory as far as it fits
 //     part<S, Pass>                one pass with numbers from the host, for the flat-buffer functions
+//     index_tiles                  which segment a tile begins in, where the tiles are many
 //     upload_rows<Row>             the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and
 //                                  a graph can capture it
 //
@@ -17,6 +18,8 @@
 // written at its end: where a sum is not finite, nothing changes.
 #pragma once
 
+#include <tuple>
+
 #include "tile.cuh"
 
 namespace fastnlcg {
@@ -24,10 +27,9 @@ namespace {
 
 // ---- a pass over the block's chunks, and what follows from its sums -----------------------------------------------
 
-template <class S, class Pass>
+template <bool kMayReside, class S, class Pass>
 __device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pass, Totals& totals) {
   const Arguments& a = launch.a;
-  const int tiles = static_cast<int>(tiles_of(a.state.n));
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const int last = block + (a.chunks - 1 - block) / blocks * blocks;
 #pragma unroll 1
@@ -38,24 +40,24 @@ __device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pa
 #pragma unroll 1
     for (int t = 0; t < a.tiles_per_chunk; ++t) {
       const int tile = chunk * a.tiles_per_chunk + t;
-      if (tile >= tiles) break;
+      if (tile >= a.tiles) break;
       const int slot = local * a.tiles_per_chunk + t;
-      const int smem_offset = slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
-      run_tile(launch, pass, tile, smem_offset, sums);
+      const int smem_offset = kMayReside && slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
+      run_tile<kMayReside>(launch, pass, tile, smem_offset, sums);
     }
-    double largest = static_cast<double>(sums.largest);
-    block_totals<Pass::kSums, Pass::kMaxGradient>(sums.sum, largest, totals, local);
+    block_totals<Pass::kSums, Pass::kMaxGradient>(sums.sum, sums.largest, pass.sums(), totals, local);
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int j = 0; j < Pass::kSums; ++j) a.partials[j * a.chunks + chunk] = sums.sum[j];
-      if (Pass::kMaxGradient) a.partials[Pass::kSums * a.chunks + chunk] = largest;
+      if (Pass::kMaxGradient) a.partials[Pass::kSums * a.chunks + chunk] = static_cast<double>(sums.largest);
     }
   }
 }
 
 // The sums over the grid, in thread 0 of the last block.
 template <int K, bool kMax>
-__device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], double& largest, Totals& totals) {
+__device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], double& largest, unsigned wanted,
+                                            Totals& totals) {
 #pragma unroll
   for (int j = 0; j < K; ++j) x[j] = 0.0;
   largest = 0.0;
@@ -63,11 +65,13 @@ __device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], 
   for (int chunk = static_cast<int>(threadIdx.x); chunk < a.chunks; chunk += kThreads) {
     if (chunk < a.counted_chunks) {
 #pragma unroll
-      for (int j = 0; j < K; ++j) x[j] += a.partials[j * a.chunks + chunk];
+      for (int j = 0; j < K; ++j) {
+        if (wanted >> j & 1u) x[j] += a.partials[j * a.chunks + chunk];
+      }
     }
     if (kMax) largest = Larger::of(largest, a.partials[K * a.chunks + chunk]);
   }
-  block_totals<K, kMax>(x, largest, totals, 0);
+  block_totals<K, kMax>(x, largest, wanted, totals, 0);
 }
 
 __device__ double number(DeviceNumber x) {
@@ -118,9 +122,27 @@ __device__ __forceinline__ Row row_of(const Arguments& a, const double (&sums)[P
   return row;
 }
 
-// What one thread makes of a pass's sums.
+// A pass as the one before it has decided: with its numbers in the state's type, which takes square roots and divisions in
+// double, so one thread forms it for all. The first is the host's, and stays among the kernel's arguments.
+template <class Pass>
+__host__ __device__ __forceinline__ void hand_over(unsigned char (&to)[kPassBytes], const Pass& pass) {
+  static_assert(sizeof(Pass) <= kPassBytes && std::is_trivially_copyable_v<Pass>);
+  *reinterpret_cast<Pass*>(to) = pass;
+}
 template <class S, class Pass>
-__device__ __forceinline__ void decide(const Arguments& a, const Row& row, bool concludes) {
+__device__ __forceinline__ Pass pass_of(const Arguments& a) {
+  Pass pass = *reinterpret_cast<const Pass*>(Pass::kOpens ? a.first_pass : a.control->next_pass);
+  if constexpr (!Pass::kOpens) pass.know(Fill<S>{});
+  return pass;
+}
+
+struct NoPass {};  // after the last
+template <class... Passes>
+using FirstOf = std::tuple_element_t<0, std::tuple<Passes..., NoPass>>;
+
+// What one thread makes of a pass's sums.
+template <class S, class Pass, class Next>
+__device__ __forceinline__ void decide(const Arguments& a, const Row& row) {
   StepPlan& c = a.control->plan;
   bool bad_lr = false;
   if (Pass::kOpens) {
@@ -130,11 +152,12 @@ __device__ __forceinline__ void decide(const Arguments& a, const Row& row, bool 
   Pass::decide(c, a.options, row.column, row.column[kLargestGradient], static_cast<double>(a.state.n), kLargest<S>);
   c.skip = c.skip || bad_lr || c.idle;
   if (c.idle) return;
-  if (concludes) {  // nothing is left to be found: what could not be written has been decided before
+  if constexpr (!std::is_same_v<Next, NoPass>) {
+    hand_over(a.control->next_pass, Next::decided(c, a.options, Fill<S>{}));
+    if (c.skip) a.scalars->skipped_steps += 1.0;
+  } else {  // nothing is left to be found: what could not be written has been decided before
     *a.scalars = c.next;
     for (std::int64_t i = 0; i < a.n_groups; ++i) a.alpha_prev[i] = a.alpha[i];
-  } else if (c.skip) {
-    a.scalars->skipped_steps += 1.0;
   }
 }
 
@@ -143,20 +166,24 @@ __host__ __device__ __forceinline__ bool exchanges(const Exchange& exchange, boo
   return exchange.ranks > 0 && (opens || (exchange.every_decision && !last));
 }
 
-// One pass of the step; kLast: of its passes; kAlone: never over ranks. True in the block that decided.
-template <class S, class Pass, bool kLast, bool kAlone>
+// One pass of the step, and what the Next is to do; kAlone: all in one launch, so never over ranks, and tiles may reside
+// in shared memory. True in the block that decided.
+template <class S, class Pass, class Next, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
-  const Launch<S> launch(a);
-  run_pass(launch, Pass::decided(a.control->plan, a.options, Fill<S>{}), totals);
+  constexpr bool kLast = std::is_same_v<Next, NoPass>;
+  __shared__ typename Launch<S>::InShared groups;
+  const Launch<S> launch(a, groups);
+  const Pass pass = pass_of<S, Pass>(a);
+  run_pass<kAlone>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return false;
   double x[Pass::kSums], largest;
-  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
+  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, pass.sums(), totals);
   if (threadIdx.x == 0) {
     const Row row = row_of<Pass>(a, x, largest);
     if (!kAlone && exchanges(a.exchange, Pass::kOpens, kLast)) {
       *a.exchange.mine = row;
     } else {
-      decide<S, Pass>(a, row, kLast);
+      decide<S, Pass, Next>(a, row);
     }
   }
   if constexpr (kLast) {
@@ -183,33 +210,32 @@ __device__ __forceinline__ bool found_inf_set(const Arguments& a) {
 template <class S>
 constexpr int kBlocksOf = sizeof(S) == sizeof(float) ? 2 : 1;
 
-template <class S, class Pass, bool kLast>
+template <class S, class Pass, class Next>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a) || (!Pass::kOpens && a.control->plan.skip)) return;
-  pass_and_decide<S, Pass, kLast, false>(a, totals);
+  pass_and_decide<S, Pass, Next, false>(a, totals);
 }
 
-template <class S, class Pass>
+template <class S, class Pass, class Next>
 __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
   if (!Pass::kOpens && a.control->plan.skip) return;
   __shared__ Row row;
   const int j = static_cast<int>(threadIdx.x);
   if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.counted, a.exchange.ranks, j);
   __syncthreads();
-  if (j == 0) decide<S, Pass>(a, row, false);
+  if (j == 0) decide<S, Pass, Next>(a, row);
 }
 
-// The passes one after another, the blocks barrier after each but the last.
+// The passes one after another, all blocks waiting for each other after each but the last.
 template <class S, class First, class... Rest>
 __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
                                               unsigned meetings) {
-  constexpr bool kLast = sizeof...(Rest) == 0;
-  const bool decided = pass_and_decide<S, First, kLast, true>(a, totals);
-  if constexpr (!kLast) {
+  const bool decided = pass_and_decide<S, First, FirstOf<Rest...>, true>(a, totals);
+  if constexpr (sizeof...(Rest) > 0) {
     GridBarrier& barrier = a.control->barrier;
     if (decided) {
-      arrive_and_release(barrier);
+      release(barrier);
     } else {
       wait(barrier, generation, meetings);
     }
@@ -224,7 +250,7 @@ __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals
 }
 
 template <class S, class Preconditioner>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_in_one(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, 1) step_in_one(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a)) return;
   __shared__ unsigned generation;  // before the first barrier; thread 0's
@@ -235,11 +261,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_in_one(const __gr
 template <class S, class Pass>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_constant__ Arguments a, const Pass pass) {
   __shared__ Totals totals;
-  const Launch<S> launch(a);
-  run_pass(launch, pass, totals);
+  __shared__ typename Launch<S>::InShared groups;
+  const Launch<S> launch(a, groups);
+  run_pass<false>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return;
   double x[Pass::kSums], largest;
-  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, totals);
+  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, pass.sums(), totals);
   if (threadIdx.x != 0) return;
 #pragma unroll
   for (int j = 0; j < Pass::kSums; ++j) a.control->sums[j] = x[j];
@@ -258,6 +285,12 @@ __global__ void upload_rows(const __grid_constant__ Rows<Row, kBytes> rows, Row*
   for (int i = static_cast<int>(threadIdx.x); i < rows.count; i += static_cast<int>(blockDim.x)) to[i] = rows.row[i];
 }
 constexpr int kSmallRows = 4096, kLargeRows = 32764;
+
+// Arguments::tile_index of many tiles.
+__global__ void index_tiles(const Segment* segments, int n_segments, int tiles, int* to) {
+  const int tile = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (tile <= tiles) to[tile] = find_segment(segments, 0, n_segments, tile * kTile);
+}
 
 }  // namespace
 }  // namespace fastnlcg

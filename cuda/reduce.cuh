@@ -9,8 +9,18 @@
 
 #include <cuda_runtime.h>
 
+#ifdef __CUDACC__
+#include <cuda/atomic>
+#endif
+
 namespace fastnlcg {
 namespace {
+
+#ifdef __CUDACC__  // the emulation has its own
+using Atomic = cuda::atomic_ref<unsigned, cuda::thread_scope_device>;
+constexpr auto kRelaxed = cuda::memory_order_relaxed, kAcquire = cuda::memory_order_acquire,
+               kAcquireRelease = cuda::memory_order_acq_rel;
+#endif
 
 constexpr int kThreads = 512;  // of every block that sums; the bits depend on it
 constexpr int kWarp = 32;
@@ -20,11 +30,14 @@ struct Add {
   static __device__ __forceinline__ double of(double a, double b) { return a + b; }
 };
 struct Larger {
-  static __device__ __forceinline__ double of(double a, double b) { return b > a ? b : a; }
+  template <class T>
+  static __device__ __forceinline__ T of(T a, T b) {
+    return b > a ? b : a;
+  }
 };
 
-template <class Combine>
-__device__ __forceinline__ double across_lanes(double x, int width) {
+template <class Combine, class T>
+__device__ __forceinline__ T across_lanes(T x, int width) {
   for (int apart = width / 2; apart > 0; apart /= 2) x = Combine::of(x, __shfl_down_sync(0xffffffffu, x, apart));
   return x;
 }
@@ -32,31 +45,42 @@ __device__ __forceinline__ double across_lanes(double x, int width) {
 // Shared memory for block_totals. Two sets, which calls without a barrier between them use alternately: a block may begin
 // to write one while its first warp still reads the other, so one barrier per call is enough.
 struct Totals {
-  double of_warp[2][kMaxSums + 1][kWarps];
+  struct {
+    double sum[kMaxSums][kWarps];
+    double largest[kWarps];
+  } of_warp[2];
 };
 
-// x[0..K) and, where kMax, the maximum `largest`, over the block. The result is thread 0's.
-template <int K, bool kMax>
-__device__ __forceinline__ void block_totals(double (&x)[K], double& largest, Totals& shared, int parity) {
+// x[0..K), as far as they are `wanted` (bits; the others are 0), and, where kMax, the maximum `largest`, over the block.
+// The result is thread 0's.
+template <int K, bool kMax, class S>
+__device__ __forceinline__ void block_totals(double (&x)[K], S& largest, unsigned wanted, Totals& shared, int parity) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  auto& warp_sums = shared.of_warp[parity & 1];
+  auto& of_warp = shared.of_warp[parity & 1];
 #pragma unroll
   for (int j = 0; j < K; ++j) {
+    if (!(wanted >> j & 1u)) continue;
     x[j] = across_lanes<Add>(x[j], kWarp);
-    if (lane == 0) warp_sums[j][warp] = x[j];
+    if (lane == 0) of_warp.sum[j][warp] = x[j];
   }
   if (kMax) {
     largest = across_lanes<Larger>(largest, kWarp);
-    if (lane == 0) warp_sums[K][warp] = largest;
+    if (lane == 0) of_warp.largest[warp] = static_cast<double>(largest);
   }
   __syncthreads();
   if (warp != 0) return;
 #pragma unroll
-  for (int j = 0; j < K; ++j) x[j] = across_lanes<Add>(lane < kWarps ? warp_sums[j][lane] : 0.0, kWarps);
-  if (kMax) largest = across_lanes<Larger>(lane < kWarps ? warp_sums[K][lane] : 0.0, kWarps);
+  for (int j = 0; j < K; ++j) {
+    if (wanted >> j & 1u) x[j] = across_lanes<Add>(lane < kWarps ? of_warp.sum[j][lane] : 0.0, kWarps);
+  }
+  if (kMax) largest = across_lanes<Larger>(lane < kWarps ? static_cast<S>(of_warp.largest[lane]) : S{}, kWarps);
 }
 
 // A grid-wide barrier. Zero before the first launch.
+//
+// Arriving is one atomic of acquire and release order at the device's scope, releasing one of release order, waiting one of
+// acquire order; the block's own barrier before or after extends it to the block's other threads. The reset of `arrived` is
+// ordered by what follows it in the same thread: the release of this barrier, or the end of the launch.
 struct GridBarrier {
   unsigned arrived;
   unsigned generation;  // how often all blocks have arrived
@@ -67,41 +91,29 @@ __device__ __forceinline__ bool is_last_block(GridBarrier& barrier) {
   __shared__ bool last;
   __syncthreads();  // the block has written
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(&barrier.arrived, 1u) == gridDim.x - 1;
-    if (last) {
-      barrier.arrived = 0;
-      __threadfence();
-    }
+    last = Atomic(barrier.arrived).fetch_add(1, kAcquireRelease) == gridDim.x - 1;
+    if (last) Atomic(barrier.arrived).store(0, kRelaxed);
   }
   __syncthreads();
   return last;
 }
 
 // Thread 0 only, before the block first arrives.
-__device__ __forceinline__ unsigned barrier_generation(const GridBarrier& barrier) {
-#ifdef __CUDACC__
-  return *static_cast<const volatile unsigned*>(&barrier.generation);
-#else  // the emulation's, which a race detector understands
-  return polled(barrier.generation);
-#endif
+__device__ __forceinline__ unsigned barrier_generation(GridBarrier& barrier) {
+  return Atomic(barrier.generation).load(kAcquire);
 }
 
 // By the last block, when it has decided: lets the others go on. They see what it wrote.
-__device__ __forceinline__ void arrive_and_release(GridBarrier& barrier) {
+__device__ __forceinline__ void release(GridBarrier& barrier) {
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(&barrier.generation, 1u);
-  }
+  if (threadIdx.x == 0) Atomic(barrier.generation).fetch_add(1, kAcquireRelease);
 }
 
 // By the others, at the launch's barrier number `nth` (0, 1, ...); `generation` is what thread 0 saw before all of
 // them. Only in a cooperative launch: all blocks must be on the device at once.
-__device__ __forceinline__ void wait(const GridBarrier& barrier, const unsigned& generation, unsigned nth) {
+__device__ __forceinline__ void wait(GridBarrier& barrier, const unsigned& generation, unsigned nth) {
   if (threadIdx.x == 0) {
     while (barrier_generation(barrier) == generation + nth) __nanosleep(32);
-    __threadfence();
   }
   __syncthreads();
 }

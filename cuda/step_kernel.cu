@@ -126,7 +126,7 @@ int blocks_per_multiprocessor(Kernel* kernel, std::size_t shared_bytes) {
 template <class S, class First, class... Rest, class F>
 void for_each_pass(F&& f, int number = 0) {
   static_assert(sizeof...(Rest) < kMostPasses);
-  f(step_pass<S, First, sizeof...(Rest) == 0>, number, decide_over_ranks<S, First>);
+  f(step_pass<S, First, FirstOf<Rest...>>, number, decide_over_ranks<S, First, FirstOf<Rest...>>);
   if constexpr (sizeof...(Rest) > 0) for_each_pass<S, Rest...>(f, number + 1);
 }
 template <class S, template <class> class... P, class F>
@@ -136,6 +136,10 @@ void for_each_pass(PassList<P...>, F&& f) {
 template <template <class> class... P>
 constexpr int number_of_passes(PassList<P...>) {
   return static_cast<int>(sizeof...(P));
+}
+template <class S, template <class> class First, template <class> class... Rest>
+void put_first_pass(Arguments& a, PassList<First, Rest...>) {
+  hand_over(a.first_pass, First<S>::decided(StepPlan{}, a.options, Fill<S>{}));
 }
 template <class S, template <class> class First, template <class> class... Rest>
 constexpr bool keeps_tiles(PassList<First, Rest...>) {
@@ -163,8 +167,8 @@ const Limits& limits(int device) {
   });
   const int without = blocks_per_multiprocessor(in_one, 0);
   l.blocks_in_one = multiprocessors * without;
-  const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(sizeof(Totals)) -
-                   1024;  // of the driver's own
+  constexpr int kStatic = sizeof(Totals) + kMostPasses * sizeof(typename Launch<S>::InShared) + 64;
+  const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStatic - 1024;  // the driver's own
   l.resident_tiles = 0;
   for (int tiles = keeps_tiles<S>(Passes{}) ? most / kResidentBytes<S> : 0; tiles > 0 && l.resident_tiles == 0;
        --tiles) {
@@ -179,7 +183,7 @@ const Limits& limits(int device) {
 
 // Workspace layout, in doubles; each region starts on a cache line.
 struct Workspace {
-  std::int64_t control, scalars, alpha, alpha_prev, of_param, group_table, segments, partials, end;
+  std::int64_t control, scalars, alpha, alpha_prev, of_param, group_table, segments, tile_index, partials, end;
 
   Workspace(std::int64_t n, std::int64_t max_segments, std::int64_t groups) {
     const std::int64_t chunks = (tiles_of(n) + tiles_per_chunk(tiles_of(n)) - 1) / tiles_per_chunk(tiles_of(n));
@@ -196,6 +200,7 @@ struct Workspace {
     of_param = take(2 * 8);  // param_steps and beta2_powers of a flat buffer
     group_table = take(groups * static_cast<std::int64_t>(sizeof(GroupInput)));
     segments = take(max_segments * static_cast<std::int64_t>(sizeof(Segment)));
+    tile_index = take(tiles_of(n) <= kInlineTiles ? 0 : (tiles_of(n) + 1) * 4);
     partials = take(kMaxSums * chunks * 8);
     end = next;
   }
@@ -225,12 +230,22 @@ void upload_table(const Row* rows, std::int64_t first, std::int64_t last, double
 void write_segments(const Step& step, CudaStep& cuda, const Workspace& at) {
   if (captures(cuda)) cuda.tables_unknown = true;
   std::int64_t first = 0, last = step.n_segments;
+  bool same_places = false;
   if (!cuda.tables_unknown && static_cast<std::int64_t>(cuda.written.size()) == step.n_segments) {
+    same_places = std::equal(cuda.written.begin(), cuda.written.end(), step.segments,
+                             [](const Segment& a, const Segment& b) { return a.offset == b.offset && a.n == b.n; });
     while (first < last && cuda.written[static_cast<std::size_t>(first)] == step.segments[first]) ++first;
     while (first < last && cuda.written[static_cast<std::size_t>(last - 1)] == step.segments[last - 1]) --last;
   }
   cuda.written.clear();  // a launch may fail
   upload_table(step.segments, first, last, cuda.workspace + at.segments, cuda);
+  const std::int64_t tiles = tiles_of(step.state.n);
+  if (!same_places && tiles > kInlineTiles) {
+    const auto* segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
+    launch("index_tiles", index_tiles, {static_cast<int>(tiles / kThreads + 1)}, cuda, segments,
+           static_cast<int>(step.n_segments), static_cast<int>(tiles),
+           reinterpret_cast<int*>(cuda.workspace + at.tile_index));
+  }
   cuda.written.assign(step.segments, step.segments + step.n_segments);
 }
 
@@ -240,6 +255,7 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   a.segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
   a.n_segments = static_cast<int>(step.n_segments);
   a.state = step.state;
+  a.tiles = static_cast<int>(tiles);
   a.tiles_per_chunk = static_cast<int>(tiles_per_chunk(tiles));
   a.chunks = static_cast<int>((tiles + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
   a.options = step.options;
@@ -262,8 +278,9 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   for (const void* stream : {step.state.grad_prev, step.state.direction, step.state.diagonal}) {
     if (reinterpret_cast<std::uintptr_t>(stream) % 16 != 0) a.aligned_state = false;
   }
-  a.has_tile_index = tiles <= kMaxIndexedTiles;
-  for (std::int64_t tile = 0, s = 0; a.has_tile_index && tile <= tiles; ++tile) {
+  const bool indexed = tiles > kInlineTiles;
+  if (indexed) a.tile_index = reinterpret_cast<const int*>(cuda.workspace + at.tile_index);
+  for (std::int64_t tile = 0, s = 0; !indexed && tile <= tiles; ++tile) {
     while (s < step.n_segments && step.segments[s].offset + step.segments[s].n <= tile * kTile) ++s;
     a.first_segment[tile] = static_cast<int>(s);
   }
@@ -284,8 +301,8 @@ void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, A
   }
 }
 
-// Up to here one launch is worth its lower occupancy. Predicted from counted bytes, not measured: see docs/gpu.md.
-constexpr std::int64_t kOneLaunchElements = 40'000'000;
+// Up to here one launch is worth its lower occupancy on an H100, as bench/gpu_model.py predicts; not measured.
+constexpr std::int64_t kOneLaunchElements = 16'000'000;
 
 template <class S, class Preconditioner>
 void step_with(const Step& step, CudaStep& cuda) {
@@ -294,6 +311,7 @@ void step_with(const Step& step, CudaStep& cuda) {
   write_segments(step, cuda, at);
   Arguments a = arguments_of(step, cuda, at);
   write_groups(step, cuda, at, a);
+  put_first_pass<S>(a, typename Preconditioner::Passes{});
   const int chunks = a.chunks;
   // An empty shard has no chunk, and still takes part in every decision.
   const auto grid = [&](int most) {

@@ -1,9 +1,15 @@
 // One tile of the flat state: from segments to elements in registers, through a pass, and back to memory. Loads, a pass
 // of passes.h, stores; which tile, and what its sums are for, is step_kernel.cu's affair.
 //
-// Thread t of 512 takes four consecutive elements at 4 t and four at 2048 + 4 t: one 16-byte load a stream. Where a
-// segment ends inside four elements, or there is none, they are taken one by one; where a parameter or gradient does
-// not lie on 16 bytes there, its four are loaded one by one.
+// Thread t of 512 takes four consecutive elements at 4 t and four at 2048 + 4 t. How their loads look is decided before the
+// first of them: one 16-byte load a stream (8 bytes for 16-bit types); where a parameter or gradient does not lie on 16
+// bytes, four loads of it. Where a segment ends inside four elements, or the state does not lie on 16 bytes (flat buffers
+// of ops may not), elements are taken one by one.
+//
+// A pass is bound by memory, and a load is in flight for more than a thousand cycles. So all loads of a quad start before
+// one of them is waited for: addresses and the segment's numbers come first, a stream that is not read is a load whose
+// predicate is false, not a branch, and 16-bit values are decoded after the last load. tests/test_sass.py reads the
+// machine code for it.
 #pragma once
 
 #include <type_traits>
@@ -24,20 +30,22 @@ struct GroupInput {
 };
 constexpr int kInlineGroups = 16;  // more of them lie in a table
 
-constexpr int kMaxIndexedTiles = 512;
+constexpr int kInlineTiles = 512;
+constexpr int kPassBytes = 64;  // of a pass with its numbers
 
 // What the blocks share, in device memory.
 struct Control {
   GridBarrier barrier;
   StepPlan plan;
   double sums[kMaxSums];  // of a part
+  alignas(16) unsigned char next_pass[kPassBytes];
 };
 
 struct Arguments {
   const Segment* segments;
   int n_segments;
   State state;
-  int chunks, tiles_per_chunk;
+  int tiles, chunks, tiles_per_chunk;
   Options options;
   double set, loss;
   DeviceNumber loss_on_device, grad_scale, found_inf;
@@ -53,13 +61,18 @@ struct Arguments {
   Exchange exchange;   // its memory is the device's
   double* param_steps;
   double* beta2_powers;
-  int resident_tiles;  // per block
-  bool aligned_state;  // the streams of the state, to 16 bytes
-  // The first segment that ends behind each tile's begin, and one past the last tile: where there are few tiles, the
-  // latency of a search would show. `has_tile_index` says whether these are filled in.
-  bool has_tile_index;
-  int first_segment[kMaxIndexedTiles + 1];
+  alignas(16) unsigned char first_pass[kPassBytes];  // of the step, which the options alone decide
+  int resident_tiles;                                // per block
+  bool aligned_state;                                // the streams of the state, to 16 bytes
+  // The first segment that ends behind each tile's begin, and one past the last tile. Null: they are in
+  // `first_segment`, which takes no launch to fill.
+  const int* tile_index;
+  int first_segment[kInlineTiles + 1];
 };
+
+__device__ __forceinline__ int first_segment(const Arguments& a, int tile) {
+  return a.tile_index ? a.tile_index[tile] : a.first_segment[tile];
+}
 
 __device__ __forceinline__ const GroupInput* group_inputs(const Arguments& a) {
   return a.group_table ? a.group_table : a.groups;
@@ -83,76 +96,110 @@ __device__ __forceinline__ S* resident(int smem_offset) {
 
 // ---- loads and stores --------------------------------------------------------------------------------------------
 
-// Four elements at once, where their address allows it: in pieces of 16 bytes, or 8 for 16-bit types.
-template <class E>
-using Piece = std::conditional_t<sizeof(E) == 2, uint2, uint4>;
-template <class E>
-constexpr int kPieces = kQuad * static_cast<int>(sizeof(E)) / static_cast<int>(sizeof(Piece<E>));
+// Four elements as they were loaded: in pieces of 16 bytes (8 of 16-bit types), or each in a register of its own.
+template <int kSize>
+struct Word {
+  static constexpr int kBytes = kSize;  // that are loaded
+  std::conditional_t<kSize == 8, std::uint64_t, std::uint32_t> bits;
+};
+template <class E, bool kWide>
+using Piece = std::conditional_t<!kWide, Word<sizeof(E)>, std::conditional_t<sizeof(E) == 2, uint2, uint4>>;
 
-template <class E>
-__device__ __forceinline__ void put_piece(E (&raw)[kQuad], int k, Piece<E> piece) {
-  __builtin_memcpy(reinterpret_cast<char*>(raw) + k * sizeof(piece), &piece, sizeof(piece));
-}
+template <class E, bool kWide = true>
+struct Raw {
+  static constexpr int kBytes = kWide ? sizeof(Piece<E, true>) : sizeof(E);  // of memory in a piece
+  static constexpr int kPieces = kQuad * static_cast<int>(sizeof(E)) / kBytes;
+  Piece<E, kWide> piece[kPieces];
 
-// __ldca and __stwb are ordinary loads and stores of global memory. Written as assignments they would be joined with
-// the other branch, and split.
-template <class S, class E>
-__device__ __forceinline__ void load_quad(const E* from, bool whole, S (&to)[kQuad]) {
-  E raw[kQuad];
-  if (whole) {
+  template <class S>
+  __device__ __forceinline__ void decode(S (&to)[kQuad]) const {
+    E element[kQuad];
 #pragma unroll
-    for (int k = 0; k < kPieces<E>; ++k) put_piece(raw, k, __ldca(reinterpret_cast<const Piece<E>*>(from) + k));
-  } else {
+    for (int k = 0; k < kPieces; ++k) {  // memcpy compiles to nothing here
+      __builtin_memcpy(reinterpret_cast<char*>(element) + k * kBytes, &piece[k], kBytes);
+    }
 #pragma unroll
-    for (int l = 0; l < kQuad; ++l) raw[l] = from[l];
+    for (int l = 0; l < kQuad; ++l) to[l] = value_of(element[l]);
   }
-#pragma unroll
-  for (int l = 0; l < kQuad; ++l) to[l] = value_of(raw[l]);
-}
+};
 
-template <class E>
-__device__ __forceinline__ Piece<E> piece_of(const E (&raw)[kQuad], int k) {
-  Piece<E> piece;
-  __builtin_memcpy(&piece, reinterpret_cast<const char*>(raw) + k * sizeof(piece), sizeof(piece));
-  return piece;
+// load_stream(to, from, on): `to` from global memory where `on`; else it keeps what it holds. In assembly, so that it is
+// one instruction with a predicate. Wide ones leave no trace in the L1 cache, where the tables are to stay; of narrow ones
+// the next finds its line there. "Relaxed" keeps them in order, at no cost.
+#ifdef __CUDACC__
+#define NLCG_LOAD(LOAD, ON, ...)                                                            \
+  asm volatile("{ .reg .pred on; setp.ne.b32 on, " ON ", 0; @on ld.relaxed.cta.global" LOAD \
+               : __VA_ARGS__                                                                \
+               : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(on)))
+__device__ __forceinline__ void load_stream(uint4& to, const void* from, bool on) {
+  NLCG_LOAD(".L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }", "%5", "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w));
+}
+__device__ __forceinline__ void load_stream(uint2& to, const void* from, bool on) {
+  NLCG_LOAD(".L1::no_allocate.v2.u32 {%0, %1}, [%2]; }", "%3", "+r"(to.x), "+r"(to.y));
+}
+__device__ __forceinline__ void load_stream(Word<8>& to, const void* from, bool on) {
+  NLCG_LOAD(".L1::evict_first.u64 %0, [%1]; }", "%2", "+l"(to.bits));
+}
+__device__ __forceinline__ void load_stream(Word<4>& to, const void* from, bool on) {
+  NLCG_LOAD(".L1::evict_first.u32 %0, [%1]; }", "%2", "+r"(to.bits));
+}
+__device__ __forceinline__ void load_stream(Word<2>& to, const void* from, bool on) {
+  NLCG_LOAD(".L1::evict_first.u16 %0, [%1]; }", "%2", "+r"(to.bits));
+}
+#undef NLCG_LOAD
+#endif
+
+template <class E, bool kWide>
+__device__ __forceinline__ void load_quad(Raw<E, kWide>& to, const E* from, bool on) {
+  using R = Raw<E, kWide>;
+#pragma unroll
+  for (int k = 0; k < R::kPieces; ++k) {
+    load_stream(to.piece[k], reinterpret_cast<const char*>(from) + k * R::kBytes, on);
+  }
 }
 
 // The four at `place` of the flat state, rounded as parameters are.
-template <class S, class E>
-__device__ __forceinline__ void store_rounded_quad(E* to, bool whole, const S (&from)[kQuad], const Rounding& rounding,
+template <bool kWide, class S, class E>
+__device__ __forceinline__ void store_rounded_quad(E* to, const S (&from)[kQuad], const Rounding& rounding,
                                                    std::int64_t place) {
-  E raw[kQuad];
+  E element[kQuad];
 #pragma unroll
-  for (int l = 0; l < kQuad; ++l) assign_rounded(raw[l], from[l], rounding, place + l);
-  if (whole) {
+  for (int l = 0; l < kQuad; ++l) assign_rounded(element[l], from[l], rounding, place + l);
+  if constexpr (kWide) {
+    Raw<E> raw;
+    __builtin_memcpy(raw.piece, element, sizeof(element));
 #pragma unroll
-    for (int k = 0; k < kPieces<E>; ++k) __stwb(reinterpret_cast<Piece<E>*>(to) + k, piece_of(raw, k));
+    for (int k = 0; k < raw.kPieces; ++k) __stwb(reinterpret_cast<Piece<E, true>*>(to) + k, raw.piece[k]);
   } else {
 #pragma unroll
-    for (int l = 0; l < kQuad; ++l) to[l] = raw[l];
+    for (int l = 0; l < kQuad; ++l) to[l] = element[l];
   }
 }
-
 template <class S>
-__device__ __forceinline__ void store_quad(S* to, bool whole, const S (&from)[kQuad]) {
-  store_rounded_quad(to, whole, from, Rounding{}, 0);
+__device__ __forceinline__ void store_quad(S* to, const S (&from)[kQuad]) {
+  store_rounded_quad<true>(to, from, Rounding{}, 0);
 }
 
 // The same in shared memory.
 template <class S>
-__device__ __forceinline__ void load_resident(const S* from, S (&to)[kQuad]) {
+__device__ __forceinline__ void load_resident(const S* from, Raw<S>& to) {
 #pragma unroll
-  for (int k = 0; k < kPieces<S>; ++k) put_piece(to, k, reinterpret_cast<const Piece<S>*>(from)[k]);
+  for (int k = 0; k < to.kPieces; ++k) to.piece[k] = reinterpret_cast<const Piece<S, true>*>(from)[k];
 }
 template <class S>
 __device__ __forceinline__ void store_resident(S* to, const S (&from)[kQuad]) {
+  Raw<S> raw;
+  __builtin_memcpy(raw.piece, from, sizeof(from));
 #pragma unroll
-  for (int k = 0; k < kPieces<S>; ++k) reinterpret_cast<Piece<S>*>(to)[k] = piece_of(from, k);
+  for (int k = 0; k < raw.kPieces; ++k) reinterpret_cast<Piece<S, true>*>(to)[k] = raw.piece[k];
 }
 
-template <class E>
-__device__ __forceinline__ bool takes_quads(const E* first) {
-  return reinterpret_cast<std::uintptr_t>(first) % (kQuad * sizeof(E) < 16 ? kQuad * sizeof(E) : 16) == 0;
+// Whether p and g take wide loads from an element of their segment on, and from every fourth after it.
+__device__ __forceinline__ bool takes_quads(const Segment& segment, std::int64_t from) {
+  const unsigned size = segment.dtype == DType::f64 ? 8 : segment.dtype == DType::f32 ? 4 : 2;
+  const auto p = reinterpret_cast<std::uintptr_t>(segment.p), g = reinterpret_cast<std::uintptr_t>(segment.g);
+  const auto bytes = static_cast<std::uintptr_t>(from) * size;
+  return (((p + bytes) | (g + bytes)) & ((size == 2 ? 8 : 16) - 1)) == 0;
 }
 
 // ---- what a pass sees of one element -----------------------------------------------------------------------------
@@ -163,13 +210,29 @@ struct ThreadSums {
   S largest;
 };
 
-// What is one number in a segment, in the state's type.
+// What is one number in a group, in the state's type. Formed once for every block and pass: the conversions are double
+// precision work, which some GPUs have little of.
 template <class S>
-struct SegmentNumbers {
-  S alpha, alpha_prev, weight_decay, kept, root, root_prev;
-  bool maximizes;  // g takes a sign
-  bool decays;     // g takes L2 weight decay
-  bool moves;      // false where alpha is 0: then p keeps every bit, the sign of a zero included
+struct GroupNumbers {
+  S alpha, alpha_prev, weight_decay, kept;
+  S factor;  // of the gradient: the sign, and 1 over AMP's scale
+};
+template <class S>
+__device__ __forceinline__ GroupNumbers<S> group_numbers(const Arguments& a, int group) {
+  const GroupInput& input = group_inputs(a)[group];
+  const double alpha = a.alpha[group], weight_decay = input.weight_decay;
+  const S inverse_scale =
+      static_cast<S>(1.0 / (a.grad_scale.address != nullptr ? *static_cast<const float*>(a.grad_scale.address) : 1.0));
+  return {static_cast<S>(alpha), static_cast<S>(a.alpha_prev[group]), static_cast<S>(weight_decay),
+          static_cast<S>(1.0 - alpha * weight_decay), input.sign < 0.0 ? -inverse_scale : inverse_scale};
+}
+
+// And in a segment.
+template <class S>
+struct SegmentNumbers : GroupNumbers<S> {
+  S root, root_prev;
+  // False where alpha is 0: then p keeps every bit, the sign of a zero included.
+  __device__ __forceinline__ bool moves() const { return this->alpha != S{0}; }
 };
 
 template <class S, int K>
@@ -188,7 +251,7 @@ struct At {
   __device__ __forceinline__ S kept() const { return segment.kept; }
   __device__ __forceinline__ S root() const { return segment.root; }
   __device__ __forceinline__ S root_prev() const { return segment.root_prev; }
-  __device__ __forceinline__ bool moves() const { return segment.moves; }
+  __device__ __forceinline__ bool moves() const { return segment.moves(); }
   __device__ __forceinline__ void set_p(S p) { p_ = p; }
   __device__ __forceinline__ void set_grad_prev(S g) { grad_prev_ = g; }
   __device__ __forceinline__ void set_d(S d) { d_ = d; }
@@ -204,38 +267,28 @@ struct At {
   __device__ __forceinline__ void largest(S size) { sums.largest = size > sums.largest ? size : sums.largest; }
 };
 
-// What holds for a whole launch.
+// What holds for a whole pass. All threads of a block make one together.
 template <class S>
 struct Launch {
+  using InShared = GroupNumbers<S>[kInlineGroups];
   const Arguments& a;
-  S inverse_scale;
+  const InShared& of_group;  // of the first groups; the others' are formed where they are used
 
-  __device__ explicit Launch(const Arguments& arguments) : a(arguments), inverse_scale(1) {
-    if (a.grad_scale.address == nullptr) return;
-    inverse_scale = static_cast<S>(1.0 / static_cast<double>(*static_cast<const float*>(a.grad_scale.address)));
+  __device__ Launch(const Arguments& arguments, InShared& shared) : a(arguments), of_group(shared) {
+    const int group = static_cast<int>(threadIdx.x);
+    if (group < kInlineGroups && group < a.n_groups) shared[group] = group_numbers<S>(a, group);
+    __syncthreads();
   }
   // Read where it is used: few steps do, and registers are short.
   __device__ __forceinline__ Rounding rounding() const {
     return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step) : Rounding{};
   }
-  // The gradient the method sees.
-  __device__ __forceinline__ S gradient(S g, S p, const SegmentNumbers<S>& segment) const {
-    if (a.grad_scale.address != nullptr) g = scaled_gradient(g, inverse_scale);
-    if (segment.maximizes) g = scaled_gradient(g, S{-1});
-    return segment.decays ? decayed_gradient(g, segment.weight_decay, p) : g;
-  }
   template <class Pass>
   __device__ __forceinline__ SegmentNumbers<S> numbers(const Segment& segment) const {
-    const GroupInput& input = group_inputs(a)[segment.group];
-    const double alpha = a.alpha[segment.group], weight_decay = input.weight_decay;
-    SegmentNumbers<S> x = {};
-    x.maximizes = input.sign < 0.0;
-    x.alpha = static_cast<S>(alpha);
-    x.alpha_prev = static_cast<S>(a.alpha_prev[segment.group]);
-    x.weight_decay = static_cast<S>(weight_decay);
-    x.kept = static_cast<S>(1.0 - alpha * weight_decay);
-    x.decays = Pass::kL2 && weight_decay != 0.0;
-    x.moves = x.alpha != S{0};
+    SegmentNumbers<S> x;
+    static_cast<GroupNumbers<S>&>(x) =
+        segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group);
+    x.root = x.root_prev = S{};
     if (Pass::kBiasCorrected) {
       const double power = a.beta2_powers[segment.param];
       x.root = root_correction<S>(power * a.options.beta2);
@@ -244,6 +297,13 @@ struct Launch {
     return x;
   }
 };
+
+// The gradient the method sees.
+template <class Pass, class S>
+__device__ __forceinline__ S gradient(S g, S p, const SegmentNumbers<S>& numbers) {
+  g = scaled_gradient(g, numbers.factor);
+  return Pass::kL2 ? decayed_gradient(g, numbers.weight_decay, p) : g;
+}
 
 template <class S>
 __device__ __forceinline__ S* stream(void* base, std::int64_t position) {
@@ -263,85 +323,91 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
   return low;
 }
 
-// Q times four elements, half a tile apart, all in one segment. `smem_offset` is where a resident tile's g, and behind
-// it the stream of kResident, lie in shared memory, or -1.
-template <class S, class E, int Q, class Pass, int K>
-__device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& pass, const Segment& segment,
-                                          std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
+// Q times four elements, half a tile apart, all in one segment; the state on 16 bytes, and where kWide p and g too.
+// `smem_offset` is where a resident tile's g, and behind it the stream of kResident, lie in shared memory, or -1; kLoaded:
+// they are there, since the first pass.
+template <bool kMayReside, bool kLoaded, bool kWide, int Q, class S, class E, class Pass, int K>
+__device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& pass, E* p_at, const E* g_at,
+                                          std::int64_t position, int smem_offset, const SegmentNumbers<S>& numbers,
+                                          ThreadSums<S, K>& sums) {
   constexpr int kApart = kQuad * kThreads;
+  constexpr bool kReadsGradient = Pass::kReadsGradient && !kLoaded;
+  constexpr unsigned kInMemory = kLoaded ? ~Pass::kResident : ~0u;
   const State& state = launch.a.state;
-  const bool whole = launch.a.aligned_state;
-  const SegmentNumbers<S> numbers = launch.template numbers<Pass>(segment);
-  const unsigned reads = pass.reads(), writes = pass.writes();
-  E* const p_at = static_cast<E*>(segment.p) + (position - segment.offset);
-  const E* const g_at = static_cast<const E*>(segment.g) + (position - segment.offset);
-  const bool whole_p = takes_quads(p_at), whole_g = takes_quads(g_at);
-  const bool loaded = smem_offset >= 0 && !Pass::kOpens;  // the first pass has left them in shared memory
+  const unsigned reads = pass.reads() & kInMemory, writes = pass.writes();
+  const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kL2 && numbers.weight_decay != S{0});
   const int local = static_cast<int>(position % kTile);
 
-  S p[Q][kQuad] = {}, g[Q][kQuad] = {}, grad_prev[Q][kQuad] = {}, d[Q][kQuad] = {}, diagonal[Q][kQuad] = {};
-  auto& kept = Pass::kResident == kD ? d : diagonal;  // the resident stream beside g
+  Raw<S> d_raw[Q] = {}, diagonal_raw[Q] = {}, grad_prev_raw[Q] = {}, g_loaded[Q] = {};
+  Raw<E, kWide> g_raw[Q] = {}, p_raw[Q] = {};
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
     const std::int64_t at = position + q * kApart;
-    if (loaded) {
-      load_resident(resident<S>(smem_offset) + local + q * kApart, g[q]);
-      if (reads & Pass::kResident) load_resident(resident<S>(smem_offset) + kTile + local + q * kApart, kept[q]);
-    } else {
-      if (pass.kReadsGradient) load_quad(g_at + q * kApart, whole_g, g[q]);
-    }
-    if ((reads & kD) && !(loaded && Pass::kResident == kD)) {
-      load_quad(stream<S>(state.direction, at), whole, d[q]);
-    }
-    if ((reads & kP) || (pass.kReadsGradient && numbers.decays && !loaded)) {
-      load_quad(p_at + q * kApart, whole_p, p[q]);
-    }
-    if (reads & kGradPrev) load_quad(stream<S>(state.grad_prev, at), whole, grad_prev[q]);
-    if ((reads & kDiagonal) && !(loaded && Pass::kResident == kDiagonal)) {
-      load_quad(stream<S>(state.diagonal, at), whole, diagonal[q]);
+    load_quad(d_raw[q], stream<S>(state.direction, at), reads & kD);
+    load_quad(diagonal_raw[q], stream<S>(state.diagonal, at), reads & kDiagonal);
+    load_quad(grad_prev_raw[q], stream<S>(state.grad_prev, at), reads & kGradPrev);
+    load_quad(p_raw[q], p_at + q * kApart, reads_p);
+    load_quad(g_raw[q], g_at + q * kApart, kReadsGradient);
+  }
+  if constexpr (kLoaded) {
+#pragma unroll
+    for (int q = 0; q < Q; ++q) {
+      const S* const from = resident<S>(smem_offset) + local + q * kApart;
+      load_resident(from, g_loaded[q]);
+      load_resident(from + kTile, Pass::kResident == kD ? d_raw[q] : diagonal_raw[q]);
     }
   }
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
+    S p[kQuad], g[kQuad], grad_prev[kQuad], d[kQuad], diagonal[kQuad];
+    p_raw[q].decode(p), grad_prev_raw[q].decode(grad_prev), d_raw[q].decode(d), diagonal_raw[q].decode(diagonal);
+    if constexpr (kLoaded) {
+      g_loaded[q].decode(g);
+    } else {
+      g_raw[q].decode(g);
+#pragma unroll
+      for (int l = 0; l < kQuad; ++l) g[l] = gradient<Pass>(g[l], p[l], numbers);
+    }
+    if (kMayReside && Pass::kOpens && Pass::kResident != 0 && smem_offset >= 0) {
+      S* const to = resident<S>(smem_offset) + local + q * kApart;
+      store_resident(to, g);
+      store_resident(to + kTile, Pass::kResident == kD ? d : diagonal);
+    }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
-      if (pass.kReadsGradient && !loaded) g[q][l] = launch.gradient(g[q][l], p[q][l], numbers);
-    }
-    if (Pass::kOpens && Pass::kResident != 0 && smem_offset >= 0) {
-      store_resident(resident<S>(smem_offset) + local + q * kApart, g[q]);
-      store_resident(resident<S>(smem_offset) + kTile + local + q * kApart, kept[q]);
-    }
-#pragma unroll
-    for (int l = 0; l < kQuad; ++l) {
-      At<S, K> at{p[q][l], g[q][l], grad_prev[q][l], d[q][l], diagonal[q][l], numbers, sums};
+      At<S, K> at{p[l], g[l], grad_prev[l], d[l], diagonal[l], numbers, sums};
       pass(at);
-      p[q][l] = at.p_, grad_prev[q][l] = at.grad_prev_, d[q][l] = at.d_, diagonal[q][l] = at.diagonal_;
+      p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_;
     }
     const std::int64_t at = position + q * kApart;
-    if (writes & kDiagonal) store_quad(stream<S>(state.diagonal, at), whole, diagonal[q]);
-    if (writes & kGradPrev) store_quad(stream<S>(state.grad_prev, at), whole, grad_prev[q]);
-    if (writes & kD) store_quad(stream<S>(state.direction, at), whole, d[q]);
-    if ((writes & kP) && numbers.moves) store_rounded_quad(p_at + q * kApart, whole_p, p[q], launch.rounding(), at);
+    if (writes & kDiagonal) store_quad(stream<S>(state.diagonal, at), diagonal);
+    if (writes & kGradPrev) store_quad(stream<S>(state.grad_prev, at), grad_prev);
+    if (writes & kD) store_quad(stream<S>(state.direction, at), d);
+    if ((writes & kP) && numbers.moves()) store_rounded_quad<kWide>(p_at + q * kApart, p, launch.rounding(), at);
   }
 }
 
-// One element of a segment.
-template <class S, class E, class Pass, int K>
+// One element of a segment, of whatever type.
+template <bool kMayReside, class S, class Pass, int K>
 __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pass, const Segment& segment,
                                         std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
   const State& state = launch.a.state;
   const SegmentNumbers<S> numbers = launch.template numbers<Pass>(segment);
   const unsigned reads = pass.reads(), writes = pass.writes();
-  E* const p_at = static_cast<E*>(segment.p) + (position - segment.offset);
-  const E* const g_at = static_cast<const E*>(segment.g) + (position - segment.offset);
-  const bool loaded = smem_offset >= 0 && !Pass::kOpens;
+  const std::int64_t in_segment = position - segment.offset;
+  const bool resides = kMayReside && smem_offset >= 0;
+  const bool loaded = resides && !Pass::kOpens;
   const int local = static_cast<int>(position % kTile);
+  const bool reads_g = pass.kReadsGradient && !loaded;
+  const bool reads_p = (reads & kP) || (reads_g && Pass::kL2 && numbers.weight_decay != S{0});
 
-  const bool needs_p = (reads & kP) || (pass.kReadsGradient && numbers.decays && !loaded);
-  const S p = needs_p ? value_of(*p_at) : S{};
-  const S g = loaded                ? resident<S>(smem_offset)[local]
-              : pass.kReadsGradient ? launch.gradient(value_of(*g_at), p, numbers)
-                                    : S{};
+  S p = {}, g = {};
+  with_element_type<S>(segment.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (reads_p) p = value_of(static_cast<const E*>(segment.p)[in_segment]);
+    if (reads_g) g = value_of(static_cast<const E*>(segment.g)[in_segment]);
+  });
+  g = loaded ? resident<S>(smem_offset)[local] : gradient<Pass>(g, p, numbers);
   At<S, K> at{p,
               g,
               reads & kGradPrev ? *stream<S>(state.grad_prev, position) : S{},
@@ -349,7 +415,7 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
               reads & kDiagonal ? *stream<S>(state.diagonal, position) : S{},
               numbers,
               sums};
-  if (Pass::kOpens && Pass::kResident != 0 && smem_offset >= 0) {
+  if (Pass::kOpens && Pass::kResident != 0 && resides) {
     resident<S>(smem_offset)[local] = at.g_;
     resident<S>(smem_offset)[kTile + local] = Pass::kResident == kD ? at.d_ : at.diagonal_;
   }
@@ -357,44 +423,67 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
   if (writes & kDiagonal) *stream<S>(state.diagonal, position) = at.diagonal_;
   if (writes & kGradPrev) *stream<S>(state.grad_prev, position) = at.grad_prev_;
   if (writes & kD) *stream<S>(state.direction, position) = at.d_;
-  if ((writes & kP) && numbers.moves) assign_rounded(*p_at, at.p_, launch.rounding(), position);
+  if ((writes & kP) && numbers.moves()) {
+    with_element_type<S>(segment.dtype, [&](auto element) {
+      assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, launch.rounding(), position);
+    });
+  }
 }
 
-template <class S, class Pass, int K>
+// Both quads of a tile at once, where there are registers for it: where the pass reads little, or the kernel has a whole
+// multiprocessor.
+template <class S, class Pass, bool kMayReside>
+constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kOpens || kMayReside) ? 2 : 1;
+template <class S>
+constexpr int kQuadsAtOnce<S, AdamDots<S>, false> = 1;  // would spill
+template <class S>
+constexpr int kQuadsAtOnce<S, CurvatureAndDots<S>, true> =
+    1;  // ptxas would wait for some of the loads before the others
+
+template <bool kMayReside, class S, class Pass, int K>
 __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, int tile, int smem_offset,
                                          ThreadSums<S, K>& sums) {
   const Arguments& a = launch.a;
   const std::int64_t begin = std::int64_t{tile} * kTile, end = begin + kTile;
-  const int first = a.has_tile_index ? a.first_segment[tile] : find_segment(a.segments, 0, a.n_segments, begin);
+  const int first = first_segment(a, tile);
   if (first == a.n_segments || a.segments[first].offset >= end) return;
-  const Segment& segment = a.segments[first];
   const std::int64_t position = begin + kQuad * static_cast<int>(threadIdx.x);
-  if (segment.offset <= begin && segment.offset + segment.n >= end) {  // the tile lies in one segment: the usual case
-    with_element_type<S>(segment.dtype, [&](auto element) {
-      using E = decltype(element);
-      if constexpr (sizeof(S) == sizeof(float) && std::is_same_v<Pass, CurvatureDot<S>>) {  // registers for two at once
-        run_quads<S, E, 2>(launch, pass, segment, position, smem_offset, sums);
-      } else {
-#pragma unroll 1
-        for (int q = 0; q < 2; ++q) {
-          run_quads<S, E, 1>(launch, pass, segment, position + q * kQuad * kThreads, smem_offset, sums);
-        }
-      }
-    });
-    return;
-  }
+  // The tile lies in one segment: the usual case.
+  const bool whole = a.segments[first].offset <= begin && a.segments[first].offset + a.segments[first].n >= end;
+  const int beyond = whole ? first : first_segment(a, tile + 1);
   int s = first;
-  const int beyond = a.has_tile_index ? a.first_segment[tile + 1] : a.n_segments;
+  constexpr int Q = kQuadsAtOnce<S, Pass, kMayReside>;
 #pragma unroll 1
   for (int q = 0; q < 2; ++q) {
     const std::int64_t at = position + q * kQuad * kThreads;
     s = find_segment(a.segments, s, beyond, at);
     if (s == a.n_segments) return;
     const Segment& here = a.segments[s];
-    if (here.offset <= at && here.offset + here.n >= at + kQuad) {
+    if (a.aligned_state && here.offset <= at && here.offset + here.n >= at + kQuad) {
+      const SegmentNumbers<S> numbers = launch.template numbers<Pass>(here);
+      const bool wide = takes_quads(here, at - here.offset), both = Q == 2 && whole && wide;
       with_element_type<S>(here.dtype, [&](auto element) {
-        run_quads<S, decltype(element), 1>(launch, pass, here, at, smem_offset, sums);
+        using E = decltype(element);
+        E* const p_at = static_cast<E*>(here.p) + (at - here.offset);
+        const E* const g_at = static_cast<const E*>(here.g) + (at - here.offset);
+        const auto run = [&](auto loaded, auto wide, auto quads) {
+          run_quads<kMayReside, loaded, wide, quads>(launch, pass, p_at, g_at, at, smem_offset, numbers, sums);
+        };
+        const auto run_as = [&](auto loaded) {
+          if (both) {
+            run(loaded, std::true_type{}, std::integral_constant<int, Q>{});
+          } else if (wide) {
+            run(loaded, std::true_type{}, std::integral_constant<int, 1>{});
+          } else {
+            run(loaded, std::false_type{}, std::integral_constant<int, 1>{});
+          }
+        };
+        if constexpr (kMayReside && !Pass::kOpens && Pass::kResident != 0) {
+          if (smem_offset >= 0) return run_as(std::true_type{});
+        }
+        run_as(std::false_type{});
       });
+      if (both) return;
       continue;
     }
 #pragma unroll 1
@@ -403,9 +492,7 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
       if (s == a.n_segments) return;
       const Segment& one = a.segments[s];
       if (one.offset > at + l) continue;
-      with_element_type<S>(one.dtype, [&](auto element) {
-        run_one<S, decltype(element)>(launch, pass, one, at + l, smem_offset, sums);
-      });
+      run_one<kMayReside>(launch, pass, one, at + l, smem_offset, sums);
     }
   }
 }

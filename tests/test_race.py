@@ -7,7 +7,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +68,101 @@ def test_one_set_of_totals_instead_of_two_is_reported(tmp_path: Path) -> None:
     done = run(build(tmp_path, tmp_path), "bfgs", "halt_on_error=1")
     assert done.returncode == 66
     assert "block_totals" in done.stderr
+
+
+# ---- the grid-wide barrier, every interleaving -----------------------------------------------------------------------
+#
+# A model of cuda/reduce.cuh: each atomic operation of a block's thread 0 is one step, and any block may take the next.
+# Sequentially consistent, so it says nothing of memory orders (ThreadSanitizer does), but covers every schedule.
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """All that a launch's blocks share and where each of them is."""
+
+    arrived: int
+    generation: int
+    at: tuple[str, ...]  # of every block: what it does next
+    passes: tuple[int, ...]  # of every block: in which pass it is
+    read: tuple[int, ...]  # of every block: the generation it saw first
+    decided: int  # passes
+
+
+def successors(s: Barrier, passes: int, skips: bool, mutant: str) -> Iterator[Barrier]:
+    wrap = 4  # of the generation: wrapping round is harmless
+    blocks = len(s.at)
+
+    def move(b: int, to: str, **changes: Any) -> Barrier:
+        return replace(s, at=(*s.at[:b], to, *s.at[b + 1 :]), **changes)
+
+    def put(values: tuple[int, ...], b: int, value: int) -> tuple[int, ...]:
+        return (*values[:b], value, *values[b + 1 :])
+
+    for b in range(blocks):
+        number = s.passes[b]
+        final = number == passes - 1
+        after = "end" if final else "wait"
+        match s.at[b]:
+            case "begin":  # barrier_generation()
+                yield move(b, "sum", read=put(s.read, b, s.generation))
+            case "sum":  # a pass begins only when the one before is decided
+                assert s.decided == number
+                yield move(b, "arrive")
+            case "arrive":  # is_last_block(): fetch_add
+                last = s.arrived == blocks - 1
+                assert s.arrived < blocks
+                late = mutant == "generation read late" and number == 0
+                yield move(b, "reset" if last else "read late" if late else after, arrived=s.arrived + 1)
+            case "read late":
+                yield move(b, after, read=put(s.read, b, s.generation))
+            case "reset":
+                first = mutant != "reset after the release" or final
+                yield move(b, "decide" if first else "decide, reset", arrived=0 if first else s.arrived)
+            case "decide" | "decide, reset" as what:
+                assert all(other in ("wait", "end") for i, other in enumerate(s.at) if i != b)
+                if final or what == "decide, reset":
+                    yield move(b, "end" if final else "release, reset", decided=s.decided + 1)
+                else:
+                    yield move(b, "release", decided=s.decided + 1)
+            case "release":
+                to = "end" if skips else "sum"
+                yield move(b, to, generation=(s.generation + 1) % wrap, passes=put(s.passes, b, number + 1))
+            case "release, reset":
+                yield move(b, "late reset", generation=(s.generation + 1) % wrap)
+            case "late reset":
+                yield move(b, "end" if skips else "sum", arrived=0, passes=put(s.passes, b, number + 1))
+            case "wait":
+                if s.generation != (s.read[b] + number) % wrap:
+                    yield move(b, "end" if skips else "sum", passes=put(s.passes, b, number + 1))
+
+
+def explore(blocks: int, generation: int, passes: int, skips: bool, mutant: str = "") -> set[Barrier]:
+    """Every state a launch can come to. Where no block can go on, all have ended, and the barrier is as it was."""
+    start = Barrier(0, generation, ("begin",) * blocks, (0,) * blocks, (0,) * blocks, 0)
+    seen, ahead = {start}, [start]
+    while ahead:
+        state = ahead.pop()
+        following = list(successors(state, passes, skips, mutant))
+        if not following:
+            assert all(at == "end" for at in state.at), "a deadlock"
+            assert state.arrived == 0
+            assert state.generation == (generation + (1 if skips else passes - 1)) % 4
+        new = [s for s in following if s not in seen]
+        seen.update(new)
+        ahead += new
+    return seen
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+def test_the_barrier_in_every_interleaving(passes: int) -> None:
+    """Launch after launch on one barrier, of other grids, one of which skips: from any generation the first left."""
+    for generation in range(4):
+        for blocks in (1, 2, 3):
+            for skips in (False, True):
+                assert len(explore(blocks, generation, passes, skips)) > 2 * blocks * passes
+
+
+@pytest.mark.parametrize("mutant", ["generation read late", "reset after the release"])
+def test_the_model_finds_a_broken_barrier(mutant: str) -> None:
+    with pytest.raises(AssertionError):
+        explore(3, 0, 3, False, mutant)

@@ -212,21 +212,14 @@ inline void Block::run() {
 // ---- what device code calls --------------------------------------------------------------------------------------
 
 inline void __syncthreads() { this_block->wait_for_block(); }
-// ThreadSanitizer does not know fences. Every atomic of the kernels has one on the side that matters, so the atomics
-// carry the order; MUTANT_RELAXED takes it away, and must be reported.
+// MUTANT_RELAXED takes the order away from the kernels' atomics, and must be reported.
+using Atomic = std::atomic_ref<unsigned>;
 #ifdef MUTANT_RELAXED
-constexpr std::memory_order kArrive = std::memory_order_relaxed, kPoll = std::memory_order_relaxed;
+constexpr std::memory_order kRelaxed = std::memory_order_relaxed, kAcquire = kRelaxed, kAcquireRelease = kRelaxed;
 #else
-constexpr std::memory_order kArrive = std::memory_order_acq_rel, kPoll = std::memory_order_acquire;
+constexpr std::memory_order kRelaxed = std::memory_order_relaxed, kAcquire = std::memory_order_acquire,
+                            kAcquireRelease = std::memory_order_acq_rel;
 #endif
-#ifdef __SANITIZE_THREAD__
-inline void __threadfence() {}
-#else
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-#endif
-inline unsigned polled(const unsigned& word) {
-  return std::atomic_ref<unsigned>(const_cast<unsigned&>(word)).load(kPoll);
-}
 inline void __nanosleep(unsigned) { std::this_thread::yield(); }
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -236,30 +229,30 @@ struct alignas(16) uint4 {
 };
 // Of global memory only, and aligned.
 template <class T>
-T* checked(T* at) {
+T* checked(T* at, std::size_t bytes) {
   const auto address = reinterpret_cast<std::uintptr_t>(at), shared = reinterpret_cast<std::uintptr_t>(resident_memory);
-  if (address % sizeof(T) != 0 || address - shared < sizeof(resident_memory)) std::abort();
+  if (address % bytes != 0 || address - shared < sizeof(resident_memory)) std::abort();
   return at;
 }
 template <class T>
-T __ldca(const T* from) {
-  return *checked(from);
+void load_stream(T& to, const void* from, bool on) {
+  std::size_t bytes = sizeof(T);
+  if constexpr (requires { T::kBytes; }) bytes = T::kBytes;
+  if (on) std::memcpy(&to, checked(from, bytes), bytes);
 }
 template <class T>
 void __stwb(T* to, T value) {
-  *checked(to) = value;
+  *checked(to, sizeof(T)) = value;
 }
-inline unsigned atomicAdd(unsigned* at, unsigned value) {
-  return std::atomic_ref<unsigned>(*at).fetch_add(value, kArrive);
-}
-inline double __shfl_down_sync(unsigned, double x, unsigned apart) {
+template <class T>
+T __shfl_down_sync(unsigned, T x, unsigned apart) {
   Block& block = *this_block;
   double* const lanes = block.lanes();
   const std::size_t own = block.current(), threads = block.size();
-  lanes[own] = x;
+  lanes[own] = static_cast<double>(x);
   block.wait_for_warp();
   const std::size_t other = own + apart;
-  const double y = other / 32 == own / 32 && other < threads ? lanes[other] : x;
+  const T y = other / 32 == own / 32 && other < threads ? static_cast<T>(lanes[other]) : x;
   block.wait_for_warp();
   return y;
 }
