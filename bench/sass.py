@@ -115,7 +115,7 @@ class Kernel:
         return found
 
     def path(self, group: Group, weight: Callable[[Instruction], int], choose: Callable[[int, int], int] = max) -> int:
-        """The sum of weights from a group's first load to the sum over the warp or the end, along the branches that make
+        """The sum of weights from a group's first load to its sums or the end, along the branches that make
         it largest (or least: `choose`). Called functions, the slow ways of division and roots, do not count."""
         start, last = group.loads[0].address, group.loads[-1].address
         value: dict[int, int] = {}

@@ -8,10 +8,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -219,6 +221,7 @@ class NativeStep {
       throw bad(std::to_string(segments.size()) + " segments in a workspace for " + std::to_string(cuda_.max_segments));
     }
     segments_ = std::move(segments);
+    apart_.clear();
     layouts_ = std::move(layouts);
     pointers_valid_ = false;
     step_.segments = segments_.data();
@@ -295,6 +298,7 @@ class NativeStep {
     if (lr.size() != groups_.size() || weight_decay.size() != groups_.size() || maximize.size() != groups_.size())
       throw bad("one lr, weight_decay and maximize per group");
     if (const std::string missing = missing_streams(); !missing.empty()) throw bad("a step needs " + missing);
+    check_overlaps();
     for (std::size_t i = 0; i < groups_.size(); ++i) {
       groups_[i].lr = lr[i];
       groups_[i].weight_decay = weight_decay[i];
@@ -495,6 +499,27 @@ class NativeStep {
     if (step_.options.preconditioner == Preconditioner::adam && step_.beta2_powers == nullptr) return "beta2_powers";
     return "";
   }
+  // Two parameters in one place would be moved twice, or by half, as the threads happen to run. Looked at only where an
+  // address has changed.
+  void check_overlaps() {
+    std::vector<const void*> now;
+    now.reserve(segments_.size());
+    for (const Segment& segment : segments_) now.push_back(segment.p);
+    if (now == apart_) return;
+    std::vector<std::size_t> order(segments_.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::sort(order.begin(), order.end(), [&](std::size_t i, std::size_t j) { return now[i] < now[j]; });
+    for (std::size_t k = 1; k < order.size(); ++k) {
+      const Segment &a = segments_[order[k - 1]], &b = segments_[order[k]];
+      const std::int64_t size = a.dtype == DType::f64 ? 8 : a.dtype == DType::f32 ? 4 : 2;
+      if (static_cast<const char*>(a.p) + a.n * size > static_cast<const char*>(b.p)) {
+        const auto [first, second] = std::minmax(a.param, b.param);
+        throw bad("parameters " + std::to_string(first) + " and " + std::to_string(second) +
+                  " share memory; register one Parameter for both");
+      }
+    }
+    apart_ = std::move(now);
+  }
   void check_diagonal() const {
     if (step_.options.preconditioner != Preconditioner::none && step_.state.diagonal == nullptr)
       throw bad("missing state");
@@ -605,6 +630,7 @@ class NativeStep {
   std::array<BufferPtr, 3> rows_;
   py::object gather_;
   bool pointers_valid_ = false;
+  std::vector<const void*> apart_;  // where the parameters lay when they were last seen not to overlap
   std::vector<double> partials_;
   Scalars scalars_;
   double own_param_step_ = 0, own_beta2_power_ = 1;

@@ -295,6 +295,19 @@ bool streams(const Step& step, const Pass& pass) {
   return aligned && (pass.writes() & ~pass.reads() & kGradPrev) && step.state.n >= kStreamingElements;
 }
 
+// The processor's default floating-point mode, and the caller's again: torch.set_flush_denormal() holds for the thread that
+// called it, not for OpenMP's, so under it the bits would depend on the number of threads.
+class DefaultFloatMode {
+ public:
+  DefaultFloatMode() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatMode() { _mm_setcsr(before_); }
+  DefaultFloatMode(const DefaultFloatMode&) = delete;
+  DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
+
+ private:
+  unsigned before_;
+};
+
 // Runs the pass over all tiles and adds up the partial sums in the order of the tiles; behind the sums, the maximum
 // where the pass forms one.
 template <class S, class Pass>
@@ -318,6 +331,7 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
   } else {
 #pragma omp parallel num_threads(static_cast<int>(useful))
     {
+      const DefaultFloatMode mode;
       const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
       range(tiles * thread / threads, tiles * (thread + 1) / threads);
       _mm_sfence();  // for streaming stores
@@ -456,6 +470,7 @@ void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
 
 #define NLCG_BY_STATE_TYPE(function)                                                                          \
   [](const Step& step, auto... args) {                                                                        \
+    const DefaultFloatMode mode;                                                                              \
     return step.state.dtype == DType::f64 ? function<double>(step, args...) : function<float>(step, args...); \
   }
 

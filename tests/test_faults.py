@@ -1111,3 +1111,59 @@ class TestHAttacks:
         thread.join()
         for pid in children:
             assert os.waitpid(pid, 0)[1] == 0
+
+
+class TestMemoryAndModes:
+    """What a round of attacks found, and is neither of the lists above."""
+
+    def test_parameters_that_share_memory_are_refused(self, cpu_or_emulated: backends.Backend) -> None:
+        base = torch.randn(101)
+        ps = [nn.Parameter(base[:60]), parameter(7), nn.Parameter(base[59:100])]
+        optimizer = NLCG(ps, 0.1)
+        quadratic_gradients(ps)
+        before = [p.detach().clone() for p in ps]
+        with pytest.raises(ValueError, match="parameters 0 and 2 share memory"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
+        ps[2].data = base[60:]
+        quadratic_gradients(ps)
+        optimizer.step()  # side by side is apart
+        ps[1].data = base[3:10]  # and where somebody moves one later, through the table that is only refreshed
+        quadratic_gradients(ps)
+        with pytest.raises(ValueError, match="parameters 0 and 1 share memory"):
+            optimizer.step()
+
+    def test_bits_do_not_depend_on_the_callers_floating_point_mode(self, preconditioner: str) -> None:
+        """torch.set_flush_denormal() holds for one thread, so one and two threads differed."""
+        runs = []
+        start, gradient = torch.linspace(1e-39, 3e-38, 40_000), torch.linspace(1e-42, 1e-37, 40_000)
+        for flush, threads in ((False, 1), (True, 1), (True, 2), (False, 2)):
+            torch.set_num_threads(threads)
+            torch.set_flush_denormal(flush)
+            try:
+                p = nn.Parameter(start.clone())
+                optimizer = NLCG([p], 0.1)
+                for _ in range(3):
+                    p.grad = gradient
+                    optimizer.step()
+                assert (torch.tensor(1e-39) * 1.0 == 0.0) == flush  # the caller's mode is his again
+            finally:
+                torch.set_flush_denormal(False)
+                torch.set_num_threads(2)
+            runs.append([x.numpy().tobytes() for x in (p.detach(), optimizer.state[p]["direction"])])
+        assert all(run == runs[0] for run in runs)
+
+    @pytest.mark.parametrize("own", ["adam", "bfgs", None])
+    def test_a_state_after_enormous_gradients_loads(self, own: str | None) -> None:
+        p = parameter(5)
+        optimizer = NLCG([p], 1e-30, preconditioner=own)
+        for _ in range(4):
+            p.grad = torch.full((5,), 2e38)
+            optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+        again = NLCG([p], 0.1, preconditioner=own)
+        again.load_state_dict(saved)
+        assert torch.equal(again.state[p]["direction"], optimizer.state[p]["direction"])
+        saved["state"][0]["direction"][1] = math.nan
+        with pytest.raises(ValueError, match="'direction' has values that are not finite"):
+            again.load_state_dict(saved)
