@@ -57,24 +57,25 @@ class Lockstep:
         values = self.rng.standard_normal(self.n)
         self.curvature = self.rng.uniform(0.1, 3.0, self.n)
         self.p, self.g, self.begin = [], [], []
+        self.guards: list[tuple[Tensor, Tensor]] = []
         offset = 0
         for cut in cuts:
-            room = [torch.zeros(cut.n + shift, dtype=TORCH[cut.dtype], device=backend.device)[shift:] for _ in range(2)]
+            room = [self.guarded(cut.n, TORCH[cut.dtype], shift) for _ in range(2)]
             room[0].copy_(torch.from_numpy(values[offset : offset + cut.n]))
             self.p.append(room[0])
             self.g.append(room[1])
             self.begin.append(offset)
             offset += cut.n
-        kind = {"dtype": TORCH[self.state_type], "device": backend.device}
+        kind = TORCH[self.state_type]
         preconditioner = _native.PRECONDITIONERS[options.preconditioner]
-        self.state = {"d": torch.zeros(self.n, **kind)}
+        self.state = {"d": self.guarded(self.n, kind)}
         if preconditioner.keeps_gradient or _native.needs_rz_mid(vars(options)):
-            self.state["g_prev"] = torch.zeros(self.n, **kind)
+            self.state["g_prev"] = self.guarded(self.n, kind)
         if preconditioner.diagonal:
-            self.state["diagonal"] = torch.full((self.n,), preconditioner.start, **kind)
-        self.state["param_steps"] = torch.zeros(len(cuts), dtype=torch.float64, device=backend.device)
+            self.state["diagonal"] = self.guarded(self.n, kind).fill_(preconditioner.start)
+        self.state["param_steps"] = self.guarded(len(cuts), torch.float64)
         if preconditioner.counts_updates:
-            self.state["beta2_powers"] = torch.ones(len(cuts), dtype=torch.float64, device=backend.device)
+            self.state["beta2_powers"] = self.guarded(len(cuts), torch.float64).fill_(1.0)
         buffers = {key: _native.Buffer(tensor) for key, tensor in self.state.items()}
         self.native = _native.Step(
             self.state_type,
@@ -95,6 +96,16 @@ class Lockstep:
         self.store_rounding = {k: 2 * x if stochastic_rounding else x for k, x in STORE_ROUNDING.items()}
         self.active: list[int] = []
         self.use(list(range(len(cuts))))
+
+    def guarded(self, n: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
+        """Zeros, `shift` elements behind a cache line, between words that nobody may write."""
+        around = 64 // dtype.itemsize
+        whole = torch.zeros(n + 2 * around + shift, dtype=dtype, device=self.backend.device)
+        inside = whole[around + shift : around + shift + n]
+        for guard in (whole[: around + shift], whole[around + shift + n :]):
+            guard.fill_(-1234.5)
+            self.guards.append((guard, guard.clone()))
+        return inside
 
     g_prev = property(lambda self: self.state["g_prev"].cpu().numpy() if "g_prev" in self.state else None)
     d = property(lambda self: self.state["d"].cpu().numpy())
@@ -126,7 +137,7 @@ class Lockstep:
 
     def run(self, loss: float = math.nan) -> bool:
         self.native.point([self.p[i].data_ptr() for i in self.active], [self.g[i].data_ptr() for i in self.active])
-        return self.native.step(
+        moved = self.native.step(
             list(self.lr),
             list(self.weight_decay),
             [self.options.maximize] * len(self.lr),
@@ -134,6 +145,8 @@ class Lockstep:
             loss,
             self.threads,
         )
+        assert all(torch.equal(guard, before) for guard, before in self.guards), "written outside a buffer"
+        return moved
 
     def snapshot(self) -> dict[str, bytes]:
         """Everything a step may write, as bytes."""

@@ -1,0 +1,313 @@
+"""A training run in which anything may happen between two steps, beside an oracle that is right.
+
+``Journey`` holds an ``NLCG`` and does one operation a call; ``check`` compares every step with one of the float64
+reference that starts from the state before it. ``ranks_journey`` does the same on several ranks beside one process that
+has all parameters. Hypothesis (test_properties.py) and the fuzzer (hard.py) choose the operations.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fastnlcg import NLCG, OnlineLineSearch, reference
+from torch import Tensor, nn
+
+SHAPES = [(1,), (7,), (3, 5), (16,), (65,), (2, 3, 4), (4097,), (0,)]
+DTYPES = [torch.float64, torch.float32]
+DIAGONAL = {"adam": "exp_avg_sq", "bfgs": "hessian_diag"}
+
+
+def random_options(choose: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    options = {
+        "preconditioner": choose(["adam", "bfgs", None]),
+        "update": choose(["fletcher_reeves", "polak_ribiere", "heavy_ball"]),
+        "restart": choose([None, "descent", "powell", 3]),
+        "weight_decay": choose([0.0, 0.1]),
+        "line_search": choose([None, OnlineLineSearch()]),
+        "maximize": choose([False, True]),
+        "beta2": choose([0.999, 0.5]),
+    }
+    return options | ({"beta_max": 0.9} if options["update"] == "heavy_ball" else {})
+
+
+class Journey:
+    """``check`` is False where the operations are to be run on two journeys that are compared with each other."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, options: dict[str, Any], *, check: bool = True) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.dtype, self.options, self.check = dtype, options, check
+        self.params: list[nn.Parameter] = []
+        self.dropped: set[int] = set()
+        self.optimizer = NLCG([self.new_parameter() for _ in range(self.rng.integers(1, 5))], 0.05, **options)
+        self.steps = self.skipped = 0
+
+    def new_parameter(self) -> nn.Parameter:
+        shape = SHAPES[self.rng.integers(len(SHAPES) - (1 if not self.params else 0))]
+        p = nn.Parameter(torch.from_numpy(self.rng.standard_normal(shape)).to(self.dtype))
+        if p.ndim == 2 and self.rng.random() < 0.5:
+            p = nn.Parameter(p.detach().t().contiguous().t())  # another memory order
+        self.params.append(p)
+        return p
+
+    # ---- operations ----
+
+    def set_gradients(self) -> None:
+        """A noisy quadratic's; sometimes unchanged, sometimes zero."""
+        kind = self.rng.random()
+        for i, p in enumerate(self.params):
+            if i in self.dropped:
+                p.grad = None
+            elif kind < 0.05:
+                p.grad = torch.zeros_like(p)
+            elif kind > 0.1 or p.grad is None:
+                noise = torch.from_numpy(self.rng.standard_normal(p.shape)).to(self.dtype)
+                p.grad = (0.5 + i % 3) * p.detach() + 0.3 * noise
+                if p.ndim == 2 and self.rng.random() < 0.5:
+                    p.grad = p.grad.t().contiguous().t()
+
+    def step(self) -> None:
+        self.set_gradients()
+        loss = float(self.rng.standard_normal()) + 1.0
+        moving = [i for i, p in enumerate(self.params) if i not in self.dropped and p.numel()]
+        if not self.check:
+            self.optimizer.step(loss=loss)
+        else:
+            before = self.expected(loss)
+            self.optimizer.step(loss=loss)
+            if moving:
+                self.compare(*before)
+        self.steps += bool(moving)
+
+    def nan_step(self) -> None:
+        """Changes nothing but a counter."""
+        self.set_gradients()
+        moving = [p for p in self.params if p.grad is not None and p.numel()]
+        if not moving:
+            return
+        victim = moving[self.rng.integers(len(moving))]
+        g = victim.grad
+        assert g is not None
+        values = g.reshape(-1).clone()
+        values[int(self.rng.integers(g.numel()))] = [math.nan, math.inf, -math.inf][self.rng.integers(3)]
+        victim.grad = values.view(g.shape)
+        before = self.bits()
+        self.optimizer.step()
+        assert self.bits() == before, "a step that was skipped has changed something"
+        self.skipped += 1
+
+    def add_group(self) -> None:
+        if len(self.params) < 8:
+            self.optimizer.add_param_group({"params": [self.new_parameter()], "lr": 0.02})
+
+    def drop(self) -> None:
+        self.dropped ^= {int(self.rng.integers(len(self.params)))}
+
+    def save_and_load(self) -> None:
+        """Into a new optimizer over copies, as another process would; through a file."""
+        file = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), file)
+        file.seek(0)
+        fresh, groups = [], []
+        place = {id(p): i for i, p in enumerate(self.params)}
+        copies = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in self.params]
+        for group in self.optimizer.param_groups:
+            fresh = [copies[place[id(p)]] for p in group["params"]]
+            groups.append({"params": fresh, "lr": group["lr"]})
+        for p, q in zip(self.params, copies, strict=True):
+            q.grad = p.grad
+        self.params = copies
+        self.optimizer = NLCG(groups, 0.05, **self.options)
+        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+    def load_in_place(self) -> None:
+        self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+
+    def swap_data(self) -> None:
+        p = self.params[self.rng.integers(len(self.params))]
+        room = torch.empty(p.numel() + 9, dtype=self.dtype)
+        shift = int(self.rng.integers(9))
+        new = room[shift : shift + p.numel()].as_strided(p.shape, p.stride()) if p.numel() else p.data
+        p.data = new.copy_(p.detach()) if p.numel() else new
+
+    def change_lr(self) -> None:
+        group = self.optimizer.param_groups[self.rng.integers(len(self.optimizer.param_groups))]
+        group["lr"] = [0.0, 0.01, 0.1][self.rng.integers(3)]
+
+    def look(self) -> None:
+        self.optimizer.diagnostics()
+        self.optimizer.state_dict()
+
+    OPERATIONS = (step, nan_step, add_group, drop, save_and_load, load_in_place, swap_data, change_lr, look)
+
+    # ---- the oracle ----
+
+    def bits(self) -> bytes:
+        """Parameters, state, and the scalars but for what counts skipped steps."""
+        parts: list[bytes] = []
+        for p in self.params:
+            parts.append(p.detach().contiguous().view(torch.uint8).numpy().tobytes() if p.numel() else b"")
+        saved = self.optimizer.state_dict()
+        for i in sorted(saved["state"]):
+            if int(saved["state"][i]["step"]) == 0:
+                continue  # made by a step that was skipped
+            for key in sorted(saved["state"][i]):
+                parts.append(saved["state"][i][key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        scalars = [dict(group["scalars"]) for group in saved["param_groups"] if "scalars" in group]
+        for group in scalars:
+            group.pop("skipped_steps", None)
+        if any(group.get("step") for group in scalars):
+            parts.append(repr(scalars).encode())
+        return b"|".join(parts)
+
+    def flat(self, tensors: list[Tensor | None]) -> np.ndarray:
+        pieces = [
+            np.zeros(p.numel()) if t is None else t.detach().double().reshape(-1).numpy()
+            for p, t in zip(self.params, tensors, strict=True)
+        ]
+        return np.concatenate([*pieces, np.zeros(0)])
+
+    def per_element(self, numbers: list[float]) -> np.ndarray:
+        return np.concatenate([np.full(p.numel(), x) for p, x in zip(self.params, numbers, strict=True)])
+
+    def entry(self, key: str) -> list[Tensor | None]:
+        return [self.optimizer.state[p].get(key) if p in self.optimizer.state else None for p in self.params]
+
+    def number(self, key: str, start: float) -> np.ndarray:
+        return self.per_element([start if x is None else float(x) for x in self.entry(key)])
+
+    def of_groups(self, key: str) -> list[float]:
+        found = {id(p): group[key] for group in self.optimizer.param_groups for p in group["params"]}
+        return [float(found[id(p)]) for p in self.params]
+
+    def now(self) -> reference.State:
+        """The optimizer's state as the reference's."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        nothing = {"step": 0, "skipped_steps": 0, "rz": 0.0, "ls_scale": 1.0, "loss_prev": None}
+        scalars = nothing | groups[0].get("scalars", {})
+        alpha = {i: group.get("scalars", {}).get("alpha_prev", 0.0) for group in groups for i in group["params"]}
+        order = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        place = {of: i for i, of in enumerate(order)}
+        diagonal = None
+        if (kind := self.options["preconditioner"]) is not None:
+            start = 1.0 if kind == "bfgs" else 0.0
+            found = self.entry(DIAGONAL[kind])
+            diagonal = self.flat([torch.full_like(p, start) if x is None else x for p, x in zip(self.params, found, strict=True)])
+        steps = self.number("step", 0.0)
+        return reference.State(
+            g_prev=self.flat(self.entry("grad_prev")),
+            d=self.flat(self.entry("direction")),
+            diagonal=diagonal,
+            alpha_prev=self.per_element([alpha[place[id(p)]] for p in self.params]),
+            active=steps == scalars["step"] if scalars["step"] else np.ones(steps.size, dtype=bool),
+            beta2_power=self.number("beta2_power", 1.0),
+            step=int(scalars["step"]),
+            skipped_steps=int(scalars["skipped_steps"]),
+            rz=scalars["rz"],
+            ls_scale=scalars["ls_scale"],
+            loss_prev=scalars["loss_prev"],
+        )
+
+    def expected(self, loss: float) -> tuple[np.ndarray, reference.State]:
+        o = self.options
+        search = o["line_search"]
+        options = reference.Options(
+            **{k: o[k] for k in ("preconditioner", "update", "restart", "maximize", "beta2", "beta_max") if k in o},
+            line_search=None if search is None else search.as_tuple(),
+        )
+        mask = self.per_element([float(i not in self.dropped) for i in range(len(self.params))]) > 0
+        return reference.nlcg_step(
+            self.flat(list(self.params)),
+            self.flat([p.grad for p in self.params]),
+            self.now(),
+            options,
+            lr=self.per_element(self.of_groups("lr")),
+            weight_decay=self.per_element(self.of_groups("weight_decay")),
+            loss=loss,
+            active=mask,
+        )
+
+    def compare(self, p: np.ndarray, state: reference.State) -> None:
+        """Within what rounding may make of one step. A cancelling h amplifies it by 1 / (h + eps)."""
+        found = self.now()
+        tolerance = 1e-7 if self.dtype == torch.float64 else 2e-3
+
+        def close(name: str, a: Any, b: Any) -> None:
+            scale = np.max(np.abs(b), initial=1e-30)
+            error = np.max(np.abs(np.asarray(a) - np.asarray(b)), initial=0.0)
+            assert error <= tolerance * scale, f"{name}: off by {error} of {scale} after step {state.step}"
+
+        assert (found.step, found.skipped_steps) == (state.step, state.skipped_steps)
+        close("p", self.flat(list(self.params)), p)
+        close("d", found.d, state.d)
+        if state.diagonal is not None:
+            close("diagonal", found.diagonal, state.diagonal)
+        if any(x is not None for x in self.entry("grad_prev")):
+            close("g_prev", found.g_prev, state.g_prev)
+        close("rz", found.rz, state.rz)
+        close("ls_scale", found.ls_scale, state.ls_scale)
+        if self.options["preconditioner"] == "adam":
+            np.testing.assert_array_equal(found.beta2_power, state.beta2_power)
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def ranks_journey(seed: int, operations: int) -> int:
+    """On every rank: a share of each parameter in one optimizer, all of them in another that is alone. Skips, changing sets
+    of parameters, new groups and checkpoints included. Returns the steps."""
+    rng = np.random.default_rng(seed)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    options = random_options(lambda choices: choices[rng.integers(len(choices))])
+    options |= {"line_search": None}
+    whole: list[nn.Parameter] = []
+    mine: list[nn.Parameter] = []
+
+    def add() -> tuple[nn.Parameter, nn.Parameter]:
+        p = torch.from_numpy(rng.standard_normal(int(rng.integers(1, 40))))
+        whole.append(nn.Parameter(p.clone()))
+        mine.append(nn.Parameter(p.tensor_split(world)[rank].clone()))
+        return whole[-1], mine[-1]
+
+    pairs = [add() for _ in range(3)]
+    alone = NLCG([p for p, _ in pairs], 0.05, **options)
+    spread = NLCG([q for _, q in pairs], 0.05, process_group=dist.group.WORLD, **options)
+    dropped: set[int] = set()
+    steps = 0
+    for _ in range(operations):
+        what = rng.integers(8)
+        if what == 0 and len(whole) < 6:
+            p, q = add()
+            alone.add_param_group({"params": [p], "lr": 0.02})
+            spread.add_param_group({"params": [q], "lr": 0.02})
+        elif what == 1:
+            dropped ^= {int(rng.integers(len(whole)))}
+        elif what == 2:
+            for optimizer in (alone, spread):
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        bad = int(rng.integers(len(whole))) if what == 3 else None
+        for i, (p, q) in enumerate(zip(whole, mine, strict=True)):
+            g = (0.5 + i % 3) * p.detach() + 0.3 * torch.from_numpy(rng.standard_normal(p.numel()))
+            if i == bad:
+                g[0] = math.nan  # rank 0's
+            p.grad = None if i in dropped else g
+            q.grad = None if i in dropped else g.tensor_split(world)[rank].clone()
+        alone.step()
+        spread.step()
+        a, b = alone.diagnostics(), spread.diagnostics()
+        assert (a.step, a.skipped_steps) == (b.step, b.skipped_steps)
+        assert math.isclose(a.rz, b.rz, rel_tol=1e-6, abs_tol=1e-12), (a, b)
+        for p, q in zip(whole, mine, strict=True):
+            part = p.detach().tensor_split(world)[rank]
+            assert torch.allclose(part, q.detach(), rtol=1e-6, atol=1e-9), (part, q)
+        with torch.no_grad():  # differences of rounding do not add up
+            for p, q in zip(whole, mine, strict=True):
+                q.copy_(p.tensor_split(world)[rank])
+        steps += 1
+    return steps
