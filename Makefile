@@ -1,5 +1,7 @@
 # make demo    NLCG beside Momentum, RMSProp and SGD on real images (two minutes, and the set-up)
 # make test    the whole test suite
+# make sanitize   the native tests with AddressSanitizer and UndefinedBehaviorSanitizer in the module
+# make hard    fuzzing, kills, sabotage and a soak, 40 minutes: a table of figures, into build/hard.json
 # make bench   step times beside torch's optimizers, one thread: a table and a picture
 # make docs    the documentation, into build/docs, warnings as errors
 # make lint    ruff, mypy --strict, clang-format
@@ -19,7 +21,7 @@ TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark ex
          ruff mypy clang-format nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
 CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh tests/emulation/*)
 
-.PHONY: demo test bench docs lint cuda gpu study gpu-study format clean
+.PHONY: demo test sanitize hard bench docs lint cuda gpu study gpu-study format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/fastnlcg
@@ -27,6 +29,17 @@ demo: .venv/fastnlcg
 
 test: .venv/fastnlcg
 	$(BIN)/python -m pytest
+
+# Leaks are not looked for: Python itself leaves memory to the end of the process. A GPU's memory is not the sanitizers'.
+sanitize: .venv/sanitized
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
+	  $(BIN)/python -m pytest -q tests/test_step.py tests/test_ops.py tests/test_properties.py \
+	  -k "not billion and not ranks"
+
+hard: .venv/sanitized
+	$(BIN)/python -m pip install -q -c constraints.txt atheris
+	$(BIN)/python tests/hard.py
 
 bench: .venv/fastnlcg
 	mkdir -p build
@@ -74,6 +87,13 @@ gpu-study:
 	  --device cuda --studies gpu
 	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/cost.py build/gpu-study/cost.jsonl --device cuda --models resnet32
 	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/plots.py build/gpu-study
+
+# the same with sanitizers, beside it
+.venv/sanitized: .venv/fastnlcg
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C build-dir=build/sanitized-cmake \
+	  -C cmake.define.FASTNLCG_SANITIZE=ON -C cmake.define.FASTNLCG_EMULATION=ON -C cmake.define.FASTNLCG_CUDA=OFF \
+	  --target build/sanitized --upgrade .
+	touch $@
 
 clean:
 	rm -rf .venv build demo

@@ -584,6 +584,8 @@ class NativeStep {
     if (groups_.size() != 1) throw bad("one group");
     if (cuda_.workspace != nullptr) throw bad("the parts have a workspace of their own");
     segments_.clear();
+    layouts_.clear();
+    pointers_valid_ = false;  // of a step; this call's are its own
     const std::int64_t n = step_.state.n;
     for (const Buffer* buffer : {p, &g}) {
       if (buffer == nullptr) continue;
@@ -594,6 +596,7 @@ class NativeStep {
     if (p != nullptr && p->readonly()) throw bad("p is read-only");
     if (n > 0) {
       segments_.push_back({p ? p->data() : nullptr, g.data(), 0, n, 0, 0, dtype_from(g.dtype())});
+      layouts_.push_back({{n}, {1}});
       if ((segments_[0].dtype == DType::f64) != (step_.state.dtype == DType::f64))
         throw py::type_error("dtype of g and state");
     }

@@ -198,7 +198,9 @@ class Journey:
         if (kind := self.options["preconditioner"]) is not None:
             start = 1.0 if kind == "bfgs" else 0.0
             found = self.entry(DIAGONAL[kind])
-            diagonal = self.flat([torch.full_like(p, start) if x is None else x for p, x in zip(self.params, found, strict=True)])
+            diagonal = self.flat(
+                [torch.full_like(p, start) if x is None else x for p, x in zip(self.params, found, strict=True)]
+            )
         steps = self.number("step", 0.0)
         return reference.State(
             g_prev=self.flat(self.entry("grad_prev")),
@@ -260,8 +262,8 @@ class Journey:
 
 
 def ranks_journey(seed: int, operations: int) -> int:
-    """On every rank: a share of each parameter in one optimizer, all of them in another that is alone. Skips, changing sets
-    of parameters, new groups and checkpoints included. Returns the steps."""
+    """On every rank: a share of each parameter in one optimizer, all of them in another that is alone. Skips, changing
+    sets of parameters, new groups and checkpoints included. Returns the steps."""
     rng = np.random.default_rng(seed)
     rank, world = dist.get_rank(), dist.get_world_size()
     options = random_options(lambda choices: choices[rng.integers(len(choices))])

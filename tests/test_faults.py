@@ -4,6 +4,8 @@ project's list of faults; D, the flat-buffer functions, is in test_ops.py."""
 from __future__ import annotations
 
 import copy
+import errno
+import io
 import math
 import os
 import subprocess
@@ -1167,3 +1169,63 @@ class TestMemoryAndModes:
         saved["state"][0]["direction"][1] = math.nan
         with pytest.raises(ValueError, match="'direction' has values that are not finite"):
             again.load_state_dict(saved)
+
+    @pytest.mark.parametrize("late", [False, True], ids=["first step", "a new group"])
+    def test_out_of_memory_when_state_is_made(
+        self, preconditioner: str, late: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Wherever it runs out: nothing has changed, and the next step is that of a run in which it did not."""
+        for room in range(3):
+            ps, qs = ([parameter(20, seed=1), parameter(3, 4, seed=2)] for _ in range(2))
+            optimizer, expected = NLCG(ps if not late else ps[:1], 0.1), NLCG(qs if not late else qs[:1], 0.1)
+            if late:
+                for _ in range(2):
+                    one_step(ps[:1], optimizer)
+                    one_step(qs[:1], expected)
+                optimizer.add_param_group({"params": ps[1:]})
+                expected.add_param_group({"params": qs[1:]})
+            real, made = torch.empty, []
+
+            def empty(
+                *args: object, real: object = real, made: list[int] = made, room: int = room, **kwargs: object
+            ) -> torch.Tensor:
+                made.append(1)
+                if len(made) > room:
+                    raise torch.OutOfMemoryError("no room")
+                return real(*args, **kwargs)
+
+            before = [p.detach().clone() for p in ps]
+            quadratic_gradients(ps)
+            with monkeypatch.context() as inside:
+                inside.setattr(torch, "empty", empty)
+                try:
+                    optimizer.step()
+                except torch.OutOfMemoryError:
+                    assert all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
+                    inside.undo()
+                    one_step(ps, optimizer)
+            one_step(qs, expected)
+            assert everything(ps, optimizer) == everything(qs, expected)
+            assert len(made) >= 1
+
+    def test_a_disk_that_is_full_while_saving(self, tmp_path: Path) -> None:
+        """The file of before is whole, where the new one is renamed onto it; and training goes on."""
+        ps, optimizer = stepped()
+        qs, expected = stepped()
+        file = tmp_path / "checkpoint.pt"
+        torch.save(optimizer.state_dict(), file)
+        saved = file.read_bytes()
+
+        class Full(io.RawIOBase):
+            def writable(self) -> bool:
+                return True
+
+            def write(self, data: object) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.raises((OSError, RuntimeError)):
+            torch.save(optimizer.state_dict(), Full())
+        assert file.read_bytes() == saved
+        one_step(ps, optimizer)
+        one_step(qs, expected)
+        assert everything(ps, optimizer) == everything(qs, expected)

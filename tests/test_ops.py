@@ -10,6 +10,7 @@ import math
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -486,3 +487,42 @@ def test_a_raising_bool_is_passed_on() -> None:
 
     with pytest.raises(ZeroDivisionError):
         _native.Buffer(Array())
+
+
+# ---- what the fuzzer found -------------------------------------------------------------------------------------------
+
+
+def test_a_part_leaves_no_addresses_for_a_step() -> None:
+    """Through raw _core only: a step after a part read the gradient of the part, and no parameter."""
+    p, g, *state = (_native.Buffer(np.ones(8, np.float32)) for _ in range(5))
+    step = _native.Step("float32", 8, *state, None, None, 1)
+    step.set_segments([(0, 0, 0, "float32", (8,), (1,))])
+    step.point([p.pointer], [g.pointer])
+    step.update_curvature(g, 0.1, 1)
+    with pytest.raises(ValueError, match=r"needs point\(\) or refresh\(\) first"):
+        step.step([0.1], [0.0], [False], 0.0, math.nan, 1)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.to("meta"), lambda x: x.to_sparse()], ids=["meta", "sparse"])
+def test_memory_that_torch_does_not_export(make: Any) -> None:
+    with pytest.raises(ValueError, match="^g: "):
+        ops.preconditioned_dots(make(torch.ones(4)), None, None)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a: ops.adam_preconditioned_dots(a, a.copy(), updates=10**400),
+        lambda a: ops.nlcg_step(*few(a), lr=0.1, preconditioner="adam", loss=10**400),
+        lambda a: ops.nlcg_step(*few(a, ops.Scalars(rz=10**400)), lr=0.1, preconditioner="adam"),
+        lambda a: OnlineLineSearch(10**400),
+    ],
+    ids=["updates", "loss", "scalars", "line_search"],
+)
+def test_an_int_beyond_every_double_is_a_wrong_value(call: Any) -> None:
+    with pytest.raises(ValueError, match="expected|from 0 to"):
+        call(np.ones(4, np.float32))
+
+
+def few(a: np.ndarray, scalars: ops.Scalars | None = None) -> tuple[Any, ...]:
+    return a, a.copy(), None, a.copy(), a.copy(), scalars or ops.Scalars()

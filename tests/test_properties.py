@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
 
 import backends
+import fuzz
 import numpy as np
 import pytest
 import torch
@@ -123,3 +126,12 @@ def test_threads_and_instruction_sets_change_no_bit_of_a_journey(seed: int, monk
             ends.add(journey.bits())
     torch.set_num_threads(2)
     assert len(ends) == 1
+
+
+def test_random_input_is_refused_or_stays_in_its_arrays() -> None:
+    """A short run of the fuzzer; ``make hard`` has long ones, guided by coverage and under sanitizers."""
+    source = random.Random(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for data in [*fuzz.CORPUS, *(source.randbytes(80) for _ in range(3000))]:
+            fuzz.one_input(data)

@@ -228,7 +228,10 @@ def check_loss(loss: object) -> float:
         loss = loss.item()  # type: ignore[attr-defined]
         if isinstance(loss, complex):
             raise TypeError("loss must be real, got a complex tensor")
-    return float(loss)  # type: ignore[arg-type]
+    try:
+        return float(loss)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"Invalid loss: {loss!r}; expected a number that a double holds") from None
 
 
 def num_threads(threads: int | None = None) -> int:
@@ -257,7 +260,8 @@ def _view(name: str, array: object) -> Buffer:
     try:
         return Buffer(detach() if callable(detach) else array)
     except (TypeError, ValueError, BufferError, RuntimeError) as error:
-        raise type(error)(f"{name}: {error}") from error
+        kind = ValueError if isinstance(error, BufferError) else type(error)  # what has no memory, or not dense memory
+        raise kind(f"{name}: {error}") from error
 
 
 class Views(dict[str, Buffer]):

@@ -167,6 +167,8 @@ def check_scalars(k: int, group: Mapping[str, Any], *, finite: bool = True) -> l
         if value is None and key == "loss_prev":
             continue
         number = isinstance(value, float | int) and not isinstance(value, bool)
+        if isinstance(value, int) and number and abs(value) > sys.float_info.max:
+            number = False
         if not number or (not math.isfinite(value) and (finite or key in ("format", "step", "skipped_steps"))):
             raise ValueError(f"{where}['scalars'][{key!r}] is {value!r}, expected a finite number")
         if key == "ls_scale" and not 0.0 < value <= 1.0:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from numbers import Real
 
@@ -45,7 +45,7 @@ class OnlineLineSearch:
         for name, value in zip(names, self.as_tuple(), strict=True):
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
-            if not (math.isfinite(value) and value >= 0.0):
+            if not (abs(value) <= sys.float_info.max and value >= 0.0):  # an int may be beyond every double
                 raise ValueError(f"Invalid {name}: {value!r}; expected a finite number >= 0")
         if self.decrease >= 1.0:
             raise ValueError(f"Invalid decrease: {self.decrease!r}; expected less than 1")

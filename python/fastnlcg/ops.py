@@ -32,6 +32,7 @@ RuntimeError, with the kernel's name and CUDA's text, where CUDA fails.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -376,15 +377,16 @@ def nlcg_step(
         raise ValueError(f"g_prev is needed with preconditioner={preconditioner!r}, {update=}, {restart=}; got None")
     if not isinstance(scalars, Scalars):
         raise TypeError(f"scalars must be an ops.Scalars, got {type(scalars).__name__}")
+    before = {name: _check_scalar(name, value) for name, value in asdict(scalars).items()}
     loss_value = _native.check_loss(loss)
     threads = _native.num_threads(threads)
     state = {"g_prev": g_prev, "d": d, "diagonal": diagonal}
     view = _native.buffers({"g": g, "p": p}, state, ("p", *state))
     step = _step(view, stream, g, p)
     step.set_options(**_native.native_options(options))
-    step.scalars = asdict(scalars)
-    step.alpha_prev = [float(scalars.alpha_prev)]
-    step.beta2_power = float(scalars.beta2_power)
+    step.scalars = before
+    step.alpha_prev = [before["alpha_prev"]]
+    step.beta2_power = before["beta2_power"]
     n = view.n
     if n:
         step.set_segments([(0, 0, 0, view.dtype, (n,), (1,))])
@@ -433,9 +435,15 @@ def _adam_options(beta2: float, eps: float) -> dict[str, Any]:
     return _native.native_options(options)
 
 
+def _check_scalar(name: str, value: object) -> float:
+    if isinstance(value, float) and not math.isfinite(value):  # no loss_prev yet, or what "propagate" has left
+        return value
+    return _native.check_real(f"scalars.{name}", value)
+
+
 def _check_updates(updates: object) -> int:
     if isinstance(updates, bool) or not isinstance(updates, int):
         raise TypeError(f"updates must be an int, got {updates!r}")
-    if updates < 0:
-        raise ValueError(f"updates must be at least 0, got {updates}")
+    if not 0 <= updates <= _native.LARGEST_COUNT:
+        raise ValueError(f"updates must be from 0 to 2**53, got {updates}")
     return updates

@@ -1,0 +1,398 @@
+"""What takes too long for every commit: fuzzing, kills, sabotage, a soak. Prints a table of figures; ends with status 1
+where something was lost, and the seed or the input that shows it.
+
+    make hard                                       everything, some 40 minutes on two cores
+    python tests/hard.py --only kills soak          some of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import copy
+import datetime
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fuzz
+import numpy as np
+import torch
+from fastnlcg import NLCG, OnlineLineSearch
+from journey import DTYPES, Journey, random_options
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+SANITIZED = ROOT / "build" / "sanitized"
+
+
+class Lost(Exception):  # noqa: N818
+    """A finding."""
+
+
+def sanitizers() -> dict[str, str]:
+    """The environment of a process whose fastnlcg is built with sanitizers (make sanitize)."""
+    libraries = [
+        subprocess.run(["gcc", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    path = os.pathsep.join([str(SANITIZED), str(ROOT / "tests")])
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": path}
+
+
+def this_script(*arguments: object, **environment: str) -> str:
+    """The last line of a process that does one job of JOBS."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        raise Lost(f"{' '.join(map(str, arguments))}: status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout.strip().split("\n")[-1]
+
+
+def with_and_without_sanitizers(job: str, seconds: int) -> list[int]:
+    """What two processes side by side counted, the second under sanitizers where they are built."""
+    environments = [{}, sanitizers()] if SANITIZED.exists() else [{}]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(this_script, "--job", job, k, seconds, **e) for k, e in enumerate(environments)]
+        return [int(f.result()) for f in found]
+
+
+# ---- fuzzing ---------------------------------------------------------------------------------------------------------
+
+
+def job_journeys(worker: int, seconds: int) -> int:
+    """Steps of random training runs, each compared with the reference."""
+    steps, end = 0, time.monotonic() + seconds
+    for seed in itertools.count(1_000_000 * (worker + 1)):
+        if time.monotonic() > end:
+            return steps
+        rng = np.random.default_rng(seed)
+        options = random_options(lambda choices, rng=rng: choices[rng.integers(len(choices))])
+        journey = Journey(seed, DTYPES[seed % 2], options)
+        try:
+            for k in rng.integers(2 * len(Journey.OPERATIONS), size=60):  # every other is a step
+                Journey.OPERATIONS[k if k < len(Journey.OPERATIONS) else 0](journey)
+        except Exception as error:
+            raise Lost(f"Journey(seed={seed}): {error!r}") from error
+        steps += journey.steps + journey.skipped
+    return steps
+
+
+def job_gate(worker: int, seconds: int) -> int:
+    """Random calls of ops, loads of state dicts, and sequences of native calls."""
+    calls, end = 0, time.monotonic() + seconds
+    source = random.Random(worker + 10)
+    while time.monotonic() < end:
+        data = source.randbytes(source.choice([20, 60, 120]))
+        try:
+            fuzz.one_input(data)
+        except Exception as error:
+            raise Lost(f"fuzz.one_input(bytes.fromhex({data.hex()!r})): {error!r}") from error
+        calls += 1
+    return calls
+
+
+def fuzz_steps(scale: float) -> dict[str, Any]:
+    plain, *checked = with_and_without_sanitizers("journeys", int(300 * scale))
+    return {"steps compared with the reference": plain + sum(checked), "of them under sanitizers": sum(checked)}
+
+
+def fuzz_gate(scale: float) -> dict[str, Any]:
+    plain, *checked = with_and_without_sanitizers("gate", int(240 * scale))
+    return {"calls": plain + sum(checked), "of them under sanitizers": sum(checked)}
+
+
+def fuzz_guided(scale: float) -> dict[str, Any]:
+    """Ten minutes of atheris, which looks for inputs that reach new lines."""
+    seconds = int(600 * scale)
+    command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), "--seconds", str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.mkdtemp())
+    if "No module named 'atheris'" in done.stderr:
+        return {"not run": "atheris is not installed"}
+    if done.returncode:
+        raise Lost((done.stdout + done.stderr)[-3000:])
+    runs = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stderr + done.stdout)
+    return {"inputs": int(runs[1]) if runs else 0, "seconds": seconds}
+
+
+# ---- kills -----------------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, kind: str | None, steps: int, pause: float) -> str:
+    """Goes on from the checkpoint, writes one after every step; the parameters' bytes at the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = NLCG(
+        model.parameters(), 0.02, preconditioner=kind, update="polak_ribiere", line_search=OnlineLineSearch()
+    )
+    file = folder / "checkpoint.pt"
+    begin = 0
+    if file.exists():
+        saved = torch.load(file, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        begin = saved["step"]
+    for t in range(begin, steps):
+        x = torch.randn(16, 5, generator=torch.Generator().manual_seed(t))
+        optimizer.zero_grad()
+        loss = (model(x) - x.prod(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        new = folder / "new.pt"
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": t + 1}, new)
+        os.replace(new, file)
+        time.sleep(pause)
+    return "".join(p.detach().numpy().tobytes().hex() for p in model.parameters())
+
+
+def kills(scale: float) -> dict[str, Any]:
+    """SIGKILL at random moments of training and saving, until the run is through: the bits of a run without."""
+    source, killed, resumed = random.Random(0), 0, 0
+    wanted = int(540 * scale)
+    torch.set_num_threads(1)
+    for kind in itertools.cycle(["adam", "bfgs", None]):
+        with tempfile.TemporaryDirectory() as calm, tempfile.TemporaryDirectory() as rough:
+            expected = train(Path(calm), kind, 40, 0.0)
+            finished = False
+            while not finished:
+                child = os.fork()
+                if child == 0:
+                    try:
+                        same = train(Path(rough), kind, 40, 0.001) == expected
+                        os._exit(0 if same else 3)
+                    except BaseException as error:
+                        print(repr(error), file=sys.stderr, flush=True)
+                        os._exit(4)
+                time.sleep(source.uniform(0.0, 0.03))
+                os.kill(child, signal.SIGKILL)
+                status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                if status > 0:
+                    raise Lost(f"{kind}, resumed after {killed} kills: status {status}")
+                finished = status == 0
+                killed += not finished
+            resumed += 1
+        if killed >= wanted:
+            return {"kills": killed, "runs that ended with the same bits": resumed}
+    raise AssertionError
+
+
+# ---- soak ------------------------------------------------------------------------------------------------------------
+
+
+def job_soak(worker: int, steps: int) -> int:
+    """A small model with every option in turn. Prints a digest; memory may not grow."""
+    import hashlib
+
+    torch.set_num_threads(1 + worker)
+    digest = hashlib.sha256()
+    source = np.random.default_rng(0)
+    taken, resident = 0, 0
+    for round_ in itertools.count():
+        options = random_options(lambda choices: choices[source.integers(len(choices))])
+        ps = [nn.Parameter(torch.from_numpy(source.standard_normal(n)).float()) for n in (3, 40, 5000)]
+        optimizer = NLCG(ps, 1e-3, **options)
+        target = [torch.from_numpy(source.standard_normal(p.shape)).float() for p in ps]
+        sign = -1.0 if options["maximize"] else 1.0
+        for t in range(500):
+            for p, goal in zip(ps, target, strict=True):
+                p.grad = sign * (p.detach() - goal) * (1.0 + 0.1 * (t % 7))
+            if t % 97 == 5:
+                ps[1].grad[3] = float("nan")
+            optimizer.step(loss=float(t % 11))
+            if t % 50 == 0:
+                optimizer.diagnostics()
+            if t % 100 == 99:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        taken += 500
+        for p in ps:
+            if not bool(torch.isfinite(p).all()):
+                raise Lost(f"round {round_}, {options}: a parameter is not finite")
+            digest.update(p.detach().numpy().tobytes())
+        if round_ == 20:
+            resident = memory()
+        if taken >= steps:
+            grown = memory() - resident
+            if grown > 8e6:
+                raise Lost(f"resident memory grew by {grown / 1e6:.1f} MB")
+            print(digest.hexdigest(), int(grown))
+            return taken
+    raise AssertionError
+
+
+def memory() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def soak(scale: float) -> dict[str, Any]:
+    """Twice, with one thread and with two: the same bits."""
+    steps = max(500 * 25, int(100_000 * scale))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(this_script, "--job", "soak", k, steps) for k in (0, 1)]
+        ends = [run.result().split() for run in runs]
+    if ends[0][0] != ends[1][0]:
+        raise Lost("two identical runs differ")
+    return {"steps, twice": steps, "memory grew by (kB)": max(int(end[1]) for end in ends) // 1000}
+
+
+# ---- sabotage --------------------------------------------------------------------------------------------------------
+
+MATH, PASSES, HALF, ARGS = "csrc/nlcg_math.h", "csrc/passes.h", "csrc/half.h", "csrc/step_args.h"
+MUTANTS: dict[str, tuple[str, str, str]] = {
+    "a dropped store: d": (PASSES, "    at.set_diagonal(v);\n    at.set_d(d);\n", "    at.set_diagonal(v);\n"),
+    "a wrong sign: d_new = w + beta d": (MATH, "return beta * d - w;", "return beta * d + w;"),
+    "the new h for the old": (PASSES, "const T h_old = adam_diagonal(v_old, at.root_prev());", "const T h_old = h;"),
+    "a float sum": (
+        "csrc/step_cpu.cpp",
+        "sums[j] += partial[j];",
+        "sums[j] = static_cast<float>(sums[j] + partial[j]);",
+    ),
+    "a lost tail": (ARGS, "n / kTile + (n % kTile != 0)", "n / kTile + (n % kTile > 1)"),
+    "a stale scalar: rz": (MATH, "  c.next.rz = rz_new;\n", ""),
+    "the curvature condition without s h s": (MATH, "ys > curvature_eps && shs > curvature_eps", "ys > curvature_eps"),
+    "a NaN in the second sum is not seen": (
+        MATH,
+        "c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid) && is_finite(gd)));",
+        "(void)o;",
+    ),
+    "bfloat16 rounds ties up": (HALF, "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "(u + 0x8000u) >> 16"),
+    "no decoupled weight decay": (MATH, "return p * kept;", "return kept == kept ? p : p * kept;"),
+    "the step forgets nothing": (
+        MATH,
+        "c.same = now.step != 0.0 && row.column[kChanged] == 0.0;",
+        "c.same = now.step != 0.0;",
+    ),
+    "CUDA: a lane less": (
+        "cuda/reduce.cuh",
+        "lane < kWarps ? of_warp.sum[j][lane]",
+        "lane < kWarps - 1 ? of_warp.sum[j][lane]",
+    ),
+    "CUDA: four elements across an end": (
+        "cuda/tile.cuh",
+        "here.offset + here.n >= at + kQuad",
+        "here.offset + here.n > at",
+    ),
+    "CUDA: a stream not kept on chip": (
+        "cuda/tile.cuh",
+        "      store_resident(to + kTile, Pass::kResident == kD ? d : diagonal);\n",
+        "",
+    ),
+    "Python: one lr for all groups": (
+        "python/fastnlcg/layout.py",
+        "rates = [float(rate) for rate in lr]",
+        "rates = [float(lr[0]) for rate in lr]",
+    ),
+    "Python: alpha_prev is not loaded": (
+        "python/fastnlcg/layout.py",
+        'native.alpha_prev = [float(group["scalars"]["alpha_prev"]) for group in param_groups]',
+        "native.alpha_prev = [0.0 for group in param_groups]",
+    ),
+}
+CATCHES = ["test_properties.py", "test_step.py", "test_cuda.py", "test_nlcg.py"]
+
+
+def mutants(scale: float) -> dict[str, Any]:
+    """Each sabotage by itself, in a copy of the sources: built, and tested until the suite says no."""
+    tree, site = ROOT / "build" / "mutants" / "tree", ROOT / "build" / "mutants" / "site"
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    for name in ("csrc", "cuda", "python", "tests", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / name
+        shutil.copytree(source, tree / name) if source.is_dir() else shutil.copy2(source, tree / name)
+    caught: dict[str, str] = {}
+    chosen = dict(list(MUTANTS.items())[:: max(1, round(1 / scale))])
+    for title, (file, old, new) in {"": ("README.md", "", ""), **chosen}.items():  # the first is no sabotage
+        text = (tree / file).read_text()
+        if title and text.count(old) != 1:
+            raise Lost(f"{title}: {text.count(old)} places in {file}, expected 1")
+        (tree / file).write_text(text.replace(old, new) if title else text)
+        options = ["-C", f"build-dir={tree.parent}/cmake", "-C", "cmake.define.FASTNLCG_EMULATION=ON"]
+        options += ["-C", "cmake.define.FASTNLCG_CUDA=OFF", "--target", str(site), "--upgrade"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            *options,
+            str(tree),
+        ]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode:
+            raise Lost(f"{title} does not build: {built.stderr[-2000:]}")
+        tests = [str(tree / "tests" / name) for name in (CATCHES if title else CATCHES[:1])]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(tree / "tests")])}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tree, env=environment)
+        (tree / file).write_text(text)
+        by = re.search(r"FAILED \S*?(\w+\.py::\w+)", done.stdout)
+        if bool(by) != bool(title):
+            raise Lost(f"{title or 'unchanged'}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+        if by:
+            caught[title] = by[1]
+            print(f"    {title}: {by[1]}", flush=True)
+    return {"mutants": len(chosen), "caught": len(caught), "by": caught}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
+    "fuzz_steps": fuzz_steps,
+    "fuzz_gate": fuzz_gate,
+    "fuzz_guided": fuzz_guided,
+    "kills": kills,
+    "soak": soak,
+    "mutants": mutants,
+}
+JOBS = {"journeys": job_journeys, "gate": job_gate, "soak": job_soak}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--scale", type=float, default=1.0, help="of time and numbers; default 1")
+    parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if arguments.job:
+        name, worker, amount = arguments.job
+        result = JOBS[name](int(worker), int(amount))
+        if name != "soak":
+            print(result)
+        return 0
+    file = ROOT / "build" / "hard.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    lost = 0
+    for name in arguments.only:
+        begin = time.monotonic()
+        try:
+            row = PARTS[name](arguments.scale)
+        except Lost as finding:
+            row, lost = {"LOST": str(finding)}, lost + 1
+        row["minutes"] = round((time.monotonic() - begin) / 60, 1)
+        row["on"] = f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}"
+        results[name] = row
+        print(f"{name}: {row}", flush=True)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    return int(lost > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
