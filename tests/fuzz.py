@@ -25,7 +25,18 @@ from fastnlcg import NLCG, OnlineLineSearch, _native, ops
 from torch import nn
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
-CORPUS: list[bytes] = []
+CORPUS = [
+    bytes.fromhex(text)
+    for text in (
+        "d9920d99ae997fc38c8f8a78fd7b942a1a79bf2e",
+        "a0de84a67b680137812967e52142c88885ab5fa3",
+        "1ce093ddfd6911a93bcce1a9c9a0dd2050cc1ee6",
+        "a519cb86ea0a6aa7cc8380a7d30a78a0f0167a74",
+        "3e8865fe7057af65a65d6a643c57e749abe389b346bc07490eec26586874e47231b528925c85f9ad24d3f60192119c975262ddd2baa7b880a2e0509c",
+        "4811e702ca10799b3f4a06403df8508b01663ca20a88741e6bc0db986dc180e4f97d5f171f07a7da769f49a07393b488882d198f638f73eb5d87d5d4",
+        "1c103b39b826b5d4807a3b8621088403f21ca0bb",
+    )
+]
 
 
 class Choices:

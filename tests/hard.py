@@ -32,7 +32,7 @@ from typing import Any
 import fuzz
 import numpy as np
 import torch
-from fastnlcg import NLCG, OnlineLineSearch
+from fastnlcg import NLCG, OnlineLineSearch, _native
 from journey import DTYPES, Journey, random_options
 from torch import nn
 
@@ -127,6 +127,26 @@ def fuzz_guided(scale: float) -> dict[str, Any]:
         raise Lost((done.stdout + done.stderr)[-3000:])
     runs = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stderr + done.stdout)
     return {"inputs": int(runs[1]) if runs else 0, "seconds": seconds}
+
+
+def configurations(scale: float) -> dict[str, Any]:
+    """Instruction sets, threads and addresses change no bit of a random training run."""
+    seeds, sets = range(int(100 * scale) + 1), _native.instruction_sets()
+    for seed in seeds:
+        ends = set()
+        for isa, threads in itertools.product(sets, (1, 2)):
+            os.environ["FASTNLCG_ISA"] = isa
+            torch.set_num_threads(threads)
+            rng = np.random.default_rng(seed)
+            options = random_options(lambda choices, rng=rng: choices[rng.integers(len(choices))])
+            journey = Journey(seed, DTYPES[seed % 2], options, check=False)
+            for k in rng.integers(len(Journey.OPERATIONS), size=60):
+                Journey.OPERATIONS[k](journey)
+            ends.add(journey.bits())
+        if len(ends) > 1:
+            raise Lost(f"seed {seed}, {options}: {len(ends)} results")
+    del os.environ["FASTNLCG_ISA"]
+    return {"configurations": len(seeds) * len(sets) * 2, "training runs": len(seeds)}
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------
@@ -356,10 +376,26 @@ PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
     "fuzz_steps": fuzz_steps,
     "fuzz_gate": fuzz_gate,
     "fuzz_guided": fuzz_guided,
+    "configurations": configurations,
     "kills": kills,
     "soak": soak,
     "mutants": mutants,
 }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """One row a part, in markdown; then what caught each sabotage."""
+    rows = ["| part | figures | minutes | on |", "|---|---|---|---|"]
+    for name, row in results.items():
+        figures = [f"{value:,} {key}" for key, value in row.items() if isinstance(value, int)]
+        figures += [f"{key}: {row[key]}" for key in ("LOST", "not run") if key in row]
+        rows.append(f"| `{name}` | {', '.join(figures)} | {row['minutes']} | {row['on']} |")
+    caught = results.get("mutants", {}).get("by", {})
+    return "\n".join(
+        [*rows, "", "| sabotage | caught by |", "|---|---|", *(f"| {k} | `{v}` |" for k, v in caught.items())]
+    )
+
+
 JOBS = {"journeys": job_journeys, "gate": job_gate, "soak": job_soak}
 
 
@@ -391,6 +427,7 @@ def main() -> int:
         print(f"{name}: {row}", flush=True)
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
     return int(lost > 0)
 
 
