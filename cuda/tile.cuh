@@ -434,11 +434,11 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
 // multiprocessor.
 template <class S, class Pass, bool kMayReside>
 constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kOpens || kMayReside) ? 2 : 1;
+// Two would spill here, and here ptxas would wait for some of the loads before the others.
 template <class S>
-constexpr int kQuadsAtOnce<S, AdamDots<S>, false> = 1;  // would spill
+constexpr int kQuadsAtOnce<S, AdamDots<S>, false> = 1;
 template <class S>
-constexpr int kQuadsAtOnce<S, CurvatureAndDots<S>, true> =
-    1;  // ptxas would wait for some of the loads before the others
+constexpr int kQuadsAtOnce<S, CurvatureAndDots<S>, true> = 1;
 
 template <bool kMayReside, class S, class Pass, int K>
 __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, int tile, int smem_offset,
