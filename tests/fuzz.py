@@ -28,6 +28,7 @@ REFUSALS = (TypeError, ValueError, RuntimeError)
 CORPUS = [
     bytes.fromhex(text)
     for text in (
+        "0039ad26fffffffe000000000000000000040004",
         "d9920d99ae997fc38c8f8a78fd7b942a1a79bf2e",
         "a0de84a67b680137812967e52142c88885ab5fa3",
         "1ce093ddfd6911a93bcce1a9c9a0dd2050cc1ee6",

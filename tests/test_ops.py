@@ -397,7 +397,7 @@ def test_other_refusals() -> None:
     refused(ValueError, "Invalid eps: 0.0", {}, eps=0.0, **adam)
     x = arrays()
     for keywords, error, match in (
-        ({"updates": -1}, ValueError, "updates must be at least 0"),
+        ({"updates": -1}, ValueError, "updates must be from 0 to"),
         ({"updates": 1.0}, TypeError, "updates must be an int"),
         ({"updates": 0, "beta2": 1.0}, ValueError, "Invalid beta2"),
         ({"updates": 0, "eps": 0.0}, ValueError, "Invalid eps"),
@@ -501,6 +501,14 @@ def test_a_part_leaves_no_addresses_for_a_step() -> None:
     step.update_curvature(g, 0.1, 1)
     with pytest.raises(ValueError, match=r"needs point\(\) or refresh\(\) first"):
         step.step([0.1], [0.0], [False], 0.0, math.nan, 1)
+
+
+@pytest.mark.parametrize("missing", ["p", "g", "d"])
+def test_an_array_that_is_none_and_may_not_be(missing: str) -> None:
+    arrays: dict[str, Any] = {name: np.ones(4, np.float32) for name in ("p", "g", "g_prev", "d", "diagonal")}
+    arrays[missing] = None
+    with pytest.raises(TypeError, match=f"^{missing} must be an array, got None"):
+        ops.nlcg_step(*arrays.values(), ops.Scalars(), lr=0.1, preconditioner="bfgs")
 
 
 @pytest.mark.parametrize("make", [lambda x: x.to("meta"), lambda x: x.to_sparse()], ids=["meta", "sparse"])

@@ -276,15 +276,22 @@ class Views(dict[str, Buffer]):
     """``"cpu"`` or ``"cuda:0"``, ..."""
 
 
-def buffers(parameters: Mapping[str, object], state: Mapping[str, object], written: tuple[str, ...]) -> Views:
+def buffers(
+    parameters: Mapping[str, object],
+    state: Mapping[str, object],
+    written: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> Views:
     """Views of the arrays of one call, all checked: kind, dtype, device, layout, writability, lengths, overlap.
 
-    ``parameters`` share one dtype (and ``g`` is among them); ``state`` has the state's dtype for it. Names mapped to
-    None are left out.
+    ``parameters`` share one dtype (and ``g`` is among them); ``state`` has the state's dtype for it. What is
+    ``optional`` may be None, and is then left out.
     """
-    if parameters["g"] is None:
-        raise TypeError("g must be an array, got None")
-    given = {name: array for name, array in {**parameters, **state}.items() if array is not None}
+    arrays = {**parameters, **state}
+    for name, array in arrays.items():
+        if array is None and name not in optional:
+            raise TypeError(f"{name} must be an array, got None")
+    given = {name: array for name, array in arrays.items() if array is not None}
     views = Views({name: _view(name, array) for name, array in given.items()})
     views.dtype, views.device, views.n = views["g"].dtype, views["g"].device, views["g"].size
     views.state_dtype = state_dtype(views.dtype)

@@ -169,7 +169,7 @@ def preconditioned_dots(
     """
     eps = _native.check_real("eps", eps, minimum=0.0)
     threads = _native.num_threads(threads)
-    view = _native.buffers({"g": g}, {"g_prev": g_prev, "h": h}, ())
+    view = _native.buffers({"g": g}, {"g_prev": g_prev, "h": h}, (), ("g_prev", "h"))
     step = _step(view, stream, g)
     _set_options(step, None if h is None else "bfgs", eps=eps)
     return Dots(*step.preconditioned_dots(view["g"], threads))
@@ -208,7 +208,9 @@ def direction_update(
     alpha = _native.check_real("alpha", alpha)
     eps = _native.check_real("eps", eps, minimum=0.0)
     threads = _native.num_threads(threads)
-    view = _native.buffers({"g": g, "p": p}, {"d": d, "h": h, "g_prev": g_prev}, ("d", "p", "g_prev"))
+    view = _native.buffers(
+        {"g": g, "p": p}, {"d": d, "h": h, "g_prev": g_prev}, ("d", "p", "g_prev"), ("p", "h", "g_prev")
+    )
     step = _step(view, stream, g, d)
     _set_options(step, None if h is None else "bfgs", eps=eps)
     step.update_direction(view.get("p"), view["g"], alpha, 0.0, beta, threads)
@@ -246,7 +248,7 @@ def adam_preconditioned_dots(
     options = _adam_options(beta2, eps)
     updates = _check_updates(updates)
     threads = _native.num_threads(threads)
-    view = _native.buffers({"g": g}, {"v": v, "g_prev": g_prev}, ())
+    view = _native.buffers({"g": g}, {"v": v, "g_prev": g_prev}, (), ("g_prev",))
     step = _step(view, stream, g)
     step.set_options(**options)
     step.beta2_power = beta2**updates
@@ -296,7 +298,9 @@ def adam_direction_update(
     options = _adam_options(beta2, eps)
     updates = _check_updates(updates)
     threads = _native.num_threads(threads)
-    view = _native.buffers({"g": g, "p": p}, {"d": d, "v": v, "g_prev": g_prev}, ("d", "v", "p", "g_prev"))
+    view = _native.buffers(
+        {"g": g, "p": p}, {"d": d, "v": v, "g_prev": g_prev}, ("d", "v", "p", "g_prev"), ("p", "g_prev")
+    )
     step = _step(view, stream, g, d)
     step.set_options(**options)
     step.beta2_power = beta2**updates
@@ -381,7 +385,7 @@ def nlcg_step(
     loss_value = _native.check_loss(loss)
     threads = _native.num_threads(threads)
     state = {"g_prev": g_prev, "d": d, "diagonal": diagonal}
-    view = _native.buffers({"g": g, "p": p}, state, ("p", *state))
+    view = _native.buffers({"g": g, "p": p}, state, ("p", *state), ("g_prev", "diagonal"))
     step = _step(view, stream, g, p)
     step.set_options(**_native.native_options(options))
     step.scalars = before
