@@ -488,8 +488,11 @@ def profile() -> Row:
 def model() -> Row:
     """What gpu_model.py predicts of the step times above, where they are in the file."""
     import gpu_model
+    import sass
 
     measured = ROOT / "build" / "gpu.json"
+    if sass.tool("cuobjdump") is None or sass.tool("nvdisasm") is None:
+        return {"not_run": "no cuobjdump or nvdisasm"}
     return {"table": list(gpu_model.against(measured))} if measured.exists() else {"not_run": f"no {measured}"}
 
 

@@ -283,6 +283,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "a lost tail": (ARGS, "n / kTile + (n % kTile != 0)", "n / kTile + (n % kTile > 1)"),
     "a stale scalar: rz": (MATH, "  c.next.rz = rz_new;\n", ""),
+    "the curvature condition without y s": (MATH, "ys > curvature_eps && shs > curvature_eps", "shs > curvature_eps"),
     "the curvature condition without s h s": (MATH, "ys > curvature_eps && shs > curvature_eps", "ys > curvature_eps"),
     "a NaN in the second sum is not seen": (
         MATH,
@@ -322,7 +323,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "native.alpha_prev = [0.0 for group in param_groups]",
     ),
 }
-CATCHES = ["test_properties.py", "test_step.py", "test_cuda.py", "test_nlcg.py"]
+CATCHES = ["test_properties.py", "test_ops.py", "test_step.py", "test_cuda.py", "test_nlcg.py"]
 
 
 def mutants(scale: float) -> dict[str, Any]:
@@ -340,7 +341,8 @@ def mutants(scale: float) -> dict[str, Any]:
         if title and text.count(old) != 1:
             raise Lost(f"{title}: {text.count(old)} places in {file}, expected 1")
         (tree / file).write_text(text.replace(old, new) if title else text)
-        options = ["-C", f"build-dir={tree.parent}/cmake", "-C", "cmake.define.FASTNLCG_EMULATION=ON"]
+        emulation = "ON" if title.startswith("CUDA") else "OFF"  # half the time to build
+        options = ["-C", f"build-dir={tree.parent}/cmake", "-C", f"cmake.define.FASTNLCG_EMULATION={emulation}"]
         options += ["-C", "cmake.define.FASTNLCG_CUDA=OFF", "--target", str(site), "--upgrade"]
         command = [
             sys.executable,
@@ -362,11 +364,13 @@ def mutants(scale: float) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, cwd=tree, env=environment)
         (tree / file).write_text(text)
         by = re.search(r"FAILED \S*?(\w+\.py::\w+)", done.stdout)
-        if bool(by) != bool(title):
-            raise Lost(f"{title or 'unchanged'}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
-        if by:
-            caught[title] = by[1]
-            print(f"    {title}: {by[1]}", flush=True)
+        if by and not title:
+            raise Lost(f"the suite fails without sabotage\n{done.stdout[-2000:]}")
+        if title:
+            print(f"    {title}: {by[1] if by else 'survived'}", flush=True)
+            caught |= {title: by[1]} if by else {}
+    if len(caught) < len(chosen):
+        raise Lost(f"survived: {', '.join(set(chosen) - set(caught))}")
     return {"mutants": len(chosen), "caught": len(caught), "by": caught}
 
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import demo
+import hard
 import plots
 import pytest
 import step_table
@@ -52,6 +53,23 @@ def test_the_demonstration() -> None:
     assert "\n".join("    " + line for line in demo.table(best).splitlines()) in README
     for name, own in best.items():  # bracketed: the best is not at the edge of its grid
         assert own[0]["peak_lr"] in demo.OPTIMIZERS[name][1][1:-1], name
+
+
+def test_the_models_predictions() -> None:
+    rows = [line.split("|") for line in (RESULTS / "gpu_model.md").read_text().splitlines() if "| ResNet-50 |" in line]
+    assert len(rows) == 8
+    text = " ".join((ROOT / "docs" / "gpu.md").read_text().split())
+    for column, peer in ((8, "fused AdamW"), (9, "foreach RMSProp")):
+        ratios = [float(row[column]) for row in rows]
+        assert f"{min(ratios):.2f} to {max(ratios):.2f} times {peer}" in text
+
+
+def test_what_was_tried_to_break_it() -> None:
+    results = json.loads((RESULTS / "hard.json").read_text())
+    assert hard.table(results) in (ROOT / "docs" / "reliability.md").read_text()
+    assert not [name for name, row in results.items() if "LOST" in row]
+    assert set(results) == set(hard.PARTS)
+    assert results["mutants"]["caught"] == results["mutants"]["mutants"] == len(hard.MUTANTS)
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------

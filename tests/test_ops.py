@@ -503,6 +503,16 @@ def test_a_part_leaves_no_addresses_for_a_step() -> None:
         step.step([0.1], [0.0], [False], 0.0, math.nan, 1)
 
 
+def test_both_sums_of_the_curvature_condition_are_looked_at() -> None:
+    """h this small makes s h s tiny where y s is not; and the other way round."""
+    for h, y in ((1e-12, 1.0), (1.0, 1e-12)):
+        x = {name: np.full(10, value) for name, value in {"h": h, "g": y, "g_prev": 0.0, "d": 1.0}.items()}
+        found = ops.bfgs_diag_update(x["h"], x["g"], x["g_prev"], x["d"], alpha_prev=1.0)
+        assert not found.updated
+        assert max(found.ys, found.shs) == 10.0
+        assert np.all(x["h"] == h)
+
+
 @pytest.mark.parametrize("missing", ["p", "g", "d"])
 def test_an_array_that_is_none_and_may_not_be(missing: str) -> None:
     arrays: dict[str, Any] = {name: np.ones(4, np.float32) for name in ("p", "g", "g_prev", "d", "diagonal")}
