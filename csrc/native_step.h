@@ -13,7 +13,6 @@
 #include <atomic>
 #include <limits>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -502,15 +501,13 @@ class NativeStep {
   // Two parameters in one place would be moved twice, or by half, as the threads happen to run. Looked at only where an
   // address has changed.
   void check_overlaps() {
-    std::vector<const void*> now;
-    now.reserve(segments_.size());
-    for (const Segment& segment : segments_) now.push_back(segment.p);
-    if (now == apart_) return;
-    std::vector<std::size_t> order(segments_.size());
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::sort(order.begin(), order.end(), [&](std::size_t i, std::size_t j) { return now[i] < now[j]; });
+    const auto same = [](const Segment& segment, const void* before) { return segment.p == before; };
+    if (std::equal(segments_.begin(), segments_.end(), apart_.begin(), apart_.end(), same)) return;
+    std::vector<const Segment*> order;
+    for (const Segment& segment : segments_) order.push_back(&segment);
+    std::sort(order.begin(), order.end(), [](const Segment* a, const Segment* b) { return a->p < b->p; });
     for (std::size_t k = 1; k < order.size(); ++k) {
-      const Segment &a = segments_[order[k - 1]], &b = segments_[order[k]];
+      const Segment &a = *order[k - 1], &b = *order[k];
       const std::int64_t size = a.dtype == DType::f64 ? 8 : a.dtype == DType::f32 ? 4 : 2;
       if (static_cast<const char*>(a.p) + a.n * size > static_cast<const char*>(b.p)) {
         const auto [first, second] = std::minmax(a.param, b.param);
@@ -518,7 +515,8 @@ class NativeStep {
                   " share memory; register one Parameter for both");
       }
     }
-    apart_ = std::move(now);
+    apart_.clear();
+    for (const Segment& segment : segments_) apart_.push_back(segment.p);
   }
   void check_diagonal() const {
     if (step_.options.preconditioner != Preconditioner::none && step_.state.diagonal == nullptr)
