@@ -363,12 +363,13 @@ def mutants(scale: float) -> dict[str, Any]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(tree / "tests")])}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tree, env=environment)
         (tree / file).write_text(text)
-        by = re.search(r"FAILED \S*?(\w+\.py::\w+)", done.stdout)
+        found = re.search(r"FAILED \S*?(\w+\.py::\w+)", done.stdout)
+        by = found[1] if found else f"a crash, {done.returncode}" if done.returncode else ""
         if by and not title:
             raise Lost(f"the suite fails without sabotage\n{done.stdout[-2000:]}")
         if title:
-            print(f"    {title}: {by[1] if by else 'survived'}", flush=True)
-            caught |= {title: by[1]} if by else {}
+            print(f"    {title}: {by or 'survived'}", flush=True)
+            caught |= {title: by} if by else {}
     if len(caught) < len(chosen):
         raise Lost(f"survived: {', '.join(set(chosen) - set(caught))}")
     return {"mutants": len(chosen), "caught": len(caught), "by": caught}

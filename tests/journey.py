@@ -112,6 +112,7 @@ class Journey:
 
     def save_and_load(self) -> None:
         """Into a new optimizer over copies, as another process would; through a file."""
+        before = self.bits()
         file = io.BytesIO()
         torch.save(self.optimizer.state_dict(), file)
         file.seek(0)
@@ -126,9 +127,12 @@ class Journey:
         self.params = copies
         self.optimizer = NLCG(groups, 0.05, **self.options)
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        assert self.bits() == before, "a checkpoint has lost something"
 
     def load_in_place(self) -> None:
+        before = self.bits()
         self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        assert self.bits() == before, "a checkpoint has lost something"
 
     def swap_data(self) -> None:
         p = self.params[self.rng.integers(len(self.params))]

@@ -99,8 +99,9 @@ def _check_entry(index: Any, p: Tensor, entry: object, options: Mapping[str, Any
             raise ValueError(f"{where}: {key!r} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
         here = memory(value)
         as_kept = here if p.dtype == torch.float64 else here.float()
-        # An infinite direction is what gradients near float32's largest leave behind (docs/limits.md), not damage.
-        sound = ~torch.isnan(as_kept) if key == "direction" else torch.isfinite(as_kept)
+        sound = torch.isfinite(as_kept)
+        if key == "direction":  # infinite is what gradients near float32's largest leave behind (docs/limits.md)
+            sound |= torch.isinf(here)
         if finite and not bool(sound.all()):
             raise ValueError(f"{where}: {key!r} has values that are not finite")
         if finite and key in ("hessian_diag", "exp_avg_sq") and here.numel() and bool((here < 0).any()):
