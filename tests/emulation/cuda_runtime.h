@@ -119,7 +119,11 @@ class Block {
   NLCG_UNSEEN std::size_t size() const { return threads_; }
 
  private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr std::size_t kStack = 256 * 1024;  // its frames are larger, and kernel arguments have up to 32 KB
+#else
   static constexpr std::size_t kStack = 64 * 1024;
+#endif
   struct Fiber {
     char* stack = nullptr;
     void* stack_pointer = nullptr;
