@@ -485,12 +485,11 @@ def profile() -> Row:
     return rows
 
 
-def model() -> Row:
+def model(measured: Path = ROOT / "build" / "gpu.json") -> Row:
     """What gpu_model.py predicts of the step times above, where they are in the file."""
     import gpu_model
     import sass
 
-    measured = ROOT / "build" / "gpu.json"
     if sass.tool("cuobjdump") is None or sass.tool("nvdisasm") is None:
         return {"not_run": "no cuobjdump or nvdisasm"}
     return {"table": list(gpu_model.against(measured))} if measured.exists() else {"not_run": f"no {measured}"}
@@ -518,10 +517,11 @@ def main() -> int:
     sys.path[:0] = [str(INSTALLED), str(ROOT / "bench")]
     result: Row = {}
     failed = False
+    parts = PARTS | {"model": lambda: model(arguments.out)}
     for name in arguments.only:
         start = time.perf_counter()
         try:
-            part = PARTS[name]()
+            part = parts[name]()
         except Exception as error:
             part = {"error": f"{type(error).__name__}: {error}"[:2000]}
         failed |= "error" in part or bool(part.get("failures")) or bool(part.get("errors"))

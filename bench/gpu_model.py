@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sass
+from fastnlcg.__main__ import report
 from sass import Instruction
 
 BANDWIDTH_REACHED = 0.9
@@ -175,7 +176,10 @@ def best_us(gpu: Gpu, n: int, preconditioner: str) -> tuple[float, str]:
 
 
 def table() -> Iterator[str]:
-    yield "Predicted, not measured. Microseconds a step of float32; in brackets the form predicted to be faster.\n"
+    cuda = report()["cuda"]["runtime"]
+    version = f"{cuda // 1000}.{cuda % 1000 // 10}"
+    yield f"Predicted by `python bench/gpu_model.py` from kernels of CUDA {version}, not measured."
+    yield "Microseconds a step of float32; in brackets the form predicted to be faster.\n"
     titles = ["size", "GPU", "NLCG adam", "NLCG bfgs", "fused SGD", "fused AdamW", "foreach RMSProp"]
     yield f"| {' | '.join(titles)} | adam : AdamW | adam : RMSProp |"
     yield "|---|---|---|---|---|---|---|---|---|"
