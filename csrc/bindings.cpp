@@ -1,7 +1,9 @@
-// The Python module: a table of contents. With native_step.h the only file that knows pybind11.
+// The Python module: a table of contents. With native_step.{h,cpp} the only file that knows pybind11.
 #include <omp.h>
+#include <pybind11/stl.h>
 
 #include "native_step.h"
+#include "step_cpu.h"
 
 PYBIND11_MODULE(FASTNLCG_MODULE, m) {
   using namespace fastnlcg;
@@ -33,9 +35,42 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
                     "unavailable_reason"_a = status.unavailable_reason);
   });
 
+  const auto names = [](auto& all) { return std::vector<std::string>(std::begin(all), std::end(all)); };
+  m.attr("preconditioners") = names(kPreconditionerNames);
+  m.attr("updates") = names(kUpdateRuleNames);
+  py::list options;
+  Options any;
+  each_option(any, [&](const char* name, const auto&) { options.append(name); });
+  m.attr("options") = options;
+  py::dict scalars;
+  each_scalar([&](const char* name, double start) { scalars[name] = start; });
+  m.attr("scalars") = scalars;
   m.attr("row_doubles") = static_cast<int>(kColumns);
+  m.attr("row_signature") = static_cast<int>(kStepNumber);
+  m.attr("diagnostics_moment") = kDiagnostics;
+  m.attr("block_elements") = kBlockElements;
+  // Whether two lists hold the same objects.
+  m.def(
+      "same_objects",
+      [](const py::list& a, const py::list& b) {
+        const Py_ssize_t n = PyList_GET_SIZE(a.ptr());
+        if (n != PyList_GET_SIZE(b.ptr())) return false;
+        for (Py_ssize_t i = 0; i < n; ++i) {
+          if (PyList_GET_ITEM(a.ptr(), i) != PyList_GET_ITEM(b.ptr(), i)) return false;
+        }
+        return true;
+      },
+      "a"_a, "b"_a);
   m.def("chunk_elements", [](std::int64_t n) { return chunk_elements(n < 0 ? 0 : n); }, "n"_a);
-  m.def("workspace_doubles", &workspace_doubles, "n"_a, "max_segments"_a, "groups"_a);
+  m.def("workspace_doubles", &workspace_doubles, "n"_a, "segments"_a, "groups"_a);
+  static py::exception<RanksDisagree> ranks_disagree(m, "RanksDisagree", PyExc_RuntimeError);
+  py::register_local_exception_translator([](std::exception_ptr e) {
+    try {
+      if (e) std::rethrow_exception(e);
+    } catch (const RanksDisagree&) {
+      py::set_error(ranks_disagree, "the ranks are not about to take the same step");
+    }
+  });
 
   py::class_<Buffer, BufferPtr>(m, "Buffer", py::module_local())
       .def(py::init([](const py::object& owner) { return std::make_shared<Buffer>(owner.ptr()); }))
@@ -47,32 +82,41 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def_property_readonly("contiguous", &Buffer::contiguous)
       .def("advise_huge_pages", &Buffer::advise_huge_pages);
 
+  using Number = NativeStep::Number;
   py::class_<NativeStep>(m, "Step", py::module_local())
-      .def(py::init<const std::string&, std::int64_t, BufferPtr, BufferPtr, BufferPtr, BufferPtr, BufferPtr, int,
-                    const std::string&, BufferPtr, std::uintptr_t>(),
-           "state_dtype"_a, "n"_a, "grad_prev"_a, "direction"_a, "diagonal"_a, "param_steps"_a, "beta2_powers"_a,
-           "groups"_a, "device"_a = "cpu", "workspace"_a = nullptr, "stream"_a = 0)
-      .def("set_options", &NativeStep::set_options, "preconditioner"_a, "update"_a, "restart"_a, "restart_every"_a,
-           "eps"_a, "curvature_eps"_a, "beta2"_a, "beta_max"_a, "skip_nonfinite"_a, "maximize"_a,
-           "stochastic_rounding"_a, "line_search"_a)
+      .def(py::init<const std::string&, const std::string&, std::uintptr_t>(), "state_dtype"_a, "device"_a = "cpu",
+           "stream"_a = 0)
+      .def("set_options", &NativeStep::set_options, "options"_a)
+      .def("lay_out", &NativeStep::lay_out, "n"_a, "table"_a, "groups"_a, "keys"_a, "exchange"_a, "tensor_type"_a,
+           "workspace"_a = nullptr)
       .def("set_exchange", &NativeStep::set_exchange, "mine"_a, "all"_a, "counted"_a, "elements"_a, "every_decision"_a,
            "gather"_a)
-      .def("set_segments", &NativeStep::set_segments)
-      .def("point", py::overload_cast<const py::list&, const py::list&>(&NativeStep::point), "p"_a, "g"_a)
-      .def("refresh", &NativeStep::refresh, "exchange"_a, "moving"_a, "resting"_a, "tensor_type"_a)
-      .def("step", &NativeStep::step, "lr"_a, "weight_decay"_a, "maximize"_a, "set"_a, "loss"_a, "threads"_a,
-           "lr_on_device"_a = std::vector<NativeStep::Number>{}, "loss_on_device"_a = py::none(),
-           "grad_scale"_a = py::none(), "found_inf"_a = py::none())
+      .def(
+          "step",
+          [](NativeStep& self, const NativeStep::Tensors& at, std::vector<double> lr, std::vector<double> weight_decay,
+             std::vector<bool> maximize, double active_set, double loss, int threads, std::vector<Number> lr_on_device,
+             Number loss_on_device, Number grad_scale, Number found_inf) {
+            return self.step(at, {std::move(lr), std::move(weight_decay), std::move(maximize), active_set, loss,
+                                  threads, std::move(lr_on_device), loss_on_device, grad_scale, found_inf});
+          },
+          "at"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "active_set"_a, "loss"_a, "threads"_a,
+          "lr_on_device"_a = std::vector<Number>{}, "loss_on_device"_a = py::none(), "grad_scale"_a = py::none(),
+          "found_inf"_a = py::none())
+      .def("state_norms", &NativeStep::state_norms, "at"_a, "threads"_a)
+      .def("last_move", &NativeStep::last_move, "at"_a, "threads"_a)
+      .def("bind", &NativeStep::bind, "p"_a, "g"_a, "grad_prev"_a, "direction"_a, "diagonal"_a, "steps"_a = 0.0)
+      .def("flat_step", &NativeStep::flat_step, "scalars"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "loss"_a,
+           "threads"_a)
+      .def("update_curvature", &NativeStep::update_curvature, "alpha_prev"_a, "threads"_a)
+      .def("preconditioned_dots", &NativeStep::preconditioned_dots, "threads"_a)
+      .def("update_direction", &NativeStep::update_direction, "alpha"_a, "weight_decay"_a, "beta"_a, "threads"_a)
       .def("set_launch", &NativeStep::set_launch, "form"_a, "blocks"_a = 0, "resident_tiles"_a = -1)
       .def_property_readonly("launches", &NativeStep::launches)
+      .def_property_readonly("digest", &NativeStep::digest)
       .def_property("stream", &NativeStep::stream, &NativeStep::set_stream)
-      .def("state_norms", &NativeStep::state_norms, "threads"_a)
-      .def("last_move", &NativeStep::last_move, "threads"_a)
-      .def_property("scalars", &NativeStep::scalars, &NativeStep::set_scalars)
-      .def_property("alpha_prev", &NativeStep::alpha_prev, &NativeStep::set_alpha_prev)
-      .def_property("beta2_power", &NativeStep::beta2_power, &NativeStep::set_beta2_power)
-      .def("update_curvature", &NativeStep::update_curvature, "g"_a, "alpha_prev"_a, "threads"_a)
-      .def("preconditioned_dots", &NativeStep::preconditioned_dots, "g"_a, "threads"_a)
-      .def("update_direction", &NativeStep::update_direction, "p"_a, "g"_a, "alpha"_a, "weight_decay"_a, "beta"_a,
-           "threads"_a);
+      .def("join_stream", &NativeStep::join_stream);
+
+  py::class_<NativeStep::Tensors>(m, "Tensors", py::module_local())
+      .def(py::init<py::list, py::object, py::list, py::list, py::object, py::object, py::object, py::list>(),
+           "params"_a, "gradients"_a, "entries"_a, "resting"_a, "state"_a, "held"_a, "scalars"_a, "alpha_prev"_a);
 }

@@ -56,7 +56,7 @@ std::string device_name(const DLDevice& device) {
   switch (device.device_type) {
     case kCpu:
     case kCudaHost:
-      return "cpu";
+      return kHostDevice;
     case kCuda:
     case kCudaManaged:
       return "cuda" + id;

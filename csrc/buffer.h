@@ -13,6 +13,13 @@ namespace fastnlcg {
 struct DLManagedTensor;
 struct DLManagedTensorVersioned;
 
+// What the CPU's memory is called: in the emulation it stands for a GPU's too.
+#ifdef FASTNLCG_EMULATED
+constexpr const char* kHostDevice = "cuda:0";
+#else
+constexpr const char* kHostDevice = "cpu";
+#endif
+
 class Buffer {
  public:
   // Throws std::invalid_argument for a consumed or malformed capsule, and leaves a Python exception set (throwing
@@ -41,7 +48,7 @@ class Buffer {
 
   void* data_ = nullptr;
   std::int64_t size_ = 0;
-  std::string dtype_, device_ = "cpu";
+  std::string dtype_, device_ = kHostDevice;
   bool readonly_ = false, contiguous_ = true;
 
   PyObject* owner_ = nullptr;  // of memory that no protocol holds for us

@@ -26,9 +26,9 @@ constexpr int kVectorBytes = 16;
 
 #define NLCG_INLINE inline __attribute__((always_inline))
 
-// Sixteen consecutive elements are one block: the lanes of a sum. Element i of the flat state always adds to lane
+// Sixteen consecutive elements are one block: the lanes of a sum. Element i of the flat index always adds to lane
 // i mod 16, whatever the width of the vector that carries it, hence the same bits from every instruction set.
-constexpr int kBlock = 16;
+constexpr int kBlock = static_cast<int>(kBlockElements);
 constexpr int kDoubles = kVectorBytes / 8;         // doubles per vector
 constexpr int kDoubleVectors = kBlock / kDoubles;  // vectors of doubles per block
 
@@ -130,17 +130,27 @@ NLCG_INLINE Float load(const Float16* from) { return decode_f16<Float>(load_16bi
 NLCG_INLINE void store(BFloat16* to, Float v) { store_16bit(to, encode_bf16<Bits32>(v)); }
 NLCG_INLINE void store(Float16* to, Float v) { store_16bit(to, encode_f16<Bits32>(v)); }
 
-// The same for a parameter at `place` of the flat state, a multiple of the vector.
+// The same for elements `l` and on of a segment's parameter.
 template <class E, class V>
 NLCG_INLINE void store_rounded(E* to, V v, const Rounding&, std::int64_t) {
   store(to, v);
 }
-NLCG_INLINE void store_rounded(BFloat16* to, Float v, const Rounding& rounding, std::int64_t place) {
+NLCG_INLINE void store_rounded(BFloat16* to, Float v, const Rounding& rounding, std::int64_t l) {
   if (!rounding.stochastic) return store(to, v);
-  Bits32 lane;
-  for (int l = 0; l < kLanes<float>; ++l) lane[l] = static_cast<std::uint32_t>(l);
-  const Bits32 low = lane + static_cast<std::uint32_t>(place);
-  const auto high = static_cast<std::uint32_t>(place >> 32);
+  Bits32 low, high;
+  const std::uint64_t first = number_of(rounding.place, l);
+  const auto first_low = static_cast<std::uint32_t>(first);
+  if (rounding.place.run == 0 && first_low <= UINT32_MAX - kLanes<float>) {  // one high half for all
+    for (int lane = 0; lane < kLanes<float>; ++lane) low[lane] = static_cast<std::uint32_t>(lane);
+    low += first_low;
+    high = Bits32{} + static_cast<std::uint32_t>(first >> 32);
+  } else {
+    for (int lane = 0; lane < kLanes<float>; ++lane) {
+      const std::uint64_t number = number_of(rounding.place, l + lane);
+      low[lane] = static_cast<std::uint32_t>(number);
+      high[lane] = static_cast<std::uint32_t>(number >> 32);
+    }
+  }
   store_16bit(to, encode_bf16_stochastic(v, random_bits(rounding, low, high)));
 }
 

@@ -19,7 +19,7 @@
 // the project compiles with floating-point contraction off: an fma here and a multiply-add there would differ.
 // The second half is the scalar recurrences between the passes, in double.
 //
-// No loops, no memory, no branches on data beyond selections: those belong to the callers.
+// No memory, no branches on data beyond selections: those belong to the callers.
 #pragma once
 
 #include "step_args.h"
@@ -77,16 +77,22 @@ NLCG_HD T bfgs_diagonal(T h, T y, T s, T rsqrt_ys, T rsqrt_shs, T bound) {
   return at_most(absolute(T(h + y_scaled * y_scaled - hs_scaled * hs_scaled)), bound);
 }
 
-// Adam's second moment, v. `bound` as above: a |g| whose square overflows must not freeze the element for good.
+// Adam's second moment, v. Infinite where g^2 overflows, from |g| of 1.8e19 on in float32.
 template <class T>
-NLCG_HD T second_moment(T v, T g, T beta2, T one_minus_beta2, T bound) {
-  return at_most(T(beta2 * v + one_minus_beta2 * (g * g)), bound);
+NLCG_HD T second_moment(T v, T g, T beta2, T one_minus_beta2) {
+  return beta2 * v + one_minus_beta2 * (g * g);
 }
 
 // Adam's diagonal, h. root_correction = 1 / sqrt(1 - beta2^k)
 template <class T>
 NLCG_HD T adam_diagonal(T v, T root_correction) {
   return square_root(v) * root_correction;
+}
+
+// x; NaN where `witness` is not finite. It makes a sum report what would not show in it: g / h is 0 where h has overflowed.
+template <class T>
+NLCG_HD T unless_overflown(T x, T witness) {
+  return x + (witness - witness);
 }
 
 // w = -z: the preconditioned gradient (the paper's -s = -M^-1 r). The sign is left to the sums and to the direction,
@@ -127,10 +133,28 @@ NLCG_HD bool is_finite(double x) { return x - x == 0.0; }
 // 1 / sqrt(x) for a sum of squares, 0 where there is none; `bound` keeps it inside the state's type.
 NLCG_HD double inverse_root(double x, double bound) { return x > 0.0 ? at_most(1.0 / __builtin_sqrt(x), bound) : 0.0; }
 
-// Adam's bias correction, 1 / sqrt(1 - beta2^k), from beta2^k; 0 before the first update, when v is 0.
+// 1 - base^k for a whole number k >= 0, by squaring: without cancellation, and the same bits everywhere, which pow() does
+// not promise.
+NLCG_HD double one_minus_power(double base, double k) {
+  double power = 1.0, missing = 0.0, base_missing = 1.0 - base;
+  for (auto bits = static_cast<unsigned long long>(k); bits != 0; bits >>= 1) {
+    if (bits & 1) {
+      missing = missing + power * base_missing;
+      power *= base;
+    }
+    base_missing = base_missing + base * base_missing;
+    base *= base;
+  }
+  return missing;
+}
+NLCG_HD Bias bias_of(double beta2, double steps) {
+  return {beta2, steps, one_minus_power(beta2, steps), one_minus_power(beta2, steps + 1.0)};
+}
+
+// Adam's bias correction, 1 / sqrt(1 - beta2^k), from 1 - beta2^k; 0 before the first update, when v is 0.
 template <class S>
-NLCG_HD S root_correction(double beta2_power) {
-  const S missing = static_cast<S>(1.0 - beta2_power);
+NLCG_HD S root_correction(double bias) {
+  const S missing = static_cast<S>(bias);
   return missing > S{0} ? S{1} / square_root(missing) : S{0};
 }
 
@@ -156,23 +180,8 @@ NLCG_HD double conjugacy(const Options& o, double rz, double rz_new, double rz_m
   return beta < 0.0 ? 0.0 : (beta > o.beta_max ? o.beta_max : beta);
 }
 
-// Whether beta must be 0 although the update rule says otherwise. gd = sum(g * d) with the old direction.
-NLCG_HD bool restart_due(const Options& o, double step, double beta, double rz_new, double rz_mid, double gd) {
-  switch (o.restart) {
-    case Restart::descent:
-      return -rz_new + beta * gd >= 0.0;
-    case Restart::powell:
-      return (rz_mid < 0.0 ? -rz_mid : rz_mid) >= 0.2 * rz_new;
-    case Restart::every:  // step and restart_every are whole numbers far below 2^53
-      return step - o.restart_every * static_cast<double>(static_cast<long long>(step / o.restart_every)) == 0.0;
-    case Restart::never:
-      break;
-  }
-  return false;
-}
-
 // Online stochastic line search (section 3.2.2): the new scale. The thresholds are taken relative to |loss_prev|, so
-// that "increased by 2 %" keeps its meaning for a negative loss. A loss_prev of NaN ("none yet") changes nothing.
+// that "increased by 2 %" keeps its meaning for a negative loss.
 NLCG_HD double line_search_scale(const Options& o, double scale, double loss, double loss_prev) {
   const double absolute = loss_prev < 0.0 ? -loss_prev : loss_prev;
   if (loss > loss_prev + o.increase_threshold * absolute) {
@@ -191,7 +200,7 @@ NLCG_HD double line_search_scale(const Options& o, double scale, double loss, do
 // What one step has decided so far. `next` becomes the scalars when, and only when, the step is concluded.
 struct StepPlan {
   Scalars next;
-  bool skip;       // a sum is not finite: nothing may change but the counter
+  bool skip;       // a number is not finite: nothing may change but the counter
   bool idle;       // no rank has a gradient, or AMP has called the step off: not even the counter
   bool same;       // g_prev and d speak of the parameters that move now
   bool curvature;  // bfgs: h is updated
@@ -202,13 +211,30 @@ struct StepPlan {
 
 // What this rank contributes to the first decision beside the sums of the first pass. The sums of the last move are
 // shares: each rank keeps its own from the step before, and they are added up here.
-NLCG_HD void contribute(Row& row, const Scalars& now, double set, double loss, double segments, double found_inf) {
+NLCG_HD void contribute(Row& row, const Scalars& now, double active_set, double loss, double segments,
+                        double found_inf) {
   row.column[kGs] = now.gs;
   row.column[kShs] = now.shs;
-  row.column[kChanged] = now.set == set ? 0.0 : 1.0;
+  row.column[kChanged] = now.active_set == active_set ? 0.0 : 1.0;
   row.column[kMoving] = segments;
   row.column[kFoundInf] = found_inf;
   row.column[kLoss] = loss;
+}
+
+// What every row says of itself.
+NLCG_HD void sign_row(Row& row, double step, double moment, double digest) {
+  row.column[kStepNumber] = step;
+  row.column[kMoment] = moment;
+  row.column[kDigest] = digest;
+}
+NLCG_HD bool ranks_agree(const Row* all, int ranks) {
+  bool agree = true;
+  for (int rank = 1; rank < ranks; ++rank) {
+    for (int column = kStepNumber; column < kColumns; ++column) {
+      if (all[rank].column[column] != all[0].column[column]) agree = false;
+    }
+  }
+  return agree;
 }
 
 // One column over the ranks, in their order.
@@ -216,7 +242,7 @@ NLCG_HD double over_ranks(const Row* all, const double* counted, int ranks, int 
   double x = 0.0;
   for (int rank = 0; rank < ranks; ++rank) {
     const double y = all[rank].column[column];
-    if (column == kLargestGradient) {
+    if (column == kLargestElement) {
       x = y > x ? y : x;
     } else if (column == kLoss) {
       x += y / static_cast<double>(ranks);
@@ -228,7 +254,7 @@ NLCG_HD double over_ranks(const Row* all, const double* counted, int ranks, int 
 }
 
 // After pass 1, before its decision: the line search, and whether the past still counts.
-NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double set, const Row& row, bool spread) {
+NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double active_set, const Row& row, bool spread) {
   StepPlan c{now, false, false, false, false, false, spread, now.step == 0.0 ? 0.0 : o.eps};
   c.same = now.step != 0.0 && row.column[kChanged] == 0.0;
   c.idle = row.column[kMoving] == 0.0 || row.column[kFoundInf] != 0.0;
@@ -237,10 +263,10 @@ NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double set, co
   const double loss = row.column[kLoss];
   if (o.line_search && is_finite(loss)) {
     const double signed_loss = o.maximize ? -loss : loss;
-    c.next.ls_scale = line_search_scale(o, now.ls_scale, signed_loss, now.loss_prev);
+    if (is_finite(now.loss_prev)) c.next.ls_scale = line_search_scale(o, now.ls_scale, signed_loss, now.loss_prev);
     c.next.loss_prev = signed_loss;
   }
-  c.next.set = set;
+  c.next.active_set = active_set;
   return c;
 }
 
@@ -250,6 +276,10 @@ NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double g
   c.next.ys = c.same ? gs - c.next.gs : 0.0;
   c.next.shs_used = c.same ? c.next.shs : 0.0;
   c.curvature = c.same && curvature_accepted(c.next.ys, c.next.shs, o.curvature_eps);
+  // y or y^2 / ys may leave the state's type, and h would then not be what it is in exact arithmetic: a gradient like
+  // that is treated as one that is not finite.
+  const double y_max = grad_max + c.next.grad_max;
+  if (c.curvature && o.skip_nonfinite && !(y_max < limit && y_max / c.next.ys * y_max < 1e-3 * limit)) c.skip = true;
   // Pass 2 divides by eps in the state's type, where a tiny one is 0.
   const double eps = limit < 2.0 * kLargestFloat ? static_cast<double>(static_cast<float>(c.eps)) : c.eps;
   c.deferred =
@@ -258,19 +288,16 @@ NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double g
   c.next.grad_max = grad_max;
 }
 
-// Which sums the options look at, where the past counts: sum(g g_prev / (h + eps)), which takes a g_prev in the state,
-// and sum(g d) with the old direction.
-NLCG_HD bool needs_rz_mid(const Options& o) {
-  return o.update == UpdateRule::polak_ribiere || o.restart == Restart::powell;
-}
-NLCG_HD bool needs_gd(const Options& o) { return o.restart == Restart::descent; }
+// Whether the options look at sum(g g_prev / (h + eps)), which takes a g_prev in the state.
+NLCG_HD bool needs_rz_mid(const Options& o) { return o.update == UpdateRule::polak_ribiere; }
 
-// After the pass that forms rz: beta.
-NLCG_HD void decide_direction(StepPlan& c, const Options& o, double rz_new, double rz_mid, double gd) {
-  c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid) && is_finite(gd)));
+// After the pass that forms rz: beta. `z_max` is a bound of |z|: where d might leave the state's type, the step skips.
+NLCG_HD void decide_direction(StepPlan& c, const Options& o, double rz_new, double rz_mid, double z_max, double limit) {
+  c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));
   c.next.beta = c.same ? conjugacy(o, c.next.rz, rz_new, rz_mid) : 0.0;
-  if (restart_due(o, c.next.step, c.next.beta, rz_new, rz_mid, gd)) c.next.beta = 0.0;
   c.next.rz = rz_new;
+  c.next.direction_max = z_max + (c.next.beta != 0.0 ? c.next.beta * c.next.direction_max : 0.0);
+  if (o.skip_nonfinite && !(c.next.direction_max < limit)) c.skip = true;
 }
 
 // After the last pass.

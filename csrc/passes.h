@@ -5,12 +5,12 @@
 //     none   PlainDots         reads g                    rz                                            4 bytes
 //            PlainMove         reads p, g, d              writes p, d, g_prev                          24
 //     bfgs   CurvatureDot      reads g, d                 sum(g s), max |g|                             8
-//            CurvatureAndDots  reads g, g_prev, d, h      writes h; rz, rz_mid, sum(g d)               20
+//            CurvatureAndDots  reads g, g_prev, d, h      writes h; rz, rz_mid, max |z|                20
 //            CurvatureAndMove  reads p, g, d, h           writes p, d, g_prev; sum(g s), sum(s h s)    28
-//     adam   AdamDots          reads g, v                 rz, rz_mid, sum(g d)                          8
+//     adam   AdamDots          reads g, v                 rz, rz_mid                                    8
 //            AdamMove          reads p, g, d, v           writes p, d, v; sum(g g), sum(g d)           28
 //
-// per float32 element; PlainDots and AdamDots read g_prev or d where an option asks for rz_mid or sum(g d).
+// per float32 element; PlainDots and AdamDots read g_prev where Polak-Ribiere asks for rz_mid.
 //
 // A pass is a functor over one place `at` in the flat state: a SIMD vector of elements, or one element in a thread's
 // registers. `at.g()` is the gradient the method sees; the others are what is stored there and the group's numbers;
@@ -24,7 +24,7 @@
 //
 //     sums()                          which of its sums are not 0, as bits: as few as the options ask for
 //
-// and these constants: kSums; kMaxGradient (it also forms max |g|); kBackward (it walks from the end, to find in the
+// and these constants: kSums; kFormsLargest (it also forms the largest of the numbers >= 0 given to at.largest()); kBackward (it walks from the end, to find in the
 // cache what the pass before read last); kOpens (first of its step: `decided` may use the options alone);
 // kResident (the stream beside g that the first pass may leave on chip for the others); kL2 (weight decay is part of
 // the gradient); kBiasCorrected (it asks for at.root()).
@@ -39,14 +39,14 @@ enum Streams : unsigned { kP = 1, kGradPrev = 2, kD = 4, kDiagonal = 8 };
 
 // What most passes are.
 struct Pass {
-  static constexpr bool kReadsGradient = true, kMaxGradient = false, kBackward = false, kOpens = false;
+  static constexpr bool kReadsGradient = true, kFormsLargest = false, kBackward = false, kOpens = false;
   static constexpr bool kL2 = true, kBiasCorrected = false;
   static constexpr unsigned kResident = 0;
   NLCG_HD unsigned sums() const { return ~0u; }
 };
 
-// sums() of a pass that forms rz, and where they are wanted rz_mid and sum(g d).
-NLCG_HD unsigned dots_wanted(bool mid, bool descent) { return 1u | (mid ? 2u : 0u) | (descent ? 4u : 0u); }
+// sums() of a pass that forms rz, and where it is wanted rz_mid.
+NLCG_HD unsigned dots_wanted(bool mid) { return mid ? 3u : 1u; }
 
 // The passes of a step, in order.
 template <template <class> class... P>
@@ -56,11 +56,11 @@ struct PassList {};
 
 template <class T>
 struct PlainDots : Pass {
-  static constexpr int kSums = 3;
+  static constexpr int kSums = 2;
   static constexpr bool kOpens = true;
-  bool mid, descent;
-  NLCG_HD unsigned reads() const { return (mid ? kGradPrev : 0u) | (descent ? kD : 0u); }
-  NLCG_HD unsigned sums() const { return dots_wanted(mid, descent); }
+  bool mid;
+  NLCG_HD unsigned reads() const { return mid ? kGradPrev : 0u; }
+  NLCG_HD unsigned sums() const { return dots_wanted(mid); }
   NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
@@ -68,15 +68,14 @@ struct PlainDots : Pass {
     const auto wide_g = at.wide(at.g());
     at.add(0, wide_g, wide_g);
     if (mid) at.add(1, wide_g, at.wide_grad_prev());
-    if (descent) at.add(2, wide_g, at.wide_d());
   }
 
   template <class Fill>
   NLCG_HD static PlainDots decided(const StepPlan&, const Options& o, Fill) {
-    return {{}, needs_rz_mid(o), needs_gd(o)};
+    return {{}, needs_rz_mid(o)};
   }
-  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double) {
-    decide_direction(c, o, sums[0], sums[1], sums[2]);
+  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
+    decide_direction(c, o, sums[0], sums[1], __builtin_sqrt(sums[0]), limit);  // |z| <= |g| summed up in squares
   }
 };
 
@@ -115,7 +114,7 @@ struct Plain {
   // For the parts, which know their numbers.
   template <class Fill>
   static auto dots(const Options&, bool mid, Fill fill) {
-    return PlainDots<decltype(fill(0.0))>{{}, mid, false};
+    return PlainDots<decltype(fill(0.0))>{{}, mid};
   }
   template <class Fill>
   static auto move(const Options&, double beta, bool keep_grad, bool move, Fill fill) {
@@ -145,7 +144,7 @@ NLCG_HD auto bfgs_constants(double eps, double beta, double ys, double shs, Fill
 template <class T>
 struct CurvatureDot : Pass {
   static constexpr int kSums = 1;
-  static constexpr bool kMaxGradient = true, kOpens = true;
+  static constexpr bool kFormsLargest = true, kOpens = true;
   static constexpr unsigned kResident = kD;
   NLCG_HD unsigned reads() const { return kD; }
   NLCG_HD unsigned writes() const { return 0; }
@@ -193,15 +192,13 @@ using CurvatureSums = SumsOverLastMove<T, true>;
 
 template <class T>
 struct CurvatureAndDots : Pass {
-  static constexpr int kSums = 3;
-  static constexpr bool kBackward = true;
+  static constexpr int kSums = 2;
+  static constexpr bool kFormsLargest = true, kBackward = true;
   static constexpr unsigned kResident = kD;
   BfgsConstants<T> c;
-  bool curvature, store_h, mid, descent;
-  NLCG_HD unsigned reads() const {
-    return (mid || curvature ? kGradPrev : 0u) | (descent || curvature ? kD : 0u) | kDiagonal;
-  }
-  NLCG_HD unsigned sums() const { return dots_wanted(mid, descent); }
+  bool curvature, store_h, mid;
+  NLCG_HD unsigned reads() const { return (mid || curvature ? kGradPrev : 0u) | (curvature ? kD : 0u) | kDiagonal; }
+  NLCG_HD unsigned sums() const { return dots_wanted(mid); }
   NLCG_HD unsigned writes() const { return curvature && store_h ? kDiagonal : 0u; }
 
   template <class At>
@@ -215,8 +212,9 @@ struct CurvatureAndDots : Pass {
       h = bfgs_diagonal(h, gradient_change(g, at.grad_prev()), s, c.rsqrt_ys, c.rsqrt_shs, c.bound);
       if (store_h) at.set_diagonal(h);
     }
-    at.add(0, wide_g, at.wide(preconditioned_gradient(g, h, c.eps)));
-    if (descent) at.add(2, wide_g, at.wide_d());
+    const T w = preconditioned_gradient(g, h, c.eps);
+    at.add(0, wide_g, at.wide(w));
+    at.largest(absolute(w));
   }
 
   template <class Fill>
@@ -225,15 +223,14 @@ struct CurvatureAndDots : Pass {
             bfgs_constants(c.eps, 0, c.next.ys, c.next.shs_used, fill),
             c.curvature,
             !c.deferred,
-            c.same && needs_rz_mid(o),
-            c.same && needs_gd(o)};
+            c.same && needs_rz_mid(o)};
   }
   template <class Fill>
   NLCG_HD void know(Fill fill) {
     c.bound = fill(0.25 * kLargest<typename Fill::Scalar>);
   }
-  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double) {
-    decide_direction(c, o, sums[0], sums[1], sums[2]);
+  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double z_max, double, double limit) {
+    decide_direction(c, o, sums[0], sums[1], z_max, limit);
   }
 };
 
@@ -291,7 +288,7 @@ struct Bfgs {
   NLCG_HD static unsigned streams(const Options&) { return kGradPrev | kD | kDiagonal; }
   template <class Fill>
   static auto dots(const Options& o, bool mid, Fill fill) {
-    return CurvatureAndDots<decltype(fill(0.0))>{{}, bfgs_constants(o.eps, 0, 0, 0, fill), false, false, mid, false};
+    return CurvatureAndDots<decltype(fill(0.0))>{{}, bfgs_constants(o.eps, 0, 0, 0, fill), false, false, mid};
   }
   template <class Fill>
   static auto move(const Options& o, double beta, bool keep_grad, bool move, Fill fill) {
@@ -300,7 +297,7 @@ struct Bfgs {
   // The update of h by itself.
   template <class Fill>
   static auto update(double ys, double shs, Fill fill) {
-    return CurvatureAndDots<decltype(fill(0.0))>{{}, bfgs_constants(1, 0, ys, shs, fill), true, true, false, false};
+    return CurvatureAndDots<decltype(fill(0.0))>{{}, bfgs_constants(1, 0, ys, shs, fill), true, true, false};
   }
 };
 
@@ -311,46 +308,45 @@ struct Bfgs {
 
 template <class T>
 struct AdamConstants {
-  T eps, beta, beta2, one_minus_beta2, bound;
+  T eps, beta, beta2, one_minus_beta2;
 };
 
 template <class Fill>
 NLCG_HD auto adam_constants(const Options& o, double beta, Fill fill) {
-  return AdamConstants<decltype(fill(0.0))>{fill(o.eps), fill(beta), fill(o.beta2), fill(1.0 - o.beta2),
-                                            fill(0.25 * kLargest<typename Fill::Scalar>)};
+  return AdamConstants<decltype(fill(0.0))>{fill(o.eps), fill(beta), fill(o.beta2), fill(1.0 - o.beta2)};
 }
 
 template <class T>
 struct AdamDots : Pass {
-  static constexpr int kSums = 3;
+  static constexpr int kSums = 2;
   static constexpr bool kOpens = true, kL2 = false, kBiasCorrected = true;
   static constexpr unsigned kResident = kDiagonal;
   AdamConstants<T> c;
-  bool mid, descent;
-  NLCG_HD unsigned reads() const { return kDiagonal | (mid ? kGradPrev : 0u) | (descent ? kD : 0u); }
-  NLCG_HD unsigned sums() const { return dots_wanted(mid, descent); }
+  bool mid;
+  NLCG_HD unsigned reads() const { return kDiagonal | (mid ? kGradPrev : 0u); }
+  NLCG_HD unsigned sums() const { return dots_wanted(mid); }
   NLCG_HD unsigned writes() const { return 0; }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
     const T g = at.g();
     const T v_old = at.diagonal();
-    const T h = adam_diagonal(second_moment(v_old, g, c.beta2, c.one_minus_beta2, c.bound), at.root());
+    const T v = second_moment(v_old, g, c.beta2, c.one_minus_beta2);
+    const T h = adam_diagonal(v, at.root());
     const auto wide_g = at.wide(g);
-    at.add(0, wide_g, at.wide(preconditioned_gradient(g, h, c.eps)));
+    at.add(0, wide_g, at.wide(preconditioned_gradient(unless_overflown(g, v), h, c.eps)));
     if (mid) {
       const T h_old = adam_diagonal(v_old, at.root_prev());
       at.add(1, wide_g, at.wide(preconditioned_gradient(at.grad_prev(), h_old, c.eps)));
     }
-    if (descent) at.add(2, wide_g, at.wide_d());
   }
 
   template <class Fill>
   NLCG_HD static AdamDots decided(const StepPlan&, const Options& o, Fill fill) {
-    return {{}, adam_constants(o, 0, fill), needs_rz_mid(o), needs_gd(o)};
+    return {{}, adam_constants(o, 0, fill), needs_rz_mid(o)};
   }
-  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double) {
-    decide_direction(c, o, sums[0], sums[1], sums[2]);
+  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
+    decide_direction(c, o, sums[0], sums[1], 0.0, limit);  // |z| <= 1 / sqrt(1 - beta2), far from any overflow
   }
 };
 
@@ -367,7 +363,7 @@ struct AdamMove : Pass {
   template <class At>
   NLCG_HD void operator()(At& at) const {
     const T g = at.g();
-    const T v = second_moment(at.diagonal(), g, c.beta2, c.one_minus_beta2, c.bound);
+    const T v = second_moment(at.diagonal(), g, c.beta2, c.one_minus_beta2);
     const T w = preconditioned_gradient(g, adam_diagonal(v, at.root()), c.eps);
     const T d = conjugate_direction(w, c.beta, at.d());
     at.set_diagonal(v);
@@ -387,7 +383,7 @@ struct AdamMove : Pass {
   }
   template <class Fill>
   NLCG_HD void know(Fill fill) {
-    c.bound = fill(0.25 * kLargest<typename Fill::Scalar>);
+    (void)fill;
     move = true;
   }
   NLCG_HD static void decide(StepPlan& c, const Options&, const double* sums, double, double, double) {
@@ -403,7 +399,7 @@ struct Adam {
   NLCG_HD static unsigned streams(const Options& o) { return (needs_rz_mid(o) ? kGradPrev : 0u) | kD | kDiagonal; }
   template <class Fill>
   static auto dots(const Options& o, bool mid, Fill fill) {
-    return AdamDots<decltype(fill(0.0))>{{}, adam_constants(o, 0, fill), mid, false};
+    return AdamDots<decltype(fill(0.0))>{{}, adam_constants(o, 0, fill), mid};
   }
   template <class Fill>
   static auto move(const Options& o, double beta, bool keep_grad, bool move, Fill fill) {

@@ -1,8 +1,9 @@
 // What a step is given: plain structs, shared by the CPU, CUDA and the bindings. No logic.
 //
-// Parameters and gradients lie scattered in memory, one Segment each; the state is flat, and a segment names its place
-// there. One flat buffer is the case of a single segment. Segments are sorted by `offset`, do not overlap, are never
-// empty, and need not cover the state: what no segment covers takes no part in the step.
+// Parameters, gradients and state lie scattered in memory: a Segment says where those of one parameter are, and its place
+// in the flat index. The flat index is what tiles and sums run over; nothing need be stored in its order. Segments are
+// sorted by `offset`, do not overlap, are never empty, and need not cover the index: what no segment covers takes no part
+// in the step. One flat buffer is the case of a single segment.
 #pragma once
 
 #include <cstdint>
@@ -25,15 +26,34 @@ constexpr double kLargest = sizeof(S) == sizeof(float) ? kLargestFloat : kLarges
 enum class DType : std::int32_t { f64, f32, bf16, f16 };
 enum class Preconditioner : std::int32_t { none, bfgs, adam };
 enum class UpdateRule : std::int32_t { fletcher_reeves, polak_ribiere, heavy_ball };
-enum class Restart : std::int32_t { never, descent, powell, every };
+
+// Their names in Python, in the same order.
+constexpr const char* kDTypeNames[] = {"float64", "float32", "bfloat16", "float16"};
+constexpr const char* kPreconditionerNames[] = {"none", "bfgs", "adam"};
+constexpr const char* kUpdateRuleNames[] = {"fletcher_reeves", "polak_ribiere", "heavy_ball"};
+
+NLCG_HD constexpr std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// Which element of the whole parameter an element of a segment is, for random bits that do not depend on how parameters are
+// cut: element l is number begin + l + l / run * skip of parameter `index`; run = 0: begin + l.
+struct Place {
+  std::int64_t begin, run, skip;
+  std::uint32_t index;
+
+  bool operator==(const Place&) const = default;
+};
 
 struct Segment {
-  void* p;              // parameters; may be null where no pass reads or writes them
-  const void* g;        // gradient, same dtype and memory order as p
-  std::int64_t offset;  // of its first element in the flat state
+  void* p;          // parameters; may be null where no pass reads or writes them
+  const void* g;    // gradient, same dtype and memory order as p
+  void* grad_prev;  // state, in the state's type and the memory order of p. Null where the options have no use for it
+  void* direction;  //
+  void* diagonal;   // the preconditioner's own: h of bfgs, v of adam
+  double* steps;    // how often this parameter has moved
+  std::int64_t offset;  // of its first element in the flat index
   std::int64_t n;
+  Place place;
   std::int32_t group;  // index into Step::groups
-  std::int32_t param;  // index into Step::param_steps and Step::beta2_powers
   DType dtype;
 
   bool operator==(const Segment&) const = default;
@@ -42,62 +62,93 @@ struct Segment {
 struct Group {
   double lr;            // from the caller
   double alpha;         // lr * ls_scale, formed by the step
-  double alpha_prev;    // of the previous step
   double weight_decay;  // L2 or decoupled, as the preconditioner's passes say
   double sign;          // of the gradient: -1 where the group maximizes
+  double* alpha_prev;   // of the previous step; written by the step
 };
+
+// Every option of a step, once: type, name, default.
+#define NLCG_OPTIONS(X)                                                                                   \
+  X(Preconditioner, preconditioner, Preconditioner::none)                                                 \
+  X(UpdateRule, update, UpdateRule::fletcher_reeves)                                                      \
+  X(double, eps, 1e-8)                                                                                    \
+  X(double, curvature_eps, 1e-8)                                                                          \
+  X(double, beta2, 0.999)                                                                                 \
+  X(double, beta_max, 1.0)                                                                                \
+  X(bool, skip_nonfinite, true)                                                                           \
+  X(bool, maximize, false)            /* the loss of the line search; a gradient's sign is its group's */ \
+  X(bool, stochastic_rounding, false) /* of bfloat16 parameters */                                        \
+  X(bool, line_search, false)                                                                             \
+  X(double, increase_threshold, 0.02)                                                                     \
+  X(double, flat_threshold, 0.01)                                                                         \
+  X(double, decrease, 0.025)                                                                              \
+  X(double, increase, 0.025)
 
 struct Options {
-  Preconditioner preconditioner = Preconditioner::none;
-  UpdateRule update = UpdateRule::fletcher_reeves;
-  Restart restart = Restart::never;
-  double restart_every = 0;
-  double eps = 1e-8;
-  double curvature_eps = 1e-8;
-  double beta_max = 1.0;
-  double beta2 = 0.999;
-  bool skip_nonfinite = true;
-  bool maximize = false;             // the loss that the line search sees; the gradient's sign is its group's
-  bool stochastic_rounding = false;  // of bfloat16 parameters
-  bool line_search = false;
-  double increase_threshold = 0.02;
-  double flat_threshold = 0.01;
-  double decrease = 0.025;
-  double increase = 0.025;
+#define NLCG_FIELD(type, name, start) type name = start;
+  NLCG_OPTIONS(NLCG_FIELD)
+#undef NLCG_FIELD
 };
+template <class O, class F>
+void each_option(O& o, F&& f) {
+#define NLCG_VISIT(type, name, start) f(#name, o.name);
+  NLCG_OPTIONS(NLCG_VISIT)
+#undef NLCG_VISIT
+}
 
-// Every scalar that survives a step, as doubles so that the struct is also a flat float64 buffer.
+// Every scalar that survives a step, once: name, value before the first step. All are doubles, so the struct is a flat
+// float64 buffer, which Python allocates and anybody may read.
+#define NLCG_SCALARS(X)                                                                                         \
+  X(step, 0.0)          /* completed steps */                                                                   \
+  X(skipped_steps, 0.0) /* steps that changed nothing because a number was not finite */                        \
+  X(rz, 0.0)            /* sum(-g z) of the last step */                                                        \
+  X(gs, 0.0)            /* sum(g s) over the last gradient and the last move: sum(g_prev s) of the next step */ \
+  X(shs, 0.0)           /* sum(s h s) of the last move: what the next step gates on */                          \
+  X(grad_max, 0.0)      /* bfgs: largest |g| of the last step */                                                \
+  X(direction_max, 0.0) /* bound of |d| */                                                                      \
+  X(ls_scale, 1.0)      /* line-search scale, in (0, 1] */                                                      \
+  X(loss_prev, __builtin_inf()) /* not finite: none yet */                                                      \
+  X(active_set, 0.0)            /* names the parameters that moved in the last step: Step::active_set of it */  \
+  X(beta, 0.0)                  /* from here on: what the last step did, read by diagnostics only */            \
+  X(ys, 0.0)                                                                                                    \
+  X(shs_used, 0.0)                                                                                              \
+  X(updated, 0.0) /* 1 where the preconditioner's diagonal was updated */                                       \
+  X(gg, 0.0)      /* sum(g g) and sum(g d), where the state does not keep g */                                  \
+  X(gd, 0.0)                                                                                                    \
+  X(disagreements, 0.0) /* steps that changed nothing because the ranks were not about to take the same one */
+
 struct Scalars {
-  double step;           // completed steps
-  double skipped_steps;  // steps that changed nothing because a sum was not finite
-  double rz;             // sum(-g z) of the last step
-  double gs;             // sum(g s) over the last gradient and the last move: sum(g_prev s) of the next step
-  double shs;            // sum(s h s) of the last move: what the next step gates on
-  double grad_max;       // largest |g| of the last step
-  double ls_scale;       // line-search scale, in (0, 1]
-  double loss_prev;      // NaN: none yet
-  double set;            // which parameters moved in the last step: Step::set of it
-  // What the last step did; read by diagnostics only.
-  double beta;
-  double ys;
-  double shs_used;
-  double updated;  // 1 where the preconditioner's diagonal was updated
-  double gg;       // sum(g g) and sum(g d), where the state does not keep g
-  double gd;
+#define NLCG_FIELD(name, start) double name;
+  NLCG_SCALARS(NLCG_FIELD)
+#undef NLCG_FIELD
 };
+template <class F>
+void each_scalar(F&& f) {  // name and start
+#define NLCG_VISIT(name, start) f(#name, static_cast<double>(start));
+  NLCG_SCALARS(NLCG_VISIT)
+#undef NLCG_VISIT
+}
 constexpr int kScalars = sizeof(Scalars) / sizeof(double);
 
-// The streams of state, float32 or (for float64 parameters) float64. Null where the options have no use for one.
-struct State {
-  void* grad_prev;
-  void* direction;
-  void* diagonal;  // the preconditioner's own: h of bfgs, v of adam
-  std::int64_t n;
-  DType dtype;
+// What one rank contributes to a decision, where the parameters are spread over ranks. All exchanges have this form, so
+// that ranks which are not at the same point find out.
+enum Column {
+  kSum0,
+  kSum1,
+  kSum2,
+  kLargestElement,
+  kGs,
+  kShs,
+  kChanged,
+  kMoving,
+  kFoundInf,
+  kLoss,
+  kStepNumber,
+  kMoment,  // which exchange this is: the number of the pass, or kDiagnostics
+  kDigest,  // of the options, and of every group's lr, weight_decay and sign
+  kColumns
 };
-
-// What one rank contributes to a decision, where the parameters are spread over ranks.
-enum Column { kSum0, kSum1, kSum2, kLargestGradient, kGs, kShs, kChanged, kMoving, kFoundInf, kLoss, kColumns };
+constexpr double kDiagnostics = -1.0;
 struct Row {
   double column[kColumns];
 };
@@ -115,22 +166,28 @@ struct Exchange {
   void* context = nullptr;
 };
 
+// 1 - beta2^k and 1 - beta2^(k + 1) for k = *Segment::steps, which are the same for most segments.
+struct Bias {
+  double beta2, steps, now, next;
+};
+
 struct Step {
   const Segment* segments;
   std::int64_t n_segments;
+  std::int64_t n;  // length of the flat index
+  DType state_dtype;
   Group* groups;
   std::int64_t n_groups;
-  State state;
   Options options;
   Scalars* scalars;
-  double* param_steps;   // per parameter: the step that moved it last
-  double* beta2_powers;  // per parameter: beta2^k after k updates of v; null without one
-  double* partials;      // workspace: kMaxSums per tile, see partials_needed
-  double set;   // names the set of parameters with gradients; another than the last step's: the past is forgotten
-  double loss;  // NaN: none given
+  Bias* bias;         // workspace: one a segment; checked against `steps` where it is used
+  double* partials;   // workspace: kMaxSums per tile, see partials_needed
+  double active_set;  // names the parameters with gradients; another than the last step's: the past is forgotten
+  double loss;        // NaN: none given
+  double digest;      // Column::kDigest of this rank
   int threads;
-  std::int64_t counted;  // of the state, from its begin: what this rank adds to sums. Behind it lie copies of what
-                         // other ranks add. A multiple of chunk_elements(state.n), or state.n
+  std::int64_t counted;  // of the flat index, from its begin: what this rank adds to sums. Behind it lie copies of what
+                         // other ranks add. A multiple of chunk_elements(n), or n
   Exchange exchange;
 };
 
@@ -138,6 +195,10 @@ struct Step {
 // over threads and many enough that combining the partial sums costs nothing.
 constexpr std::int64_t kTile = 4096;
 constexpr int kMaxSums = 3;
+
+// Sixteen consecutive elements are one block of the CPU's sums, and the most a SIMD vector holds: where every parameter
+// begins at a block, and torch aligns memory to 64 bytes, vectors are aligned.
+constexpr std::int64_t kBlockElements = 16;
 
 NLCG_HD constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }
 constexpr std::int64_t partials_needed(std::int64_t n) { return kMaxSums * tiles_of(n); }

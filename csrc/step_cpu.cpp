@@ -1,6 +1,6 @@
 // The CPU step: the passes of passes.h over tiles, written once, compiled once per instruction set.
 //
-// A tile is a fixed range of the flat state. Inside it, runs of whole blocks that lie in one segment are streamed; a
+// A tile is a fixed range of the flat index. Inside it, runs of whole blocks that lie in one segment are streamed; a
 // block that straddles segments (or the end) is gathered into a block on the stack, goes through the same code, and is
 // scattered back. Lanes that no segment covers add zeros. So a sum's bits depend on the flat index alone.
 #include "step_cpu.h"
@@ -21,7 +21,7 @@ namespace {
 
 template <class S, class P>
 struct Stream {
-  std::int64_t place;  // of the first element in the flat state
+  std::int64_t local;  // of the first element in its segment
   P* p;
   const P* g;
   S* grad_prev;
@@ -36,14 +36,14 @@ template <class S, class Pass>
 void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers]) {
   const Group& group = step.groups[segment.group];
   x[kAlpha] = group.alpha;
-  x[kAlphaPrev] = group.alpha_prev;
+  x[kAlphaPrev] = *group.alpha_prev;
   x[kWeightDecay] = group.weight_decay;
   x[kKept] = 1.0 - group.alpha * group.weight_decay;
   x[kSign] = group.sign;
   if constexpr (Pass::kBiasCorrected) {
-    const double power = step.beta2_powers[segment.param];
-    x[kRoot] = root_correction<S>(power * step.options.beta2);
-    x[kRootPrev] = root_correction<S>(power);
+    const Bias& bias = step.bias[&segment - step.segments];
+    x[kRoot] = root_correction<S>(bias.next);
+    x[kRootPrev] = root_correction<S>(bias.now);
   }
 }
 
@@ -59,13 +59,13 @@ struct SegmentLanes {
 template <class S, int K>
 struct Sums {
   Accumulator sum[K];
-  Vector<S> grad_max[kVectors<S>] = {};
+  Vector<S> largest[kVectors<S>] = {};
 };
 
 // What does not change from vector to vector.
 struct Flags {
-  Rounding rounding;
-  bool streaming;  // g_prev is written but not read here: where it cannot stay in the cache, go around it
+  Rounding rounding;  // of the segment
+  bool streaming;     // g_prev is written but not read here: where it cannot stay in the cache, go around it
 };
 
 // The vector at element `i` of the stream, vector `k` of its block.
@@ -93,7 +93,7 @@ struct At {
   NLCG_INLINE Vector<S> root() const { return segment.number[kRoot][k]; }
   NLCG_INLINE Vector<S> root_prev() const { return segment.number[kRootPrev][k]; }
   NLCG_INLINE bool moves() const { return segment.moves; }
-  NLCG_INLINE void set_p(Vector<S> p) { store_rounded(stream.p + i, p, flags.rounding, stream.place + i); }
+  NLCG_INLINE void set_p(Vector<S> p) { store_rounded(stream.p + i, p, flags.rounding, stream.local + i); }
   NLCG_INLINE void set_grad_prev(Vector<S> g) {
     if (flags.streaming) {
       store_streaming(stream.grad_prev + i, g);
@@ -111,7 +111,7 @@ struct At {
   NLCG_INLINE void add(int j, const Wide& a, const Wide& b) {
     sums.sum[j].add_product(k, a, b);
   }
-  NLCG_INLINE void largest(Vector<S> size) { sums.grad_max[k] = size > sums.grad_max[k] ? size : sums.grad_max[k]; }
+  NLCG_INLINE void largest(Vector<S> size) { sums.largest[k] = size > sums.largest[k] ? size : sums.largest[k]; }
 };
 
 // ---- from segments to blocks -------------------------------------------------------------------------------------
@@ -153,15 +153,20 @@ void run_blocks(const Pass& shared_pass, Stream<S, P> at, std::int64_t n, const 
 }
 
 template <class P, class S>
-Stream<S, P> stream_at(const Step& step, const Segment& segment, std::int64_t position) {
+Stream<S, P> stream_at(const Segment& segment, std::int64_t position) {
   const std::int64_t local = position - segment.offset;
-  const auto state = [&](void* base) { return base ? static_cast<S*>(base) + position : nullptr; };
-  return {position,
+  const auto state = [&](void* base) { return base ? static_cast<S*>(base) + local : nullptr; };
+  return {local,
           segment.p ? static_cast<P*>(segment.p) + local : nullptr,
           segment.g ? static_cast<const P*>(segment.g) + local : nullptr,
-          state(step.state.grad_prev),
-          state(step.state.direction),
-          state(step.state.diagonal)};
+          state(segment.grad_prev),
+          state(segment.direction),
+          state(segment.diagonal)};
+}
+
+Rounding rounding_in(const Step& step, const Segment& segment) {
+  if (!step.options.stochastic_rounding) return {};
+  return rounding_of(step.options, step.scalars->step, segment.place);
 }
 
 // One block on the stack. Lanes without a segment hold g = d = 0, h or v = 1: they add zeros and are not scattered.
@@ -184,8 +189,7 @@ NLCG_INLINE void for_covered_lanes(const Step& step, std::int64_t first, std::in
 }
 
 template <class S, class Pass, int K>
-void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S, K>& sums,
-                Flags flags) {
+void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S, K>& sums) {
   Staged<S> block = {};
   for (S& x : block.diagonal) x = S{1};
   SegmentLanes<S> lanes;
@@ -194,7 +198,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   const Segment* known = nullptr;  // whose numbers x holds
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
-      const auto from = stream_at<decltype(element), S>(step, segment, position + lane);
+      const auto from = stream_at<decltype(element), S>(segment, position + lane);
       if (from.p) block.p[lane] = value_of(*from.p);
       if (from.g) block.g[lane] = value_of(*from.g);
       if (from.grad_prev) block.grad_prev[lane] = *from.grad_prev;
@@ -209,27 +213,66 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   });
   static_assert(sizeof(lanes.number) == sizeof(block.number));
   __builtin_memcpy(lanes.number, block.number, sizeof(block.number));
-  run_blocks(pass, Stream<S, S>{position, block.p, block.g, block.grad_prev, block.d, block.diagonal}, kBlock, lanes,
-             sums, flags);
+  run_blocks(pass, Stream<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal}, kBlock, lanes, sums,
+             Flags{});
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
-      const auto to = stream_at<decltype(element), S>(step, segment, position + lane);
+      const auto to = stream_at<decltype(element), S>(segment, position + lane);
       if (writes & kGradPrev) *to.grad_prev = block.grad_prev[lane];
       if (writes & kD) *to.d = block.d[lane];
       if ((writes & kP) && block.number[kAlpha][lane] != S{0}) {
-        assign_rounded(*to.p, block.p[lane], flags.rounding, position + lane);
+        assign_rounded(*to.p, block.p[lane], rounding_in(step, segment), to.local);
       }
       if (writes & kDiagonal) *to.diagonal = block.diagonal[lane];
     });
   });
 }
 
+// 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
+constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
+
+// Whether a pass that writes g_prev and does not read it stores it around the cache.
+template <class Pass>
+bool streams(const Step& step, const Pass& pass, const void* grad_prev) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(grad_prev) % kVectorBytes == 0;
+  return aligned && (pass.writes() & ~pass.reads() & kGradPrev) && step.n >= kStreamingElements;
+}
+
+// The same for a block of which one segment alone has the first `count` lanes: the end of a parameter.
+template <class S, class Pass, int K>
+void run_end(const Step& step, const Pass& pass, const Segment& segment, std::int64_t position, int count,
+             Sums<S, K>& sums) {
+  with_element_type<S>(segment.dtype, [&](auto element) {
+    const auto at = stream_at<decltype(element), S>(segment, position);
+    S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock];
+    for (S& x : diagonal) x = S{1};
+    const unsigned reads = pass.reads(), writes = pass.writes();
+    const SegmentLanes<S> lanes = lanes_of<S, Pass>(step, segment);
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(S);
+    for (int lane = 0; at.g && lane < count; ++lane) g[lane] = value_of(at.g[lane]);
+    if ((reads & kP) || lanes.decays) {
+      for (int lane = 0; lane < count; ++lane) p[lane] = value_of(at.p[lane]);
+    }
+    if (reads & kGradPrev) __builtin_memcpy(grad_prev, at.grad_prev, bytes);
+    if (reads & kD) __builtin_memcpy(d, at.d, bytes);
+    if (reads & kDiagonal) __builtin_memcpy(diagonal, at.diagonal, bytes);
+    run_blocks(pass, Stream<S, S>{0, p, g, grad_prev, d, diagonal}, kBlock, lanes, sums, Flags{});
+    if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
+    if (writes & kD) __builtin_memcpy(at.d, d, bytes);
+    if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
+    if ((writes & kP) && lanes.moves) {
+      const Rounding rounding = rounding_in(step, segment);
+      for (int lane = 0; lane < count; ++lane) assign_rounded(at.p[lane], p[lane], rounding, at.local + lane);
+    }
+  });
+}
+
 template <class S, class Pass>
-void run_tile(const Step& step, const Pass& pass, Flags flags, std::int64_t tile, double* out) {
+void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out) {
   Sums<S, Pass::kSums> sums;
   std::int64_t position = tile * kTile;
-  const std::int64_t tile_end = position + kTile < step.state.n ? position + kTile : step.state.n;
+  const std::int64_t tile_end = position + kTile < step.n ? position + kTile : step.n;
   // First segment that ends after `position`.
   std::int64_t s = 0;
   for (std::int64_t high = step.n_segments; s < high;) {
@@ -253,20 +296,26 @@ void run_tile(const Step& step, const Pass& pass, Flags flags, std::int64_t tile
     const std::int64_t whole = (end - position) / kBlock * kBlock;
     if (segment.offset <= position && whole > 0) {
       with_element_type<S>(segment.dtype, [&](auto element) {
-        run_blocks(pass, stream_at<decltype(element), S>(step, segment, position), whole,
-                   lanes_of<S, Pass>(step, segment), sums, flags);
+        const auto at = stream_at<decltype(element), S>(segment, position);
+        const Flags flags = {rounding_in(step, segment), streams(step, pass, at.grad_prev)};
+        run_blocks(pass, at, whole, lanes_of<S, Pass>(step, segment), sums, flags);
       });
       position += whole;
     } else {
-      run_staged(step, pass, s, position, sums, flags);
+      const bool alone = s + 1 == step.n_segments || step.segments[s + 1].offset >= position + kBlock;
+      if (alone && segment.offset <= position) {
+        run_end(step, pass, segment, position, static_cast<int>(segment_end - position), sums);
+      } else {
+        run_staged(step, pass, s, position, sums);
+      }
       position += kBlock;
     }
   }
   for (int j = 0; j < Pass::kSums; ++j) out[j] = sums.sum[j].total();
-  if constexpr (Pass::kMaxGradient) {
+  if constexpr (Pass::kFormsLargest) {
     static_assert(Pass::kSums < kMaxSums);
     S largest{};
-    for (const Vector<S>& v : sums.grad_max) {
+    for (const Vector<S>& v : sums.largest) {
       for (int lane = 0; lane < kLanes<S>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
     }
     out[Pass::kSums] = static_cast<double>(largest);
@@ -285,16 +334,6 @@ bool forked() { return getpid() != loaded_by; }
 // like to walk forwards.
 constexpr std::int64_t kStrip = 32;
 
-// 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
-constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
-
-// Whether a pass that writes g_prev and does not read it stores it around the cache.
-template <class Pass>
-bool streams(const Step& step, const Pass& pass) {
-  const bool aligned = reinterpret_cast<std::uintptr_t>(step.state.grad_prev) % kVectorBytes == 0;
-  return aligned && (pass.writes() & ~pass.reads() & kGradPrev) && step.state.n >= kStreamingElements;
-}
-
 // The processor's default floating-point mode, and the caller's again: torch.set_flush_denormal() holds for the thread that
 // called it, not for OpenMP's, so under it the bits would depend on the number of threads.
 class DefaultFloatMode {
@@ -312,14 +351,13 @@ class DefaultFloatMode {
 // where the pass forms one.
 template <class S, class Pass>
 void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
-  const Flags flags{rounding_of(step.options, step.scalars->step), streams(step, pass)};
-  const std::int64_t tiles = tiles_of(step.state.n);
+  const std::int64_t tiles = tiles_of(step.n);
   const auto range = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t done = begin; done < end; done += kStrip) {
       const std::int64_t strip = end - done < kStrip ? end - done : kStrip;
       const std::int64_t first = Pass::kBackward ? end - (done - begin) - strip : done;
       for (std::int64_t tile = first; tile < first + strip; ++tile) {
-        run_tile<S>(step, pass, flags, tile, step.partials + tile * kMaxSums);
+        run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
       }
     }
   };
@@ -343,7 +381,7 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
     if (tile * kTile < step.counted) {
       for (int j = 0; j < Pass::kSums; ++j) sums[j] += partial[j];
     }
-    if constexpr (Pass::kMaxGradient) {
+    if constexpr (Pass::kFormsLargest) {
       double& largest = sums[Pass::kSums];
       largest = partial[Pass::kSums] > largest ? partial[Pass::kSums] : largest;
     }
@@ -363,45 +401,62 @@ struct Fill {
 void gather(const Exchange& exchange, Row& row) {
   *exchange.mine = row;
   exchange.gather(exchange.context);
+  if (!ranks_agree(exchange.all, exchange.ranks)) throw RanksDisagree{};
   for (int j = 0; j < kColumns; ++j) row.column[j] = over_ranks(exchange.all, exchange.counted, exchange.ranks, j);
 }
 
 // One pass and what follows from it; false where the step ends here.
 template <class S, class Pass, bool kLast>
-bool pass_and_decide(const Step& step, StepPlan& c) {
+bool pass_and_decide(const Step& step, StepPlan& c, int number) {
   const Pass pass = Pass::decided(c, step.options, Fill<S>{});
   double sums[kMaxSums + 1];
   reduce<S>(step, pass, sums);
   Row row = {};
   for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
-  row.column[kLargestGradient] = sums[Pass::kSums];
-  if (Pass::kOpens) contribute(row, *step.scalars, step.set, step.loss, static_cast<double>(step.n_segments), 0.0);
+  row.column[kLargestElement] = sums[Pass::kSums];
+  if (Pass::kOpens) {
+    contribute(row, *step.scalars, step.active_set, step.loss, static_cast<double>(step.n_segments), 0.0);
+  }
   // The sums of the last pass are for the next step, whose first pass passes them on.
   const Exchange& exchange = step.exchange;
-  if (exchange.ranks > 0 && (Pass::kOpens || (exchange.every_decision && !kLast))) gather(exchange, row);
+  if (exchange.ranks > 0 && (Pass::kOpens || (exchange.every_decision && !kLast))) {
+    sign_row(row, step.scalars->step, number, step.digest);
+    gather(exchange, row);
+  }
   if (Pass::kOpens) {
-    c = begin_step(step.options, *step.scalars, step.set, row, exchange.ranks > 0);
+    c = begin_step(step.options, *step.scalars, step.active_set, row, exchange.ranks > 0);
     for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
   }
   if (c.idle) return false;
-  Pass::decide(c, step.options, row.column, row.column[kLargestGradient], static_cast<double>(step.state.n),
-               kLargest<S>);
+  Pass::decide(c, step.options, row.column, row.column[kLargestElement], static_cast<double>(step.n), kLargest<S>);
   return !c.skip;
 }
 
 template <class S, class First, class... Rest>
-bool every_pass(const Step& step, StepPlan& c) {
-  if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c)) return false;
-  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c);
+bool every_pass(const Step& step, StepPlan& c, int number) {
+  if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c, number)) return false;
+  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c, number + 1);
   return true;
 }
 template <class S, template <class> class... P>
 bool every_pass(const Step& step, StepPlan& c, PassList<P...>) {
-  return every_pass<S, P<Vector<S>>...>(step, c);
+  return every_pass<S, P<Vector<S>>...>(step, c, 0);
+}
+
+// 1 - beta2^k and the next, for every segment's k.
+void form_bias(const Step& step) {
+  if (step.options.preconditioner != Preconditioner::adam) return;
+  Bias last = bias_of(step.options.beta2, 0.0);
+  for (std::int64_t i = 0; i < step.n_segments; ++i) {
+    const double steps = *step.segments[i].steps;
+    if (last.steps != steps) last = bias_of(step.options.beta2, steps);
+    step.bias[i] = last;
+  }
 }
 
 template <class S>
 void step_in(const Step& step) {
+  form_bias(step);
   StepPlan c = {};
   const bool moved = with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     return every_pass<S>(step, c, typename decltype(preconditioner)::Passes{});
@@ -411,15 +466,13 @@ void step_in(const Step& step) {
     return;
   }
   *step.scalars = c.next;
-  for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha_prev = step.groups[i].alpha;
-  for (std::int64_t i = 0; i < step.n_segments; ++i) {
-    const std::int32_t param = step.segments[i].param;
-    step.param_steps[param] = c.next.step;
-    if (step.beta2_powers) step.beta2_powers[param] *= step.options.beta2;
-  }
+  for (std::int64_t i = 0; i < step.n_groups; ++i) *step.groups[i].alpha_prev = step.groups[i].alpha;
+  for (std::int64_t i = 0; i < step.n_segments; ++i) *step.segments[i].steps += 1.0;
 }
 
 // ---- the parts ---------------------------------------------------------------------------------------------------
+
+bool has_grad_prev(const Step& step) { return step.n_segments > 0 && step.segments[0].grad_prev != nullptr; }
 
 template <class S>
 bool update_curvature_in(const Step& step, double* ys, double* shs) {
@@ -434,9 +487,10 @@ bool update_curvature_in(const Step& step, double* ys, double* shs) {
 
 template <class S>
 void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
+  form_bias(step);
   double sums[kMaxSums + 1];
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    reduce<S>(step, preconditioner.dots(step.options, step.state.grad_prev != nullptr, Fill<S>{}), sums);
+    reduce<S>(step, preconditioner.dots(step.options, has_grad_prev(step), Fill<S>{}), sums);
   });
   *rz = sums[0];
   *rz_mid = sums[1];
@@ -444,8 +498,9 @@ void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
 
 template <class S>
 void update_direction_in(const Step& step, double beta) {
+  form_bias(step);
   double sums[kMaxSums + 1];
-  const bool move = step.n_segments > 0 && step.segments[0].p != nullptr, keep_grad = step.state.grad_prev != nullptr;
+  const bool move = step.n_segments > 0 && step.segments[0].p != nullptr, keep_grad = has_grad_prev(step);
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     reduce<S>(step, preconditioner.move(step.options, beta, keep_grad, move, Fill<S>{}), sums);
   });
@@ -462,7 +517,7 @@ void last_move_in(const Step& step) {
 template <class S>
 void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
   double sums[kMaxSums + 1];
-  reduce<S>(step, StateNorms<Vector<S>>{{}, step.state.grad_prev != nullptr}, sums);
+  reduce<S>(step, StateNorms<Vector<S>>{{}, has_grad_prev(step)}, sums);
   *gg = sums[0];
   *dd = sums[1];
   *gd = sums[2];
@@ -471,7 +526,7 @@ void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
 #define NLCG_BY_STATE_TYPE(function)                                                                          \
   [](const Step& step, auto... args) {                                                                        \
     const DefaultFloatMode mode;                                                                              \
-    return step.state.dtype == DType::f64 ? function<double>(step, args...) : function<float>(step, args...); \
+    return step.state_dtype == DType::f64 ? function<double>(step, args...) : function<float>(step, args...); \
   }
 
 }  // namespace

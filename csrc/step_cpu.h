@@ -1,15 +1,18 @@
 // The CPU step: what the bindings call. Compiled once per instruction set (step_cpu.cpp), chosen at run time
 // (dispatch_cpu.cpp).
 //
-// Contract: the caller has checked every pointer, length and dtype (bindings.cpp does); buffers do not overlap. A step
+// Contract: the caller has checked every pointer, length and dtype (native_step.cpp does); buffers do not overlap. A step
 // reduces, decides, then writes: where it skips, nothing but `scalars->skipped_steps` has changed. It does not
-// allocate, and throws only what Exchange::gather throws, before it has written. Any address will do; nothing needs
+// allocate, and throws only what Exchange::gather throws, or RanksDisagree, before it has written. Any address will do; nothing needs
 // alignment.
 #pragma once
 
 #include "step_args.h"
 
 namespace fastnlcg {
+
+// Thrown by a step whose ranks are not about to take the same one; nothing has changed.
+struct RanksDisagree {};
 
 struct CpuKernels {
   const char* name;  // of the instruction set

@@ -1,7 +1,7 @@
 // What the rest of the library may ask of CUDA. Includes no CUDA header: step_stub.cpp answers in a build without it.
 //
-// Contract: as step_cpu.h, with these differences. Pointers of the step's segments, state and `param_steps` are device
-// pointers, all on `CudaStep::device`; scalars, groups and partial sums live in `workspace`, device memory too. Work is
+// Contract: as step_cpu.h, with these differences. All pointers of a step but its tables of segments and groups are device
+// pointers, on `CudaStep::device`; what a step needs beside lies in `workspace`, device memory too. Work is
 // enqueued on `stream` and nothing waits for it, except where a function returns numbers. Nothing is allocated. A step
 // may be captured into a CUDA graph. Errors of CUDA throw std::runtime_error with the kernel's name and CUDA's text.
 #pragma once
@@ -59,8 +59,8 @@ struct CudaStep {
   bool cooperative_refused = false;  // a cooperative launch was too large once: separate ones for good
 
   // What the next work has to wait for, where it goes to another stream.
-  void* last_work = nullptr;  // a cudaEvent_t
-  void* last_stream = nullptr;
+  void* last_work = nullptr;           // a cudaEvent_t
+  unsigned long long last_stream = 0;  // its id
 };
 
 // Doubles of workspace for a state of n elements, at most so many segments, and so many groups.
@@ -73,11 +73,10 @@ void cuda_step(const Step&, CudaStep&);
 // Gives back what a step keeps on the host side.
 void cuda_forget(CudaStep&);
 
-// The scalars and alpha_prev of every group. Reading waits for the stream.
-void cuda_read_scalars(const CudaStep&, Scalars*, Group*, std::int64_t groups);
-void cuda_write_scalars(const CudaStep&, const Scalars&, const Group*, std::int64_t groups);
-// The sums over the last move (passes.h, LastMove) over the step's segments. Waits.
-void cuda_last_move(const Step&, CudaStep&, double* gs, double* shs);
+// What the step's stream does next follows the last work.
+void cuda_join_stream(const CudaStep&);
+// The sums over the last move (passes.h, LastMove) over the step's segments, into its scalars. Waits.
+void cuda_last_move(const Step&, CudaStep&);
 // |g_prev|^2, |d|^2, g_prev . d over the step's segments. Waits.
 void cuda_state_norms(const Step&, CudaStep&, double* gg, double* dd, double* gd);
 
@@ -85,7 +84,7 @@ void cuda_state_norms(const Step&, CudaStep&, double* gg, double* dd, double* gd
 bool cuda_update_curvature(const Step&, CudaStep&, double* ys, double* shs);
 void cuda_preconditioned_dots(const Step&, CudaStep&, double* rz, double* rz_mid);
 void cuda_update_direction(const Step&, CudaStep&, double beta);
-// A step over flat buffers, in a workspace of its own, with scalars and groups from the host and back. Waits.
+// A step over flat buffers, in a workspace of its own, with scalars, alpha_prev and steps from the host and back. Waits.
 void cuda_flat_step(const Step&, CudaStep&);
 
 }  // namespace fastnlcg

@@ -45,11 +45,11 @@ __device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pa
       const int smem_offset = kMayReside && slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
       run_tile<kMayReside>(launch, pass, tile, smem_offset, sums);
     }
-    block_totals<Pass::kSums, Pass::kMaxGradient>(sums.sum, sums.largest, pass.sums(), totals, local);
+    block_totals<Pass::kSums, Pass::kFormsLargest>(sums.sum, sums.largest, pass.sums(), totals, local);
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int j = 0; j < Pass::kSums; ++j) a.partials[j * a.chunks + chunk] = sums.sum[j];
-      if (Pass::kMaxGradient) a.partials[Pass::kSums * a.chunks + chunk] = static_cast<double>(sums.largest);
+      if (Pass::kFormsLargest) a.partials[Pass::kSums * a.chunks + chunk] = static_cast<double>(sums.largest);
     }
   }
 }
@@ -89,7 +89,7 @@ __device__ double number(DeviceNumber x) {
 
 // Before the first decision, by the one thread that decides: the line search and every group's step length.
 __device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const Row& row) {
-  StepPlan c = begin_step(a.options, *a.scalars, a.set, row, a.exchange.ranks > 0);
+  StepPlan c = begin_step(a.options, *a.scalars, a.active_set, row, a.exchange.ranks > 0);
   for (std::int64_t i = 0; i < a.n_groups; ++i) {
     const GroupInput& in = group_inputs(a)[i];
     const double lr = in.lr_on_device.address != nullptr ? number(in.lr_on_device) : in.lr;
@@ -113,12 +113,13 @@ __device__ __forceinline__ Row row_of(const Arguments& a, const double (&sums)[P
   Row row = {};
 #pragma unroll
   for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
-  row.column[kLargestGradient] = largest;
+  row.column[kLargestElement] = largest;
   if (Pass::kOpens) {
     const double loss = a.loss_on_device.address != nullptr ? number(a.loss_on_device) : a.loss;
     const double found_inf = a.found_inf.address != nullptr ? *static_cast<const float*>(a.found_inf.address) : 0.0f;
-    contribute(row, *a.scalars, a.set, loss, static_cast<double>(a.n_segments), found_inf);
+    contribute(row, *a.scalars, a.active_set, loss, static_cast<double>(a.n_segments), found_inf);
   }
+  sign_row(row, a.scalars->step, Pass::kOpens ? 0.0 : 1.0, a.digest);  // the third pass exchanges nothing
   return row;
 }
 
@@ -149,7 +150,7 @@ __device__ __forceinline__ void decide(const Arguments& a, const Row& row) {
     c = begin_on_device(a, row);
     bad_lr = c.skip;
   }
-  Pass::decide(c, a.options, row.column, row.column[kLargestGradient], static_cast<double>(a.state.n), kLargest<S>);
+  Pass::decide(c, a.options, row.column, row.column[kLargestElement], static_cast<double>(a.n), kLargest<S>);
   c.skip = c.skip || bad_lr || c.idle;
   if (c.idle) return;
   if constexpr (!std::is_same_v<Next, NoPass>) {
@@ -157,7 +158,7 @@ __device__ __forceinline__ void decide(const Arguments& a, const Row& row) {
     if (c.skip) a.scalars->skipped_steps += 1.0;
   } else {  // nothing is left to be found: what could not be written has been decided before
     *a.scalars = c.next;
-    for (std::int64_t i = 0; i < a.n_groups; ++i) a.alpha_prev[i] = a.alpha[i];
+    for (std::int64_t i = 0; i < a.n_groups; ++i) *group_inputs(a)[i].alpha_prev = a.alpha[i];
   }
 }
 
@@ -177,7 +178,7 @@ __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& tota
   run_pass<kAlone>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return false;
   double x[Pass::kSums], largest;
-  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, pass.sums(), totals);
+  grid_totals<Pass::kSums, Pass::kFormsLargest>(a, x, largest, pass.sums(), totals);
   if (threadIdx.x == 0) {
     const Row row = row_of<Pass>(a, x, largest);
     if (!kAlone && exchanges(a.exchange, Pass::kOpens, kLast)) {
@@ -188,11 +189,10 @@ __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& tota
   }
   if constexpr (kLast) {
     __syncthreads();
-    const double step = a.scalars->step;
     for (int i = static_cast<int>(threadIdx.x); i < a.n_segments; i += kThreads) {
-      const int param = a.segments[i].param;
-      a.param_steps[param] = step;
-      if (Pass::kBiasCorrected) a.beta2_powers[param] *= a.options.beta2;
+      double& steps = *a.segments[i].steps;
+      steps += 1.0;
+      if (Pass::kBiasCorrected) a.bias[i] = bias_of(a.options.beta2, steps);
     }
   }
   return true;
@@ -224,7 +224,13 @@ __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
   const int j = static_cast<int>(threadIdx.x);
   if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.counted, a.exchange.ranks, j);
   __syncthreads();
-  if (j == 0) decide<S, Pass, Next>(a, row);
+  if (j != 0) return;
+  if (ranks_agree(a.exchange.all, a.exchange.ranks)) {
+    decide<S, Pass, Next>(a, row);
+  } else {  // the host finds out later
+    a.control->plan.skip = true;
+    a.scalars->disagreements += 1.0;
+  }
 }
 
 // The passes one after another, all blocks waiting for each other after each but the last.
@@ -266,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_cons
   run_pass<false>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return;
   double x[Pass::kSums], largest;
-  grid_totals<Pass::kSums, Pass::kMaxGradient>(a, x, largest, pass.sums(), totals);
+  grid_totals<Pass::kSums, Pass::kFormsLargest>(a, x, largest, pass.sums(), totals);
   if (threadIdx.x != 0) return;
 #pragma unroll
   for (int j = 0; j < Pass::kSums; ++j) a.control->sums[j] = x[j];

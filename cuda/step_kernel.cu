@@ -1,7 +1,7 @@
 // The CUDA step: what a device can hold, the workspace, and the launches of kernels.cuh, one for each pass or one cooperative
 // launch for all, with the same bits.
 //
-// Contract of step_cuda.h. Not here: checks of arguments (bindings.cpp).
+// Contract of step_cuda.h. Not here: checks of arguments (native_step.cpp).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -23,7 +23,28 @@ void check(cudaError_t error, const std::string& what) {
   throw std::runtime_error("fastnlcg: " + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// The caller's device again, whatever happens in between.
+// Whether the process has used the device: setting it would create its context, half a gigabyte, and fail where another
+// process has it for itself.
+bool in_use(int device) {
+  using Query = int (*)(int, unsigned*, int*);  // cuDevicePrimaryCtxGetState
+  static const Query query = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found = {};
+    constexpr const char* name = "cuDevicePrimaryCtxGetState";
+#if 0 < CUDART_VERSION && CUDART_VERSION < 12050
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &entry, 7000, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Query>(entry) : nullptr;
+  }();
+  unsigned flags = 0;
+  int active = 1;
+  return query == nullptr || query(device, &flags, &active) != 0 || active != 0;
+}
+
+// The caller's device again, whatever happens in between; but one that nobody has used stays unused.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -32,7 +53,7 @@ class DeviceGuard {
     changed_ = device != before_;
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (changed_ && in_use(before_)) cudaSetDevice(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -85,9 +106,15 @@ bool captures(const CudaStep& cuda) {
 }
 
 // Work of one optimizer shares its barrier and scalars, so two streams must not run it at once: the later one waits for
-// the event behind the last work on the earlier. A graph orders its own.
+// the event behind the last work on the earlier. A graph orders its own; its replays record no event, so who replays on one
+// stream and steps on another has to order the two. Streams are told apart by their ids: a handle may be used again.
+unsigned long long id_of(const CudaStep& cuda) {
+  unsigned long long id = 0;
+  check(cudaStreamGetId(stream_of(cuda), &id), "cudaStreamGetId");
+  return id;
+}
 void follow_last_stream(const CudaStep& cuda) {
-  if (cuda.last_work == nullptr || cuda.last_stream == cuda.stream || captures(cuda)) return;
+  if (cuda.last_work == nullptr || captures(cuda) || cuda.last_stream == id_of(cuda)) return;
   check(cudaStreamWaitEvent(stream_of(cuda), static_cast<cudaEvent_t>(cuda.last_work), 0), "cudaStreamWaitEvent");
 }
 void mark_last_work(CudaStep& cuda) {
@@ -98,7 +125,7 @@ void mark_last_work(CudaStep& cuda) {
     cuda.last_work = event;
   }
   check(cudaEventRecord(event, stream_of(cuda)), "cudaEventRecord");
-  cuda.last_stream = cuda.stream;
+  cuda.last_stream = id_of(cuda);
 }
 
 // What fits a device at once, found out once for each preconditioner and type.
@@ -122,11 +149,32 @@ int blocks_per_multiprocessor(Kernel* kernel, std::size_t shared_bytes) {
   return blocks;
 }
 
-// Calls f(kernel, number, decision) for the kernel of every pass; `decision` is the kernel that decides over ranks.
+struct KernelAttributes {
+  int static_bytes;  // of shared memory
+};
+template <class Kernel>
+KernelAttributes attributes_of(Kernel* kernel) {  // loads it, too: inside a capture that may fail
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+  return {static_cast<int>(attributes.sharedSizeBytes)};
+}
+void load_tables() {
+  attributes_of(upload_rows<Segment, kSmallRows>);
+  attributes_of(upload_rows<Segment, kLargeRows>);
+  attributes_of(upload_rows<GroupInput, kSmallRows>);
+  attributes_of(upload_rows<GroupInput, kLargeRows>);
+  attributes_of(index_tiles);
+}
+
+// Calls f(kernel, number, decision) for the kernel of every pass; `decision` is the kernel that decides over ranks, null for
+// the last pass, after which nothing is left to decide.
+using Decision = void (*)(Arguments);
 template <class S, class First, class... Rest, class F>
 void for_each_pass(F&& f, int number = 0) {
   static_assert(sizeof...(Rest) < kMostPasses);
-  f(step_pass<S, First, FirstOf<Rest...>>, number, decide_over_ranks<S, First, FirstOf<Rest...>>);
+  Decision decision = nullptr;
+  if constexpr (sizeof...(Rest) > 0) decision = decide_over_ranks<S, First, FirstOf<Rest...>>;
+  f(step_pass<S, First, FirstOf<Rest...>>, number, decision);
   if constexpr (sizeof...(Rest) > 0) for_each_pass<S, Rest...>(f, number + 1);
 }
 template <class S, template <class> class... P, class F>
@@ -160,6 +208,7 @@ const Limits& limits(int device) {
   const std::lock_guard lock(mutex);
   Limits& l = all[device];
   if (known[device]) return l;
+  load_tables();
   const int multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount);
   l.cooperative = attribute_of(device, cudaDevAttrCooperativeLaunch) != 0;
   for_each_pass<S>(Passes{}, [&](auto kernel, int number, auto) {
@@ -167,8 +216,7 @@ const Limits& limits(int device) {
   });
   const int without = blocks_per_multiprocessor(in_one, 0);
   l.blocks_in_one = multiprocessors * without;
-  constexpr int kStatic = sizeof(Totals) + kMostPasses * sizeof(typename Launch<S>::InShared) + 64;
-  const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStatic - 1024;  // the driver's own
+  const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - attributes_of(in_one).static_bytes;
   l.resident_tiles = 0;
   for (int tiles = keeps_tiles<S>(Passes{}) ? most / kResidentBytes<S> : 0; tiles > 0 && l.resident_tiles == 0;
        --tiles) {
@@ -183,7 +231,7 @@ const Limits& limits(int device) {
 
 // Workspace layout, in doubles; each region starts on a cache line.
 struct Workspace {
-  std::int64_t control, scalars, alpha, alpha_prev, of_param, group_table, segments, tile_index, partials, end;
+  std::int64_t control, alpha, group_table, segments, bias, of_flat, tile_index, partials, end;
 
   Workspace(std::int64_t n, std::int64_t max_segments, std::int64_t groups) {
     const std::int64_t chunks = (tiles_of(n) + tiles_per_chunk(tiles_of(n)) - 1) / tiles_per_chunk(tiles_of(n));
@@ -194,12 +242,11 @@ struct Workspace {
       return begin;
     };
     control = take(sizeof(Control));
-    scalars = take(sizeof(Scalars));
     alpha = take(groups * 8);
-    alpha_prev = take(groups * 8);
-    of_param = take(2 * 8);  // param_steps and beta2_powers of a flat buffer
     group_table = take(groups * static_cast<std::int64_t>(sizeof(GroupInput)));
     segments = take(max_segments * static_cast<std::int64_t>(sizeof(Segment)));
+    bias = take(max_segments * static_cast<std::int64_t>(sizeof(Bias)));
+    of_flat = take((kScalars + 2) * 8);  // scalars, alpha_prev and steps of a flat buffer
     tile_index = take(tiles_of(n) <= kInlineTiles ? 0 : (tiles_of(n) + 1) * 4);
     partials = take(kMaxSums * chunks * 8);
     end = next;
@@ -218,7 +265,12 @@ void upload_rows_of(const Row* rows, std::int64_t first, std::int64_t last, Row*
 template <class Row>
 void upload_table(const Row* rows, std::int64_t first, std::int64_t last, double* to, const CudaStep& cuda) {
   Row* const table = reinterpret_cast<Row*>(to);
-  if (last - first <= Rows<Row, kSmallRows>::kMax) {
+  static const bool large = [] {  // drivers before 530 take 4 KB of arguments, whatever toolkit built this
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    return driver == 0 || driver >= 12010;
+  }();
+  if (!large || last - first <= Rows<Row, kSmallRows>::kMax) {
     upload_rows_of<kSmallRows>(rows, first, last, table, cuda);
   } else {
     upload_rows_of<kLargeRows>(rows, first, last, table, cuda);
@@ -239,7 +291,7 @@ void write_segments(const Step& step, CudaStep& cuda, const Workspace& at) {
   }
   cuda.written.clear();  // a launch may fail
   upload_table(step.segments, first, last, cuda.workspace + at.segments, cuda);
-  const std::int64_t tiles = tiles_of(step.state.n);
+  const std::int64_t tiles = tiles_of(step.n);
   if (!same_places && tiles > kInlineTiles) {
     const auto* segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
     launch("index_tiles", index_tiles, {static_cast<int>(tiles / kThreads + 1)}, cuda, segments,
@@ -251,33 +303,28 @@ void write_segments(const Step& step, CudaStep& cuda, const Workspace& at) {
 
 Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& at) {
   Arguments a = {};
-  const std::int64_t tiles = tiles_of(step.state.n);
+  const std::int64_t tiles = tiles_of(step.n);
   a.segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
   a.n_segments = static_cast<int>(step.n_segments);
-  a.state = step.state;
+  a.n = step.n;
   a.tiles = static_cast<int>(tiles);
   a.tiles_per_chunk = static_cast<int>(tiles_per_chunk(tiles));
   a.chunks = static_cast<int>((tiles + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
   a.options = step.options;
-  a.set = step.set;
+  a.active_set = step.active_set;
   a.loss = step.loss;
+  a.digest = step.digest;
   a.loss_on_device = cuda.loss;
   a.grad_scale = cuda.grad_scale;
   a.found_inf = cuda.found_inf;
   a.n_groups = step.n_groups;
-  a.scalars = reinterpret_cast<Scalars*>(cuda.workspace + at.scalars);
+  a.scalars = step.scalars;
   a.alpha = cuda.workspace + at.alpha;
-  a.alpha_prev = cuda.workspace + at.alpha_prev;
   a.control = reinterpret_cast<Control*>(cuda.workspace + at.control);
   a.partials = cuda.workspace + at.partials;
   a.counted_chunks = static_cast<int>((tiles_of(step.counted) + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
   a.exchange = step.exchange;
-  a.param_steps = step.param_steps;
-  a.beta2_powers = step.beta2_powers;
-  a.aligned_state = true;
-  for (const void* stream : {step.state.grad_prev, step.state.direction, step.state.diagonal}) {
-    if (reinterpret_cast<std::uintptr_t>(stream) % 16 != 0) a.aligned_state = false;
-  }
+  a.bias = reinterpret_cast<Bias*>(cuda.workspace + at.bias);
   const bool indexed = tiles > kInlineTiles;
   if (indexed) a.tile_index = reinterpret_cast<const int*>(cuda.workspace + at.tile_index);
   for (std::int64_t tile = 0, s = 0; !indexed && tile <= tiles; ++tile) {
@@ -290,7 +337,7 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
 void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, Arguments& a) {
   std::vector<GroupInput> inputs(static_cast<std::size_t>(step.n_groups));
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    inputs[i] = {step.groups[i].lr, step.groups[i].weight_decay, step.groups[i].sign,
+    inputs[i] = {step.groups[i].lr, step.groups[i].weight_decay, step.groups[i].sign, step.groups[i].alpha_prev,
                  i < cuda.lr.size() ? cuda.lr[i] : DeviceNumber{}};
   }
   if (step.n_groups <= kInlineGroups) {
@@ -306,7 +353,7 @@ constexpr std::int64_t kOneLaunchElements = 16'000'000;
 
 template <class S, class Preconditioner>
 void step_with(const Step& step, CudaStep& cuda) {
-  const Workspace at(step.state.n, cuda.max_segments, step.n_groups);
+  const Workspace at(step.n, cuda.max_segments, step.n_groups);
   const Limits& fits = limits<S, Preconditioner>(cuda.device);
   write_segments(step, cuda, at);
   Arguments a = arguments_of(step, cuda, at);
@@ -318,7 +365,7 @@ void step_with(const Step& step, CudaStep& cuda) {
     return std::max(1, std::min(chunks, cuda.blocks > 0 ? std::min(cuda.blocks, most) : most));
   };
   const bool automatic = cuda.form == CudaStep::Form::automatic;
-  const bool wanted = automatic ? step.state.n <= kOneLaunchElements : cuda.form == CudaStep::Form::one_launch;
+  const bool wanted = automatic ? step.n <= kOneLaunchElements : cuda.form == CudaStep::Form::one_launch;
   if (wanted && fits.cooperative && !cuda.cooperative_refused && step.exchange.ranks == 0) {
     const int blocks = grid(fits.blocks_in_one);
     const std::int64_t needed = std::int64_t{(chunks + blocks - 1) / blocks} * a.tiles_per_chunk;
@@ -368,7 +415,7 @@ void wait_for(const CudaStep& cuda) { check(cudaStreamSynchronize(stream_of(cuda
 // One pass with the host's numbers; its sums where wanted.
 template <class S, class Pass>
 void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pass, double* sums) {
-  const Workspace at(step.state.n, cuda.max_segments, step.n_groups);
+  const Workspace at(step.n, cuda.max_segments, step.n_groups);
   write_segments(step, cuda, at);
   Arguments a = arguments_of(step, cuda, at);
   write_groups(step, cuda, at, a);
@@ -384,30 +431,41 @@ void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pa
 // A workspace for one call over flat buffers, and the step with everything in it on the device.
 class Scratch {
  public:
-  Scratch(const Step& host, CudaStep& cuda) : step(host), cuda_(cuda) {
+  Scratch(const Step& host, CudaStep& cuda) : step(host), cuda_(cuda), host_(host), group_(host.groups[0]) {
     if (captures(cuda)) {
       throw std::runtime_error(
           "fastnlcg.ops cannot be captured into a CUDA graph: its scalars are the host's; NLCG(capturable=True) can");
     }
     cuda.max_segments = step.n_segments;
-    const Workspace at(step.state.n, step.n_segments, step.n_groups);
+    const Workspace at(step.n, step.n_segments, step.n_groups);
     const std::size_t bytes = static_cast<std::size_t>(at.end) * sizeof(double);
     void* memory = nullptr;
     check(cudaMallocAsync(&memory, bytes, stream_of(cuda)), "workspace of " + std::to_string(bytes) + " bytes");
     cuda.workspace = static_cast<double*>(memory);
-    step.param_steps = cuda.workspace + at.of_param;
-    step.beta2_powers = step.param_steps + 1;
+    double* const numbers = cuda.workspace + at.of_flat;
+    step.scalars = reinterpret_cast<Scalars*>(numbers);
+    segment_ = host.segments[0];
+    segment_.steps = numbers + kScalars + 1;
+    group_.alpha_prev = numbers + kScalars;
+    step.segments = &segment_;
+    step.groups = &group_;
     try {
       check(cudaMemsetAsync(memory, 0, bytes, stream_of(cuda)), "cudaMemsetAsync");
-      for (std::int64_t i = 0; i < step.n_groups; ++i) {
-        copy_to_device(cuda.workspace + at.alpha + i, &step.groups[i].alpha, sizeof(double), cuda);
-        copy_to_device(cuda.workspace + at.alpha_prev + i, &step.groups[i].alpha_prev, sizeof(double), cuda);
-      }
-      copy_to_device(step.beta2_powers, host.beta2_powers, sizeof(double), cuda);
+      copy_to_device(cuda.workspace + at.alpha, &group_.alpha, sizeof(double), cuda);
+      if (host.scalars != nullptr) copy_to_device(step.scalars, host.scalars, sizeof(Scalars), cuda);
+      copy_to_device(group_.alpha_prev, host.groups[0].alpha_prev, sizeof(double), cuda);
+      copy_to_device(segment_.steps, host.segments[0].steps, sizeof(double), cuda);
     } catch (...) {
       release();
       throw;
     }
+  }
+  // The numbers, back to the host. Waits.
+  void bring_back() const {
+    copy_to_host(host_.scalars, step.scalars, sizeof(Scalars), cuda_);
+    copy_to_host(host_.groups[0].alpha_prev, group_.alpha_prev, sizeof(double), cuda_);
+    copy_to_host(host_.segments[0].steps, segment_.steps, sizeof(double), cuda_);
+    wait_for(cuda_);
   }
   ~Scratch() { release(); }
   Scratch(const Scratch&) = delete;
@@ -422,7 +480,12 @@ class Scratch {
     cuda_.written.clear();
   }
   CudaStep& cuda_;
+  const Step& host_;
+  Segment segment_;
+  Group group_;
 };
+
+bool has_grad_prev(const Step& step) { return step.n_segments > 0 && step.segments[0].grad_prev != nullptr; }
 
 template <class S>
 bool update_curvature_in(const Step& step, CudaStep& cuda, double* ys, double* shs) {
@@ -441,7 +504,7 @@ void preconditioned_dots_in(const Step& step, CudaStep& cuda, double* rz, double
   const Scratch scratch(step, cuda);
   double sums[kMaxSums];
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    const bool mid = step.state.grad_prev != nullptr;
+    const bool mid = has_grad_prev(step);
     run_part<S>("preconditioned_dots", scratch.step, cuda, preconditioner.dots(step.options, mid, Fill<S>{}), sums);
   });
   *rz = sums[0];
@@ -451,7 +514,7 @@ void preconditioned_dots_in(const Step& step, CudaStep& cuda, double* rz, double
 template <class S>
 void update_direction_in(const Step& step, CudaStep& cuda, double beta) {
   const Scratch scratch(step, cuda);
-  const bool move = step.segments[0].p != nullptr, keep_grad = step.state.grad_prev != nullptr;
+  const bool move = step.segments[0].p != nullptr, keep_grad = has_grad_prev(step);
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     const auto pass = preconditioner.move(step.options, beta, keep_grad, move, Fill<S>{});
     run_part<S>("direction_update", scratch.step, cuda, pass, nullptr);
@@ -459,14 +522,18 @@ void update_direction_in(const Step& step, CudaStep& cuda, double beta) {
 }
 
 template <class S>
-void last_move_in(const Step& step, CudaStep& cuda, double* sums) {
-  run_part<S>("last_move", step, cuda, LastMove<S>{}, sums);
+void last_move_in(const Step& step, CudaStep& cuda) {
+  double sums[kMaxSums] = {};
+  if (step.n_segments > 0) run_part<S>("last_move", step, cuda, LastMove<S>{}, sums);
+  copy_to_device(&step.scalars->gs, &sums[0], sizeof(double), cuda);
+  copy_to_device(&step.scalars->shs, &sums[1], sizeof(double), cuda);
+  wait_for(cuda);
 }
 
 template <class S>
 void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
   double sums[kMaxSums];
-  run_part<S>("state_norms", step, cuda, StateNorms<S>{{}, step.state.grad_prev != nullptr}, sums);
+  run_part<S>("state_norms", step, cuda, StateNorms<S>{{}, has_grad_prev(step)}, sums);
   *gg = sums[0];
   *dd = sums[1];
   *gd = sums[2];
@@ -507,40 +574,36 @@ std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::i
 }
 
 #define NLCG_BY_TYPE(function, ...) \
-  (step.state.dtype == DType::f64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__))
+  (step.state_dtype == DType::f64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__))
 
 void cuda_step(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
   follow_last_stream(cuda);
-  NLCG_BY_TYPE(step_in, step, cuda);
+  try {
+    NLCG_BY_TYPE(step_in, step, cuda);
+  } catch (...) {  // an exchange that failed: some passes are under way
+    try {
+      mark_last_work(cuda);
+    } catch (...) {  // the first error is the one to report
+    }
+    throw;
+  }
   mark_last_work(cuda);
 }
 
 void cuda_forget(CudaStep& cuda) {
-  if (cuda.last_work != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(cuda.last_work));
+  if (cuda.last_work == nullptr) return;
+  try {  // a driver that shuts down, at the end of the process
+    const DeviceGuard guard(cuda.device);
+    cudaEventDestroy(static_cast<cudaEvent_t>(cuda.last_work));
+  } catch (...) {
+  }
   cuda.last_work = nullptr;
 }
 
-void cuda_read_scalars(const CudaStep& cuda, Scalars* scalars, Group* groups, std::int64_t n_groups) {
+void cuda_join_stream(const CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
   follow_last_stream(cuda);
-  const Workspace at(0, cuda.max_segments, n_groups);
-  copy_to_host(scalars, cuda.workspace + at.scalars, sizeof(Scalars), cuda);
-  for (std::int64_t i = 0; i < n_groups; ++i) {
-    copy_to_host(&groups[i].alpha_prev, cuda.workspace + at.alpha_prev + i, sizeof(double), cuda);
-  }
-  wait_for(cuda);
-}
-
-void cuda_write_scalars(const CudaStep& cuda, const Scalars& scalars, const Group* groups, std::int64_t n_groups) {
-  const DeviceGuard guard(cuda.device);
-  follow_last_stream(cuda);
-  const Workspace at(0, cuda.max_segments, n_groups);
-  copy_to_device(cuda.workspace + at.scalars, &scalars, sizeof(Scalars), cuda);
-  for (std::int64_t i = 0; i < n_groups; ++i) {
-    copy_to_device(cuda.workspace + at.alpha_prev + i, &groups[i].alpha_prev, sizeof(double), cuda);
-  }
-  wait_for(cuda);  // the numbers are the caller's, and may be gone
 }
 
 void cuda_state_norms(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
@@ -549,12 +612,10 @@ void cuda_state_norms(const Step& step, CudaStep& cuda, double* gg, double* dd, 
   NLCG_BY_TYPE(state_norms_in, step, cuda, gg, dd, gd);
 }
 
-void cuda_last_move(const Step& step, CudaStep& cuda, double* gs, double* shs) {
+void cuda_last_move(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
-  double sums[kMaxSums] = {};
-  NLCG_BY_TYPE(last_move_in, step, cuda, sums);
-  *gs = sums[0];
-  *shs = sums[1];
+  follow_last_stream(cuda);
+  NLCG_BY_TYPE(last_move_in, step, cuda);
 }
 
 bool cuda_update_curvature(const Step& step, CudaStep& cuda, double* ys, double* shs) {
@@ -575,10 +636,8 @@ void cuda_update_direction(const Step& step, CudaStep& cuda, double beta) {
 void cuda_flat_step(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
   const Scratch scratch(step, cuda);
-  cuda_write_scalars(cuda, *step.scalars, step.groups, step.n_groups);
   cuda_step(scratch.step, cuda);
-  copy_to_host(step.beta2_powers, scratch.step.beta2_powers, sizeof(double), cuda);
-  cuda_read_scalars(cuda, step.scalars, step.groups, step.n_groups);
+  scratch.bring_back();
 }
 
 }  // namespace fastnlcg

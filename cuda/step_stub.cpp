@@ -15,9 +15,8 @@ int cuda_device_of(const void*) { off(); }
 std::int64_t workspace_doubles(std::int64_t, std::int64_t, std::int64_t) { off(); }
 void cuda_step(const Step&, CudaStep&) { off(); }
 void cuda_forget(CudaStep&) {}
-void cuda_read_scalars(const CudaStep&, Scalars*, Group*, std::int64_t) { off(); }
-void cuda_write_scalars(const CudaStep&, const Scalars&, const Group*, std::int64_t) { off(); }
-void cuda_last_move(const Step&, CudaStep&, double*, double*) { off(); }
+void cuda_join_stream(const CudaStep&) {}
+void cuda_last_move(const Step&, CudaStep&) { off(); }
 void cuda_state_norms(const Step&, CudaStep&, double*, double*, double*) { off(); }
 bool cuda_update_curvature(const Step&, CudaStep&, double*, double*) { off(); }
 void cuda_preconditioned_dots(const Step&, CudaStep&, double*, double*) { off(); }

@@ -1,4 +1,4 @@
-// One tile of the flat state: from segments to elements in registers, through a pass, and back to memory. Loads, a pass
+// One tile of the flat index: from segments to elements in registers, through a pass, and back to memory. Loads, a pass
 // of passes.h, stores; which tile, and what its sums are for, is step_kernel.cu's affair.
 //
 // Thread t of 512 takes four consecutive elements at 4 t and four at 2048 + 4 t. How their loads look is decided before the
@@ -26,6 +26,7 @@ namespace {
 
 struct GroupInput {
   double lr, weight_decay, sign;
+  double* alpha_prev;
   DeviceNumber lr_on_device;
 };
 constexpr int kInlineGroups = 16;  // more of them lie in a table
@@ -44,26 +45,23 @@ struct Control {
 struct Arguments {
   const Segment* segments;
   int n_segments;
-  State state;
+  std::int64_t n;
   int tiles, chunks, tiles_per_chunk;
   Options options;
-  double set, loss;
+  double active_set, loss, digest;
   DeviceNumber loss_on_device, grad_scale, found_inf;
   const GroupInput* group_table;  // null: they are in `groups`
   GroupInput groups[kInlineGroups];
   std::int64_t n_groups;
   Scalars* scalars;
   double* alpha;
-  double* alpha_prev;
   Control* control;
-  double* partials;    // [sum][chunk]
-  int counted_chunks;  // whose sums this rank adds
-  Exchange exchange;   // its memory is the device's
-  double* param_steps;
-  double* beta2_powers;
+  double* partials;                                  // [sum][chunk]
+  int counted_chunks;                                // whose sums this rank adds
+  Exchange exchange;                                 // its memory is the device's
+  Bias* bias;                                        // one a segment: as the step before has left it
   alignas(16) unsigned char first_pass[kPassBytes];  // of the step, which the options alone decide
   int resident_tiles;                                // per block
-  bool aligned_state;                                // the streams of the state, to 16 bytes
   // The first segment that ends behind each tile's begin, and one past the last tile. Null: they are in
   // `first_segment`, which takes no launch to fill.
   const int* tile_index;
@@ -158,13 +156,13 @@ __device__ __forceinline__ void load_quad(Raw<E, kWide>& to, const E* from, bool
   }
 }
 
-// The four at `place` of the flat state, rounded as parameters are.
+// The four from `first` of their segment, rounded as parameters are.
 template <bool kWide, class S, class E>
 __device__ __forceinline__ void store_rounded_quad(E* to, const S (&from)[kQuad], const Rounding& rounding,
-                                                   std::int64_t place) {
+                                                   std::int64_t first) {
   E element[kQuad];
 #pragma unroll
-  for (int l = 0; l < kQuad; ++l) assign_rounded(element[l], from[l], rounding, place + l);
+  for (int l = 0; l < kQuad; ++l) assign_rounded(element[l], from[l], rounding, first + l);
   if constexpr (kWide) {
     Raw<E> raw;
     __builtin_memcpy(raw.piece, element, sizeof(element));
@@ -202,6 +200,14 @@ __device__ __forceinline__ bool takes_quads(const Segment& segment, std::int64_t
   return (((p + bytes) | (g + bytes)) & ((size == 2 ? 8 : 16) - 1)) == 0;
 }
 
+// The same of its state, which has the state's type.
+template <class S>
+__device__ __forceinline__ bool state_takes_quads(const Segment& segment) {
+  const auto bits = [](const void* at) { return reinterpret_cast<std::uintptr_t>(at); };
+  return ((bits(segment.grad_prev) | bits(segment.direction) | bits(segment.diagonal)) & 15) == 0 &&
+         segment.offset % kQuad == 0;
+}
+
 // ---- what a pass sees of one element -----------------------------------------------------------------------------
 
 template <class S, int K>
@@ -223,7 +229,7 @@ __device__ __forceinline__ GroupNumbers<S> group_numbers(const Arguments& a, int
   const double alpha = a.alpha[group], weight_decay = input.weight_decay;
   const S inverse_scale =
       static_cast<S>(1.0 / (a.grad_scale.address != nullptr ? *static_cast<const float*>(a.grad_scale.address) : 1.0));
-  return {static_cast<S>(alpha), static_cast<S>(a.alpha_prev[group]), static_cast<S>(weight_decay),
+  return {static_cast<S>(alpha), static_cast<S>(*input.alpha_prev), static_cast<S>(weight_decay),
           static_cast<S>(1.0 - alpha * weight_decay), input.sign < 0.0 ? -inverse_scale : inverse_scale};
 }
 
@@ -280,8 +286,8 @@ struct Launch {
     __syncthreads();
   }
   // Read where it is used: few steps do, and registers are short.
-  __device__ __forceinline__ Rounding rounding() const {
-    return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step) : Rounding{};
+  __device__ __forceinline__ Rounding rounding(const Segment& segment) const {
+    return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step, segment.place) : Rounding{};
   }
   template <class Pass>
   __device__ __forceinline__ SegmentNumbers<S> numbers(const Segment& segment) const {
@@ -290,9 +296,12 @@ struct Launch {
         segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group);
     x.root = x.root_prev = S{};
     if (Pass::kBiasCorrected) {
-      const double power = a.beta2_powers[segment.param];
-      x.root = root_correction<S>(power * a.options.beta2);
-      x.root_prev = root_correction<S>(power);
+      Bias bias = a.bias[&segment - a.segments];
+      const double steps = *segment.steps;
+      // not so after a load, or somebody else's step
+      if (bias.steps != steps || bias.beta2 != a.options.beta2) bias = bias_of(a.options.beta2, steps);
+      x.root = root_correction<S>(bias.next);
+      x.root_prev = root_correction<S>(bias.now);
     }
     return x;
   }
@@ -306,8 +315,8 @@ __device__ __forceinline__ S gradient(S g, S p, const SegmentNumbers<S>& numbers
 }
 
 template <class S>
-__device__ __forceinline__ S* stream(void* base, std::int64_t position) {
-  return static_cast<S*>(base) + position;
+__device__ __forceinline__ S* stream(void* base, std::int64_t local) {
+  return static_cast<S*>(base) + local;
 }
 
 // The first of segments [low, high) that ends after `position`; high where none does.
@@ -323,18 +332,21 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
   return low;
 }
 
-// Q times four elements, half a tile apart, all in one segment; the state on 16 bytes, and where kWide p and g too.
+// Q times four elements, half a tile apart, all in segment `here`; the state on 16 bytes, and where kWide p and g too.
 // `smem_offset` is where a resident tile's g, and behind it the stream of kResident, lie in shared memory, or -1; kLoaded:
 // they are there, since the first pass.
 template <bool kMayReside, bool kLoaded, bool kWide, int Q, class S, class E, class Pass, int K>
-__device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& pass, E* p_at, const E* g_at,
-                                          std::int64_t position, int smem_offset, const SegmentNumbers<S>& numbers,
-                                          ThreadSums<S, K>& sums) {
+__device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& pass, const Segment& here, E* p_at,
+                                          const E* g_at, std::int64_t position, int smem_offset,
+                                          const SegmentNumbers<S>& numbers, ThreadSums<S, K>& sums) {
   constexpr int kApart = kQuad * kThreads;
   constexpr bool kReadsGradient = Pass::kReadsGradient && !kLoaded;
   constexpr unsigned kInMemory = kLoaded ? ~Pass::kResident : ~0u;
-  const State& state = launch.a.state;
   const unsigned reads = pass.reads() & kInMemory, writes = pass.writes();
+  const std::int64_t in_segment = position - here.offset;
+  S* const d_at = stream<S>(here.direction, in_segment);
+  S* const diagonal_at = stream<S>(here.diagonal, in_segment);
+  S* const grad_prev_at = stream<S>(here.grad_prev, in_segment);
   const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kL2 && numbers.weight_decay != S{0});
   const int local = static_cast<int>(position % kTile);
 
@@ -342,10 +354,9 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
   Raw<E, kWide> g_raw[Q] = {}, p_raw[Q] = {};
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
-    const std::int64_t at = position + q * kApart;
-    load_quad(d_raw[q], stream<S>(state.direction, at), reads & kD);
-    load_quad(diagonal_raw[q], stream<S>(state.diagonal, at), reads & kDiagonal);
-    load_quad(grad_prev_raw[q], stream<S>(state.grad_prev, at), reads & kGradPrev);
+    load_quad(d_raw[q], d_at + q * kApart, reads & kD);
+    load_quad(diagonal_raw[q], diagonal_at + q * kApart, reads & kDiagonal);
+    load_quad(grad_prev_raw[q], grad_prev_at + q * kApart, reads & kGradPrev);
     load_quad(p_raw[q], p_at + q * kApart, reads_p);
     load_quad(g_raw[q], g_at + q * kApart, kReadsGradient);
   }
@@ -379,11 +390,12 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
       pass(at);
       p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_;
     }
-    const std::int64_t at = position + q * kApart;
-    if (writes & kDiagonal) store_quad(stream<S>(state.diagonal, at), diagonal);
-    if (writes & kGradPrev) store_quad(stream<S>(state.grad_prev, at), grad_prev);
-    if (writes & kD) store_quad(stream<S>(state.direction, at), d);
-    if ((writes & kP) && numbers.moves()) store_rounded_quad<kWide>(p_at + q * kApart, p, launch.rounding(), at);
+    if (writes & kDiagonal) store_quad(diagonal_at + q * kApart, diagonal);
+    if (writes & kGradPrev) store_quad(grad_prev_at + q * kApart, grad_prev);
+    if (writes & kD) store_quad(d_at + q * kApart, d);
+    if ((writes & kP) && numbers.moves()) {
+      store_rounded_quad<kWide>(p_at + q * kApart, p, launch.rounding(here), in_segment + q * kApart);
+    }
   }
 }
 
@@ -391,7 +403,6 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
 template <bool kMayReside, class S, class Pass, int K>
 __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pass, const Segment& segment,
                                         std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
-  const State& state = launch.a.state;
   const SegmentNumbers<S> numbers = launch.template numbers<Pass>(segment);
   const unsigned reads = pass.reads(), writes = pass.writes();
   const std::int64_t in_segment = position - segment.offset;
@@ -410,9 +421,9 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
   g = loaded ? resident<S>(smem_offset)[local] : gradient<Pass>(g, p, numbers);
   At<S, K> at{p,
               g,
-              reads & kGradPrev ? *stream<S>(state.grad_prev, position) : S{},
-              reads & kD ? *stream<S>(state.direction, position) : S{},
-              reads & kDiagonal ? *stream<S>(state.diagonal, position) : S{},
+              reads & kGradPrev ? *stream<S>(segment.grad_prev, in_segment) : S{},
+              reads & kD ? *stream<S>(segment.direction, in_segment) : S{},
+              reads & kDiagonal ? *stream<S>(segment.diagonal, in_segment) : S{},
               numbers,
               sums};
   if (Pass::kOpens && Pass::kResident != 0 && resides) {
@@ -420,12 +431,13 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
     resident<S>(smem_offset)[kTile + local] = Pass::kResident == kD ? at.d_ : at.diagonal_;
   }
   pass(at);
-  if (writes & kDiagonal) *stream<S>(state.diagonal, position) = at.diagonal_;
-  if (writes & kGradPrev) *stream<S>(state.grad_prev, position) = at.grad_prev_;
-  if (writes & kD) *stream<S>(state.direction, position) = at.d_;
+  if (writes & kDiagonal) *stream<S>(segment.diagonal, in_segment) = at.diagonal_;
+  if (writes & kGradPrev) *stream<S>(segment.grad_prev, in_segment) = at.grad_prev_;
+  if (writes & kD) *stream<S>(segment.direction, in_segment) = at.d_;
   if ((writes & kP) && numbers.moves()) {
     with_element_type<S>(segment.dtype, [&](auto element) {
-      assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, launch.rounding(), position);
+      assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, launch.rounding(segment),
+                     in_segment);
     });
   }
 }
@@ -459,7 +471,7 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
     s = find_segment(a.segments, s, beyond, at);
     if (s == a.n_segments) return;
     const Segment& here = a.segments[s];
-    if (a.aligned_state && here.offset <= at && here.offset + here.n >= at + kQuad) {
+    if (here.offset <= at && here.offset + here.n >= at + kQuad && state_takes_quads<S>(here)) {
       const SegmentNumbers<S> numbers = launch.template numbers<Pass>(here);
       const bool wide = takes_quads(here, at - here.offset), both = Q == 2 && whole && wide;
       with_element_type<S>(here.dtype, [&](auto element) {
@@ -467,7 +479,7 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
         E* const p_at = static_cast<E*>(here.p) + (at - here.offset);
         const E* const g_at = static_cast<const E*>(here.g) + (at - here.offset);
         const auto run = [&](auto loaded, auto wide, auto quads) {
-          run_quads<kMayReside, loaded, wide, quads>(launch, pass, p_at, g_at, at, smem_offset, numbers, sums);
+          run_quads<kMayReside, loaded, wide, quads>(launch, pass, here, p_at, g_at, at, smem_offset, numbers, sums);
         };
         const auto run_as = [&](auto loaded) {
           if (both) {

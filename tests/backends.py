@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastnlcg import _native, layout
+from fastnlcg import _native
 
 GPU = torch.cuda.is_available() and not _native.cuda_unavailable_reason()
 EMULATION = importlib.util.find_spec("fastnlcg._emulated") is not None
@@ -32,42 +31,23 @@ class Backend:
     device: str = "cpu"
     on_gpu: bool = False
 
-    def placement(self, n: int, segments: int, groups: int) -> dict[str, Any]:
-        """The arguments of ``Step`` that say where it runs."""
+    def step(self, state_dtype: str) -> Any:
+        """A native side that runs here."""
+        return (
+            _native.Step(state_dtype, "cuda:0", _native.current_stream("cuda:0"))
+            if self.on_gpu
+            else _native.Step(state_dtype)
+        )
+
+    def workspace(self, n: int, segments: int, groups: int) -> Any:
+        """What ``Step.lay_out`` takes for such a state."""
         if not self.on_gpu:
-            return {}
-        workspace = torch.zeros(_native.workspace_doubles(n, segments, groups), dtype=torch.float64, device=self.device)
-        return {"device": "cuda:0", "workspace": _native.Buffer(workspace), "stream": _native.current_stream("cuda:0")}
+            return None
+        doubles = _native.workspace_doubles(n, segments, groups)
+        return _native.Buffer(torch.zeros(doubles, dtype=torch.float64, device=self.device))
 
 
 current = Backend("cpu")
-
-
-class OnDevice:
-    """Memory of the CPU that says it is a GPU's, as the emulation's is."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
-
-    def __dlpack__(self, *, stream: int, max_version: tuple[int, int]) -> object:
-        assert stream == -1  # nobody is to wait
-        capsule = self.array.__dlpack__(max_version=max_version)
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        device_type = pointer(capsule, b"dltensor_versioned") + 40  # behind version, manager, deleter, flags, data
-        ctypes.c_int32.from_address(device_type).value = 2
-        return capsule
-
-
-def emulated_buffer(owner: Any) -> Any:
-    from fastnlcg import _emulated
-
-    if isinstance(owner, torch.Tensor) or hasattr(owner, "__array_interface__"):
-        owner = OnDevice(owner)
-    return _emulated.Buffer(owner)
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
@@ -77,14 +57,12 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
         from fastnlcg import _emulated
 
         backend = Backend(name, on_gpu=True)
-        for key in ("Step", "workspace_doubles", "cuda_status"):
+        for key in ("Buffer", "Step", "Tensors", "RanksDisagree", "workspace_doubles", "cuda_status"):
             monkeypatch.setattr(_native, key, getattr(_emulated, key))
-        monkeypatch.setattr(_native, "Buffer", emulated_buffer)
         monkeypatch.setattr(_native, "cuda_unavailable_reason", lambda: "")
         monkeypatch.setattr(_native, "current_stream", lambda device, *arrays: 0)
         monkeypatch.setattr(_native, "capturing", lambda: False)
         monkeypatch.setattr(_native, "on_gpu", lambda device: True)
-        monkeypatch.setattr(layout, "EXCHANGE", None)  # it would say that the memory is the CPU's
     elif name == "cuda":
         backend = Backend(name, device="cuda", on_gpu=True)
     elif name != "cpu":

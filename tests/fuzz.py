@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from fastnlcg import NLCG, OnlineLineSearch, _native, ops
+from fastnlcg.layout import EXCHANGE
+from fastnlcg.options import Options
 from torch import nn
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
@@ -165,12 +167,13 @@ def call_ops(choose: Choices) -> None:
         more = some(room, beta2=n, eps=n, p=a, alpha=n, weight_decay=n, g_prev=a, **common)
         call(room, ops.adam_direction_update, a(), a(), a(), beta=n(), updates=n(), **more)
     else:
-        fields = {f: n() for f in ("step", "rz", "loss_prev", "ls_scale", "beta2_power") if not choose.below(6)}
+        fields = {f: n() for f in ("step", "rz", "loss_prev", "ls_scale", "updates") if not choose.below(6)}
         scalars = choose.of([ops.Scalars(), ops.Scalars(), None, {}])
         if isinstance(scalars, ops.Scalars):
             for name, value in fields.items():
-                setattr(scalars, name, value)
-        more = some(room, loss=n, weight_decay=n, update=word, eps=n, beta2=n, beta_max=n, restart=word, **common)
+                with contextlib.suppress(*REFUSALS):
+                    setattr(scalars, name, value)
+        more = some(room, loss=n, weight_decay=n, update=word, eps=n, beta2=n, beta_max=n, **common)
         more |= some(room, line_search=lambda: choose.of([None, OnlineLineSearch(), (1, 2)]))
         call(room, ops.nlcg_step, a(), a(), a(), a(), a(), scalars, lr=n(), preconditioner=word(), **more)
 
@@ -229,48 +232,68 @@ def load_state(choose: Choices) -> None:
 
 
 def call_core(choose: Choices) -> None:
-    """Calls of the native step in orders that the Python side never makes; only addresses are always good."""
+    """Calls of the native step in orders, and with tensors, that the Python side never makes."""
     n = choose.of([8, 40, 0])
     keep = {name: np.ones(max(n, 1) + 8, np.float32) for name in ("g_prev", "d", "diagonal", "p", "g")}
     views = {name: x[:n] for name, x in keep.items()}
-    maybe = {name: choose.of([_native.Buffer(views[name]), None]) for name in ("g_prev", "d", "diagonal")}
-    params = choose.of([2, 1, 0])
-    steps = choose.of([_native.Buffer(np.zeros(params)), None])
-    powers = choose.of([_native.Buffer(np.ones(params)), None])
-    try:
-        step = _native.Step("float32", n, *maybe.values(), steps, powers, choose.of([1, 2, 0, -1]))
-    except REFUSALS:
-        return
-    options = {**ops._NEUTRAL, "maximize": False, "nonfinite": "skip", "stochastic_rounding": False}
-    segment = (0, 0, 0, "float32", (n,), (1,))
+    whole = {name: torch.from_numpy(x) for name, x in views.items()}
+    step = _native.Step(choose.of(["float32", "float32", "float64"]))
+    keys = choose.of([["grad_prev", "direction", "hessian_diag"], ["", "direction", ""], ["", "", ""], []])
+    wrong = [None, 3, torch.zeros(5), torch.ones(n, dtype=torch.float64), torch.zeros(4).to_sparse(), "x"]
+
+    def tensor(name: str) -> Any:
+        return choose.of([whole[name], whole[name], whole[name], *wrong])
+
+    def tensors() -> Any:
+        many = choose.of([1, 1, 0, 2])
+        entry = {"direction": tensor("d"), "grad_prev": tensor("g_prev"), "hessian_diag": tensor("diagonal")}
+        entry["step"] = choose.of([torch.zeros((), dtype=torch.float64), torch.zeros(()), None])
+        p = [choose.of([whole["p"], whole["p"], torch.zeros(3), None])] * many
+        held = choose.of([None, {whole["p"]: entry}, {}])
+        scalars = choose.of([torch.zeros(len(_native.SCALARS), dtype=torch.float64), torch.zeros(3), torch.ones(())])
+        alpha = [choose.of([torch.zeros((), dtype=torch.float64), torch.zeros(2)])] * choose.of([1, 1, 2, 0])
+        gradients = choose.of([[tensor("g")] * many, None, [None], 7])
+        return _native.Tensors(p, gradients, choose.of([[entry] * many, [None] * many]), [], held, [], scalars, alpha)
+
+    segment = (0, 0, 0, "float32", (n,), (1,), (0, 0, 0))
     for _ in range(12):
-        what = choose.below(9)
+        what = choose.below(8)
         try:
             if what == 0:
-                update = choose.of(["fletcher_reeves", "polak_ribiere"])
-                chosen = {**options, "preconditioner": choose.of(["adam", "bfgs", None]), "update": update}
-                step.set_options(**_native.native_options(chosen))
+                kind = choose.of(["adam", "bfgs", None])
+                step.set_options(choose.of([Options(preconditioner=kind).native(), {}, {"eps": "x"}]))
             elif what == 1:
-                odd = (choose.of([0, 4, -1, 2**62]), choose.of([0, 5, -1]), choose.of([0, 1, 9]), "float32", (4,), (1,))
-                step.set_segments(
-                    choose.of([[segment], [], [odd], [segment, segment], [(*segment[:3], "f9", (1,), (1,))]])
+                odd = (choose.of([0, 4, -1, 2**62]), choose.of([0, 5, -1]), 9, "float32", (4,), (1,), (0, -1, 3))
+                table = choose.of(
+                    [[segment], [segment], [], [odd], [segment, segment], [(*segment[:3], "f9", *segment[4:])]]
                 )
-            elif what == 2:
-                addresses = choose.of([[views["p"].ctypes.data], [], [0], [views["p"].ctypes.data] * 2])
-                step.point(addresses, choose.of([[views["g"].ctypes.data], [], [0]]))
-            elif what in (3, 4):
-                groups = choose.of([1, 2, 0])
-                step.step([0.1] * groups, [0.0] * groups, [False] * groups, 0.0, 0.5, choose.of([1, 2, 0, -5]))
+                step.lay_out(
+                    choose.of([n, 0, -1, 2**62]), table, choose.of([1, 1, 2, -1]), keys, EXCHANGE, torch.Tensor
+                )
+            elif what in (2, 3):
+                groups = choose.of([1, 1, 2, 0])
+                step.step(
+                    tensors(), [0.1] * groups, [0.0] * groups, [False] * groups, 0.0, 0.5, choose.of([1, 2, 0, -5])
+                )
+            elif what == 4:
+                choose.of([step.state_norms, step.last_move])(tensors(), 1)
             elif what == 5:
-                step.state_norms(1)
-                step.last_move(1)
+                some_of = [
+                    choose.of([_native.Buffer(views[name]), None]) for name in ("p", "g", "g_prev", "d", "diagonal")
+                ]
+                step.bind(*some_of, choose.of([0.0, 3.0, -1.0, float("nan")]))
             elif what == 6:
-                step.scalars = {"step": choose.of([0.0, 1.0, float("nan")]), "rz": 1.0, "nobody": 2.0}
-                step.alpha_prev = [0.1] * choose.of([1, 2, 0])
-            elif what == 7:
                 step.set_launch(choose.of(["one", "automatic", "x"]), choose.below(3), -1)
             else:
-                step.update_curvature(_native.Buffer(views["g"]), 0.1, 1)
+                scalars = _native.Buffer(np.zeros(choose.of([len(_native.SCALARS) + 2, 3])))
+                choose.of(
+                    [
+                        lambda: step.update_curvature(0.1, 1),
+                        lambda: step.preconditioned_dots(1),
+                        lambda: step.update_direction(0.1, 0.0, 0.5, 1),
+                        lambda: step.flat_step(scalars, 0.1, 0.0, False, 0.5, 1),
+                    ]
+                )()
         except REFUSALS:
             pass
     for name, x in keep.items():

@@ -8,12 +8,12 @@ from a gradient to a direction. Where h nearly cancels, w = g / (h + eps) is ill
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import backends
 import numpy as np
 import torch
-from fastnlcg import OnlineLineSearch, _native, reference
+from fastnlcg import _native, layout, reference
 from torch import Tensor
 
 K = 16
@@ -67,31 +67,16 @@ class Lockstep:
             self.begin.append(offset)
             offset += cut.n
         kind = TORCH[self.state_type]
-        preconditioner = _native.PRECONDITIONERS[options.preconditioner]
-        self.state = {"d": self.guarded(self.n, kind)}
-        if preconditioner.keeps_gradient or _native.needs_rz_mid(vars(options)):
-            self.state["g_prev"] = self.guarded(self.n, kind)
-        if preconditioner.diagonal:
-            self.state["diagonal"] = self.guarded(self.n, kind).fill_(preconditioner.start)
-        self.state["param_steps"] = self.guarded(len(cuts), torch.float64)
-        if preconditioner.counts_updates:
-            self.state["beta2_powers"] = self.guarded(len(cuts), torch.float64).fill_(1.0)
-        buffers = {key: _native.Buffer(tensor) for key, tensor in self.state.items()}
-        self.native = _native.Step(
-            self.state_type,
-            self.n,
-            buffers.get("g_prev"),
-            buffers["d"],
-            buffers.get("diagonal"),
-            buffers["param_steps"],
-            buffers.get("beta2_powers"),
-            len(lr),
-            **backend.placement(self.n, len(cuts), len(lr)),
-        )
-        line_search = options.line_search
-        wrapped = None if line_search is None else OnlineLineSearch(*line_search)
-        changed = {"line_search": wrapped, "stochastic_rounding": stochastic_rounding}
-        self.native.set_options(**_native.native_options({**vars(options), **changed}))
+        self.native_options = replace(options, stochastic_rounding=stochastic_rounding)
+        streams = self.native_options.streams()
+        self.diagonal_key = options.kind.diagonal or ""
+        self.state = {key: self.guarded(self.n, kind).fill_(start) for key, start in streams.items()}
+        self.state["step"] = self.guarded(len(cuts), torch.float64)
+        self.numbers = self.guarded(len(_native.SCALARS), torch.float64)
+        self.numbers.copy_(torch.tensor(list(_native.SCALARS.values()), dtype=torch.float64))
+        self.alpha_prev = self.guarded(len(lr), torch.float64)
+        self.native = backend.step(self.state_type)
+        self.native.set_options(self.native_options.native())
         # to one of the two neighbours, not to the nearer
         self.store_rounding = {k: 2 * x if stochastic_rounding else x for k, x in STORE_ROUNDING.items()}
         self.active: list[int] = []
@@ -107,18 +92,32 @@ class Lockstep:
             self.guards.append((guard, guard.clone()))
         return inside
 
-    g_prev = property(lambda self: self.state["g_prev"].cpu().numpy() if "g_prev" in self.state else None)
-    d = property(lambda self: self.state["d"].cpu().numpy())
-    diagonal = property(lambda self: self.state["diagonal"].cpu().numpy() if "diagonal" in self.state else None)
-    param_steps = property(lambda self: self.state["param_steps"].cpu().numpy())
+    g_prev = property(lambda self: self.state["grad_prev"].cpu().numpy() if "grad_prev" in self.state else None)
+    d = property(lambda self: self.state["direction"].cpu().numpy())
+    diagonal = property(lambda self: self.state[self.diagonal_key].cpu().numpy() if self.diagonal_key else None)
+    scalars = property(lambda self: dict(zip(_native.SCALARS, self.numbers.tolist(), strict=True)))
 
     def use(self, active: list[int]) -> None:
         """From now on only these parameters have gradients."""
         self.active = [i for i in active if self.cuts[i].n]
         self.set = float(sum(1 << i for i, cut in enumerate(self.cuts) if cut.n and i not in self.active) % (1 << 52))
-        self.native.set_segments(
-            [(self.begin[i], self.cuts[i].group, i, self.cuts[i].dtype, (self.cuts[i].n,), (1,)) for i in self.active]
-        )
+        row = lambda i: (self.begin[i], self.cuts[i].group, i, self.cuts[i].dtype, (self.cuts[i].n,), (1,), (0, 0, 0))  # noqa: E731
+        keys = ["grad_prev" if "grad_prev" in self.state else "", "direction", self.diagonal_key]
+        workspace = self.backend.workspace(self.n, len(self.active), len(self.lr))
+        table = [row(i) for i in self.active]
+        self.native.lay_out(self.n, table, len(self.lr), keys, layout.EXCHANGE, Tensor, workspace)
+
+    def tensors(self) -> object:
+        """What the native side reads addresses of."""
+        entries = [
+            {
+                key: whole[i] if key == "step" else whole[self.begin[i] : self.begin[i] + self.cuts[i].n]
+                for key, whole in self.state.items()
+            }
+            for i in self.active
+        ]
+        p, g = [self.p[i] for i in self.active], [self.g[i] for i in self.active]
+        return _native.Tensors(p, g, entries, [], None, [], self.numbers, list(self.alpha_prev))
 
     def flat(self, tensors: list[Tensor]) -> np.ndarray:
         return torch.cat([t.double() for t in tensors]).cpu().numpy() if tensors else np.zeros(0)
@@ -136,8 +135,8 @@ class Lockstep:
         self.set_gradients(self.curvature * self.flat(self.p) + 0.1 * noise)
 
     def run(self, loss: float = math.nan) -> bool:
-        self.native.point([self.p[i].data_ptr() for i in self.active], [self.g[i].data_ptr() for i in self.active])
         moved = self.native.step(
+            self.tensors(),
             list(self.lr),
             list(self.weight_decay),
             [self.options.maximize] * len(self.lr),
@@ -145,6 +144,7 @@ class Lockstep:
             loss,
             self.threads,
         )
+        assert moved is not None, "the tensors do not fit the table"
         assert all(torch.equal(guard, before) for guard, before in self.guards), "written outside a buffer"
         return moved
 
@@ -152,16 +152,16 @@ class Lockstep:
         """Everything a step may write, as bytes."""
         parts = {key: tensor.cpu().numpy().tobytes() for key, tensor in self.state.items()}
         parts["p"] = b"".join(p.contiguous().view(torch.uint8).cpu().numpy().tobytes() for p in self.p if p.numel())
-        parts["scalars"] = repr((sorted(self.native.scalars.items()), self.native.alpha_prev)).encode()
+        parts["scalars"] = repr((sorted(self.scalars.items()), self.alpha_prev.tolist())).encode()
         return parts
 
     def checked_step(self, loss: float = math.nan) -> reference.State:
         """One native step, compared with one of the reference. Returns the reference's new state."""
         o, u = self.options, self.u
-        before = self.native.scalars
-        alpha_prev = self.per_element(self.native.alpha_prev)
+        before = self.scalars
+        alpha_prev = self.per_element(self.alpha_prev.tolist())
         mask = np.concatenate([np.full(cut.n, i in self.active) for i, cut in enumerate(self.cuts)])
-        last = self.per_element_steps() == before["step"] if before["step"] else mask
+        last = mask if before["active_set"] == self.set or not before["step"] else ~mask
         p, g = self.flat(self.p), self.flat(self.g)
         state = reference.State(
             g_prev=np.zeros(self.n) if self.g_prev is None else self.g_prev.astype(float),
@@ -169,17 +169,17 @@ class Lockstep:
             diagonal=None if self.diagonal is None else self.diagonal.astype(float),
             alpha_prev=alpha_prev,
             active=last,
-            beta2_power=self.per_element_of("beta2_powers") if "beta2_powers" in self.state else np.ones(self.n),
+            updates=self.per_element_steps(),
             step=int(before["step"]),
             skipped_steps=int(before["skipped_steps"]),
             rz=before["rz"],
             ls_scale=before["ls_scale"],
-            loss_prev=None if math.isnan(before["loss_prev"]) else before["loss_prev"],
+            loss_prev=before["loss_prev"] if math.isfinite(before["loss_prev"]) else None,
         )
         lr, wd = self.per_element(self.lr), self.per_element(self.weight_decay)
         p_new, new = reference.nlcg_step(p, g, state, o, lr=lr, weight_decay=wd, loss=loss, active=mask)
         moved = self.run(loss)
-        after = self.native.scalars
+        after = self.scalars
         assert moved == (new.skipped_steps == state.skipped_steps) or self.backend.on_gpu
 
         # how far rounding can be amplified
@@ -205,8 +205,8 @@ class Lockstep:
             tol_diagonal = tol_h
         elif o.preconditioner == "adam":  # sums and products of positive numbers
             eps = o.eps
-            h = reference.adam_diagonal(state.diagonal, state.beta2_power)
-            h_new = reference.adam_diagonal(new.diagonal, np.where(mask, new.beta2_power, 0.0))
+            h = reference.adam_diagonal(state.diagonal, o.beta2, state.updates)
+            h_new = reference.adam_diagonal(new.diagonal, o.beta2, new.updates)
             tol_h = K * u * h_new
             tol_diagonal = K * u * new.diagonal
         else:
@@ -254,21 +254,17 @@ class Lockstep:
             d_new = np.where(mask, self.d, 0.0).astype(float)
             close("gg", after["gg"], np.sum(eff**2), SUM_ROUNDING * np.sum(eff**2))
             close("gd", after["gd"], np.sum(eff * d_new), SUM_ROUNDING * np.sum(np.abs(eff * d_new)))
-            np.testing.assert_array_equal(self.per_element_of("beta2_powers"), new.beta2_power)
         close("p", self.flat(self.p), p_new, np.where(mask, tol_p, 0.0))
         close("rz", after["rz"], new.rz, tol_rz)
         close("beta", after["beta"], new.beta, tol_beta)
         close("ls_scale", after["ls_scale"], new.ls_scale, 1e-15)
         assert after["step"] == new.step
         assert after["skipped_steps"] == new.skipped_steps
-        assert after["loss_prev"] == new.loss_prev or (new.loss_prev is None and math.isnan(after["loss_prev"]))
-        close("alpha_prev", self.per_element(self.native.alpha_prev), alpha, 1e-15 * alpha)
-        assert np.all(self.per_element_steps()[mask] == new.step)
+        assert after["loss_prev"] == new.loss_prev or (new.loss_prev is None and math.isinf(after["loss_prev"]))
+        close("alpha_prev", self.per_element(self.alpha_prev.tolist()), alpha, 1e-15 * alpha)
+        np.testing.assert_array_equal(self.per_element_steps(), new.updates)
         return new
 
     def per_element_steps(self) -> np.ndarray:
-        return self.per_element_of("param_steps")
-
-    def per_element_of(self, key: str) -> np.ndarray:
-        numbers = self.state[key].cpu().numpy()
+        numbers = self.state["step"].cpu().numpy()
         return np.concatenate([np.full(cut.n, number) for cut, number in zip(self.cuts, numbers, strict=True)])

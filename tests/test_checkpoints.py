@@ -20,7 +20,7 @@ from torch import Tensor, nn
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("state_*.pt"))
 KINDS: dict[str, dict[str, Any]] = {
     "adam": {},
-    "adam_pr": {"update": "polak_ribiere", "restart": "powell"},
+    "adam_pr": {"update": "polak_ribiere"},
     "bfgs": {"preconditioner": "bfgs"},
     "bfgs_pr": {"preconditioner": "bfgs", "update": "polak_ribiere"},
     "none": {"preconditioner": None},
@@ -73,25 +73,27 @@ def write(path: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_files_of_every_version_go_on_to_the_bit(path: Path, kind: str) -> None:
+    if (path.stem, kind) == ("state_0_4", "adam_pr"):
+        pytest.skip("its trajectory has Powell restarts, which are gone")
     saved = torch.load(path, weights_only=True)[kind]
     net = model()
     optimizer = make(net, kind)
     net.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    assert set(optimizer.param_groups[0]["scalars"]) == {"alpha_prev", *NEW_SCALARS}
-    assert set(optimizer.param_groups[1]["scalars"]) == {"alpha_prev"}
-    assert "rz" not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0]["scalars"] is optimizer.param_groups[1]["scalars"]
     assert optimizer.diagnostics().step == 6
     steps(net, optimizer, 6, 12)
     for key, value in net.state_dict().items():
-        assert torch.equal(value, saved["then"][key]), key
-
-
-NEW_SCALARS = ("format", "step", "skipped_steps", "rz", "grad_max", "gg", "gd", "ls_scale", "loss_prev")
+        if (
+            path.stem == "state_0_4"
+        ):  # since then parameters begin at a multiple of 16 places: sums round in another order
+            torch.testing.assert_close(value, saved["then"][key], rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(value, saved["then"][key]), key
 
 
 def test_there_are_fixtures() -> None:
-    assert {path.stem for path in FIXTURES} >= {"state_0_3", "state_0_4"}
+    assert {path.stem for path in FIXTURES} == {"state_0_4", "state_0_5"}
 
 
 def stepped(kind: str = "adam") -> tuple[nn.Sequential, NLCG]:
@@ -101,28 +103,24 @@ def stepped(kind: str = "adam") -> tuple[nn.Sequential, NLCG]:
     return net, optimizer
 
 
-def later(saved: dict[str, Any]) -> None:
-    """What a later version might have added."""
-    saved["state"][0]["third_moment"] = torch.zeros(4, 5)
-    saved["param_groups"][0]["scalars"].update(format=3, momentum=0.5)
-    saved["param_groups"][0]["lookahead"] = True
-
-
-def test_what_a_later_version_has_added_is_left_out_with_a_warning() -> None:
+def test_what_a_later_version_has_added() -> None:
+    """More scalars are left out, with a warning; more state, and more in a group, is somebody else's and stays."""
     net, optimizer = stepped()
     twin, expected = stepped()
     saved = copy.deepcopy(optimizer.state_dict())
-    later(saved)
-    with pytest.warns(UserWarning, match="leaves out") as seen:
+    saved["state"][0]["third_moment"] = torch.zeros(4, 5)
+    for group in saved["param_groups"]:
+        group["scalars"] = torch.cat([group["scalars"], torch.ones(2, dtype=torch.float64)])
+    saved["param_groups"][0]["lookahead"] = True
+    with pytest.warns(UserWarning, match="2 scalars that this version .* leaves them out") as seen:
         optimizer.load_state_dict(saved)
-    (warning,) = seen
-    for name in ("'third_moment'", "['scalars']['momentum']", "['lookahead']"):
-        assert name in str(warning.message)
+    assert len(seen) == 1
     steps(net, optimizer, 3, 6)
     steps(twin, expected, 3, 6)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
-    assert "momentum" not in optimizer.state_dict()["param_groups"][0]["scalars"]
-    assert "third_moment" not in optimizer.state[next(net.parameters())]
+    assert optimizer.param_groups[0]["scalars"].shape == expected.param_groups[0]["scalars"].shape
+    assert optimizer.param_groups[0]["lookahead"]
+    assert torch.equal(optimizer.state[next(net.parameters())]["third_moment"], torch.zeros(4, 5))
 
 
 def test_keys_of_the_users_own_in_a_group_are_nobodys_business() -> None:
@@ -148,8 +146,8 @@ def test_names_are_matched_where_both_sides_have_them() -> None:
 def test_the_scalars_are_one_entry_of_a_group_and_not_printed() -> None:
     _, optimizer = stepped("bfgs")
     optimizer.state_dict()
-    known = {"lr", "weight_decay", "maximize", "params", "scalars", "foreach", "fused", "differentiable"}
-    options = {"update", "preconditioner", "line_search", "eps", "curvature_eps", "beta2", "beta_max", "restart"}
+    known = {"lr", "weight_decay", "maximize", "params", "scalars", "alpha_prev", "foreach", "fused", "differentiable"}
+    options = {"update", "preconditioner", "line_search", "eps", "curvature_eps", "beta2", "beta_max"}
     more = {"nonfinite", "stochastic_rounding", "capturable"}
     assert all(set(group) == known | options | more for group in optimizer.param_groups)
     assert "scalars" not in repr(optimizer)
@@ -174,7 +172,7 @@ def test_map_location_and_other_dtypes(kind: str) -> None:
         other.diagnostics()
         for p, entry in other.state.items():
             for key, value in entry.items():
-                expected = torch.float64 if key in ("step", "beta2_power") else of_state
+                expected = torch.float64 if key == "step" else of_state
                 assert value.dtype == expected, key
                 assert p.dtype == dtype
         for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):

@@ -13,7 +13,7 @@ import backends
 import pytest
 import torch
 import torch.distributed as dist
-from fastnlcg import NLCG, OnlineLineSearch
+from fastnlcg import NLCG, OnlineLineSearch, _native, groups
 from fastnlcg.distributed import _GATHER
 from ranks import ranks
 from torch import Tensor, nn
@@ -26,11 +26,11 @@ STEPS = 12
 KINDS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.01},
     "adam_pr": {"lr": 0.01, "update": "polak_ribiere"},
-    "adam_descent": {"lr": 0.01, "restart": "descent", "weight_decay": 0.1},
+    "adam_decay": {"lr": 0.01, "weight_decay": 0.1},
     "bfgs": {"lr": 0.02, "preconditioner": "bfgs"},
     "bfgs_pr": {"lr": 0.02, "preconditioner": "bfgs", "update": "polak_ribiere", "weight_decay": 0.01},
     "none": {"lr": 0.02, "preconditioner": None},
-    "none_pr": {"lr": 0.02, "preconditioner": None, "update": "polak_ribiere", "restart": "powell"},
+    "none_pr": {"lr": 0.02, "preconditioner": None, "update": "polak_ribiere"},
     "search": {"lr": 0.05, "preconditioner": "bfgs", "line_search": (0.0, -0.0, 0.2, 0.1)},
 }
 
@@ -332,7 +332,7 @@ def one_bad_rank(kind: str, backend: str) -> tuple[str, str, int]:
                 train_bad(net, optimizer)
             train(net, optimizer, 4, 8)
             state = copy.deepcopy(optimizer.state_dict())
-            state["param_groups"][0]["scalars"].pop("skipped_steps")
+            state["param_groups"][0]["scalars"][list(_native.SCALARS).index("skipped_steps")] = 0.0
             runs.append(repr([p.to_local() for p in net.parameters()]) + repr(state))
             if bad:
                 skipped = optimizer.diagnostics().skipped_steps
@@ -586,24 +586,35 @@ def test_zero_redundancy_optimizer(kind: str) -> None:
         assert bits == results[0][1]
 
 
-def test_deepspeed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ZeRO 1 and 2 put this rank's flat share in the place of a group's parameters, and step group by group."""
-    import sys
-
-    monkeypatch.setitem(sys.modules, "deepspeed", object())
+def deepspeed_like() -> tuple[list[nn.Parameter], NLCG]:
+    """What DeepSpeed's ZeRO 1 and 2 do: one flat share in the place of each group's parameters."""
     net = model()
     optimizer = NLCG([{"params": list(net[0].parameters())}, {"params": list(net[2].parameters())}])
+    flat = [nn.Parameter(torch.zeros(sum(p.numel() for p in g["params"]))) for g in optimizer.param_groups]
+    for group, p in zip(optimizer.param_groups, flat, strict=True):
+        group["params"] = [p]
+        p.grad = torch.ones_like(p)
+    return flat, optimizer
+
+
+def flat_shares_over_ranks() -> None:
+    flat, optimizer = deepspeed_like()
+    with pytest.raises(RuntimeError, match="DeepSpeed's ZeRO does this.*process_group="):
+        optimizer.step()
+    assert not any(p.any() for p in flat)
+
+
+def test_deepspeed_is_recognized_by_what_it_does() -> None:
+    """By stepping one of the flat groups at a time, or by flat groups where there are ranks; not by an import."""
+    flat, optimizer = deepspeed_like()
     optimizer.param_groups, whole = [optimizer.param_groups[0]], optimizer.param_groups
-    with pytest.raises(RuntimeError, match="1 parameter groups, expected 2.*DeepSpeed's ZeRO"):
+    with pytest.raises(RuntimeError, match="1 of 2 parameter groups.*DeepSpeed's ZeRO"):
         optimizer.step()
-    optimizer.param_groups = whole
+    assert not any(p.any() for p in flat)
+    optimizer.param_groups = whole  # all of them, and no other rank: the sums are whole
     optimizer.step()
-    flat = nn.Parameter(torch.zeros(60))
-    flat.grad = torch.ones(60)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match="DeepSpeed's ZeRO has put this rank's share.*process_group="):
-        optimizer.step()
-    assert not flat.any()
+    assert all(p.all() for p in flat)
+    ranks(2)(flat_shares_over_ranks)
 
 
 # ---- DDP -------------------------------------------------------------------------------------------------------------
@@ -644,7 +655,7 @@ def ddp(kind: str, **options: Any) -> tuple[list[str], list[float]]:
                 losses.append(loss.detach())
             optimizer.step(loss=sum(losses))
             bits.append(repr([p.detach().view(torch.int32) for p in net.parameters()]))
-            scales.append(optimizer.state_dict()["param_groups"][0]["scalars"]["ls_scale"])
+            scales.append(groups.named_scalars(optimizer.param_groups[0])["ls_scale"])
         return bits, scales
     finally:
         torch.set_num_threads(1)
@@ -843,3 +854,177 @@ def test_shards_take_one_processs_state_dict(kind: str) -> None:
     state = copy.deepcopy(optimizer.state_dict())
     for found in ranks(3)(load_whole, state, dict(enumerate(weights)), kind):
         compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
+
+
+# ---- ranks that are not about to take the same step --------------------------------------------------------------------
+
+
+def out_of_step(what: str, backend: str) -> tuple[str, bool, str]:
+    """Something differs on rank 1. Returns what this rank is told, whether anything has changed, and what the next step
+    says when it is mended."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backends.use(backend, monkeypatch)
+        net = sharded()
+        optimizer = optimizer_of(net.parameters(), "bfgs")
+        train(net, optimizer, 0, 2)
+        saved = copy.deepcopy(optimizer.state_dict())
+        train(net, optimizer, 2, 4)
+        odd, group, options = dist.get_rank() == 1, optimizer.param_groups[0], {}
+        mend: Any = lambda: group.update(options)  # noqa: E731
+        if what == "a checkpoint":
+            now = copy.deepcopy(optimizer.state_dict())
+            mend = lambda: optimizer.load_state_dict(now)  # noqa: E731
+            if odd:
+                optimizer.load_state_dict(saved)
+        elif what != "diagnostics":
+            key, value = {"lr": ("lr", 0.5), "maximize": ("maximize", True), "weight decay": ("weight_decay", 0.1)}.get(
+                what, ("eps", 1e-3)
+            )
+            options[key] = group[key]
+            if odd:
+                group[key] = value
+        before = repr((list(net.parameters()), optimizer.state_dict()["state"]))
+        said = ""
+        for _ in range(2 if backend == "emulated" else 1):  # a GPU's host hears of it at the next step
+            try:
+                if what == "diagnostics":  # FSDP's own collectives are not to meet it
+                    loss_of(net, 4, dist.get_world_size(), dist.get_rank()).backward()
+                    optimizer.diagnostics() if odd else optimizer.step()
+                else:
+                    train(net, optimizer, 4, 5)
+            except RuntimeError as error:
+                said = str(error)
+        changed = repr((list(net.parameters()), optimizer.state_dict()["state"])) != before
+        mend()
+        train(net, optimizer, 5, 6)
+        return said, changed, repr([p.to_local() for p in net.parameters()][0].shape)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("lr", "lr of group 0 0.5 on rank 1, 0.02 on rank 0"),
+        ("weight decay", "weight_decay of group 0 0.1 on rank 1, 0.0 on rank 0"),
+        ("maximize", "option maximize True on rank 1, False on rank 0"),
+        ("eps", "option eps 0.001 on rank 1, 1e-08 on rank 0"),
+        ("a checkpoint", "step number 2 on rank 1, 4 on rank 0"),
+        ("diagnostics", "is in diagnostics() on rank 1, step() on rank 0"),
+    ],
+)
+def test_ranks_that_are_out_of_step_all_say_so_and_change_nothing(what: str, words: str) -> None:
+    for said, changed, _ in ranks(2)(out_of_step, what, "cpu"):
+        assert "the ranks are not about to take the same step, and nothing has changed: " + words == said
+        assert not changed
+
+
+@pytest.mark.skipif(not backends.EMULATION, reason=backends.NO_EMULATION)
+@pytest.mark.parametrize("what", ["lr", "eps", "a checkpoint"])
+def test_ranks_out_of_step_on_gpus_change_nothing_and_say_so_at_the_next_step(what: str) -> None:
+    for said, changed, _ in ranks(2)(out_of_step, what, "emulated"):
+        assert "a step before has changed nothing: ranks [1] differ from rank 0" in said
+        assert not changed
+
+
+def wrong_groups() -> None:
+    p = nn.Parameter(torch.ones(3))
+    for wrong in ("gloo", 3, object()):
+        with pytest.raises(TypeError, match="process_group must be a torch.distributed process group"):
+            NLCG([p], process_group=wrong)
+    other = dist.new_group([0])
+    if dist.get_rank() == 0:
+        NLCG([p], process_group=other)
+    else:
+        with pytest.raises((TypeError, ValueError), match="process_group"):
+            NLCG([p], process_group=other)
+    mesh = init_device_mesh("cpu", (2,))
+    from torch.distributed.device_mesh import DeviceMesh
+
+    lone = DeviceMesh("cpu", [0])
+    q = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    q.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    NLCG([q]).step()
+    r = nn.Parameter(DTensor.from_local(torch.ones(2), lone, [Shard(0)], run_check=False))
+    r.grad = DTensor.from_local(torch.ones(2), lone, [Shard(0)], run_check=False)
+    if dist.get_rank() == 1:
+        with pytest.raises(RuntimeError, match=r"lies on ranks \[0\], which this rank, 1, is not one of"):
+            NLCG([r]).step()
+
+
+def test_a_wrong_process_group_is_refused_at_construction() -> None:
+    ranks(2)(wrong_groups)
+
+
+def groups_made() -> int:
+    """Of three optimizers and some loads on one mesh of three dimensions, of which two are summed over."""
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "c"))
+    made, original = [], dist.new_group
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        return original(*args, **kwargs)
+
+    dist.new_group = counted
+    try:
+        for _ in range(3):
+            p = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0), Shard(1), Replicate()]))
+            optimizer = NLCG([p])
+            for _ in range(3):
+                p.grad = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0), Shard(1), Replicate()])
+                optimizer.step()
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    finally:
+        dist.new_group = original
+    return len(made)
+
+
+def test_no_process_group_is_made_twice() -> None:
+    assert max(ranks(4)(groups_made)) <= 1
+
+
+# ---- stochastic rounding over ranks ------------------------------------------------------------------------------------
+
+
+def rounded(placement: Any, world_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Some steps of stochastically rounded bfloat16 parameters: one sharded as said, one replicated."""
+    mesh = init_device_mesh("cpu", world_shape)
+    whole_p = torch.linspace(-1.0, 1.0, 240).view(6, 10, 4).bfloat16()
+    sharded_p = nn.Parameter(distribute_tensor(whole_p, mesh, placement))
+    replica = nn.Parameter(distribute_tensor(torch.linspace(0.5, 1.0, 300).bfloat16(), mesh, [Replicate()] * mesh.ndim))
+    optimizer = NLCG([sharded_p, replica], 1e-3, preconditioner=None, update="heavy_ball", beta_max=0.0,
+                     stochastic_rounding=True)  # fmt: skip
+    for t in range(4):
+        g = torch.sin(torch.arange(240.0) + t).view(6, 10, 4).bfloat16()
+        sharded_p.grad = distribute_tensor(g, mesh, placement)
+        replica.grad = distribute_tensor(
+            torch.cos(torch.arange(300.0) * (t + 1)).bfloat16(), mesh, [Replicate()] * mesh.ndim
+        )
+        optimizer.step()
+    return sharded_p.full_tensor().detach(), replica.to_local().detach()
+
+
+@pytest.mark.parametrize(
+    ("placement", "shape"),
+    [
+        ([Shard(0)], (2,)),
+        ([Shard(1)], (2,)),
+        ([Shard(2)], (2,)),
+        ([Shard(0)], (3,)),
+        ([Shard(0), Shard(1)], (2, 2)),
+        ([Replicate(), Shard(1)], (2, 2)),
+    ],
+)
+def test_random_bits_are_those_of_the_whole_parameter(placement: list[Any], shape: tuple[int, ...]) -> None:
+    """However it is cut: replicas agree, shards are parts of one stream, and one process draws the same."""
+    p = nn.Parameter(torch.linspace(-1.0, 1.0, 240).view(6, 10, 4).bfloat16())
+    q = nn.Parameter(torch.linspace(0.5, 1.0, 300).bfloat16())
+    optimizer = NLCG([p, q], 1e-3, preconditioner=None, update="heavy_ball", beta_max=0.0, stochastic_rounding=True)
+    for t in range(4):
+        p.grad = torch.sin(torch.arange(240.0) + t).view(6, 10, 4).bfloat16()
+        q.grad = torch.cos(torch.arange(300.0) * (t + 1)).bfloat16()
+        optimizer.step()
+    world = 1
+    for extent in shape:
+        world *= extent
+    for found, replica in ranks(world)(rounded, placement, shape):
+        assert torch.equal(found, p.detach())
+        assert torch.equal(replica, q.detach())

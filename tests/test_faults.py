@@ -11,14 +11,15 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import backends
 import numpy as np
 import pytest
 import torch
-from backends import only_adam, only_bfgs
-from fastnlcg import NLCG, OnlineLineSearch, layout
+from backends import only_bfgs
+from fastnlcg import NLCG, OnlineLineSearch, _native
 from torch import nn
 
 
@@ -46,14 +47,26 @@ def one_step(ps: list[nn.Parameter], optimizer: NLCG) -> None:
     optimizer.step()
 
 
+SKIPPED = list(_native.SCALARS).index("skipped_steps")
+
+
 def everything(ps: list[nn.Parameter], optimizer: NLCG) -> str:
     """All bits of parameters, state and scalars."""
     torch.set_printoptions(profile="full", precision=20)
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
         group.pop("lr")
-        group["scalars"].pop("skipped_steps", None)
+        group["scalars"][SKIPPED] = 0.0
     return repr([p.detach().view(torch.uint8) if p.numel() and p.is_contiguous() else p for p in ps]) + repr(state)
+
+
+def quantized() -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # torch says that they will go
+        return torch.quantize_per_tensor(torch.ones(()), 0.1, 0, torch.qint8)
+
+
+def scalar(saved: dict, name: str, value: float) -> None:
+    saved["param_groups"][0]["scalars"][list(_native.SCALARS).index(name)] = value
 
 
 DIAGONAL = {"adam": "exp_avg_sq", "bfgs": "hessian_diag"}
@@ -87,9 +100,6 @@ class TestAHyperParameters:
             ({"eps": 0.0, "preconditioner": "adam"}, ValueError, "Invalid eps: 0.0; expected at least 1.17549e-38"),
             ({"update": 3}, TypeError, "update"),
             ({"preconditioner": "newton"}, ValueError, "'adam', 'bfgs', None"),
-            ({"restart": "sometimes"}, ValueError, "restart"),
-            ({"restart": 0}, ValueError, "restart"),
-            ({"restart": 1.5}, TypeError, "restart"),
             ({"nonfinite": "ignore"}, ValueError, "'skip', 'propagate'"),
             ({"line_search": (0.02, 0.01, 0.025, 0.025)}, TypeError, "OnlineLineSearch"),
             ({"maximize": 1}, TypeError, "maximize"),
@@ -217,9 +227,19 @@ class TestBParameterLists:
 
 class TestCTypeDeviceLayout:
     def test_20_and_21_dtypes(self) -> None:
-        for dtype in (torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64):
-            with pytest.raises(TypeError, match=str(dtype)):
-                NLCG([parameter(2), nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)], 0.1)
+        """Of parameters that take gradients; what is frozen may be of any kind, as quantized bases under adapters are."""
+        for dtype in (torch.float8_e4m3fn, torch.complex64):
+            with pytest.raises(TypeError, match=f"parameter 1 has dtype {dtype}"):
+                NLCG([parameter(2), nn.Parameter(torch.zeros(3, dtype=dtype))], 0.1)
+        for dtype in (torch.int32, torch.uint8, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64):
+            frozen = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
+            ps = [frozen, parameter(2)]
+            optimizer = NLCG(ps, 0.1)
+            one_step(ps[1:], optimizer)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            one_step(ps[1:], optimizer)
+            assert optimizer.diagnostics().step == 2
+            assert torch.equal(frozen, torch.ones(3, dtype=dtype))
 
     def refused(self, ps: list, grads: list, error: type[Exception], match: str) -> None:
         """At step, after three good ones over the first parameter."""
@@ -326,44 +346,11 @@ class TestCTypeDeviceLayout:
         one_step([tagged], NLCG([tagged], 0.1))
         assert not torch.equal(tagged, torch.ones(3))
 
-    def test_an_older_torch_without_the_exchange_api(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The same bits, and the same attention to what has changed since the last step."""
-        runs = []
-        for exchange in (layout.EXCHANGE, None):
-            monkeypatch.setattr(layout, "EXCHANGE", exchange)
-            ps, optimizer = stepped()
-            rebuilds = []
-            monkeypatch.setattr(
-                layout.Layout,
-                "_rebuild",
-                lambda self, *a, _f=layout.Layout._rebuild, _r=rebuilds: _r.append(1) or _f(self, *a),
-            )
-            one_step(ps, optimizer)
-            assert not rebuilds
-            ps[1].grad = torch.ones(4, 3).t()  # other strides
-            optimizer.step()
-            ps[0].grad = None  # another set
-            optimizer.step()
-            for gradient, error in ((torch.ones(3, 4).to_sparse(), RuntimeError), (torch.ones(3, 4), None)):
-                ps[1].grad = gradient
-                if error:
-                    with pytest.raises(error, match="sparse"):
-                        optimizer.step()
-            optimizer.step()
-            quadratic_gradients(ps)  # and back
-            optimizer.step()
-            assert len(rebuilds) == 4
-            runs.append(everything(ps, optimizer))
-            monkeypatch.undo()
-        assert runs[0] == runs[1]
-
 
 @pytest.mark.usefixtures("cpu_or_emulated", "preconditioner")
 class TestENumbers:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize(
-        "keywords", [{}, {"preconditioner": None}, {"update": "polak_ribiere", "restart": "descent"}]
-    )
+    @pytest.mark.parametrize("keywords", [{}, {"preconditioner": None}, {"update": "polak_ribiere"}])
     def test_45_a_nonfinite_gradient(self, keywords: dict, value: float) -> None:
         ps, optimizer = stepped(line_search=OnlineLineSearch(), **keywords)
         qs, expected = stepped(line_search=OnlineLineSearch(), **keywords)
@@ -439,7 +426,8 @@ class TestENumbers:
             assert all(torch.isfinite(state[key]).all() for key in state)
             assert (state[DIAGONAL[preconditioner]] >= 0).all()
             assert torch.isfinite(p).all()
-        assert optimizer.diagnostics().skipped_steps == 0
+        too_large = preconditioner == "adam" and scale >= 1e19  # g^2 overflows: the step skips, and says so
+        assert optimizer.diagnostics().skipped_steps == (6 if too_large else 0)
 
     def test_49_h_stays_finite_where_its_formula_overflows(self, preconditioner: str) -> None:
         p = nn.Parameter(torch.zeros(3))
@@ -451,16 +439,6 @@ class TestENumbers:
             assert torch.isfinite(p).all()
 
     @only_bfgs
-    def test_51_descent_restart(self) -> None:
-        p = nn.Parameter(torch.tensor([1.0, 1.0]))
-        optimizers = {r: NLCG([nn.Parameter(p.detach().clone())], 0.1, restart=r) for r in (None, "descent")}
-        for restart, optimizer in optimizers.items():
-            (q,) = optimizer.param_groups[0]["params"]
-            for g in ([1.0, 0.0], [-1.0, 0.01]):  # the second gradient points against the first
-                q.grad = torch.tensor(g)
-                optimizer.step()
-            assert (optimizer.diagnostics().beta == 0.0) == (restart == "descent")
-
     @pytest.mark.parametrize(
         "loss", [math.nan, math.inf, 0.0, -3.0, None, torch.tensor(2.0), torch.tensor([1.0]), np.float32(1)]
     )
@@ -506,12 +484,16 @@ class TestFState:
             (lambda s: s["state"].update({7: s["state"][0]}), "parameter 7"),
             (lambda s: s["param_groups"].append(s["param_groups"][0]), "param_groups have"),
             (lambda s: s["param_groups"][0]["params"].append(2), "param_groups have"),
-            (lambda s: s["param_groups"][0]["scalars"].update(rz=math.nan), r"param_groups\[0\]\['scalars'\]\['rz'\]"),
-            (lambda s: s["param_groups"][0]["scalars"].update(ls_scale=0.0), "ls_scale"),
-            (lambda s: s["param_groups"][0]["scalars"].update(rz="1"), "rz"),
-            (lambda s: s["param_groups"][0]["scalars"].update(step=1.5), "'step'.*whole number"),
-            (lambda s: s["param_groups"][0]["scalars"].pop("alpha_prev"), "lacks the key 'alpha_prev'"),
-            (lambda s: s["param_groups"][0].update(scalars=3), "scalars.*mapping"),
+            (lambda s: scalar(s, "rz", math.nan), r"param_groups\[0\]\['scalars'\], 'rz', is nan"),
+            (lambda s: scalar(s, "ls_scale", 0.0), "ls_scale"),
+            (lambda s: scalar(s, "step", 1.5), "'step'.*whole number"),
+            (lambda s: s["param_groups"][0].pop("alpha_prev"), "'alpha_prev'.*missing"),
+            (lambda s: s["param_groups"][0].pop("scalars"), "'scalars'.*missing"),
+            (lambda s: s["param_groups"][0].update(scalars=None), "'scalars'.*NoneType"),
+            (lambda s: s["param_groups"][0].update(scalars=torch.zeros(3)), "'scalars'.*shape"),
+            (lambda s: s["param_groups"][0].update(alpha_prev=torch.zeros(1)), "'alpha_prev'.*shape"),
+            (lambda s: s["param_groups"][0].update(scalars={"rz": "1"}), "rz"),
+            (lambda s: s["state"][0].update(step=quantized()), "'step'"),
             (lambda s: s["param_groups"][0].update(lr=-1.0), r"param_groups\[0\]: Invalid learning rate"),
             (lambda s: s["param_groups"][0].update(update="newton"), "update"),
             (lambda s: {"state": s["state"]}, "param_groups"),
@@ -521,11 +503,6 @@ class TestFState:
     )
     def test_54_bad_state_dicts(self, change: object, match: str) -> None:
         self.bad(change, match)
-
-    @only_adam
-    @pytest.mark.parametrize("power", [-0.1, 1.1, math.nan, "1"])
-    def test_54_bad_beta2_power(self, power: object) -> None:
-        self.bad(lambda s: s["state"][0].update(beta2_power=power), "'beta2_power'")
 
     def test_54_options_follow_the_state_dict(self) -> None:
         """As in torch; the preconditioner among them."""
@@ -540,31 +517,6 @@ class TestFState:
             one_step(qs, other)
         assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
         assert optimizer.diagnostics() == other.diagnostics()
-
-    @only_bfgs
-    def test_54_a_state_dict_of_version_0_2(self) -> None:
-        """It lacks beta2, beta_max, gg and gd, and resumes bit for bit."""
-        ps, optimizer = stepped()
-        qs = [nn.Parameter(p.detach().clone()) for p in ps]
-        saved = copy.deepcopy(optimizer.state_dict())
-        for group in saved["param_groups"]:
-            group.update(group.pop("scalars"), gs=optimizer._layout.native.scalars["gs"], shs=0.0)  # shs: unused since
-            for key in ("beta2", "beta_max", "gg", "gd", "format", "step", "foreach", "fused", "stochastic_rounding"):
-                group.pop(key, None)
-        other = NLCG(qs, 0.3, beta_max=0.5)
-        other.load_state_dict(saved)
-        rs, pickled = stepped()
-        for options in (pickled.defaults, *pickled.param_groups):
-            for key in ("beta2", "beta_max"):
-                del options[key]
-        rs, pickled = copy.deepcopy((rs, pickled))  # as pickle does
-        for _ in range(3):
-            for xs, o in ((ps, optimizer), (qs, other), (rs, pickled)):
-                one_step(xs, o)
-        for p, q, r in zip(ps, qs, rs, strict=True):
-            assert torch.equal(p, q)
-            assert torch.equal(p, r)
-        assert repr(optimizer.diagnostics()) == repr(other.diagnostics()) == repr(pickled.diagnostics())
 
     def test_54_other_optimizers_state(self) -> None:
         ps, optimizer = stepped()
@@ -667,15 +619,17 @@ class TestFState:
             one_step(qs, expected)
         assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
 
-    def test_one_group_at_a_time_is_noticed(self) -> None:
+    def test_groups_that_go_and_come_back(self) -> None:
         ps = [parameter(3), parameter(4)]
         optimizer = NLCG([{"params": [ps[0]]}, {"params": [ps[1]]}], 0.1)
         quadratic_gradients(ps)
         groups, optimizer.param_groups = optimizer.param_groups, optimizer.param_groups[:1]
-        with pytest.raises(RuntimeError, match="1 parameter groups, expected 2"):
-            optimizer.step()
+        optimizer.step()  # as after a deletion: nobody can tell
+        assert optimizer.diagnostics().direction_norm == pytest.approx(ps[0].grad.norm().item(), rel=1e6)
+        assert ps[1] not in optimizer.state
         optimizer.param_groups = groups
         optimizer.step()
+        assert optimizer.diagnostics().beta == 0.0  # another set
 
     def test_a_step_before_any_gradient_does_nothing(self) -> None:
         """Once an IndexError; torch's optimizers do nothing. Also by a closure, and after a load."""
@@ -782,22 +736,6 @@ class TestGControlFlow:
         assert all("another thread" in str(error) for error in errors)
         assert optimizer.diagnostics().step == 11 - len(errors)
         optimizer.step()
-
-    def test_57_norms_between_gathering_and_stepping(self) -> None:
-        """What the step points at must survive them; here without the lock that keeps threads apart."""
-        ps, optimizer = stepped()
-        qs, expected = stepped()
-        gather = optimizer._layout.gather
-
-        def interrupted(*args: object) -> object:
-            table = gather(*args)
-            assert table.native.state_norms(1)[1] > 0
-            return table
-
-        optimizer._layout.gather = interrupted
-        one_step(ps, optimizer)
-        one_step(qs, expected)
-        assert everything(ps, optimizer) == everything(qs, expected)
 
     def test_57_diagnostics_wait_for_a_step_in_another_thread(self) -> None:
         p = parameter(5_000_000)
@@ -979,7 +917,7 @@ class TestHAttacks:
         assert torch.equal(optimizer.state[ps[0]]["direction"], other.state[qs[0]]["direction"])
         optimizer.state[ps[1]] = {}  # starts again
         one_step(ps, optimizer)
-        assert optimizer.state[ps[1]]["step"] == optimizer.state[ps[0]]["step"]
+        assert optimizer.state[ps[1]]["step"] == 1
         assert optimizer.diagnostics().beta == 0.0
 
     def test_a_model_that_becomes_double_between_steps(self) -> None:
@@ -995,7 +933,6 @@ class TestHAttacks:
         [
             ({"lr": 10**400}, "Invalid learning rate"),
             ({"eps": 10**400}, "Invalid eps"),
-            ({"restart": 2**63}, "restart"),
         ],
     )
     def test_numbers_beyond_a_double(self, keywords: dict, match: str) -> None:
@@ -1124,7 +1061,7 @@ class TestMemoryAndModes:
         optimizer = NLCG(ps, 0.1)
         quadratic_gradients(ps)
         before = [p.detach().clone() for p in ps]
-        with pytest.raises(ValueError, match="parameters 0 and 2 share memory"):
+        with pytest.raises(ValueError, match="parameter 0 and parameter 2 share memory"):
             optimizer.step()
         assert all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
         ps[2].data = base[60:]
@@ -1132,7 +1069,7 @@ class TestMemoryAndModes:
         optimizer.step()  # side by side is apart
         ps[1].data = base[3:10]  # and where somebody moves one later, through the table that is only refreshed
         quadratic_gradients(ps)
-        with pytest.raises(ValueError, match="parameters 0 and 1 share memory"):
+        with pytest.raises(ValueError, match="parameter 0 and parameter 1 share memory"):
             optimizer.step()
 
     def test_bits_do_not_depend_on_the_callers_floating_point_mode(self, preconditioner: str) -> None:
@@ -1184,7 +1121,7 @@ class TestMemoryAndModes:
                     one_step(qs[:1], expected)
                 optimizer.add_param_group({"params": ps[1:]})
                 expected.add_param_group({"params": qs[1:]})
-            real, made = torch.empty, []
+            real, made = torch.empty_strided, []
 
             def empty(
                 *args: object, real: object = real, made: list[int] = made, room: int = room, **kwargs: object
@@ -1197,7 +1134,7 @@ class TestMemoryAndModes:
             before = [p.detach().clone() for p in ps]
             quadratic_gradients(ps)
             with monkeypatch.context() as inside:
-                inside.setattr(torch, "empty", empty)
+                inside.setattr(torch, "empty_strided", empty)
                 try:
                     optimizer.step()
                 except torch.OutOfMemoryError:

@@ -47,32 +47,30 @@ def test_a_wrong_step_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_options_have_one_set_of_defaults() -> None:
-    """The class, the function over flat buffers, the reference, and what old checkpoints are completed with."""
+    """Those of the class are those of Options; what else the class takes is no option of a step."""
     import inspect
 
-    from fastnlcg import NLCG, groups, ops
+    from fastnlcg import NLCG
+    from fastnlcg.options import Options
 
-    def defaults(function: object) -> dict[str, object]:
-        found = inspect.signature(function).parameters.items()
-        return {name: p.default for name, p in found if p.default is not inspect.Parameter.empty}
-
-    of_class, of_step = defaults(NLCG.__init__), defaults(ops.nlcg_step)
-    of_reference = {field.name: field.default for field in dataclasses.fields(reference.Options)}
-    for name in {*of_class} & {*of_step}:
-        assert of_class[name] == of_step[name], name
-    for name in {*of_class} & {*of_reference} - {"preconditioner"}:  # the reference's is the paper's
-        assert of_class[name] == of_reference[name], name
-    assert {*groups.SHARED} <= {*of_class}
-    assert all(of_class[name] == value for name, value in groups.SINCE.items())
+    found = inspect.signature(NLCG.__init__).parameters.items()
+    of_class = {name: p.default for name, p in found if p.default is not inspect.Parameter.empty}
+    of_options = {field.name: field.default for field in dataclasses.fields(Options)}
+    assert {name: of_class[name] for name in of_options} == of_options
 
 
-def test_scalars_have_one_set_of_names() -> None:
-    from fastnlcg import groups, ops
+def test_options_and_scalars_have_one_list() -> None:
+    """Python's against the native side's."""
+    from fastnlcg import _core, ops
+    from fastnlcg.options import PRECONDITIONERS, Options
 
-    native = set(_native.Step("float32", 0, None, None, None, None, None, 1).scalars)
-    assert {field.name for field in dataclasses.fields(ops.Scalars)} - {"alpha_prev", "beta2_power"} <= native
-    assert set(groups.SCALARS) - {"format"} <= native
-    assert native - set(groups.SCALARS) == {"gs", "shs", "set", "beta", "ys", "shs_used", "updated"}  # formed again
+    assert {*Options().native()} == {*_core.options}
+    assert {kind.native for kind in PRECONDITIONERS.values()} == {*_core.preconditioners}
+    choices = dataclasses.fields(Options)[0]
+    assert choices.name == "update"
+    for name in _core.updates:
+        Options(update=name, beta_max=0.5)
+    assert ops.Scalars._names == (*_core.scalars, "alpha_prev", "updates")
 
 
 def test_dtypes_have_one_order() -> None:

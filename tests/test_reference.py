@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from fastnlcg import OnlineLineSearch
 from fastnlcg import reference as ref
 
 
@@ -115,17 +116,8 @@ def test_conjugacy() -> None:
     assert ref.conjugacy("fletcher_reeves", 1e-300, 1e300, 0.0) == 0.0  # not finite
 
 
-def test_restarts() -> None:
-    assert ref.restart_due("descent", 5, 0.5, 1.0, 0.0, 2.0)  # -1 + 0.5 * 2 = 0
-    assert not ref.restart_due("descent", 5, 0.5, 1.0, 0.0, 1.9)
-    assert ref.restart_due("powell", 5, 0.5, 1.0, -0.2, 0.0)
-    assert not ref.restart_due("powell", 5, 0.5, 1.0, 0.19, 0.0)
-    assert [t for t in range(10) if ref.restart_due(4, t, 0.5, 1.0, 0.0, 0.0)] == [0, 4, 8]
-    assert not ref.restart_due(None, 0, 0.5, 1.0, 1.0, 9.0)
-
-
 def test_line_search_scale() -> None:
-    thresholds = (0.02, 0.01, 0.025, 0.025)
+    thresholds = OnlineLineSearch()
     assert ref.line_search_scale(0.5, 1.021, 1.0, thresholds) == 0.5 * 0.975
     assert ref.line_search_scale(0.5, 1.009, 1.0, thresholds) == 0.5 * 1.025
     assert ref.line_search_scale(0.5, 1.015, 1.0, thresholds) == 0.5
@@ -136,7 +128,7 @@ def test_line_search_scale() -> None:
 
 
 def test_a_nonfinite_gradient_changes_nothing_but_the_counter() -> None:
-    options = ref.Options(line_search=(0.02, 0.01, 0.025, 0.025))
+    options = ref.Options(line_search=OnlineLineSearch())
     p = np.ones(3)
     p, state = ref.nlcg_step(p, np.array([1.0, 2.0, 3.0]), ref.initial_state(3), options, lr=0.1, loss=1.0)
     p2, skipped = ref.nlcg_step(p, np.array([1.0, math.nan, 3.0]), state, options, lr=0.1, loss=2.0)
@@ -153,7 +145,7 @@ def test_weight_decay_and_maximize() -> None:
     np.testing.assert_array_equal(ref.effective_gradient(g, p, 0.1, True), [0.0, 0.0])
 
 
-@pytest.mark.parametrize("options", [{}, {"update": "polak_ribiere"}, {"preconditioner": None}, {"restart": "descent"}])
+@pytest.mark.parametrize("options", [{}, {"update": "polak_ribiere"}, {"preconditioner": None}])
 def test_minimize_reaches_the_minimum(options: dict) -> None:
     target = np.array([1.0, -2.0, 3.0])
     a = np.array([1.0, 3.0, 10.0])

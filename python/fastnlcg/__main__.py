@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastnlcg import __version__, _native, ops, reference
+from fastnlcg.options import PRECONDITIONERS
 
 STEPS = 20
 N = 4097  # one tile and a tail
@@ -26,7 +27,7 @@ def self_check(device: str = "cpu") -> dict[str, Any]:
     Without torch on the CPU only."""
     worst = {"float64": 0.0, "float32": 0.0}
     forms: list[tuple[Any, Any]] = [
-        (kind, update) for kind in _native.PRECONDITIONERS for update in ("fletcher_reeves", "polak_ribiere")
+        (kind, update) for kind in PRECONDITIONERS for update in ("fletcher_reeves", "polak_ribiere")
     ]
     for preconditioner, update in forms:
         rng = np.random.default_rng(0)

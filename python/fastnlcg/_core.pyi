@@ -1,8 +1,16 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 version: str
 compiler: str
+preconditioners: list[str]
+updates: list[str]
+options: list[str]
+scalars: dict[str, float]
+row_doubles: int
+row_signature: int
+diagnostics_moment: float
+block_elements: int
 
 class _CudaStatus(TypedDict):
     built: bool
@@ -12,15 +20,15 @@ class _CudaStatus(TypedDict):
     driver: int
     unavailable_reason: str
 
+class RanksDisagree(RuntimeError): ...  # noqa: N818
+
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def max_threads() -> int: ...
 def cuda_status() -> _CudaStatus: ...
-
-row_doubles: int
-
+def same_objects(a: list[Any], b: list[Any]) -> bool: ...
 def chunk_elements(n: int) -> int: ...
-def workspace_doubles(n: int, max_segments: int, groups: int) -> int: ...
+def workspace_doubles(n: int, segments: int, groups: int) -> int: ...
 
 class Buffer:
     def __init__(self, owner: object) -> None: ...
@@ -38,35 +46,33 @@ class Buffer:
     def contiguous(self) -> bool: ...
     def advise_huge_pages(self) -> None: ...
 
-class Step:
+class Tensors:
     def __init__(
         self,
-        state_dtype: str,
-        n: int,
-        grad_prev: Buffer | None,
-        direction: Buffer | None,
-        diagonal: Buffer | None,
-        param_steps: Buffer | None,
-        beta2_powers: Buffer | None,
-        groups: int,
-        device: str = "cpu",
-        workspace: Buffer | None = None,
-        stream: int = 0,
+        params: list[Any],
+        gradients: list[Any] | None,
+        entries: list[Any],
+        resting: list[Any],
+        state: object,
+        held: list[Any],
+        scalars: object,
+        alpha_prev: list[Any],
     ) -> None: ...
-    def set_options(
+
+_Row = tuple[int, int, int, str, Sequence[int], Sequence[int], tuple[int, int, int]]
+
+class Step:
+    def __init__(self, state_dtype: str, device: str = "cpu", stream: int = 0) -> None: ...
+    def set_options(self, options: Mapping[str, Any]) -> None: ...
+    def lay_out(
         self,
-        preconditioner: str,
-        update: str,
-        restart: str,
-        restart_every: int,
-        eps: float,
-        curvature_eps: float,
-        beta2: float,
-        beta_max: float,
-        skip_nonfinite: bool,
-        maximize: bool,
-        stochastic_rounding: bool,
-        line_search: tuple[float, float, float, float] | None,
+        n: int,
+        table: Sequence[_Row],
+        groups: int,
+        keys: Sequence[str],
+        exchange: object,
+        tensor_type: object,
+        workspace: Buffer | None = None,
     ) -> None: ...
     def set_exchange(
         self,
@@ -77,33 +83,41 @@ class Step:
         every_decision: bool,
         gather: Callable[[], object],
     ) -> None: ...
-    def set_segments(self, table: Sequence[tuple[int, int, int, str, Sequence[int], Sequence[int]]]) -> None: ...
-    def point(self, p: list[int], g: list[int]) -> None: ...
-    def refresh(self, exchange: object, moving: list[Any], resting: list[Any], tensor_type: type) -> bool: ...
     def step(
         self,
+        at: Tensors,
         lr: list[float],
         weight_decay: list[float],
         maximize: list[bool],
-        set: float,
+        active_set: float,
         loss: float,
         threads: int,
         lr_on_device: Sequence[tuple[int, str] | None] = ...,
         loss_on_device: tuple[int, str] | None = None,
         grad_scale: tuple[int, str] | None = None,
         found_inf: tuple[int, str] | None = None,
+    ) -> bool | None: ...
+    def state_norms(self, at: Tensors, threads: int) -> tuple[float, float, float] | None: ...
+    def last_move(self, at: Tensors, threads: int) -> bool: ...
+    def bind(
+        self,
+        p: Buffer | None,
+        g: Buffer | None,
+        grad_prev: Buffer | None,
+        direction: Buffer | None,
+        diagonal: Buffer | None,
+        steps: float = 0.0,
+    ) -> None: ...
+    def flat_step(
+        self, scalars: Buffer, lr: float, weight_decay: float, maximize: bool, loss: float, threads: int
     ) -> bool: ...
+    def update_curvature(self, alpha_prev: float, threads: int) -> tuple[float, float, bool]: ...
+    def preconditioned_dots(self, threads: int) -> tuple[float, float]: ...
+    def update_direction(self, alpha: float, weight_decay: float, beta: float, threads: int) -> None: ...
     def set_launch(self, form: str, blocks: int = 0, resident_tiles: int = -1) -> None: ...
     @property
     def launches(self) -> int: ...
+    @property
+    def digest(self) -> float: ...
     stream: int
-    def last_move(self, threads: int) -> None: ...
-    def state_norms(self, threads: int) -> tuple[float, float, float]: ...
-    scalars: dict[str, float]
-    alpha_prev: list[float]
-    beta2_power: float
-    def update_curvature(self, g: Buffer, alpha_prev: float, threads: int) -> tuple[float, float, bool]: ...
-    def preconditioned_dots(self, g: Buffer, threads: int) -> tuple[float, float]: ...
-    def update_direction(
-        self, p: Buffer | None, g: Buffer, alpha: float, weight_decay: float, beta: float, threads: int
-    ) -> None: ...
+    def join_stream(self) -> None: ...

@@ -1,7 +1,8 @@
-"""The validation layer between Python and the native module: checks arguments; the only importer of ``_core``.
+"""The only importer of ``_core``: what the native module offers, with Python's types; and the checks of arrays that it is
+given. Works without torch.
 
 Rule: check everything, write nothing, then raise. TypeError is the wrong kind, ValueError the wrong value or shape,
-RuntimeError the wrong moment. Works without torch.
+RuntimeError the wrong moment.
 """
 
 from __future__ import annotations
@@ -10,24 +11,21 @@ import functools
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from fastnlcg import _core
-from fastnlcg._core import Buffer, Step
-from fastnlcg.line_search import OnlineLineSearch
+from fastnlcg._core import Buffer, RanksDisagree, Step, Tensors
 
 __all__ = [
-    "PRECONDITIONERS",
+    "SCALARS",
     "Buffer",
-    "Preconditioner",
+    "RanksDisagree",
     "Step",
+    "Tensors",
     "buffers",
     "capturing",
     "check_loss",
-    "check_options",
-    "check_real",
     "chunk_elements",
     "compiler",
     "cuda_status",
@@ -36,50 +34,14 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "mark_written",
-    "native_options",
-    "needs_rz_mid",
     "num_threads",
     "on_gpu",
-    "row_doubles",
     "state_dtype",
     "version",
     "workspace_doubles",
 ]
 
-
-@dataclass(frozen=True)
-class Preconditioner:
-    """What Python has to know of a preconditioner; its formulas are in ``csrc/passes.h``."""
-
-    native: str
-    """its name there"""
-    diagonal: str | None = None
-    """the state key of its own stream"""
-    start: float = 0.0
-    """what that stream holds before the first step"""
-    keeps_gradient: bool = True
-    """whether ``grad_prev`` is state even where no option needs it"""
-    counts_updates: bool = False
-    """whether a parameter has a ``beta2_power``: beta2^k after k updates"""
-    beta_max: float = 1.0
-    """the default"""
-    divides_by_eps: bool = False
-    """whether the diagonal can be 0, so that eps must not be"""
-
-
-PRECONDITIONERS: dict[str | None, Preconditioner] = {
-    "adam": Preconditioner(
-        "adam", "exp_avg_sq", keeps_gradient=False, counts_updates=True, beta_max=0.9, divides_by_eps=True
-    ),
-    "bfgs": Preconditioner("bfgs", "hessian_diag", start=1.0),
-    None: Preconditioner("none"),
-}
-UPDATES = ("fletcher_reeves", "polak_ribiere", "heavy_ball")
-RESTARTS = ("descent", "powell")
-NONFINITE = ("skip", "propagate")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-SMALLEST_EPS = 1.1754944e-38  # the least normal float32: anything less may be flushed to 0
-LARGEST_COUNT = 2**53  # of steps: whole numbers up to here are exact in a double
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 version: str = _core.version
@@ -89,7 +51,13 @@ instruction_set = _core.instruction_set
 instruction_sets = _core.instruction_sets
 workspace_doubles = _core.workspace_doubles
 row_doubles: int = _core.row_doubles
+row_signature: int = _core.row_signature
+diagnostics_moment: float = _core.diagnostics_moment
 chunk_elements = _core.chunk_elements
+same_objects = _core.same_objects
+block_elements: int = _core.block_elements
+SCALARS: dict[str, float] = _core.scalars
+"""Every scalar that survives a step, and its value before the first: the order of a tensor of them."""
 
 
 @functools.cache
@@ -121,94 +89,7 @@ def capturing() -> bool:
     return bool(sys.modules["torch"].cuda.is_current_stream_capturing())
 
 
-# ---- numbers and choices -----------------------------------------------------------------------------------------
-
-
-def check_real(name: str, value: object, *, minimum: float = -math.inf) -> float:
-    """``value`` as a float; TypeError unless it is a real number, ValueError unless finite and >= ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:  # an int beyond the largest double
-        number = math.inf
-    if not (math.isfinite(number) and number >= minimum):
-        bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
-        what = "Invalid learning rate" if name == "lr" else f"Invalid {name}"
-        raise ValueError(f"{what}: {value!r}; expected a finite number{bound}")
-    return number
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if isinstance(value, str | None) and value in choices:
-        return
-    kind = ValueError if isinstance(value, str) else TypeError
-    raise kind(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Checks the options that hold for a whole optimizer. Raises for the first that is wrong; see NLCG for them."""
-    _check_choice("update", options["update"], UPDATES)
-    _check_choice("preconditioner", options["preconditioner"], tuple(PRECONDITIONERS))
-    _check_choice("nonfinite", options["nonfinite"], NONFINITE)
-    preconditioner = PRECONDITIONERS[options["preconditioner"]]
-    eps = check_real("eps", options["eps"], minimum=0.0)
-    if preconditioner.divides_by_eps and eps < SMALLEST_EPS:
-        raise ValueError(
-            f"Invalid eps: {options['eps']!r}; expected at least {SMALLEST_EPS:g} with preconditioner="
-            f"{options['preconditioner']!r}, whose diagonal is 0 where every gradient was"
-        )
-    check_real("curvature_eps", options["curvature_eps"], minimum=0.0)
-    if check_real("beta2", options["beta2"], minimum=0.0) >= 1.0:
-        raise ValueError(f"Invalid beta2: {options['beta2']!r}; expected a number in [0, 1)")
-    if options["beta_max"] is not None and check_real("beta_max", options["beta_max"], minimum=0.0) > 1.0:
-        raise ValueError(f"Invalid beta_max: {options['beta_max']!r}; expected None or a number in [0, 1]")
-    if options["update"] == "heavy_ball" and _beta_max(options) >= 1.0:
-        raise ValueError("update='heavy_ball' holds beta at beta_max: expected beta_max < 1, got 1")
-    for name in ("maximize", "capturable", "stochastic_rounding"):
-        if not isinstance(options.get(name, False), bool):
-            raise TypeError(f"{name} must be a bool, got {options[name]!r}")
-    restart = options["restart"]
-    if isinstance(restart, int) and not isinstance(restart, bool):
-        if not 1 <= restart <= LARGEST_COUNT:
-            raise ValueError(f"restart must be from 1 to 2**53 steps, got {restart}")
-    elif restart is not None:
-        kind = ValueError if isinstance(restart, str) else TypeError
-        if not isinstance(restart, str) or restart not in RESTARTS:
-            raise kind(f"restart must be None, 'descent', 'powell' or a number of steps; got {restart!r}")
-    line_search = options["line_search"]
-    if not isinstance(line_search, OnlineLineSearch | None):
-        raise TypeError(f"line_search must be None or an OnlineLineSearch, got {line_search!r}")
-
-
-def _beta_max(options: Mapping[str, Any]) -> float:
-    """The option, or the preconditioner's default."""
-    given = options["beta_max"]
-    return PRECONDITIONERS[options["preconditioner"]].beta_max if given is None else float(given)
-
-
-def needs_rz_mid(options: Mapping[str, Any]) -> bool:
-    """Whether these options look at sum(g g_prev / (h + eps)), so that the state must have ``grad_prev``."""
-    return bool(options["update"] == "polak_ribiere" or options["restart"] == "powell")
-
-
-def native_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``Step.set_options`` for checked options."""
-    restart, line_search = options["restart"], options["line_search"]
-    return {
-        "preconditioner": PRECONDITIONERS[options["preconditioner"]].native,
-        "update": options["update"],
-        "restart": "never" if restart is None else restart if isinstance(restart, str) else "every",
-        "restart_every": restart if isinstance(restart, int) else 0,
-        "eps": float(options["eps"]),
-        "curvature_eps": float(options["curvature_eps"]),
-        "beta2": float(options["beta2"]),
-        "beta_max": _beta_max(options),
-        "skip_nonfinite": options["nonfinite"] == "skip",
-        "maximize": options["maximize"],
-        "stochastic_rounding": options.get("stochastic_rounding", False),
-        "line_search": None if line_search is None else line_search.as_tuple(),
-    }
+# ---- numbers -----------------------------------------------------------------------------------------------------
 
 
 def check_loss(loss: object) -> float:
@@ -255,13 +136,19 @@ def state_dtype(dtype: str) -> str:
 
 
 def _view(name: str, array: object) -> Buffer:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(array, numpy.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; expected an array without one")
     # A torch tensor that requires grad refuses DLPack; its detached alias is the same memory.
     detach = getattr(array, "detach", None)
     try:
         return Buffer(detach() if callable(detach) else array)
-    except (TypeError, ValueError, BufferError, RuntimeError) as error:
-        kind = ValueError if isinstance(error, BufferError) else type(error)  # what has no memory, or not dense memory
-        raise kind(f"{name}: {error}") from error
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    except RuntimeError as error:
+        raise RuntimeError(f"{name}: {error}") from error
+    except (ValueError, BufferError) as error:  # what has no memory, or not dense memory
+        raise ValueError(f"{name}: {error}") from error
 
 
 class Views(dict[str, Buffer]):

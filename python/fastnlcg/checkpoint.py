@@ -1,11 +1,13 @@
 """What may be loaded into an optimizer: a state dict is taken whole, or refused before anything has changed.
 
-Files of older versions are brought up to this one's form (:func:`fastnlcg.groups.complete`); what a later version has
-added is left out, with a warning that names it; what is missing or damaged is a ValueError.
+Files of version 0.4, whose scalars were a mapping, are brought up to this one's form; what a later version has added to the
+scalars is left out, with a warning; what is missing or damaged is a ValueError. Entries of others in a parameter's state
+are theirs.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,13 +17,14 @@ from torch import Tensor
 
 from fastnlcg import _native, groups, layout
 from fastnlcg.distributed import as_like, memory, shard_like
+from fastnlcg.options import Options
 
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
 
 
-def check(optimizer: NLCG, given: object) -> None:
-    """Raises ValueError unless ``given`` can be loaded into ``optimizer`` whole."""
+def checked(optimizer: NLCG, given: object) -> dict[str, Any]:
+    """``given`` as it will be loaded. Raises ValueError unless ``optimizer`` can take it whole."""
     if not isinstance(given, Mapping) or not {"state", "param_groups"} <= set(given):
         raise ValueError("not a state dict: expected a mapping with the keys 'state' and 'param_groups'")
     state, saved = given["state"], given["param_groups"]
@@ -38,32 +41,86 @@ def check(optimizer: NLCG, given: object) -> None:
         raise ValueError(f"state must be a mapping, got {type(state).__name__}")
     _check_names(saved, own)
     whole = [dict(group) for group in saved]
-    groups.complete(whole, optimizer.defaults)
-    unknown: list[str] = []
+    if not any(_is_ours(entry) for entry in state.values()) and not any("scalars" in group for group in whole):
+        # of an optimizer that has never stepped: the numbers are those before the first step
+        groups.complete(whole, optimizer.defaults)
+    entries = dict(state)
+    if whole and isinstance(whole[0].get("scalars"), Mapping):
+        _from_0_4(whole, entries)
+    for group in whole:
+        for key, value in optimizer.defaults.items():
+            group.setdefault(key, value)
     for k, group in enumerate(whole):
         try:
             groups.check(group)
         except (TypeError, ValueError) as error:
             raise ValueError(f"param_groups[{k}]: {error}") from error
-        unknown += groups.check_scalars(k, group, finite=group["nonfinite"] == "skip")
-    groups.check_together(whole)
-    if whole[0]["scalars"].get("format", groups.FORMAT) > groups.FORMAT:
-        unknown += [f"param_groups[0][{key!r}]" for key in whole[0] if key not in own[0]]
+        groups.check_numbers(k, group, finite=group["nonfinite"] == "skip")
+    if whole:
+        groups.check_together(whole)
+        _share_scalars(whole)
     own_parameters = layout.parameters(own)
-    parameters = dict(zip((i for g in saved for i in g["params"]), own_parameters, strict=True))
-    finite = whole[0]["nonfinite"] == "skip"
-    for index, entry in state.items():
+    parameters = dict(zip(indices, own_parameters, strict=True))
+    for index, entry in entries.items():
         if isinstance(index, str) and index not in parameters:
             continue  # not of a parameter: a hook's
         if index not in parameters:
             raise ValueError(f"state has an entry for parameter {index!r}, which no group names")
-        unknown += _check_entry(index, parameters[index], entry, whole[0], finite=finite)
-    if unknown:
+        _check_entry(index, parameters[index], entry, whole[0])
+    return {**given, "state": entries, "param_groups": whole}
+
+
+def _share_scalars(whole: list[dict[str, Any]]) -> None:
+    known = len(_native.SCALARS)
+    scalars = whole[0]["scalars"]
+    if scalars.numel() > known:
         warnings.warn(
-            f"the state dict has what this version of fastnlcg does not know, and leaves out: {', '.join(unknown)}",
+            f"the state dict has {scalars.numel() - known} scalars that this version of fastnlcg does not know, and leaves "
+            "them out",
             UserWarning,
-            stacklevel=2,
+            stacklevel=5,
         )
+    kept = scalars.detach().to("cpu", torch.float64, copy=True)[:known].contiguous()
+    for group in whole:
+        group["scalars"] = kept
+        group["alpha_prev"] = group["alpha_prev"].detach().to("cpu", torch.float64, copy=True)
+
+
+def _is_ours(entry: object) -> bool:
+    return isinstance(entry, Mapping) and "direction" in entry
+
+
+def _from_0_4(whole: list[dict[str, Any]], entries: dict[Any, Any]) -> None:
+    """Brings a file of version 0.4 up to this one's form: its scalars were a mapping, ``step`` the optimizer's when the
+    parameter last moved, and ``beta2_power`` beta2^k for k updates of v."""
+    scalars = whole[0]["scalars"]
+    new = groups.new_scalars()
+    for k, (key, start) in enumerate(_native.SCALARS.items()):
+        value = scalars.get(key, start)
+        if value is None:
+            value = start  # no loss yet
+        if isinstance(value, bool) or not isinstance(value, float | int):
+            raise ValueError(f"param_groups[0]['scalars'][{key!r}] is {value!r}, expected a number")
+        new[k] = float(value)
+    order = [index for group in whole for index in group["params"]]
+    last, known = [], []
+    for place, index in enumerate(order):
+        entry = entries.get(index)
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("step"), Tensor):
+            continue
+        known.append(place)
+        if float(entry["step"]) == float(new[0]):
+            last.append(place)
+        if "beta2_power" in entry:
+            power, beta2 = float(entry["beta2_power"]), float(whole[0]["beta2"])
+            updates = 0 if power >= 1.0 or not beta2 > 0.0 else round(math.log(max(power, 5e-324)) / math.log(beta2))
+            rest = {key: value for key, value in entry.items() if key not in ("beta2_power", "step")}
+            entries[index] = {**rest, "step": torch.tensor(float(updates), dtype=torch.float64, device="cpu")}
+    new[list(_native.SCALARS).index("active_set")] = layout.name_of(last, known)
+    for group in whole:
+        alpha_prev = group["scalars"].get("alpha_prev", 0.0) if isinstance(group.get("scalars"), Mapping) else 0.0
+        group["scalars"] = new
+        group["alpha_prev"] = torch.tensor(float(alpha_prev), dtype=torch.float64, device="cpu")
 
 
 def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> None:
@@ -79,20 +136,20 @@ def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> N
                 )
 
 
-def _check_entry(index: Any, p: Tensor, entry: object, options: Mapping[str, Any], *, finite: bool) -> list[str]:
-    """One parameter's state. Returns the names that this version does not know."""
+def _check_entry(index: Any, p: Tensor, entry: object, group: Mapping[str, Any]) -> None:
     where = f"state of parameter {index}"
-    keys = {*layout.numbers(options), *layout.streams(options)}
+    finite = group["nonfinite"] == "skip"
+    keys = {"step", *Options.of_group(group).streams()}
     if not isinstance(entry, Mapping) or not keys <= set(entry):
         got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
-        whose = "" if isinstance(entry, Mapping) and "direction" in entry else "; is it another optimizer's?"
+        whose = "" if _is_ours(entry) else "; is it another optimizer's?"
         raise ValueError(f"{where} has {got}, expected the keys {sorted(keys)}{whose}")
     for key in sorted(keys):
         value = entry[key]
-        if key in layout.NUMBERS:
-            _check_number(where, key, value)
+        if key == "step":
+            _check_step(where, value)
             continue
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.is_quantized or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{where}: {key!r} is {kind}, expected a floating-point tensor")
         if value.shape != p.shape:
@@ -100,34 +157,36 @@ def _check_entry(index: Any, p: Tensor, entry: object, options: Mapping[str, Any
         here = memory(value)
         as_kept = here if p.dtype == torch.float64 else here.float()
         sound = torch.isfinite(as_kept)
-        if key == "direction":  # infinite is what gradients near float32's largest leave behind (docs/limits.md)
+        if key == "direction":  # infinite is what version 0.4 left behind for gradients near float32's largest
             sound |= torch.isinf(here)
         if finite and not bool(sound.all()):
             raise ValueError(f"{where}: {key!r} has values that are not finite")
         if finite and key in ("hessian_diag", "exp_avg_sq") and here.numel() and bool((here < 0).any()):
             raise ValueError(f"{where}: {key!r} has negative values")
-    return [f"{where}: {key!r}" for key in entry if key not in keys]
 
 
-def _check_number(where: str, key: str, value: object) -> None:
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+def _check_step(where: str, value: object) -> None:
+    number = value
+    if isinstance(value, Tensor):
+        number = value.item() if value.numel() == 1 and not value.is_quantized else None
     real = isinstance(number, float | int) and not isinstance(number, bool)
-    if key == "step" and not (real and 0 <= number <= _native.LARGEST_COUNT and int(number) == number):  # type: ignore
+    if not (real and 0 <= number <= 2**53 and int(number) == number):  # type: ignore[operator, arg-type]
         raise ValueError(f"{where}: 'step' is {value!r}, expected a whole number from 0 to 2**53")
-    if key == "beta2_power" and not (real and 0.0 <= number <= 1.0):  # type: ignore[operator]
-        raise ValueError(f"{where}: 'beta2_power' is {value!r}, expected a number in [0, 1]")
 
 
-def entry_for(p: Tensor, saved: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A parameter's state as it was saved: copies, on the parameter's device, in the state's dtype. torch has cast it
+def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    """Every parameter's own state as it was saved: copies, on the parameter's device, in the state's dtype. torch casts it
     to the parameter's dtype, which would round float32 state to bfloat16."""
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    entry = {}
-    for key in (*layout.numbers(options), *layout.streams(options)):
-        if key in layout.NUMBERS:
-            entry[key] = torch.as_tensor(saved[key]).detach().to("cpu", torch.float64, copy=True).reshape(())
-        else:
-            here = memory(p)
-            shard = shard_like(saved[key], p).detach().to(here.device, dtype, copy=True)
-            entry[key] = as_like(shard, p)
-    return entry
+    indices = [index for group in whole["param_groups"] for index in group["params"]]
+    found = {}
+    for index, p in zip(indices, layout.parameters(optimizer.param_groups), strict=True):
+        if index not in whole["state"]:
+            continue
+        saved = whole["state"][index]
+        here = memory(p)
+        entry: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), dtype=torch.float64, device=here.device)}
+        for key in Options.of_group(whole["param_groups"][0]).streams():
+            shard = shard_like(saved[key], p).detach()
+            entry[key] = as_like(shard.to(here.device, layout.state_dtype(p), copy=True), p)
+        found[p] = entry
+    return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastnlcg import _native, layout
+from fastnlcg import _native, groups
 
 if TYPE_CHECKING:
     from fastnlcg.layout import Layout
@@ -42,18 +42,20 @@ class Diagnostics:
     """CUDA launches of the step's passes: 1 (cooperative), or one for each; 0 on the CPU"""
 
 
-def read(of: Layout) -> Diagnostics:
+def read(of: Layout, param_groups: list[dict[str, Any]], state: Any) -> Diagnostics:
     """Of the last step. Waits for the device; where parameters are spread over ranks, all have to call it."""
-    native, ranks = of.native, of.table.ranks
-    if native is None:
+    gg, dd, gd = of.state_norms(param_groups, state)
+    if of.native is None or of.options is None:
         return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
     of.use_stream()
-    s = native.scalars
-    gg, dd, gd = native.state_norms(_native.num_threads())
-    if "grad_prev" not in layout.streams(of.options):  # the step has kept the sums instead
+    s = groups.named_scalars(param_groups[0])
+    if not of.options.keeps_gradient:  # the step has kept the sums instead
         gg, gd = s["gg"], s["gd"]
-    if ranks is not None and ranks.every_decision:
-        gg, dd, gd = ranks.total([gg, dd, gd], of.device)
+    if of.ranks is not None and of.ranks.every_decision:
+        try:
+            gg, dd, gd = of.ranks.total([gg, dd, gd], s["step"], 0.0)
+        except _native.RanksDisagree:
+            of.explain("diagnostics()", param_groups)
     norms = math.sqrt(gg) * math.sqrt(dd)
     return Diagnostics(
         step=int(s["step"]),
@@ -67,5 +69,5 @@ def read(of: Layout) -> Diagnostics:
         direction_norm=math.sqrt(dd),
         cosine=-gd / norms if norms else math.nan,
         ls_scale=s["ls_scale"],
-        launches=native.launches,
+        launches=of.native.launches,
     )

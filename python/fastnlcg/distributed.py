@@ -1,9 +1,10 @@
 """Parameters spread over ranks: which ranks hold the rest of them, and the sums over all.
 
 The engine is torch.distributed. Between two passes every rank gathers one small row of doubles from every other
-(``all_gather_single``, 80 bytes per rank), and the native side adds the rows up in the order of ranks. So every rank
+(``all_gather_single``, 104 bytes per rank), and the native side adds the rows up in the order of ranks. So every rank
 has the same sums to the bit, whatever algorithm carried them: an all-reduce may add in another order in another group,
-and the replicas of HSDP would drift apart.
+and the replicas of HSDP would drift apart. A row also says which step its rank is about to take, and with which options: where
+ranks differ, all of them raise, and nothing has changed.
 
 =====================  ===========================================  ===================================================
 parameters             ranks whose sums are added                    found by
@@ -20,10 +21,12 @@ plain (DDP)            none: every rank has the whole sum            ``average_l
 from __future__ import annotations
 
 import itertools
+import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -57,20 +60,13 @@ def as_like(shard: Tensor, p: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        _from_offset_0(shard),
+        shard,
         p.device_mesh,  # type: ignore[attr-defined]
         p.placements,  # type: ignore[attr-defined]
         run_check=False,
         shape=p.shape,
         stride=p.stride(),
     )
-
-
-def _from_offset_0(t: Tensor) -> Tensor:
-    """The same memory, from the begin of a storage: torch 2.13 cannot deepcopy a DTensor whose shard has an offset."""
-    begin = t.storage_offset() * t.element_size()
-    storage = t.untyped_storage()[begin : begin + t.numel() * t.element_size()]
-    return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, 0, t.shape, t.stride())
 
 
 def shard_like(value: Tensor, p: Tensor) -> Tensor:
@@ -87,6 +83,24 @@ def shard_like(value: Tensor, p: Tensor) -> Tensor:
     return memory(value)
 
 
+def place_of(p: Tensor, process_group: Any) -> tuple[int, int, int]:
+    """Where this rank's elements are in the whole parameter: element l of the shard is number
+    ``begin + l + l // run * skip`` (run 0: ``begin + l``). Random bits are drawn by that number, so that replicas agree and
+    shards do not. Plain shards do not say where they lie: every rank gets numbers of its own."""
+    if not is_sharded(p):
+        return (0 if process_group is None else dist.get_rank(process_group) << 40), 0, 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    inner = [math.prod(p.shape[k + 1 :]) for k in range(p.dim())]
+    begin = sum(o * i for o, i in zip(offset, inner, strict=True))
+    cut = [k for k in range(1, p.dim()) if local[k] != p.shape[k]]
+    if len(cut) != 1:  # more cuts would need more than one run; their numbers then overlap, which does no harm
+        return begin, 0, 0
+    run = local[cut[0]] * inner[cut[0]]
+    return begin, run, p.shape[cut[0]] * inner[cut[0]] - run
+
+
 @dataclass
 class Ranks:
     """Those that take a step together."""
@@ -100,27 +114,97 @@ class Ranks:
     uncounted: frozenset[int]
     """parameters, by index, that another rank counts: copies"""
 
+    mine: Tensor = field(default_factory=lambda: torch.empty(0))
+    rows: Tensor = field(default_factory=lambda: torch.empty(0))
+
     def connect(self, native: _native.Step, elements: int, device: torch.device) -> None:
-        """Lets the native side exchange rows with the other ranks. ``elements``: of its state, that are counted."""
+        """Lets the native side exchange rows with the other ranks. ``elements``: of its index, that are counted."""
         k = _native.row_doubles
-        mine = torch.zeros(k, dtype=torch.float64, device=device)
-        all_rows = torch.zeros(len(self.counted) * k, dtype=torch.float64, device=device)
+        self.mine = torch.zeros(k, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(len(self.counted) * k, dtype=torch.float64, device=device)
         counted = torch.tensor(self.counted, dtype=torch.float64, device=device)
-        group = self.group
+        rows = _native.Buffer(self.mine), _native.Buffer(self.rows), _native.Buffer(counted)
+        native.set_exchange(*rows, elements, self.every_decision, self.gather)
 
-        def gather() -> None:
-            getattr(dist, _GATHER)(all_rows, mine, group=group)
+    def gather(self) -> None:
+        """Everybody's ``mine`` into everybody's ``rows``."""
+        getattr(dist, _GATHER)(self.rows, self.mine, group=self.group)
 
-        rows = _native.Buffer(mine), _native.Buffer(all_rows), _native.Buffer(counted)
-        native.set_exchange(*rows, elements, self.every_decision, gather)
+    def total(self, values: Sequence[float], step: float, digest: float) -> list[float]:
+        """Sums over the counted ranks. Every rank has to call it; RanksDisagree where others do something else."""
+        k = _native.row_signature
+        signature = (step, _native.diagnostics_moment, digest)
+        self.mine.copy_(torch.tensor([*values, *[0.0] * (k - len(values)), *signature], dtype=torch.float64))
+        self.gather()
+        rows = self.rows.view(len(self.counted), -1).tolist()
+        if any(row[k:] != rows[0][k:] for row in rows):
+            raise _native.RanksDisagree
+        mine = [row[: len(values)] for row, counts in zip(rows, self.counted, strict=True) if counts]
+        return [sum(column) for column in zip(*mine, strict=True)]
 
-    def total(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """Sums over the counted ranks. Every rank has to call it."""
-        mine = torch.tensor(values, dtype=torch.float64, device=device)
-        rows = torch.empty(len(self.counted) * len(values), dtype=torch.float64, device=device)
-        getattr(dist, _GATHER)(rows, mine, group=self.group)
-        by_rank = [row for row, counts in zip(rows.view(-1, len(values)).tolist(), self.counted, strict=True) if counts]
-        return [sum(column) for column in zip(*by_rank, strict=True)]
+    def explain(
+        self, moment: str, step: float, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+    ) -> NoReturn:
+        """Raises the same RuntimeError on all ranks, which says what differs. Every rank has to call it."""
+        per_group = [
+            {key: math.nan if isinstance(group[key], Tensor) and group[key].is_cuda else float(group[key])
+             for key in ("lr", "weight_decay", "maximize")}
+            for group in groups
+        ]  # fmt: skip
+        mine = {"is in": moment, "step number": int(step), "number of groups": len(groups)}
+        mine |= {f"option {key}": repr(value) for key, value in options.items()}
+        mine |= {f"{key} of group {k}": value for k, group in enumerate(per_group) for key, value in group.items()}
+        everybody: list[dict[str, Any]] = [{} for _ in self.counted]
+        dist.all_gather_object(everybody, mine, group=self.group)
+        ranks = dist.get_process_group_ranks(self.group)
+        for key in everybody[0]:
+            for rank, theirs in zip(ranks, everybody, strict=True):
+                if theirs.get(key) != everybody[0][key]:
+                    raise RuntimeError(
+                        "the ranks are not about to take the same step, and nothing has changed: "
+                        f"{key} {theirs.get(key)} on rank {rank}, {everybody[0][key]} on rank {ranks[0]}"
+                    )
+        raise RuntimeError("the ranks are not about to take the same step, and nothing has changed")
+
+    def who_disagreed(self) -> str:
+        """For ranks on GPUs, which find out later: from the last rows that were gathered."""
+        k = _native.row_signature
+        rows = [row[k:] for row in self.rows.view(len(self.counted), -1).tolist()]
+        ranks = dist.get_process_group_ranks(self.group)
+        odd = [rank for rank, row in zip(ranks, rows, strict=True) if row != rows[0]]
+        steps = ", ".join(f"rank {rank} at step {int(row[0])}" for rank, row in zip(ranks, rows, strict=True))
+        return f"ranks {odd} differ from rank {ranks[0]} in the step number, the options, or a group's lr, weight_decay or maximize ({steps})"
+
+
+def shapes_of(group: Mapping[str, Any]) -> list[Any]:
+    """Of its parameters; None for one that is not materialized yet."""
+    lazy = torch.nn.parameter.UninitializedTensorMixin
+    return [None if isinstance(p, lazy) else p.shape for p in group["params"]]
+
+
+def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[list[Any]]) -> None:
+    """RuntimeError where somebody has put one flat tensor in the place of each group's parameters and steps one group at a
+    time, or this rank's share only, as DeepSpeed's ZeRO does: the sums would miss the rest. ``shapes``: of the groups as
+    they were added."""
+    lone = [group["params"][0] for group in groups if len(group["params"]) == 1]
+    if len(lone) != len(groups) or any(p.dim() != 1 for p in lone):
+        return
+    if any(len(group) == 1 and (group[0] is None or len(group[0]) == 1) for group in shapes):
+        return  # they may have been flat from the beginning
+    if len(groups) < len(shapes) or world_size() > 1:
+        raise RuntimeError(
+            f"{len(groups)} of {len(shapes)} parameter groups, and one flat tensor in the place of each group's parameters: "
+            "DeepSpeed's ZeRO does this, and steps one group, or one rank's share, at a time. This optimizer's sums run over "
+            "all groups and ranks: give process_group= (with one group), or use FSDP2"
+        )
+
+
+def check_group(group: Any) -> None:
+    """TypeError or ValueError unless ``group`` is a process group that this rank is in."""
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed process group that this rank is in, got {group!r}")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"process_group {dist.get_process_group_ranks(group)} lacks this rank, {dist.get_rank()}")
 
 
 def find_ranks(
@@ -149,10 +233,12 @@ def find_ranks(
     return _find_in_mesh(params, dtensors, line_search)
 
 
-def device_of(ranks: Ranks | None) -> torch.device:
-    """Where a rank without any parameter exchanges its rows."""
+def device_of(ranks: Ranks | None, params: Sequence[Tensor], default: torch.device) -> torch.device:
+    """Where a rank without any state exchanges its rows."""
+    if params and not isinstance(params[0], torch.nn.parameter.UninitializedTensorMixin):
+        return memory(params[0]).device
     on_gpu = ranks is not None and dist.get_backend(ranks.group) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else default
 
 
 def world_size() -> int:
@@ -160,7 +246,24 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+_MADE: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
+
+
+def _group_of(ranks: tuple[int, ...]) -> Any:
+    """A process group of these, made once for each default group."""
+    made = _MADE.setdefault(dist.group.WORLD, {})
+    if ranks not in made:
+        made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return made[ranks]
+
+
 def _find_in_mesh(params: Sequence[Tensor], dtensors: dict[int, Tensor], line_search: bool) -> Ranks | None:
+    for i, p in dtensors.items():
+        if p.device_mesh.get_coordinate() is None:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"parameter {i} lies on ranks {p.device_mesh.mesh.flatten().tolist()}, "  # type: ignore[attr-defined]
+                f"which this rank, {dist.get_rank()}, is not one of: it cannot step it"
+            )
     mesh: Any = max((p.device_mesh for p in dtensors.values()), key=lambda mesh: mesh.ndim)  # type: ignore[attr-defined]
     dimension_of = {_along(mesh, k): k for k in range(mesh.ndim)}
     sharded_along = {i: _sharded_dimensions(i, p, dimension_of) for i, p in dtensors.items()}
@@ -180,7 +283,7 @@ def _find_in_mesh(params: Sequence[Tensor], dtensors: dict[int, Tensor], line_se
     elif len(place) == world_size():
         group = dist.group.WORLD
     else:
-        group = dist.new_group(sorted(place), use_local_synchronization=True)
+        group = _group_of(tuple(sorted(place)))
     others = [k for k in gathered if k not in summed]
     counted = [all(place[rank][k] == here[k] for k in others) for rank in dist.get_process_group_ranks(group)]
     uncounted = frozenset(

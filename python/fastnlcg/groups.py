@@ -1,132 +1,100 @@
-"""What a parameter group holds: options, their checks, and the scalars of the method that a checkpoint needs.
+"""What a parameter group holds: options, their checks, and the numbers of the method that survive a step.
 
-Options in ``SHARED`` hold for the whole optimizer, because its sums run over all groups; every group carries them, so
-that checkpoints do. ``lr``, ``weight_decay`` and ``maximize`` may differ. The scalars lie in one entry of a group,
-``"scalars"``: those of the method in the first group's, ``alpha_prev`` in every group's. Between two steps the native
-side holds them; :meth:`NLCG.state_dict` brings the entry up to date.
+Those numbers are tensors, like the state: ``"scalars"``, float64, one tensor that all groups share (its order is
+:data:`fastnlcg._native.SCALARS`), and ``"alpha_prev"``, one number a group. They lie on the parameters' device, the step
+writes them there, and nobody keeps a copy: whoever shares or saves ``param_groups`` and ``state`` has all there is.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastnlcg import _native
-from fastnlcg.line_search import OnlineLineSearch
+from fastnlcg.options import SHARED, Options, check_real
 from fastnlcg.parameters import DTYPES
 
-SHARED = (
-    "update",
-    "preconditioner",
-    "line_search",
-    "eps",
-    "curvature_eps",
-    "beta2",
-    "beta_max",
-    "restart",
-    "nonfinite",
-    "stochastic_rounding",
-    "capturable",
-)
-# What groups of older versions lack, and what they mean.
-SINCE = {
-    "beta2": 0.999,
-    "beta_max": None,
-    "stochastic_rounding": False,
-    "foreach": None,
-    "fused": None,
-    "differentiable": False,
-}
-FORMAT = 2  # of the scalars; 1: versions up to 0.3, which had them among the options
-SCALARS = {
-    "format": FORMAT,
-    "step": 0.0,
-    "skipped_steps": 0.0,
-    "rz": 0.0,
-    "grad_max": 0.0,
-    "gg": 0.0,
-    "gd": 0.0,
-    "ls_scale": 1.0,
-    "loss_prev": None,
-}
-"""Of the first group, before the first step."""
-OF_GROUP = {"alpha_prev": 0.0}
-_FORMAT_1 = ("rz", "gs", "shs", "grad_max", "gg", "gd", "ls_scale", "loss_prev", "skipped_steps", "alpha_prev")
+COUNTS = ("step", "skipped_steps", "disagreements")
+"""Scalars that are whole numbers."""
+NUMBERS = ("scalars", "alpha_prev")
+"""Of a group: tensors of float64."""
 
 
-def scalars_of(k: int) -> dict[str, Any]:
-    """The scalars of group ``k`` before the first step."""
-    return {**SCALARS, **OF_GROUP} if k == 0 else dict(OF_GROUP)
+def new_scalars() -> Tensor:
+    """Those before the first step."""
+    return torch.tensor(list(_native.SCALARS.values()), dtype=torch.float64, device="cpu")
+
+
+def named_scalars(group: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars by name. Waits for their device."""
+    return dict(zip(_native.SCALARS, group["scalars"].tolist(), strict=True))
 
 
 def complete(groups: Sequence[MutableMapping[str, Any]], defaults: Mapping[str, Any]) -> None:
-    """Brings groups of an older version up to this one's, in place."""
-    for k, group in enumerate(groups):
-        for key, value in {**defaults, **SINCE}.items():
+    """Gives groups what they lack, in place: options of a later version, and the numbers of the method, which all groups
+    share with the first."""
+    for group in groups:
+        for key, value in defaults.items():
             group.setdefault(key, value)
-        if "scalars" not in group and any(key in group for key in _FORMAT_1):
-            old = {key: group.pop(key) for key in _FORMAT_1 if key in group}
-            group["scalars"] = {key: old[key] for key in scalars_of(k) if key in old}
-            if k == 0:
-                group["scalars"] = {"format": 1, "step": 0.0, "gg": 0.0, "gd": 0.0, **group["scalars"]}
-        group.setdefault("scalars", scalars_of(k))
+        group.setdefault("scalars", groups[0].get("scalars"))
+        if group["scalars"] is None:
+            group["scalars"] = new_scalars()
+        if group.get("alpha_prev") is None:
+            group["alpha_prev"] = torch.zeros((), dtype=torch.float64, device="cpu")
 
 
-def size_of(group: Mapping[str, Any]) -> tuple[int, int]:
-    """Of its parameters: how many tensors, how many elements."""
-    return len(group["params"]), sum(p.numel() for p in group["params"])
+def place_numbers(groups: Sequence[MutableMapping[str, Any]], device: torch.device) -> None:
+    """Puts the numbers of the method on the device of the parameters, each in memory of its own but the scalars, which
+    all groups share."""
+    if not groups:
+        return
+    scalars = _placed(groups[0]["scalars"], device)
+    for group in groups:
+        group["scalars"] = scalars
+        group["alpha_prev"] = _placed(group["alpha_prev"], device)
 
 
-def check_whole(groups: Sequence[Mapping[str, Any]], sizes: Sequence[tuple[int, int]], process_group: object) -> None:
-    """RuntimeError where the groups are not all there, or hold other parameters than were added: DeepSpeed's ZeRO puts
-    this rank's share in the place of a group's parameters, and steps one group at a time."""
-    if len(groups) != len(sizes):
-        raise RuntimeError(
-            f"{len(groups)} parameter groups, expected {len(sizes)}: this optimizer's sums run over all groups, so it "
-            "cannot be stepped one group at a time, as DeepSpeed's ZeRO does (use add_param_group to add one)"
-        )
-    if "deepspeed" in sys.modules and process_group is None and list(map(size_of, groups)) != list(sizes):
-        raise RuntimeError(
-            "the groups hold other parameters than were added: DeepSpeed's ZeRO has put this rank's share in their "
-            "place, and the sums would miss the rest; give process_group= (with one group), or use FSDP2"
-        )
+def _placed(number: Tensor, device: torch.device) -> Tensor:
+    fits = number.dtype == torch.float64 and number.device == device and number.is_contiguous()
+    return number if fits else number.detach().to(device, torch.float64, copy=True).contiguous()
 
 
-def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The shared options of a group, as the native side and the reference take them."""
-    options = {key: group[key] for key in SHARED}
-    line_search = options["line_search"]
-    options["line_search"] = None if line_search is None else OnlineLineSearch(*line_search)
-    options["maximize"] = group["maximize"]
-    return options
-
-
-def check(group: Mapping[str, Any]) -> None:
-    """Checks one group by itself. TypeError or ValueError for the first option that is wrong."""
+def check(group: MutableMapping[str, Any]) -> None:
+    """Checks one group by itself. TypeError or ValueError for the first entry that is wrong. Plain numbers take the place
+    of NumPy's, which ``torch.load(weights_only=True)`` would not take."""
+    plain_numbers(group)
     check_lr(group["lr"], capturable=group["capturable"] is True)
-    _native.check_real("weight_decay", group["weight_decay"], minimum=0.0)
+    check_real("weight_decay", group["weight_decay"], minimum=0.0)
+    for name in ("capturable", "differentiable"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be a bool, got {group[name]!r}")
     for name in ("foreach", "fused"):
         if not isinstance(group[name], bool | None):
             raise TypeError(f"{name} must be None or a bool, got {group[name]!r}")
-    if group["foreach"] and group["fused"]:
+    if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's words
     if group["differentiable"]:
         raise ValueError("differentiable=True is not supported: the step is native and not recorded by autograd")
-    line_search = group["line_search"]
-    if line_search is not None and not (isinstance(line_search, tuple | list) and len(line_search) == 4):
-        raise TypeError(f"line_search must be None or OnlineLineSearch(...).as_tuple() in a group, got {line_search!r}")
-    _native.check_options(options_of(group))
+    group.update(Options.of_group(group).for_group())
 
 
-def check_together(groups: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError where a shared option differs between groups."""
+def plain_numbers(group: MutableMapping[str, Any]) -> None:
+    """lr and weight_decay as floats, where they are NumPy's numbers."""
+    for name in ("lr", "weight_decay"):
+        value = group[name]
+        if type(value) not in (float, int) and not isinstance(value, Tensor):
+            group[name] = check_real(name, value, minimum=0.0)
+
+
+def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
+    """ValueError where a shared option of group ``begin`` or a later one differs from the first group's."""
     first = groups[0]
-    for k, group in enumerate(groups[1:], start=1):
-        for key in SHARED:
+    for k, group in enumerate(groups[begin:], start=begin):
+        for key in (*SHARED, "capturable"):
             if group[key] != first[key]:
                 raise ValueError(
                     f"{key} is {group[key]!r} in parameter group {k} and {first[key]!r} in group 0: only lr, "
@@ -149,32 +117,30 @@ def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
                 raise TypeError(f"lr must be a real number, got a tensor of {lr.dtype}")
             return lr
         lr = lr.item()
-    return _native.check_real("lr", lr, minimum=0.0)
+    return check_real("lr", lr, minimum=0.0)
 
 
-def check_scalars(k: int, group: Mapping[str, Any], *, finite: bool = True) -> list[str]:
-    """Checks the scalars of a group that was saved, and returns the names that this version does not know. ValueError
-    for what is missing or damaged; ``finite``: NaN and Inf are damage."""
-    where, scalars = f"param_groups[{k}]", group["scalars"]
-    if not isinstance(scalars, Mapping):
-        raise ValueError(f"{where}['scalars'] is {type(scalars).__name__}, expected a mapping")
-    for key in scalars_of(k):
-        if key in ("format", "step") and key not in scalars:
-            continue  # of an older version
-        if key not in scalars:
-            raise ValueError(f"{where}['scalars'] lacks the key {key!r}")
-        value = scalars[key]
-        if value is None and key == "loss_prev":
-            continue
-        number = isinstance(value, float | int) and not isinstance(value, bool)
-        if isinstance(value, int) and number and abs(value) > sys.float_info.max:
-            number = False
-        if not number or (not math.isfinite(value) and (finite or key in ("format", "step", "skipped_steps"))):
-            raise ValueError(f"{where}['scalars'][{key!r}] is {value!r}, expected a finite number")
+def check_numbers(k: int, group: Mapping[str, Any], *, finite: bool = True) -> None:
+    """Checks the numbers of a group that was saved. ValueError for what is missing or damaged; ``finite``: NaN and Inf are
+    damage."""
+    for key in NUMBERS:
+        where, value = f"param_groups[{k}][{key!r}]", group.get(key)
+        if not isinstance(value, Tensor) or value.is_quantized or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else "missing" if key not in group else type(value).__name__
+            raise ValueError(f"{where} is {got}, expected a floating-point tensor")
+        if key == "scalars" and (value.dim() != 1 or value.numel() < len(_native.SCALARS)):
+            raise ValueError(f"{where} has shape {tuple(value.shape)}, expected ({len(_native.SCALARS)},)")
+        if key == "alpha_prev" and value.dim():
+            raise ValueError(f"{where} has shape {tuple(value.shape)}, expected ()")
+    if finite and not math.isfinite(group["alpha_prev"].item()):
+        raise ValueError(f"param_groups[{k}]['alpha_prev'] is {group['alpha_prev'].item()!r}, expected a finite number")
+    for key, value in zip(_native.SCALARS, group["scalars"].tolist(), strict=False):
+        where = f"param_groups[{k}]['scalars'], {key!r},"
+        if key == "loss_prev" and not math.isnan(value):
+            continue  # infinite: none yet
+        if not math.isfinite(value) and (finite or key in COUNTS):
+            raise ValueError(f"{where} is {value!r}, expected a finite number")
         if key == "ls_scale" and not 0.0 < value <= 1.0:
-            raise ValueError(f"{where}['scalars']['ls_scale'] is {value!r}, expected 0 < ls_scale <= 1")
-        if key in ("step", "skipped_steps", "format") and not (
-            0 <= value <= _native.LARGEST_COUNT and int(value) == value
-        ):
-            raise ValueError(f"{where}['scalars'][{key!r}] is {value!r}, expected a whole number from 0 to 2**53")
-    return [f"{where}['scalars'][{key!r}]" for key in scalars if key not in scalars_of(k)]
+            raise ValueError(f"{where} is {value!r}, expected 0 < ls_scale <= 1")
+        if key in COUNTS and not (0 <= value <= 2**53 and int(value) == value):
+            raise ValueError(f"{where} is {value!r}, expected a whole number from 0 to 2**53")

@@ -1,13 +1,14 @@
-"""Where parameters, gradients and state lie in memory, and what of that the native step is told.
+"""Which tensors a step works on, checked and laid out: parameters, gradients, and the state that lies beside each
+parameter.
 
-The state is flat: one buffer a stream, in which every parameter that ever had a gradient has its place.
-``optimizer.state`` holds views of it. A :class:`Table` is one step's list of addresses. It is kept while parameters and
-gradients are what they were when they were checked; :meth:`Table.refresh` compares every property that was checked,
-never an address alone.
+State is what it is for torch's own optimizers: a tensor of its own for each parameter and stream, in ``optimizer.state``.
+Nothing is kept but the objects; the native side reads their addresses at every step, so tensors may be moved, shared,
+off-loaded or replaced between two steps, and what they hold then is what counts. Where anything but an address differs
+from the table, the native side says so, and the table is made anew.
 
-A DTensor stands for its shard. A parameter with gaps in memory (a slice of a larger tensor) is stepped in a copy, and
-copied back. A parameter of which another rank has everything takes part with one element that is always zero, so that
-all ranks count the same steps of it.
+A parameter's place in the flat index, over which sums run, is a multiple of 16 elements. A DTensor stands for its shard. A
+parameter with gaps in memory (a slice of a larger tensor) is stepped in a copy, and copied back. A parameter of which
+another rank has everything takes part with one element that is always zero, so that all ranks count the same steps of it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import MutableMapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastnlcg import _native, distributed, groups
 from fastnlcg.distributed import as_like, is_sharded, memory
+from fastnlcg.options import Options
 from fastnlcg.parameters import (
     DTYPES,
     check_mixture,
@@ -32,14 +33,15 @@ from fastnlcg.parameters import (
     copy_in_order,
     dense_strides,
     is_dense,
+    missing_bytes,
     usable_gradient,
 )
 
-# torch >= 2.10 hands out tensors to native code in tens of nanoseconds; before, Table.refresh compares in Python.
-EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+EXCHANGE: Any = Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]  # torch >= 2.10
+_HUGE = 1 << 22  # bytes of state from which huge pages are asked for
 
 Groups = list[dict[str, Any]]
-State = MutableMapping[Tensor, Any]
+State = MutableMapping[Any, Any]
 
 
 def parameters(param_groups: Groups) -> list[Tensor]:
@@ -47,135 +49,191 @@ def parameters(param_groups: Groups) -> list[Tensor]:
     return [p for group in param_groups for p in group["params"]]
 
 
-def streams(options: Mapping[str, Any]) -> dict[str, float]:
-    """The tensors of a parameter's state under these options, and what they hold before the first step."""
-    preconditioner = _native.PRECONDITIONERS[options["preconditioner"]]
-    found = {"direction": 0.0}
-    if preconditioner.keeps_gradient or _native.needs_rz_mid(options):
-        found["grad_prev"] = 0.0
-    if preconditioner.diagonal is not None:
-        found[preconditioner.diagonal] = preconditioner.start
-    return found
+def state_dtype(p: Tensor) -> torch.dtype:
+    """Of the state beside ``p``."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-NUMBERS = {"step": 0.0, "beta2_power": 1.0}
-"""Of a parameter's state: float64 whatever the dtype of its streams, and what they are before the first step."""
+class Layout:
+    """The table of one optimizer's last step, and the native side over it."""
 
+    def __init__(self, process_group: Any, average_loss: bool | None) -> None:
+        self.process_group, self.average_loss = process_group, average_loss
+        self.options: Options | None = None
+        self.native: _native.Step | None = None
+        self.ranks: distributed.Ranks | None = None
+        self.device = torch.device("cpu")
+        self.params: list[Tensor] = []
+        """every parameter of every group"""
+        self.groups: Groups = []
+        self._group_params: list[list[Tensor]] = []
+        self.moving: list[int] = []
+        """those with a gradient and at least one element: one segment each, in the order of the flat index"""
+        self.set = 0.0
+        """names the set of ``moving``"""
+        self.plain = True
+        """whether all of ``moving``, and their gradients, are plain tensors that are used in place"""
+        self.current = False
+        """whether the table is that of a step, and may be used again"""
+        self._at: Any = None
+        self._moving: list[Tensor] = []
+        self._stepped: list[tuple[Tensor, Tensor]] = []
+        self._held: list[Any] = []
+        self._entries: list[dict[str, Tensor]] = []
+        self._workspace: Tensor | None = None
+        self._ranks_known = self._sums_known = False
+        self._dtype = torch.float32
+        self._amp: list[Tensor | None] = []
 
-def numbers(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The numbers of a parameter's state under these options."""
-    counts = _native.PRECONDITIONERS[options["preconditioner"]].counts_updates
-    return ("step", "beta2_power") if counts else ("step",)
+    def set_options(self, options: Options) -> None:
+        """Options that may have changed since the last step. ValueError where the state would have to be another."""
+        old = self.options
+        if old is not None and self.native is not None:
+            if options.preconditioner != old.preconditioner:
+                raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
+            if options.streams() != old.streams():
+                raise ValueError(
+                    "update cannot change to one that needs other state (grad_prev) once there is some; make a new "
+                    "optimizer"
+                )
+            self.native.set_options(options.native())
+            if (options.line_search is None) != (old.line_search is None):
+                self.current, self._ranks_known = False, False  # other ranks may have a say in the loss
+        self.options = options
 
+    # ---- the step ------------------------------------------------------------------------------------------------
 
-# ---- one step's table ------------------------------------------------------------------------------------------------
+    def step(
+        self,
+        param_groups: Groups,
+        state: State,
+        lr: list[float | Tensor],
+        weight_decay: list[float],
+        maximize: list[bool],
+        loss: float | Tensor,
+        *,
+        capturable: bool,
+        amp: tuple[float | Tensor | None, float | Tensor | None],
+    ) -> bool:
+        """Takes one. False where it was skipped, or there was nothing to do."""
+        for attempt in range(2):
+            if attempt or not self._fits(param_groups):
+                self._rebuild(param_groups, state)
+            native, ranks = self.native, self.ranks
+            if native is None or not (self.moving or ranks is not None):
+                return True
+            on_gpu = _native.on_gpu(self.device)
+            if capturable and not on_gpu:
+                raise RuntimeError("capturable=True needs CUDA parameters; these are on the CPU")
+            if on_gpu and ranks is not None and not _native.capturing():
+                self._raise_disagreement()
+            at = self._tensors(param_groups, state)
+            # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
+            torch.autograd.graph.increment_version(self._moving)
+            try:
+                if on_gpu:
+                    moved = self._on_gpu(native, at, lr, weight_decay, maximize, loss, capturable, amp)
+                else:
+                    rates, threads = [float(rate) for rate in lr], _native.num_threads()
+                    moved = native.step(at, rates, weight_decay, maximize, self.set, float(loss), threads)
+            except _native.RanksDisagree:
+                self.explain("step()", param_groups)
+            if moved is None:
+                continue
+            if moved and self._stepped:
+                with torch.no_grad():
+                    for p, stepped in self._stepped:
+                        p.copy_(stepped)
+            self._stepped = []
+            return moved
+        raise RuntimeError("a parameter, a gradient or a tensor of the state was changed while the step began")
 
-
-@dataclass
-class Table:
-    """What one step hands to the native side, kept while parameters and gradients stay what they are."""
-
-    native: _native.Step | None = None
-    ranks: distributed.Ranks | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    params: list[Tensor] = field(default_factory=list)
-    """every parameter of every group"""
-    layout: list[Tensor] = field(default_factory=list)
-    """those with state, in the order of the flat state"""
-    state: list[object] = field(default_factory=list)
-    """what optimizer.state held when it was laid out: the views of every parameter, one after another"""
-    groups: int = 0
-    """len(optimizer.param_groups) then"""
-    moving: list[Tensor] = field(default_factory=list)
-    """those with a gradient and at least one element: one segment each, in the order of the flat state"""
-    resting: list[Tensor] = field(default_factory=list)
-    """those without a gradient"""
-    set: float = 0.0
-    """names the set of ``moving``"""
-    stepped: list[Tensor] = field(default_factory=list)
-    """what the native side moves, of ``moving``: the memory of each, or a copy without gaps"""
-    gradients: list[Tensor] = field(default_factory=list)
-    """what it reads, copies among them: alive until the step is over"""
-    amp: list[Tensor | None] = field(default_factory=list)
-    """what the last step was told by AMP: alive until it has run"""
-    plain: bool = True
-    """whether all of ``moving`` are plain tensors that are stepped in place"""
-    signatures: list[tuple[object, ...]] = field(default_factory=list)
-    """of ``stepped``; for refresh() where not all are plain, or without the exchange API"""
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether there is anything to do, here or on the other ranks."""
-        return self.native is not None and (bool(self.moving) or self.ranks is not None)
-
-    def holds(self, state: State) -> bool:
-        """Whether optimizer.state is what was laid out, and nobody has put another tensor there, or taken one away."""
-        found = _entries(state)
-        return len(found) == len(self.state) and all(map(is_, found, self.state))
-
-    def refresh(self) -> bool:
-        """Follows the parameters to new gradients, the usual case between two steps. False where anything but an
-        address differs from the checked table."""
-        if self.native is None:
+    def _fits(self, param_groups: Groups) -> bool:
+        """Whether the parameters and numbers are the ones of the table. Tensors are the native side's to look at."""
+        if not self.current or not _native.same_objects(param_groups, self.groups):
             return False
-        if self.plain and EXCHANGE is not None:
-            return self.native.refresh(EXCHANGE, self.moving, self.resting, Tensor)
-        if any(p.grad is not None for p in self.resting):
-            return False
-        stepped, gradients = [], []
-        try:
-            for p, old, signature in zip(self.moving, self.stepped, self.signatures, strict=True):
-                grad = p.grad
-                if grad is None or is_sharded(grad) != is_sharded(p):
-                    return False
-                here, g = memory(p), memory(grad)
-                if here.numel() == 0:
-                    here = g = old
-                if type(g) is not Tensor and g is not old:
-                    return False
-                if _signature(here) != signature or _signature(g) != signature:
-                    return False
-                stepped.append(here)
-                gradients.append(g)
-        except RuntimeError:  # a sparse gradient has no strides
-            return False
-        self.stepped, self.gradients = stepped, gradients
-        self._point()
+        scalars = param_groups[0].get("scalars")
+        for group, params in zip(param_groups, self._group_params, strict=True):
+            if group.get("scalars") is not scalars or not _native.same_objects(group["params"], params):
+                return False
         return True
 
-    def _point(self) -> None:
-        assert self.native is not None
-        self.native.point([p.data_ptr() for p in self.stepped], [g.data_ptr() for g in self.gradients])
+    def _tensors(self, param_groups: Groups, state: State) -> Any:
+        """What the native side reads addresses of."""
+        numbers = [group["alpha_prev"] for group in param_groups]
+        if self.plain:
+            scalars = param_groups[0]["scalars"]
+            if self._at is None or self._at[1] is not scalars or not all(map(is_, self._at[2], numbers)):
+                at = _native.Tensors(
+                    self._moving, None, self._entries, self._resting(), state, self._held,
+                    scalars, numbers,
+                )  # fmt: skip
+                self._at = at, scalars, numbers
+            return self._at[0]
+        self._at = None
+        if any(self.params[i].grad is None for i in self.moving):
+            return _native.Tensors([], None, [], [], None, [], None, [])  # does not fit
+        tensors = self._prepared()
+        return _native.Tensors(*tensors, self._resting(), state, self._held, param_groups[0]["scalars"], numbers)
 
-    def step_on_cpu(
-        self, lr: list[float | Tensor], weight_decay: list[float], maximize: list[bool], loss: float | Tensor
-    ) -> bool:
-        """Takes the step. False where it was skipped."""
-        assert self.native is not None
-        rates = [float(rate) for rate in lr]
-        return self.native.step(rates, weight_decay, maximize, self.set, float(loss), _native.num_threads())
+    def _resting(self) -> list[Tensor]:
+        moving = set(self.moving)
+        return [p for i, p in enumerate(self.params) if i not in moving and p.grad is None]
 
-    def step_on_gpu(
+    def _prepared(self) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
+        """This rank's memory of parameters, gradients and state, with copies where memory has gaps."""
+        params, gradients = [], []
+        self._stepped, direct = [], True
+        for i in self.moving:
+            p = self.params[i]
+            here = memory(p)
+            assert p.grad is not None
+            g = usable_gradient(i, p, p.grad)
+            if here.numel() == 0:
+                here = g = torch.zeros(1, dtype=here.dtype, device=here.device)
+            elif not _in_place(here):
+                stepped = copy_in_order(here, dense_strides(here))
+                self._stepped.append((here, stepped))
+                here = stepped
+            params.append(here)
+            gradients.append(g)
+            direct = direct and here is p and g is p.grad
+        self.plain = direct  # from the next step on
+        return params, gradients, self._local_entries()
+
+    def _local_entries(self) -> list[dict[str, Tensor]]:
+        """This rank's memory of the state; one element for a shard that has none."""
+        assert self.options is not None
+        found = []
+        for entry in self._entries:
+            local = {key: memory(value) for key, value in entry.items() if isinstance(value, Tensor)}
+            if "direction" in local and local["direction"].numel() == 0:
+                for key, start in self.options.streams().items():
+                    local[key] = torch.full((1,), start, dtype=local[key].dtype, device=local[key].device)
+            found.append(local)
+        return found
+
+    def _on_gpu(
         self,
+        native: _native.Step,
+        at: Any,
         lr: list[float | Tensor],
         weight_decay: list[float],
         maximize: list[bool],
         loss: float | Tensor,
         capturable: bool,
-        grad_scale: float | Tensor | None,
-        found_inf: float | Tensor | None,
-    ) -> bool:
+        amp: tuple[float | Tensor | None, float | Tensor | None],
+    ) -> bool | None:
         """Enqueues the step on torch's current stream. Numbers that lie on the device are read there."""
-        native, device = self.native, self.device
-        assert native is not None
         for name, x in (("loss", loss), *(("lr", rate) for rate in lr)):
-            if isinstance(x, Tensor) and x.device != device:
-                raise RuntimeError(f"{name} is on {x.device}, the parameters on {device}")
+            if isinstance(x, Tensor) and x.device != self.device:
+                raise RuntimeError(f"{name} is on {x.device}, the parameters on {self.device}")
         if not capturable and _native.capturing():
             raise RuntimeError("a step can be captured into a CUDA graph only with capturable=True")
-        native.stream = _native.current_stream(str(device))
-        self.amp = [_float32_on(device, x) for x in (grad_scale, found_inf)]
+        native.stream = _native.current_stream(str(self.device))
+        self._amp = [_float32_on(self.device, x) for x in amp]  # alive until the step has run
         return native.step(
+            at,
             [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
             weight_decay,
             maximize,
@@ -184,26 +242,232 @@ class Table:
             1,
             lr_on_device=[_number(rate) for rate in lr],
             loss_on_device=_number(loss),
-            grad_scale=_number(self.amp[0]),
-            found_inf=_number(self.amp[1]),
+            grad_scale=_number(self._amp[0]),
+            found_inf=_number(self._amp[1]),
         )
 
-    def announce(self) -> None:
-        """Tells autograd of the native writes to come."""
-        _increment_version(self.moving)
+    # ---- ranks that disagree ---------------------------------------------------------------------------------------
 
-    def bring_back(self) -> None:
-        """After a step that was taken: what was stepped in a copy."""
-        if not self.plain:
-            with torch.no_grad():
-                for p, stepped in zip(self.moving, self.stepped, strict=True):
-                    here = memory(p)
-                    if here.numel() and here.data_ptr() != stepped.data_ptr():
-                        here.copy_(stepped)
+    def explain(self, moment: str, param_groups: Groups) -> None:
+        """Raises on every rank what differs between them."""
+        assert self.ranks is not None and self.options is not None
+        step = groups.named_scalars(param_groups[0])["step"]
+        self.ranks.explain(moment, step, vars(self.options), param_groups)
+
+    def _raise_disagreement(self) -> None:
+        """On a GPU only the device knows at once: the steps since then have changed nothing."""
+        assert self.ranks is not None
+        if self._told.item() > self._known:
+            self._known = self._told.item()
+            raise RuntimeError(f"a step before has changed nothing: {self.ranks.who_disagreed()}")
+
+    _known = 0.0
+    _told = torch.zeros((), dtype=torch.float64, device="cpu")
+
+    def watch(self) -> None:
+        """After a step over ranks on a GPU: lets the host hear of a disagreement without waiting."""
+        if self.ranks is None or not _native.on_gpu(self.device) or _native.capturing():
+            return
+        told = self.groups[0]["scalars"][list(_native.SCALARS).index("disagreements")]
+        if self._told is Layout._told:
+            self._told = torch.zeros((), dtype=torch.float64, device="cpu", pin_memory=told.is_cuda)
+        self._told.copy_(told, non_blocking=True)
+
+    # ---- the table -------------------------------------------------------------------------------------------------
+
+    def _rebuild(self, param_groups: Groups, state: State, *, to_look: bool = False) -> None:
+        """Checks every parameter and gradient, makes the state that is missing, and a new table. ``to_look``: over all
+        parameters with state, not for a step."""
+        assert self.options is not None
+        params = parameters(param_groups)
+        grads = [None if to_look else p.grad for p in params]
+        stateful = [i for i, p in enumerate(params) if grads[i] is not None or "direction" in (state.get(p) or ())]
+        for i in stateful:
+            check_parameter(i, params[i])
+        check_mixture(stateful, params)
+        usable = {
+            i: usable_gradient(i, p, g)
+            for i, (p, g) in enumerate(zip(params, grads, strict=True))
+            if g is not None and p.numel()
+        }
+        ranks = self.ranks
+        if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            search = self.options.line_search is not None
+            ranks = distributed.find_ranks(params, self.process_group, self.average_loss, search)
+        uncounted = frozenset() if ranks is None else ranks.uncounted
+        stateful.sort(key=lambda i: i in uncounted)  # stable: the order of the groups, copies last
+        groups.complete(param_groups, {})
+        if not stateful and ranks is None and self.native is None:
+            return  # no parameter has ever had a gradient: nothing to do
+
+        first = memory(params[stateful[0]]) if stateful else None
+        device = first.device if first is not None else distributed.device_of(ranks, params, self.device)
+        entries = {i: self._entry(i, params[i], state.get(params[i]) or {}) for i in stateful}
+        moving = [i for i in stateful if (params[i].numel() if to_look else i in usable)]
+        if _native.on_gpu(device) and _native.capturing() and any(new for new in entries.values()):
+            raise RuntimeError(
+                "state cannot be made while a CUDA graph is captured: take a step with these parameters first"
+            )
+
+        # Everything has been checked: from here on state and groups are written.
+        groups.place_numbers(param_groups, device)
+        self._rename_set(params, stateful, state, param_groups[0]["scalars"])
+        for i, new in entries.items():
+            if new or params[i] not in state:
+                state.setdefault(params[i], {}).update(new)
+        same_ranks = ranks is self.ranks
+        offsets, counted, n = _places(params, stateful, uncounted)
+        self._make_native(first, device, n, len(stateful), len(param_groups))
+        assert self.native is not None
+        offset_of = dict(zip(stateful, offsets, strict=True))
+        group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
+        rows = []
+        for i in moving:
+            here = memory(params[i])
+            shape, strides = ((1,), (1,)) if here.numel() == 0 else (here.shape, dense_strides(here))
+            place = (
+                distributed.place_of(params[i], self.process_group) if self.options.stochastic_rounding else (0, 0, 0)
+            )
+            rows.append((offset_of[i], group_of[i], i, DTYPES[here.dtype], shape, strides, place))
+        keys = ["grad_prev" if self.options.keeps_gradient else "", "direction", self.options.kind.diagonal or ""]
+        workspace = None if self._workspace is None else _native.Buffer(self._workspace)
+        self.native.lay_out(n, rows, len(param_groups), keys, EXCHANGE, Tensor, workspace)
+        if ranks is not None:
+            ranks.connect(self.native, counted, device)
+        self.ranks, self.device, self.params, self.groups = ranks, device, params, list(param_groups)
+        self._group_params = [list(group["params"]) for group in param_groups]
+        self._ranks_known = True
+        self.moving, self.set = moving, name_of(moving, _with_elements(params, stateful))
+        self._moving = [params[i] for i in moving]
+        self.plain = not to_look and all(memory(params[i]) is params[i] and _in_place(params[i]) for i in moving)
+        self.plain = self.plain and all(usable[i] is grads[i] for i in moving)
+        self.current = not to_look and bool(moving or ranks is not None)  # without any, the next gradient is looked for
+        self._at = None
+        self._entries = [state[params[i]] for i in moving]
+        self._held = [x for p, entry in state.items() if not isinstance(p, str) for x in (p, entry)]
+        self._sums_known = self._sums_known and same_ranks
+        kept = param_groups[0]["scalars"][list(_native.SCALARS).index("active_set")]
+        if self.options.kind.sums_last_move and not (self._sums_known or to_look) and kept.item() == self.set:
+            # A file has one rank's share of these sums, and may come from other ranks.
+            self._sums_known = True
+            self.native.stream = _native.current_stream(str(device)) if _native.on_gpu(device) else 0
+            numbers = [group["alpha_prev"] for group in param_groups]
+            self.native.last_move(self.look_at(param_groups[0]["scalars"], numbers), _native.num_threads())
+
+    def _make_native(self, first: Tensor | None, device: torch.device, n: int, segments: int, n_groups: int) -> None:
+        """The native side for such a state, and its workspace on a GPU."""
+        assert self.options is not None
+        dtype = torch.float32 if first is None else state_dtype(first)
+        on_gpu = _native.on_gpu(device)
+        if self.native is None or self.device != device or self._dtype != dtype:
+            if on_gpu:
+                stream = _native.current_stream(str(device))
+                self.native = _native.Step(DTYPES[dtype], f"cuda:{device.index or 0}", stream)
+            else:
+                self.native = _native.Step(DTYPES[dtype])
+            self._workspace = None
+        self._dtype = dtype
+        self.native.set_options(self.options.native())
+        if on_gpu:
+            doubles = _native.workspace_doubles(n, segments, n_groups)
+            if self._workspace is None or self._workspace.numel() < doubles:
+                if _native.capturing():
+                    raise RuntimeError(
+                        "the workspace cannot grow while a CUDA graph is captured: take a step with these parameters first"
+                    )
+                self._workspace = torch.zeros(doubles, dtype=torch.float64, device=device)
+
+    def _entry(self, i: int, p: Tensor, held: MutableMapping[str, Any]) -> dict[str, Tensor]:
+        """What is missing in a parameter's state, or has to be another tensor: made, or converted."""
+        assert self.options is not None
+        here = memory(p)
+        strides, dtype = dense_strides(here), state_dtype(p)
+        new: dict[str, Tensor] = {}
+        for key, start in self.options.streams().items():
+            value = held.get(key)
+            if value is None:
+                room = torch.empty_strided(here.shape, strides, dtype=dtype, device=here.device)
+                if room.numel() * room.element_size() >= _HUGE and room.device.type == "cpu":
+                    _native.Buffer(room.as_strided((room.numel(),), (1,))).advise_huge_pages()
+                new[key] = as_like(room.fill_(start), p)
+                continue
+            local = memory(value) if isinstance(value, Tensor) else None
+            if local is None or value.shape != p.shape or local.shape != here.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise RuntimeError(
+                    f"parameter {i} has shape {tuple(p.shape)}, its state {key!r} {got}: it was resized; add the new "
+                    "parameter to a new optimizer"
+                )
+            if missing := missing_bytes(local):
+                raise RuntimeError(f"state {key!r} of parameter {i} has {missing} bytes less of storage than it takes")
+            fits = (
+                type(local) is Tensor
+                and is_sharded(value) == is_sharded(p)
+                and local.dtype == dtype
+                and local.device == here.device
+                and not local.is_neg()
+                and _same_strides(local, strides)
+            )
+            if not fits:
+                room = torch.empty_strided(here.shape, strides, dtype=dtype, device=here.device)
+                new[key] = as_like(room.copy_(local.detach()), p)
+        step = held.get("step")
+        plain = isinstance(step, Tensor) and not step.dim() and not step.is_neg()
+        if not (plain and step.dtype == torch.float64 and step.device == here.device):
+            number = 0.0 if step is None else float(step)
+            new["step"] = torch.full((), number, dtype=torch.float64, device=here.device)
+        return new
+
+    def _rename_set(self, params: list[Tensor], stateful: list[int], state: State, scalars: Tensor) -> None:
+        """The name of the last step's set, which goes by the order of the parameters and by which of them have state, in
+        the new order. A set that is no longer whole is forgotten."""
+        everything = _with_elements(params, stateful)
+        place = {id(params[i]): i for i in stateful if "direction" in (state.get(params[i]) or ())}
+        if self.native is None:  # loaded, or copied: if it was all of them, it is now all that had state
+            set_, last = 1.0, [i if id(params[i]) in place else None for i in everything]
+            last = [i for i in last if i is not None]
+        else:
+            set_, last = self.set, [place.get(id(self.params[i])) for i in self.moving]
+        name = -1.0 if None in last else name_of([i for i in last if i is not None], everything)
+        if name != set_:
+            # on a GPU only the device knows whether the last step was skipped, and the set is an older one
+            at = list(_native.SCALARS).index("active_set")
+            known = scalars[at] == set_
+            scalars[at].copy_(torch.where(known, name, scalars[at] if self.native is None else -1.0))
+
+    # ---- to look at it ---------------------------------------------------------------------------------------------
+
+    def look_at(self, scalars: Tensor, alpha_prev: list[Tensor]) -> Any:
+        """What the native side reads of the state alone."""
+        return _native.Tensors([], None, self._local_entries(), [], None, [], scalars, alpha_prev)
+
+    def state_norms(self, param_groups: Groups, state: State) -> tuple[float, float, float]:
+        """|g_prev|^2, |d|^2, g_prev . d over the parameters of the last step; after a load, over all."""
+        for attempt in range(2):
+            if attempt or self.native is None:
+                self._rebuild(param_groups, state, to_look=True)
+            if self.native is None:
+                break
+            self.use_stream()
+            numbers = [group["alpha_prev"] for group in self.groups]
+            norms = self.native.state_norms(self.look_at(param_groups[0]["scalars"], numbers), _native.num_threads())
+            if norms is not None:
+                return norms
+        return 0.0, 0.0, 0.0
+
+    def use_stream(self) -> None:
+        """On a GPU: what torch's current stream does next follows the last step."""
+        if self.native is not None and _native.on_gpu(self.device):
+            self.native.stream = _native.current_stream(str(self.device))
+            self.native.join_stream()
 
 
-def _entries(state: State) -> list[object]:
-    return [value for entry in state.values() if isinstance(entry, dict) for value in entry.values()]
+def _in_place(p: Tensor) -> bool:
+    return is_dense(p) and not p.is_neg()
+
+
+def _same_strides(t: Tensor, strides: Sequence[int]) -> bool:
+    return all(a == b for a, b, size in zip(t.stride(), strides, t.shape, strict=True) if size != 1)
 
 
 def _float32_on(device: torch.device, x: float | Tensor | None) -> Tensor | None:
@@ -219,295 +483,26 @@ def _number(x: float | Tensor | None) -> tuple[int, str] | None:
     return (x.data_ptr(), DTYPES[x.dtype]) if isinstance(x, Tensor) else None
 
 
-def _signature(t: Tensor) -> tuple[object, ...]:
-    return t.dtype, t.device, t.shape, t.stride(), t.is_neg()
-
-
-def _increment_version(params: list[Tensor]) -> None:
-    try:
-        torch.autograd.graph.increment_version(params)
-    except TypeError:  # torch < 2.5 takes one tensor
-        for p in params:
-            torch.autograd.graph.increment_version(p)
-
-
-# ---- the flat state --------------------------------------------------------------------------------------------------
-
-
-class Layout:
-    """The flat state of one optimizer, and the table of its last step."""
-
-    def __init__(self) -> None:
-        self.table = Table()
-        self.options: dict[str, Any] = {}
-        self.device = torch.device("cpu")
-
-    @property
-    def native(self) -> _native.Step | None:
-        return self.table.native
-
-    def set_options(self, options: dict[str, Any]) -> None:
-        """Checked options, which may have changed since the last step. ValueError where the state would have to be
-        another."""
-        if self.native is not None:
-            if options["preconditioner"] != self.options["preconditioner"]:
-                raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
-            if streams(options) != streams(self.options):
-                raise ValueError(
-                    "update and restart cannot change to ones that need other state (grad_prev) once there is "
-                    "some; make a new optimizer"
-                )
-            self.native.set_options(**_native.native_options(options))
-            if (options["line_search"] is None) != (self.options["line_search"] is None):
-                self.table.params = []  # other ranks may have a say in the loss: look for them again
-        self.options = options
-
-    def gather(
-        self, param_groups: Groups, state: State, process_group: Any = None, average_loss: bool | None = None
-    ) -> Table:
-        """The table of this step: addresses of the parameters that have gradients, and whether their set changed."""
-        table = self.table
-        params = parameters(param_groups)
-        if (
-            len(param_groups) != table.groups
-            or len(params) != len(table.params)
-            or not all(map(is_, params, table.params))
-            or not table.holds(state)
-            or not table.refresh()
-        ):
-            self._rebuild(params, param_groups, state, process_group, average_loss)
-        return self.table
-
-    def _rebuild(
-        self, params: list[Tensor], param_groups: Groups, state: State, process_group: Any, average_loss: bool | None
-    ) -> None:
-        """Checks every parameter and gradient, lays out the state where it has to grow, makes a new table."""
-        old = self.table
-        grads = [p.grad for p in params]
-        stateful = [i for i, p in enumerate(params) if grads[i] is not None or state.get(p)]
-        relocated = False  # in memory, or to another order there
-        for i in stateful:
-            check_parameter(i, params[i])
-            held = state.get(params[i], {}).get("direction")
-            if held is not None and held.shape != params[i].shape:
-                raise RuntimeError(
-                    f"parameter {i} has shape {tuple(params[i].shape)}, its state {tuple(held.shape)}: it was resized; "
-                    "add the new parameter to a new optimizer"
-                )
-            relocated |= held is not None and (
-                memory(held).stride() != dense_strides(memory(params[i]))
-                or held.device != params[i].device
-                or (held.dtype == torch.float64) != (params[i].dtype == torch.float64)
-            )
-        check_mixture(stateful, params)
-        with_gradient = {
-            i: usable_gradient(i, p, g)
-            for i, (p, g) in enumerate(zip(params, grads, strict=True))
-            if g is not None and p.numel()
-        }
-        ranks = old.ranks
-        if len(params) != len(old.params) or not all(map(is_, params, old.params)):
-            line_search = self.options["line_search"] is not None
-            ranks = distributed.find_ranks(params, process_group, average_loss, line_search)
-        uncounted = frozenset() if ranks is None else ranks.uncounted
-        stateful.sort(key=lambda i: i in uncounted)  # stable: the order of the groups, copies last
-
-        layout = [params[i] for i in stateful]
-        if not layout and ranks is None:  # no parameter has ever had a gradient: nothing to do
-            self.table = Table(params=params, groups=len(param_groups))
-            return
-        native = old.native
-        if (
-            native is None
-            or relocated
-            or ranks is not old.ranks
-            or len(param_groups) != old.groups
-            or not old.holds(state)
-            or len(layout) != len(old.layout)
-            or not all(map(is_, layout, old.layout))
-        ):
-            native = self._flatten(params, stateful, param_groups, state, ranks)
-        moving = [i for i in stateful if i in with_gradient]
-        stepped, gradients = [], []
-        for i in moving:
-            here, g = memory(params[i]), with_gradient[i]
-            if here.numel() == 0:
-                here = g = torch.zeros(1, dtype=here.dtype, device=here.device)
-            elif not is_dense(here):
-                here = copy_in_order(here, dense_strides(here))
-            stepped.append(here)
-            gradients.append(g)
-        self._set_segments(native, params, stateful, moving, param_groups, uncounted)
-        self.table = Table(
-            native=native,
-            ranks=ranks,
-            device=self.device,
-            params=params,
-            layout=layout,
-            state=old.state if native is old.native else self.table.state,
-            groups=len(param_groups),
-            moving=[params[i] for i in moving],
-            resting=[p for p, g in zip(params, grads, strict=True) if g is None],
-            set=_name_of(moving),
-            stepped=stepped,
-            gradients=gradients,
-            plain=all(here is params[i] for i, here in zip(moving, stepped, strict=True)),
-            signatures=[_signature(here) for here in stepped],
-        )
-        self.table._point()
-
-    def _set_segments(
-        self,
-        native: _native.Step,
-        params: list[Tensor],
-        stateful: list[int],
-        moving: list[int],
-        param_groups: Groups,
-        uncounted: frozenset[int],
-    ) -> None:
-        """Tells the native side where in the flat state the parameters at ``moving`` lie."""
-        offsets, _, _ = _places(params, stateful, uncounted)
-        places = {i: (slot, offset) for slot, (i, offset) in enumerate(zip(stateful, offsets, strict=True))}
-        group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
-        rows = []
-        for i in moving:
-            here, (slot, offset) = memory(params[i]), places[i]
-            shape, strides = ((1,), (1,)) if here.numel() == 0 else (here.shape, dense_strides(here))
-            rows.append((offset, group_of[i], slot, DTYPES[here.dtype], shape, strides))
-        native.set_segments(rows)
-
-    def _flatten(
-        self,
-        params: list[Tensor],
-        stateful: list[int],
-        param_groups: Groups,
-        state: State,
-        ranks: distributed.Ranks | None,
-    ) -> _native.Step:
-        """Allocates flat state for the parameters at ``stateful``, takes over what ``state`` holds, makes ``state``
-        views of it, and returns the native side over it."""
-        options = self.options
-        layout = [params[i] for i in stateful]
-        first = memory((layout or params)[0]) if params else None
-        device = first.device if first is not None else distributed.device_of(ranks)
-        self.device = device
-        if _native.on_gpu(device) and _native.capturing():
-            raise RuntimeError(
-                "the state cannot be laid out while a CUDA graph is captured: take a step with these parameters first"
-            )
-        self.save_scalars(param_groups)
-        dtype = torch.float64 if first is not None and first.dtype == torch.float64 else torch.float32
-        uncounted = frozenset() if ranks is None else ranks.uncounted
-        offsets, counted, n = _places(params, stateful, uncounted)
-        preconditioner = _native.PRECONDITIONERS[options["preconditioner"]]
-        flat, buffers = {}, {}
-        for key, fill in streams(options).items():
-            flat[key] = torch.empty(n, dtype=dtype, device=device)
-            buffers[key] = _native.Buffer(flat[key])
-            if not _native.on_gpu(device):
-                buffers[key].advise_huge_pages()
-            flat[key].fill_(fill)
-        of_param = {
-            key: torch.full((len(layout),), NUMBERS[key], dtype=torch.float64, device=device)
-            for key in numbers(options)
-        }
-        placed: dict[str, Any] = {}
-        if _native.on_gpu(device):
-            doubles = _native.workspace_doubles(n, len(layout), len(param_groups))
-            workspace = torch.zeros(doubles, dtype=torch.float64, device=device)
-            placed = {"device": f"cuda:{device.index or 0}", "workspace": _native.Buffer(workspace)}
-            placed["stream"] = _native.current_stream(str(device))
-        native = _native.Step(
-            DTYPES[dtype],
-            n,
-            buffers.get("grad_prev"),
-            buffers["direction"],
-            buffers.get(preconditioner.diagonal or ""),
-            _native.Buffer(of_param["step"]),
-            _native.Buffer(of_param["beta2_power"]) if "beta2_power" in of_param else None,
-            len(param_groups),
-            **placed,
-        )
-        native.set_options(**_native.native_options(options))
-        if ranks is not None:
-            ranks.connect(native, counted, device)
-        fresh: list[tuple[Tensor, dict[str, Tensor]]] = []
-        for slot, (p, offset) in enumerate(zip(layout, offsets, strict=True)):
-            here = memory(p)
-            views = {key: values[slot] for key, values in of_param.items()}
-            for key, whole in flat.items():
-                place = whole[offset : offset + here.numel()].as_strided(here.shape, dense_strides(here), offset)
-                views[key] = as_like(place, p)
-            for key, value in state.get(p, {}).items():
-                if key in views:
-                    memory(views[key]).copy_(memory(value))
-            fresh.append((p, views))
-        scalars = dict(param_groups[0]["scalars"])
-        if any(state.get(p) for p in layout) or (ranks is not None and scalars["step"]):
-            if scalars["loss_prev"] is None:
-                scalars["loss_prev"] = math.nan
-            counts = of_param["step"].tolist()
-            step = max([scalars["step"], *counts])  # files of format 1 have only the parameters'
-            # The set of the last step: what did not move in it has an older count, what is new here has none.
-            last = [i for i, count in zip(stateful, counts, strict=True) if params[i].numel() and count == step]
-            native.scalars = {**scalars, "step": step, "set": _name_of(last)}
-            native.alpha_prev = [float(group["scalars"]["alpha_prev"]) for group in param_groups]
-            self._set_segments(native, params, stateful, last, param_groups, uncounted)
-            if options["preconditioner"] == "bfgs":
-                native.last_move(_native.num_threads())
-        for p, views in fresh:
-            state[p] = views
-        held = _entries(state)
-        self.table = Table(native=native, ranks=ranks, layout=layout, state=held, groups=len(param_groups))
-        return native
-
-    def restore(self, param_groups: Groups, state: State, process_group: Any, average_loss: bool | None) -> None:
-        """After a load: lays out the state, so that it can be looked at before the next step."""
-        params = parameters(param_groups)
-        self.options = groups.options_of(param_groups[0])
-        ranks = distributed.find_ranks(params, process_group, average_loss, self.options["line_search"] is not None)
-        uncounted = frozenset() if ranks is None else ranks.uncounted
-        stateful = sorted((i for i, p in enumerate(params) if state.get(p)), key=lambda i: i in uncounted)
-        self._flatten(params, stateful, param_groups, state, ranks)
-
-    # ---- scalars ----------------------------------------------------------------------------------------------------
-
-    def save_scalars(self, param_groups: Groups) -> None:
-        """Brings the scalars in the groups up to date, in place: who wraps the optimizer may hold the same dict
-        (ZeroRedundancyOptimizer does)."""
-        native = self.native
-        if native is None:
-            return
-        self.use_stream()
-        scalars = native.scalars
-        param_groups[0]["scalars"].update(
-            (key, None if key == "loss_prev" and math.isnan(scalars[key]) else scalars.get(key, value))
-            for key, value in groups.SCALARS.items()
-        )
-        for group, alpha_prev in zip(param_groups, native.alpha_prev, strict=False):
-            group["scalars"]["alpha_prev"] = alpha_prev
-
-    def use_stream(self) -> None:
-        """On a GPU: what the native side does next follows what torch's current stream holds."""
-        native, layout = self.native, self.table.layout
-        if native is not None and layout and _native.on_gpu(layout[0].device):
-            native.stream = _native.current_stream(str(layout[0].device))
-
-
-def _name_of(active: Sequence[int]) -> float:
-    """A number for this set of parameters. The native side compares it with that of the last step that was not skipped,
-    which on a GPU only the device knows; so it is a hash, and nothing has to be remembered: 53 bits, exact in a double.
-    """
-    digest = hashlib.blake2b(repr(tuple(active)).encode(), digest_size=8).digest()
+def name_of(active: Sequence[int], everything: Sequence[int]) -> float:
+    """A number for this set of parameters, of those with state. The native side compares it with that of the last step
+    that was not skipped, which on a GPU only the device knows; so it is a hash, and nothing has to be remembered: 53
+    bits, exact in a double. All of them, the usual case, have one name on all ranks, whoever has which parameters."""
+    if sorted(active) == sorted(everything):
+        return 1.0
+    digest = hashlib.blake2b(repr(tuple(sorted(active))).encode(), digest_size=8).digest()
     return float(int.from_bytes(digest, "little") >> 11)
 
 
+def _with_elements(params: Sequence[Tensor], stateful: Sequence[int]) -> list[int]:
+    return [i for i in stateful if params[i].numel()]
+
+
 def _places(params: Sequence[Tensor], stateful: Sequence[int], uncounted: frozenset[int]) -> tuple[list[int], int, int]:
-    """Where in the flat state each parameter begins; how much of it this rank adds to sums; its length. On a GPU at
-    multiples of four elements, so that 16-byte loads of the state and of parameters go together."""
+    """Where in the flat index each parameter begins, at multiples of a block; how much of it this rank adds to sums; its
+    length."""
     if not stateful:
         return [], 0, 0
-    unit = 4 if _native.on_gpu(params[stateful[0]].device) else 1
+    unit = _native.block_elements
     sizes = [-(-max(memory(params[i]).numel(), is_sharded(params[i])) // unit) * unit for i in stateful]
     counted = sum(size for i, size in zip(stateful, sizes, strict=True) if i not in uncounted)
     copies = sum(sizes) - counted

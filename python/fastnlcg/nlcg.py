@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
-from fastnlcg import _native, checkpoint, diagnostics, distributed, groups, layout
+from fastnlcg import checkpoint, diagnostics, distributed, groups, layout
 from fastnlcg.diagnostics import Diagnostics
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.losses import Losses, check_loss, warn_of_skip
-from fastnlcg.parameters import check_kind
+from fastnlcg.options import SHARED, Options, check_real
+from fastnlcg.parameters import DTYPES
 
 __all__ = ["NLCG", "Diagnostics"]
+
+
+_LOOKED_AT = (*SHARED, "capturable")
 
 
 class NLCG(torch.optim.Optimizer):
@@ -50,9 +54,10 @@ class NLCG(torch.optim.Optimizer):
     None        grad_prev, direction         28            L2                 1 (the paper)
     =========== ============================ ============= ================== ==================
 
-    ``"adam"`` keeps grad_prev too where Polak-Ribiere or Powell restarts need it. State is float32 (float64 for float64
-    parameters); bytes are those of float32 parameters. It is allocated when a parameter first has a gradient.
-    ``state[p]["step"]`` is the optimizer's step count when ``p`` last moved.
+    ``"adam"`` keeps grad_prev too where Polak-Ribiere needs it. State is float32 (float64 for float64 parameters); bytes
+    are those of float32 parameters. It is allocated when a parameter first has a gradient, as tensors of its own, which
+    may be moved, shared, off-loaded or replaced between steps: what ``state[p]`` holds is what the next step takes.
+    ``state[p]["step"]`` counts the steps that moved ``p``.
 
     Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0, and the BFGS h
     stays. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
@@ -67,8 +72,9 @@ class NLCG(torch.optim.Optimizer):
 
     Parameters may be spread over ranks: as DTensors (FSDP2, HSDP, tensor parallel), or as plain shards with
     ``process_group`` (FSDP1, ZeroRedundancyOptimizer). All sums then run over all ranks, in one
-    exchange of 80 bytes per rank and step (two with ``"bfgs"``), and every rank takes the same decisions: all ranks
-    must call :meth:`step`, and :meth:`diagnostics`, which sums too. Under DDP gradients are equal on all ranks and
+    exchange of 104 bytes per rank and step (two with ``"bfgs"``), and every rank takes the same decisions: all ranks
+    must call :meth:`step`, and :meth:`diagnostics`, which sums too. Ranks that are about to take different steps (a
+    checkpoint loaded on one of them, another lr) all raise, and change nothing. Under DDP gradients are equal on all ranks and
     nothing is exchanged.
 
     One thread steps at a time; another raises a RuntimeError. Exceptions, a failed exchange and skipped steps leave
@@ -96,16 +102,15 @@ class NLCG(torch.optim.Optimizer):
         curvature_eps: the curvature condition of ``"bfgs"``, >= 0.
         beta2: the decay of ``"adam"``'s v, in [0, 1).
         beta_max: upper bound of beta, in [0, 1]; None: the preconditioner's default.
-        restart: when to forget the direction, beta = 0. None: never (the paper); ``"descent"``: where d would not
-            descend, ``-rz + beta * sum(g d) >= 0``; ``"powell"``: where ``|rz_mid| >= 0.2 * rz``; N: every N steps.
-        nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; ``"propagate"``: as
-            torch's own optimizers.
+        nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; nor does one whose
+            gradient is finite, but too large for the float32 state (with ``"adam"`` |g| above 1.8e19). ``"propagate"``:
+            as torch's own optimizers.
         maximize: maximize the objective; the line search's comparison is reversed too.
         stochastic_rounding: for bfloat16 parameters: round up with the probability of what is cut off, so that updates
-            below a parameter's resolution are kept on average instead of lost. The random bits depend only on the step
-            and the element's position, so replicas and resumed runs agree.
+            below a parameter's resolution are kept on average instead of lost. The random bits depend on the step, the
+            parameter's index and the element's place in the whole parameter, so replicas and resumed runs agree.
         average_loss: average the line search's loss over all ranks, which data-parallel training needs: replicas whose
-            line searches see different losses drift apart. One exchange of 80 bytes per rank and step. If parameters
+            line searches see different losses drift apart. One exchange of 104 bytes per rank and step. If parameters
             are spread over ranks it is always done, at no extra cost. None: only then, with a warning otherwise.
         process_group: the ranks over which plain parameters are spread.
         capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a
@@ -130,7 +135,7 @@ class NLCG(torch.optim.Optimizer):
 
     Source: Adya et al., arXiv:1812.02886, Algorithms 1 and 2. The absolute value in h and the defaults of the two eps
     are those of the authors' TensorFlow code; ``"adam"`` (its diagonal: Kingma & Ba, arXiv:1412.6980), ``beta_max``,
-    ``heavy_ball``, ``restart`` and ``nonfinite`` are additions.
+    ``heavy_ball`` and ``nonfinite`` are additions.
     """
 
     _stepping = False
@@ -150,7 +155,6 @@ class NLCG(torch.optim.Optimizer):
         curvature_eps: float = 1e-8,
         beta2: float = 0.999,
         beta_max: float | None = None,
-        restart: Literal["descent", "powell"] | int | None = None,
         nonfinite: Literal["skip", "propagate"] = "skip",
         maximize: bool = False,
         stochastic_rounding: bool = False,
@@ -161,24 +165,26 @@ class NLCG(torch.optim.Optimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        if not isinstance(line_search, OnlineLineSearch | None):
-            raise TypeError(f"line_search must be None or an OnlineLineSearch(), got {line_search!r}")
         if not isinstance(average_loss, bool | None):
             raise TypeError(f"average_loss must be None or a bool, got {average_loss!r}")
+        if process_group is not None:
+            distributed.check_group(process_group)
+        options = Options(
+            update=update,
+            preconditioner=preconditioner,
+            line_search=line_search,
+            eps=eps,
+            curvature_eps=curvature_eps,
+            beta2=beta2,
+            beta_max=beta_max,
+            nonfinite=nonfinite,
+            stochastic_rounding=stochastic_rounding,
+            maximize=maximize,
+        )
         defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
-            "update": update,
-            "preconditioner": preconditioner,
-            "line_search": None if line_search is None else line_search.as_tuple(),
-            "eps": eps,
-            "curvature_eps": curvature_eps,
-            "beta2": beta2,
-            "beta_max": beta_max,
-            "restart": restart,
-            "nonfinite": nonfinite,
-            "maximize": maximize,
-            "stochastic_rounding": stochastic_rounding,
+            **options.for_group(),
             "capturable": capturable,
             "foreach": foreach,
             "fused": fused,
@@ -187,7 +193,8 @@ class NLCG(torch.optim.Optimizer):
         groups.check(defaults)
         self.average_loss = average_loss
         self._process_group = process_group
-        self._sizes: list[tuple[int, int]] = []
+        self._shapes: list[list[Any]] = []
+        self._n_params = 0
         self._reset_caches()
         super().__init__(params, defaults)
         self._step_supports_amp_scaling = capturable
@@ -201,31 +208,44 @@ class NLCG(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             groups.check(group)
-            first = sum(len(other["params"]) for other in self.param_groups[:-1])
-            for index, p in enumerate(group["params"], start=first):
-                check_kind(index, p)
-            groups.check_together(self.param_groups)
+            for index, p in enumerate(group["params"], start=self._n_params):
+                if p.requires_grad and p.dtype not in DTYPES:
+                    raise TypeError(
+                        f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}, unless it "
+                        "is frozen"
+                    )
+            groups.check_together(self.param_groups, len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             raise
-        group.setdefault("scalars", groups.scalars_of(len(self.param_groups) - 1))
-        self._sizes.append(groups.size_of(group))
+        group.setdefault("scalars", self.param_groups[0].get("scalars"))
+        groups.complete(self.param_groups[-1:], {})
+        self._n_params += len(group["params"])
+        self._shapes.append(distributed.shapes_of(group))
 
-    def _check_groups(self) -> tuple[dict[str, Any], list[float | Tensor], list[float], list[bool]]:
+    def _check_groups(self) -> tuple[Options, list[float | Tensor], list[float], list[bool]]:
         """The shared options; lr, weight_decay and maximize per group. All checked, where they have changed."""
         found = self.param_groups
-        groups.check_whole(found, self._sizes, self._process_group)
-        lr = [groups.check_lr(group["lr"], capturable=group["capturable"]) for group in found]
-        weight_decay = [_native.check_real("weight_decay", group["weight_decay"], minimum=0.0) for group in found]
+        if not found:
+            raise RuntimeError("no parameter groups are left to step")
+        if self._shapes and self._process_group is None:
+            distributed.check_whole(found, self._shapes)
+        lr: list[float | Tensor] = []
+        for group in found:
+            groups.plain_numbers(group)
+            lr.append(groups.check_lr(group["lr"], capturable=group["capturable"]))
+        weight_decay = [check_real("weight_decay", group["weight_decay"], minimum=0.0) for group in found]
         maximize = [group["maximize"] for group in found]
-        current = [*maximize, *(group[key] for group in found for key in groups.SHARED)]
+        current = [*maximize, *(group[key] for group in found for key in _LOOKED_AT)]
         if current != self._checked:
             for group in found:
                 groups.check(group)
             groups.check_together(found)
-            self._layout.set_options(groups.options_of(found[0]))
+            self._layout.set_options(Options.of_group(found[0]))
             self._checked = current
-        return self._layout.options, lr, weight_decay, maximize
+        options = self._layout.options
+        assert options is not None
+        return options, lr, weight_decay, maximize
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -261,32 +281,31 @@ class NLCG(torch.optim.Optimizer):
                 value = closure()
         if self._stepping:
             raise RuntimeError("this optimizer is stepping in another thread")
-        with self._lock:  # diagnostics may hold it for a moment
+        with self._lock:  # diagnostics and loads may hold it for a moment
             self._stepping = True
             try:
                 options, lr, weight_decay, maximize = self._check_groups()
                 loss_seen: float | Tensor = math.nan
-                if options["line_search"] is not None:
+                if options.line_search is not None:
                     given = loss if closure is None else value
                     loss_seen = self._losses.take(given, one_of_many=self._one_of_many())
-                table = self._layout.gather(self.param_groups, self.state, self._process_group, self.average_loss)
-                if table.takes_part:
-                    # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
-                    table.announce()
-                    if _native.on_gpu(self._layout.device):
-                        # what GradScaler sets, where _step_supports_amp_scaling
-                        amp = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-                        moved = table.step_on_gpu(lr, weight_decay, maximize, loss_seen, options["capturable"], **amp)
-                    elif options["capturable"]:
-                        raise RuntimeError("capturable=True needs CUDA parameters; these are on the CPU")
-                    else:
-                        moved = table.step_on_cpu(lr, weight_decay, maximize, loss_seen)
-                    if moved:
-                        table.bring_back()
-                    elif not self._skipped:
-                        self._skipped = True
-                        warn_of_skip()
-                table.gradients = []
+                here = self._layout
+                moved = here.step(
+                    self.param_groups,
+                    self.state,
+                    lr,
+                    weight_decay,
+                    maximize,
+                    loss_seen,
+                    capturable=self.param_groups[0]["capturable"],
+                    # what GradScaler sets, where _step_supports_amp_scaling
+                    amp=(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)),
+                )
+                if here.ranks is not None:
+                    here.watch()
+                if not moved and not self._skipped:
+                    self._skipped = True
+                    warn_of_skip()
                 self._losses.next = None
             except BaseException:
                 # GradScaler sets these for one call and removes them after it, unless the call raises; and it
@@ -320,52 +339,56 @@ class NLCG(torch.optim.Optimizer):
             if self._stepping:  # the lock is this thread's: a signal handler, or a hook of the exchange
                 raise RuntimeError("diagnostics() inside a step of the same thread")
             here = self._layout
-            if here.native is None and any(isinstance(p, Tensor) and entry for p, entry in self.state.items()):
-                here.restore(self.param_groups, self.state, self._process_group, self.average_loss)  # after a load
-            return diagnostics.read(here)
+            if here.options is None:
+                here.set_options(Options.of_group(self.param_groups[0]))
+            return diagnostics.read(here, self.param_groups, self.state)
 
     def __repr__(self) -> str:
         lines: list[str] = super().__repr__().splitlines()
-        return "\n".join(line for line in lines if not line.startswith("    scalars: "))
+        return "\n".join(line for line in lines if not line.startswith(("    scalars: ", "    alpha_prev: ")))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: tensors are references, everything else plain numbers, so ``torch.load(weights_only=True)`` takes
-        it back. Resuming from it is bit-exact. The scalars of the method are one entry of each group, ``"scalars"``."""
-        self._layout.save_scalars(self.param_groups)
+        it back. Resuming from it is bit-exact. What the method knows beside the state is in every group: ``"scalars"``, one
+        tensor for all, and ``"alpha_prev"``. On a GPU it follows the last step on torch's current stream."""
+        for group in self.param_groups:
+            groups.plain_numbers(group)
+        self._layout.use_stream()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict, as torch's optimizers do: copies, and converts to the state's dtype and to the placements
-        of DTensor parameters. Files of older versions are taken; where both sides have ``param_names``, their order is
-        checked. Warns of what a later version has added, and goes on without it.
+        of DTensor parameters. Where both sides have ``param_names``, their order is checked. Entries of others in a
+        parameter's state are kept.
 
         Raises:
             ValueError: for anything but a state dict of this optimizer over such parameters, naming key and parameter;
                 the optimizer is unchanged then.
         """
-        saved: dict[str, Any] = {}
+        entries: dict[Tensor, dict[str, Any]] = {}
 
-        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            checkpoint.check(self, given)
-            saved.update(given)
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            whole = checkpoint.checked(self, given)
+            entries.update(checkpoint.entries_for(self, whole))
+            return whole
 
-        # The last of the pre-hooks: sees what the user's own made of it, before torch changes anything.
-        handle = self.register_load_state_dict_pre_hook(check)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        indices = [index for group in saved["param_groups"] for index in group["params"]]
-        for index, p in zip(indices, layout.parameters(self.param_groups), strict=True):
-            if index in saved["state"]:
-                self.state[p] = checkpoint.entry_for(p, saved["state"][index], self.param_groups[0])
+        with self._lock:
+            if self._stepping:
+                raise RuntimeError("load_state_dict() inside a step of the same thread")
+            # The last of the pre-hooks: sees what the user's own made of it, before torch changes anything.
+            handle = self.register_load_state_dict_pre_hook(check)
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                handle.remove()
+            for p, entry in entries.items():
+                self.state[p] = {**self.state.get(p, {}), **entry}
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
             raise TypeError("an optimizer with process_group= cannot be pickled or copied; use its state_dict()")
-        self._layout.save_scalars(self.param_groups)
         state: dict[str, Any] = super().__getstate__()
         return {**state, "average_loss": self.average_loss}
 
@@ -373,21 +396,18 @@ class NLCG(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("average_loss", None)
         self.__dict__.setdefault("_process_group", None)
-        for key, value in groups.SINCE.items():
-            self.defaults.setdefault(key, value)
         groups.complete(self.param_groups, self.defaults)
-        for k, group in enumerate(self.param_groups):
-            known = groups.scalars_of(k)
-            group["scalars"] = {key: group["scalars"].get(key, value) for key, value in known.items()}
-        self._sizes = list(map(groups.size_of, self.param_groups))
+        self._shapes = list(map(distributed.shapes_of, self.param_groups))
+        self._n_params = sum(len(group["params"]) for group in self.param_groups)
         self._step_supports_amp_scaling = self.defaults.get("capturable", False)
         self._reset_caches()
 
     def _reset_caches(self) -> None:
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
-        self._lock = threading.RLock()
+        if "_lock" not in self.__dict__:  # a load of a state dict holds it
+            self._lock = threading.RLock()
         _LIVE.add(self)
-        self._layout = layout.Layout()
+        self._layout = layout.Layout(self._process_group, self.average_loss)
         self._checked = []
         self._losses = Losses()
         self._skipped = False

@@ -32,12 +32,14 @@ RuntimeError, with the kernel's name and CUDA's text, where CUDA fails.
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from fastnlcg import _native
-from fastnlcg.line_search import OnlineLineSearch
+from fastnlcg.options import LARGEST_COUNT, Options, check_real
 
 __all__ = [
     "Curvature",
@@ -72,39 +74,65 @@ class Dots(NamedTuple):
     """sum(g g_prev / (h + eps)); 0 without ``g_prev``"""
 
 
-@dataclass
 class Scalars:
     """Every scalar that survives a step of :func:`nlcg_step`. A new one starts a new optimization.
 
-    Plain floats, so it copies, pickles and prints as one expects.
+    ``step`` completed steps, ``skipped_steps``; ``rz`` = sum(-g z) of the last step; ``gs`` = sum(g s) and ``shs`` =
+    sum(s h s) over the last move; ``grad_max``, ``direction_max``; ``ls_scale``, the line-search scale, in (0, 1];
+    ``loss_prev``, negated under ``maximize``, infinite for none yet; ``beta``, ``ys``, ``updated`` of the last step;
+    ``alpha_prev`` = lr * ls_scale of the last step; ``updates`` of Adam's v. Plain floats, as attributes, which may be
+    set; they lie in one float64 array, which the step writes, so an interrupt never finds half of them. Copies, pickles,
+    compares and prints as one expects.
     """
 
-    step: float = 0.0
-    """completed steps"""
-    skipped_steps: float = 0.0
-    """steps that changed nothing, because a sum was not finite"""
-    rz: float = 0.0
-    """sum(-g z) of the last step"""
-    gs: float = 0.0
-    """sum(g s) over the last gradient and the last move"""
-    shs: float = 0.0
-    """sum(s h s) of the last move: the next step's curvature gate"""
-    grad_max: float = 0.0
-    """largest absolute value of g of the last step"""
-    alpha_prev: float = 0.0
-    """lr * ls_scale of the last step"""
-    ls_scale: float = 1.0
-    """line-search scale, in (0, 1]"""
-    loss_prev: float = float("nan")
-    """last loss the line search saw, negated under ``maximize``; NaN: none yet"""
-    beta: float = 0.0
-    """of the last step"""
-    ys: float = 0.0
-    """sum(y s) in the last step"""
-    updated: float = 0.0
-    """1 where the last step updated the preconditioner's diagonal"""
-    beta2_power: float = 1.0
-    """beta2^k after k updates of Adam's v"""
+    __slots__ = ("_values",)
+    _names = (*_native.SCALARS, "alpha_prev", "updates")
+
+    def __init__(self, **values: float) -> None:
+        self._values = np.array([*_native.SCALARS.values(), 0.0, 0.0])
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> float:
+        if name not in Scalars._names:
+            raise AttributeError(f"Scalars has no {name!r}")
+        return float(self._values[Scalars._names.index(name)])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_values":
+            object.__setattr__(self, name, value)
+            return
+        if name not in Scalars._names:
+            raise AttributeError(f"Scalars has no {name!r}")
+        if not (
+            isinstance(value, float) and not math.isfinite(value)
+        ):  # no loss_prev yet, or what "propagate" has left
+            value = check_real(f"scalars.{name}", value)
+        if name == "updates" and not (0.0 <= value <= LARGEST_COUNT and value == int(value)):
+            raise ValueError(f"scalars.updates is {value!r}, expected a whole number from 0 to 2**53")
+        self._values[Scalars._names.index(name)] = value
+
+    def __getstate__(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in Scalars._names}
+
+    def __setstate__(self, state: dict[str, float]) -> None:
+        Scalars.__init__(self, **state)
+
+    def __copy__(self) -> Scalars:
+        return Scalars(**self.__getstate__())
+
+    def __deepcopy__(self, memo: Any) -> Scalars:
+        return copy.copy(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Scalars):
+            return NotImplemented
+        return bool(np.array_equal(self._values, other._values, equal_nan=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Scalars({', '.join(f'{name}={value!r}' for name, value in self.__getstate__().items())})"
 
 
 def bfgs_diag_update(
@@ -139,13 +167,12 @@ def bfgs_diag_update(
     Returns:
         ``ys``, ``shs`` and whether h was updated.
     """
-    alpha_prev = _native.check_real("alpha_prev", alpha_prev)
-    curvature_eps = _native.check_real("curvature_eps", curvature_eps, minimum=0.0)
+    alpha_prev = check_real("alpha_prev", alpha_prev)
+    curvature_eps = check_real("curvature_eps", curvature_eps, minimum=0.0)
     threads = _native.num_threads(threads)
     view = _native.buffers({"g": g}, {"g_prev": g_prev, "d": d, "h": h}, ("h",))
-    step = _step(view, stream, g, h)
-    _set_options(step, "bfgs", curvature_eps=curvature_eps)
-    curvature = Curvature(*step.update_curvature(view["g"], alpha_prev, threads))
+    step = _step(view, stream, Options(preconditioner="bfgs", curvature_eps=curvature_eps), g, h)
+    curvature = Curvature(*step.update_curvature(alpha_prev, threads))
     if curvature.updated:
         _native.mark_written(h)
     return curvature
@@ -167,12 +194,11 @@ def preconditioned_dots(
     Returns:
         ``rz = sum(g g / (h + eps))`` and ``rz_mid = sum(g g_prev / (h + eps))``.
     """
-    eps = _native.check_real("eps", eps, minimum=0.0)
+    eps = check_real("eps", eps, minimum=0.0)
     threads = _native.num_threads(threads)
     view = _native.buffers({"g": g}, {"g_prev": g_prev, "h": h}, (), ("g_prev", "h"))
-    step = _step(view, stream, g)
-    _set_options(step, None if h is None else "bfgs", eps=eps)
-    return Dots(*step.preconditioned_dots(view["g"], threads))
+    step = _step(view, stream, Options(preconditioner=None if h is None else "bfgs", eps=eps), g)
+    return Dots(*step.preconditioned_dots(threads))
 
 
 def direction_update(
@@ -204,16 +230,15 @@ def direction_update(
         threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
     """
-    beta = _native.check_real("beta", beta)
-    alpha = _native.check_real("alpha", alpha)
-    eps = _native.check_real("eps", eps, minimum=0.0)
+    beta = check_real("beta", beta)
+    alpha = check_real("alpha", alpha)
+    eps = check_real("eps", eps, minimum=0.0)
     threads = _native.num_threads(threads)
     view = _native.buffers(
         {"g": g, "p": p}, {"d": d, "h": h, "g_prev": g_prev}, ("d", "p", "g_prev"), ("p", "h", "g_prev")
     )
-    step = _step(view, stream, g, d)
-    _set_options(step, None if h is None else "bfgs", eps=eps)
-    step.update_direction(view.get("p"), view["g"], alpha, 0.0, beta, threads)
+    step = _step(view, stream, Options(preconditioner=None if h is None else "bfgs", eps=eps), g, d)
+    step.update_direction(alpha, 0.0, beta, threads)
     _native.mark_written(d, p, g_prev)
 
 
@@ -245,14 +270,11 @@ def adam_preconditioned_dots(
     Returns:
         ``rz = sum(g g / (h + eps))``, and ``rz_mid = sum(g g_prev / (h_old + eps))`` with the h of ``v`` as given.
     """
-    options = _adam_options(beta2, eps)
+    options = Options(preconditioner="adam", beta2=beta2, eps=eps)
     updates = _check_updates(updates)
     threads = _native.num_threads(threads)
     view = _native.buffers({"g": g}, {"v": v, "g_prev": g_prev}, (), ("g_prev",))
-    step = _step(view, stream, g)
-    step.set_options(**options)
-    step.beta2_power = beta2**updates
-    return Dots(*step.preconditioned_dots(view["g"], threads))
+    return Dots(*_step(view, stream, options, g, updates=updates).preconditioned_dots(threads))
 
 
 def adam_direction_update(
@@ -292,19 +314,16 @@ def adam_direction_update(
         threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
     """
-    beta = _native.check_real("beta", beta)
-    alpha = _native.check_real("alpha", alpha)
-    weight_decay = _native.check_real("weight_decay", weight_decay, minimum=0.0)
-    options = _adam_options(beta2, eps)
+    beta = check_real("beta", beta)
+    alpha = check_real("alpha", alpha)
+    weight_decay = check_real("weight_decay", weight_decay, minimum=0.0)
+    options = Options(preconditioner="adam", beta2=beta2, eps=eps)
     updates = _check_updates(updates)
     threads = _native.num_threads(threads)
     view = _native.buffers(
         {"g": g, "p": p}, {"d": d, "v": v, "g_prev": g_prev}, ("d", "v", "p", "g_prev"), ("p", "g_prev")
     )
-    step = _step(view, stream, g, d)
-    step.set_options(**options)
-    step.beta2_power = beta2**updates
-    step.update_direction(view.get("p"), view["g"], alpha, weight_decay, beta, threads)
+    _step(view, stream, options, g, d, updates=updates).update_direction(alpha, weight_decay, beta, threads)
     _native.mark_written(d, v, p, g_prev)
 
 
@@ -320,17 +339,9 @@ def nlcg_step(
     preconditioner: Literal["adam", "bfgs"] | None,
     loss: float | None = None,
     weight_decay: float = 0.0,
-    update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = "fletcher_reeves",
-    line_search: OnlineLineSearch | None = None,
-    eps: float = 1e-8,
-    curvature_eps: float = 1e-8,
-    beta2: float = 0.999,
-    beta_max: float | None = None,
-    restart: Literal["descent", "powell"] | int | None = None,
-    nonfinite: Literal["skip", "propagate"] = "skip",
-    maximize: bool = False,
     threads: int | None = None,
     stream: int | None = None,
+    **options: Any,
 ) -> bool:
     """One whole fused step, in place: what :class:`fastnlcg.NLCG` does, for one flat buffer.
 
@@ -340,8 +351,7 @@ def nlcg_step(
     Args:
         p: parameters, shape (n,), written.
         g: gradient.
-        g_prev: gradient of the previous step, written. With ``"adam"`` None, unless ``"polak_ribiere"`` or
-            ``"powell"`` look at it.
+        g_prev: gradient of the previous step, written. With ``"adam"`` None, unless ``"polak_ribiere"`` looks at it.
         d: direction, written.
         diagonal: the preconditioner's state, written: v for ``"adam"``, h for ``"bfgs"``, None without one.
         scalars: written.
@@ -349,105 +359,56 @@ def nlcg_step(
         preconditioner: as in :class:`fastnlcg.NLCG`; it says what ``diagonal`` holds, so there is no default.
         loss: loss at ``p``, for the line search.
         weight_decay: >= 0; decoupled with ``"adam"``, else L2.
-        update, line_search, eps, curvature_eps, beta2, beta_max, restart, nonfinite, maximize: as in
-            :class:`fastnlcg.NLCG`.
         threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
+        options: ``update``, ``line_search``, ``eps``, ``curvature_eps``, ``beta2``, ``beta_max``, ``nonfinite``,
+            ``maximize``, ``stochastic_rounding``, as in :class:`fastnlcg.NLCG`.
 
     Returns:
         False where the step was skipped because a sum was not finite: then nothing changed but
         ``scalars.skipped_steps``.
     """
-    lr = _native.check_real("lr", lr, minimum=0.0)
-    weight_decay = _native.check_real("weight_decay", weight_decay, minimum=0.0)
-    options = {
-        "update": update,
-        "preconditioner": preconditioner,
-        "line_search": line_search,
-        "eps": eps,
-        "curvature_eps": curvature_eps,
-        "beta2": beta2,
-        "beta_max": beta_max,
-        "restart": restart,
-        "nonfinite": nonfinite,
-        "maximize": maximize,
-    }
-    _native.check_options(options)
-    kind = _native.PRECONDITIONERS[preconditioner]
+    lr = check_real("lr", lr, minimum=0.0)
+    weight_decay = check_real("weight_decay", weight_decay, minimum=0.0)
+    chosen = Options(preconditioner=preconditioner, **options)
+    kind = chosen.kind
     if (diagonal is None) != (kind.diagonal is None):
         wanted = "None" if kind.diagonal is None else f"its {kind.diagonal}"
         raise ValueError(f"diagonal must be {wanted} with preconditioner={preconditioner!r}")
-    if g_prev is None and (kind.keeps_gradient or _native.needs_rz_mid(options)):
-        raise ValueError(f"g_prev is needed with preconditioner={preconditioner!r}, {update=}, {restart=}; got None")
+    if g_prev is None and chosen.keeps_gradient:
+        raise ValueError(f"g_prev is needed with preconditioner={preconditioner!r}, update={chosen.update!r}; got None")
     if not isinstance(scalars, Scalars):
         raise TypeError(f"scalars must be an ops.Scalars, got {type(scalars).__name__}")
-    before = {name: _check_scalar(name, value) for name, value in asdict(scalars).items()}
     loss_value = _native.check_loss(loss)
     threads = _native.num_threads(threads)
     state = {"g_prev": g_prev, "d": d, "diagonal": diagonal}
     view = _native.buffers({"g": g, "p": p}, state, ("p", *state), ("g_prev", "diagonal"))
-    step = _step(view, stream, g, p)
-    step.set_options(**_native.native_options(options))
-    step.scalars = before
-    step.alpha_prev = [before["alpha_prev"]]
-    step.beta2_power = before["beta2_power"]
-    n = view.n
-    if n:
-        step.set_segments([(0, 0, 0, view.dtype, (n,), (1,))])
-        step.point([view["p"].pointer], [view["g"].pointer])
-    moved = n == 0 or step.step([lr], [weight_decay], [maximize], 0.0, loss_value, threads)
-    after = {**step.scalars, "alpha_prev": step.alpha_prev[0], "beta2_power": step.beta2_power}
-    for field in fields(Scalars):
-        setattr(scalars, field.name, after[field.name])
+    step = _step(view, stream, chosen, g, p)
+    numbers = _native.Buffer(scalars._values)
+    moved = step.flat_step(numbers, lr, weight_decay, chosen.maximize, loss_value, threads)
     if moved:
         _native.mark_written(p, g_prev, d, diagonal)
     return moved
 
 
-def _step(view: _native.Views, stream: int | None, *arrays: object) -> _native.Step:
+def _step(
+    view: _native.Views, stream: int | None, options: Options, *arrays: object, updates: float = 0.0
+) -> _native.Step:
     """The native side of one call over these buffers."""
     if stream is None:
         stream = 0 if view.device == "cpu" else _native.current_stream(view.device, *arrays)
     elif isinstance(stream, bool) or not isinstance(stream, int):
         raise TypeError(f"stream must be an int, a cudaStream_t, got {stream!r}")
     diagonal = next((view[name] for name in ("h", "v", "diagonal") if name in view), None)
-    streams = view.get("g_prev"), view.get("d"), diagonal
-    return _native.Step(view.state_dtype, view.n, *streams, None, None, 1, view.device, None, stream)
-
-
-_NEUTRAL = {
-    "update": "fletcher_reeves",
-    "line_search": None,
-    "eps": 1e-8,
-    "curvature_eps": 0.0,
-    "beta2": 0.0,
-    "beta_max": None,
-    "restart": None,
-    "nonfinite": "skip",
-    "maximize": False,
-}
-
-
-def _set_options(step: _native.Step, preconditioner: str | None, **options: float) -> None:
-    """The options of a part: those that matter to it."""
-    step.set_options(**_native.native_options({**_NEUTRAL, "preconditioner": preconditioner, **options}))
-
-
-def _adam_options(beta2: float, eps: float) -> dict[str, Any]:
-    options = {**_NEUTRAL, "preconditioner": "adam", "beta2": beta2, "eps": eps}
-    _native.check_options(options)
-    return _native.native_options(options)
-
-
-def _check_scalar(name: str, value: object) -> float:
-    if isinstance(value, float) and not math.isfinite(value):  # no loss_prev yet, or what "propagate" has left
-        return value
-    return _native.check_real(f"scalars.{name}", value)
+    step = _native.Step(view.state_dtype, view.device, stream)
+    step.set_options(options.native())
+    step.bind(view.get("p"), view["g"], view.get("g_prev"), view.get("d"), diagonal, float(updates))
+    return step
 
 
 def _check_updates(updates: object) -> int:
     if isinstance(updates, bool) or not isinstance(updates, int):
         raise TypeError(f"updates must be an int, got {updates!r}")
-    if not 0 <= updates <= _native.LARGEST_COUNT:
+    if not 0 <= updates <= LARGEST_COUNT:
         raise ValueError(f"updates must be from 0 to 2**53, got {updates}")
     return updates

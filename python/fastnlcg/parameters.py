@@ -18,19 +18,14 @@ DTYPES = {
 }
 
 
-def check_kind(index: int, p: Tensor) -> None:
-    """What can be said of a parameter before it has a gradient."""
-    if p.dtype not in DTYPES:
-        raise TypeError(f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}")
-
-
 def _has_storage(t: Tensor) -> bool:
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def check_parameter(index: int, p: Tensor) -> None:
-    """Whether the native step can move ``p``."""
-    check_kind(index, p)
+    """Whether the native step can move ``p``, which has a gradient or state. A parameter without may be of any kind."""
+    if p.dtype not in DTYPES:
+        raise TypeError(f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}")
     what = f"parameter {index} of shape {tuple(p.shape)}, {p.dtype}, on {p.device},"
     here = memory(p)
     if not _has_storage(here):
@@ -43,6 +38,8 @@ def check_parameter(index: int, p: Tensor) -> None:
         raise RuntimeError(f"{what} cannot be stepped; expected cpu or cuda")
     if _native.on_gpu(here.device) and _native.cuda_unavailable_reason():
         raise RuntimeError(f"{what} cannot be stepped; expected cpu: {_native.cuda_unavailable_reason()}")
+    if missing := missing_bytes(here):
+        raise RuntimeError(f"{what} has {missing} bytes less of storage than it takes: it was resized or freed")
     if not is_dense(here) and _overlaps(here):
         raise ValueError(f"{what} has strides {here.stride()}: expanded or overlapping; expected one place an element")
 
@@ -64,6 +61,14 @@ def check_mixture(stateful: Sequence[int], params: Sequence[Tensor]) -> None:
                 f"parameter {i} is on {params[i].device}, parameter {stateful[0]} on {first.device}: one optimizer "
                 "steps one device; use one for each"
             )
+
+
+def missing_bytes(t: Tensor) -> int:
+    """By how much the storage is too small (``storage.resize_``): 0 where it is not."""
+    if not t.numel():
+        return 0
+    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return max(0, (last + 1) * t.element_size() - t.untyped_storage().nbytes())
 
 
 def _sorted_strides(t: Tensor) -> list[tuple[int, int]]:

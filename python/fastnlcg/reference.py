@@ -1,7 +1,6 @@
 """The definition of a step, as NumPy float64: one function per equation, no speed, no surprises.
 
-Every native kernel is tested against this module, and this module against mathematics. It imports nothing but NumPy and
-is usable by itself:
+Every native kernel is tested against this module, and this module against mathematics. It needs nothing but NumPy:
 
     >>> import numpy as np
     >>> from fastnlcg import reference
@@ -27,10 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fastnlcg.line_search import OnlineLineSearch
+from fastnlcg.options import Options, check_real
 
 Array = npt.NDArray[np.float64]
 
@@ -50,26 +52,8 @@ __all__ = [
     "minimize",
     "nlcg_step",
     "preconditioned_residual",
-    "restart_due",
     "second_moment",
 ]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What does not change from step to step. The names and defaults are those of :class:`fastnlcg.NLCG`."""
-
-    update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = "fletcher_reeves"
-    preconditioner: Literal["adam", "bfgs"] | None = "adam"
-    eps: float = 1e-8
-    curvature_eps: float = 1e-8
-    beta2: float = 0.999
-    beta_max: float | None = None
-    restart: Literal["descent", "powell"] | int | None = None
-    nonfinite: Literal["skip", "propagate"] = "skip"
-    maximize: bool = False
-    line_search: tuple[float, float, float, float] | None = None
-    """(increase_threshold, flat_threshold, decrease, increase)"""
 
 
 @dataclass(frozen=True)
@@ -83,8 +67,8 @@ class State:
     alpha_prev: Array
     active: npt.NDArray[np.bool_]
     """Which elements took part in the last step."""
-    beta2_power: Array = field(default_factory=lambda: np.ones(0))
-    """beta2^k after k updates of v."""
+    updates: Array = field(default_factory=lambda: np.zeros(0))
+    """How many steps have moved each element."""
     step: int = 0
     skipped_steps: int = 0
     rz: float = 0.0
@@ -106,7 +90,7 @@ def initial_state(n: int, options: Options | None = None) -> State:
         diagonal=PRECONDITIONERS[(options or Options()).preconditioner].start(n),
         alpha_prev=zeros,
         active=np.ones(n, dtype=bool),
-        beta2_power=np.ones(n),
+        updates=np.zeros(n),
     )
 
 
@@ -134,9 +118,11 @@ def second_moment(v: Array, g: Array, beta2: float) -> Array:
     return beta2 * v + (1.0 - beta2) * g**2
 
 
-def adam_diagonal(v: Array, beta2_power: Array) -> Array:
-    """Adam's diagonal, bias-corrected: ``sqrt(v / (1 - beta2^k))``; 0 before the first update."""
-    return np.sqrt(v / np.where(beta2_power < 1.0, 1.0 - beta2_power, 1.0))
+def adam_diagonal(v: Array, beta2: float, updates: Array) -> Array:
+    """Adam's diagonal, bias-corrected: ``sqrt(v / (1 - beta2^k))`` after k updates; 0 before the first."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bias = -np.expm1(updates * np.log(beta2))  # without cancellation
+    return np.sqrt(v / np.where(updates > 0, bias, 1.0))
 
 
 def decayed_parameter(p: Array, alpha: Array, weight_decay: float | Array) -> Array:
@@ -152,6 +138,8 @@ def preconditioned_residual(g: Array, h: Array | None, eps: float = 0.0) -> Arra
 def conjugacy(update: str, rz: float, rz_new: float, rz_mid: float, beta_max: float = 1.0) -> float:
     """beta of Algorithm 1, clamped to [0, beta_max]; 0 where ``rz`` is 0 or the quotient is not finite. Heavy ball:
     beta_max."""
+    if update not in ("fletcher_reeves", "polak_ribiere", "heavy_ball"):
+        raise ValueError(f"unknown update {update!r}")
     if update == "heavy_ball":
         return beta_max
     numerator = rz_new - rz_mid if update == "polak_ribiere" else rz_new
@@ -162,28 +150,17 @@ def conjugacy(update: str, rz: float, rz_new: float, rz_mid: float, beta_max: fl
     return min(max(beta, 0.0), beta_max) if np.isfinite(beta) else 0.0
 
 
-def restart_due(restart: str | int | None, step: int, beta: float, rz_new: float, rz_mid: float, gd: float) -> bool:
-    """Whether beta is to be 0. ``step`` counts completed steps, ``gd = sum(g d)`` with the old direction."""
-    if restart == "descent":
-        return -rz_new + beta * gd >= 0.0
-    if restart == "powell":
-        return abs(rz_mid) >= 0.2 * rz_new
-    return isinstance(restart, int) and step % restart == 0
-
-
 def conjugate_direction(z: Array, beta: float, d: Array) -> Array:
     """``d_new = z + beta d``."""
     return z + beta * d
 
 
-def line_search_scale(
-    scale: float, loss: float, loss_prev: float | None, thresholds: tuple[float, float, float, float]
-) -> float:
+def line_search_scale(scale: float, loss: float, loss_prev: float | None, search: OnlineLineSearch) -> float:
     """Online stochastic line search (section 3.2.2): the new scale, in (0, 1].
 
     "Increased by 2 %" is taken relative to ``|loss_prev|``, so that it keeps its meaning for a negative loss.
     """
-    increase_threshold, flat_threshold, decrease, increase = thresholds
+    increase_threshold, flat_threshold, decrease, increase = search.as_tuple()
     if loss_prev is None:
         return scale
     if loss > loss_prev + increase_threshold * abs(loss_prev):
@@ -200,7 +177,6 @@ def line_search_scale(
 class Plain:
     """None: ``z = -g``; and what the others start from."""
 
-    beta_max: float = 1.0
     decoupled: bool = False
     """Whether weight decay acts on p, not on the gradient."""
 
@@ -255,17 +231,34 @@ class Adam(Plain):
 
     def old_h(self, state: State, o: Options) -> Array:
         assert state.diagonal is not None
-        return adam_diagonal(state.diagonal, state.beta2_power) + o.eps
+        return adam_diagonal(state.diagonal, o.beta2, state.updates) + o.eps
 
     def update(
         self, state: State, o: Options, g: Array, g_prev: Array, d: Array, *, same: bool
     ) -> tuple[Array, Array, dict[str, Any]]:
         assert state.diagonal is not None
         v = second_moment(state.diagonal, g, o.beta2)
-        return adam_diagonal(v, state.beta2_power * o.beta2) + o.eps, v, {"updated": True}
+        return adam_diagonal(v, o.beta2, state.updates + 1) + o.eps, v, {"updated": True}
 
 
-PRECONDITIONERS: dict[str | None, Plain] = {"adam": Adam(0.9, decoupled=True), "bfgs": Bfgs(), None: Plain()}
+PRECONDITIONERS: dict[str | None, Plain] = {"adam": Adam(decoupled=True), "bfgs": Bfgs(), None: Plain()}
+
+
+def _vector(name: str, value: npt.ArrayLike) -> Array:
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} has dtype {array.dtype}, expected real numbers")
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}, expected one dimension")
+    return array.astype(np.float64, copy=False)
+
+
+def _check_numbers(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Of a whole step, or of each element: finite and >= 0."""
+    if np.ndim(value) == 0:
+        check_real(name, value, minimum=0.0)
+    elif np.shape(value) != shape or not (np.all(np.isfinite(value)) and np.all(np.asarray(value) >= 0.0)):
+        raise ValueError(f"{name} must be a number >= 0, or {shape} of them")
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
@@ -301,6 +294,14 @@ def nlcg_step(
     """
     o = options or Options()
     preconditioner = PRECONDITIONERS[o.preconditioner]
+    p, grad = _vector("p", p), _vector("grad", grad)
+    if grad.shape != p.shape or state.d.shape != p.shape:
+        raise ValueError(f"p has shape {p.shape}, grad {grad.shape}, the state {state.d.shape}; expected one shape")
+    if not callable(lr):
+        _check_numbers("lr", lr, p.shape)
+    _check_numbers("weight_decay", weight_decay, p.shape)
+    if active is not None and (active.shape != p.shape or active.dtype != np.bool_):
+        raise ValueError(f"active has shape {active.shape} and dtype {active.dtype}, expected {p.shape} and bool")
     l2, decoupled = (0.0, weight_decay) if preconditioner.decoupled else (weight_decay, 0.0)
     active = np.ones(p.size, dtype=bool) if active is None else active
     g = np.where(active, effective_gradient(grad, p, l2, o.maximize), 0.0)
@@ -318,13 +319,9 @@ def nlcg_step(
         z = preconditioned_residual(g, h)
         rz_new = float(np.sum(-g * z))
         rz_mid = float(np.sum(g * -preconditioned_residual(g_prev, preconditioner.old_h(state, o))))
-        gd = float(np.sum(g * d_old))
-        beta_max = preconditioner.beta_max if o.beta_max is None else o.beta_max
-        beta = conjugacy(o.update, state.rz, rz_new, rz_mid, beta_max) if same_course else 0.0
-        if restart_due(o.restart, state.step, beta, rz_new, rz_mid, gd):
-            beta = 0.0
+        beta = conjugacy(o.update, state.rz, rz_new, rz_mid, o.largest_beta) if same_course else 0.0
 
-        sums = [found.get("ys", 0.0), found.get("shs", 0.0), rz_new, rz_mid, gd]
+        sums = [found.get("ys", 0.0), found.get("shs", 0.0), rz_new, rz_mid]
         if o.nonfinite == "skip" and not np.all(np.isfinite(sums)):
             return p, replace(state, skipped_steps=state.skipped_steps + 1)
 
@@ -337,7 +334,7 @@ def nlcg_step(
         diagonal=None if diagonal is None or state.diagonal is None else np.where(active, diagonal, state.diagonal),
         alpha_prev=np.where(active, alpha, state.alpha_prev),
         active=active,
-        beta2_power=np.where(active, state.beta2_power * o.beta2, state.beta2_power),
+        updates=np.where(active, state.updates + 1, state.updates),
         step=state.step + 1,
         skipped_steps=state.skipped_steps,
         rz=rz_new,

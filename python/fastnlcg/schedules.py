@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, SequentialLR, StepLR
 
-from fastnlcg import _native
+from fastnlcg.options import check_real
 
 __all__ = ["paper_schedule", "warmup_cosine"]
 
@@ -42,7 +42,7 @@ def warmup_cosine(
     warmup = max(1, round(total * 5 / 24)) if warmup_steps is None else _whole("warmup_steps", warmup_steps, 0)
     if warmup > total:
         raise ValueError(f"warmup_steps must be at most total_steps = {total}, got {warmup}")
-    if _native.check_real("final", final, minimum=0.0) > 1.0:
+    if check_real("final", final, minimum=0.0) > 1.0:
         raise ValueError(f"Invalid final: {final!r}; expected at most 1")
     return LambdaLR(optimizer, _WarmupCosine(total, warmup, float(final)))
 
@@ -102,7 +102,7 @@ def paper_schedule(
     """
     for name, value in (("batch_size", batch_size), ("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
         _whole(name, value, 1)
-    peak = 0.1 * batch_size / 256 if peak_lr is None else _native.check_real("peak_lr", peak_lr, minimum=0.0)
+    peak = 0.1 * batch_size / 256 if peak_lr is None else check_real("peak_lr", peak_lr, minimum=0.0)
     if peak == 0.0:
         raise ValueError("Invalid peak_lr: 0; expected a number > 0")
     warm_up = min(epochs, 5 if batch_size <= 8192 else 15 if batch_size <= 32768 else 30)

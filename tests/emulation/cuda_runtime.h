@@ -320,6 +320,10 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, std::size_t) {
   return *blocks = 2, cudaSuccess;
 }
+struct cudaFuncAttributes {
+  std::size_t sharedSizeBytes = 0;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) { return *a = {}, cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
@@ -336,6 +340,19 @@ inline bool emulates(const char*);
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   if (emulates("SLOW")) std::this_thread::sleep_for(std::chrono::milliseconds(200));
   return cudaSuccess;
+}
+// The device that was current before is in use, unless a test says otherwise.
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum { cudaEnableDefault };
+inline int context_state(int, unsigned*, int* active) { return *active = !emulates("UNUSED_DEVICE"), 0; }
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned, int,
+                                                    cudaDriverEntryPointQueryResult* found) {
+  *entry = reinterpret_cast<void*>(&context_state);
+  return *found = cudaDriverEntryPointSuccess, cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  const char* const generation = std::getenv("FASTNLCG_EMULATE_STREAM_GENERATION");  // a handle that is used again
+  return *id = reinterpret_cast<std::uintptr_t>(stream) * 1000 + (generation ? std::atoi(generation) : 0), cudaSuccess;
 }
 // What a test asks for, in environment variables: a capture in progress, streams that are slow to finish, cooperative
 // launches that are too large, and a log of events.

@@ -1,0 +1,211 @@
+"""The options of a step, each once: default, check, meaning. The parameter groups, checkpoints, :mod:`fastnlcg.ops`, the
+reference and the native side take them from here. Needs neither torch nor the native module.
+
+To add an option: a line of ``NLCG_OPTIONS`` in ``csrc/step_args.h``, a field of :class:`Options`, an argument of
+:class:`fastnlcg.NLCG`, and the formula that looks at it. To add a preconditioner: a section of ``csrc/passes.h``, a name in
+``csrc/step_args.h``, a line of :data:`PRECONDITIONERS` and a class in :mod:`fastnlcg.reference`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
+from typing import Any, Literal
+
+from fastnlcg.line_search import OnlineLineSearch
+
+__all__ = ["PRECONDITIONERS", "Options", "Preconditioner", "check_real"]
+
+SMALLEST_EPS = 1.1754944e-38  # the least normal float32: anything less may be flushed to 0
+LARGEST_COUNT = 2**53  # of steps: whole numbers up to here are exact in a double
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """What Python has to know of a preconditioner; its formulas are in ``csrc/passes.h``."""
+
+    native: str
+    """its name there"""
+    diagonal: str | None = None
+    """the state key of its own stream"""
+    start: float = 0.0
+    """what that stream holds before the first step"""
+    keeps_gradient: bool = True
+    """whether ``grad_prev`` is state even where no option needs it"""
+    beta_max: float = 1.0
+    """the default"""
+    divides_by_eps: bool = False
+    """whether the diagonal can be 0, so that eps must not be"""
+    sums_last_move: bool = False
+    """whether its decisions take the sums over the last move (``last_move`` of the native side)"""
+
+
+PRECONDITIONERS: dict[str | None, Preconditioner] = {
+    "adam": Preconditioner("adam", "exp_avg_sq", keeps_gradient=False, beta_max=0.9, divides_by_eps=True),
+    "bfgs": Preconditioner("bfgs", "hessian_diag", start=1.0, sums_last_move=True),
+    None: Preconditioner("none"),
+}
+
+
+def check_real(name: str, value: object, *, minimum: float = -math.inf) -> float:
+    """``value`` as a float; TypeError unless it is a real number, ValueError unless finite and >= ``minimum``. Takes
+    NumPy's numbers, and its arrays of no dimension."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the largest double
+        number = math.inf
+    if not (math.isfinite(number) and number >= minimum):
+        bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
+        what = "Invalid learning rate" if name == "lr" else f"Invalid {name}"
+        raise ValueError(f"{what}: {value!r}; expected a finite number{bound}")
+    return number
+
+
+Check = Callable[[str, Any], object]
+
+
+def _one_of(*choices: object) -> Check:
+    def check(name: str, value: object) -> object:
+        if isinstance(value, str | None) and value in choices:
+            return value
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+    return check
+
+
+def _bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
+def _non_negative(name: str, value: object) -> float:
+    return check_real(name, value, minimum=0.0)
+
+
+def _below_one(name: str, value: object) -> float:
+    number = check_real(name, value, minimum=0.0)
+    if number >= 1.0:
+        raise ValueError(f"Invalid {name}: {value!r}; expected a number in [0, 1)")
+    return number
+
+
+def _at_most_one_or_none(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    number = check_real(name, value, minimum=0.0)
+    if number > 1.0:
+        raise ValueError(f"Invalid {name}: {value!r}; expected None or a number in [0, 1]")
+    return number
+
+
+def _line_search(name: str, value: object) -> object:
+    if not isinstance(value, OnlineLineSearch | None):
+        raise TypeError(f"{name} must be None or an OnlineLineSearch(), got {value!r}")
+    return value
+
+
+def _option(default: object, check: Check, *, of_group: bool = False) -> Any:
+    """``of_group``: may differ between parameter groups."""
+    return field(default=default, metadata={"check": check, "of_group": of_group})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a step computes, beside lr and weight_decay; see :class:`fastnlcg.NLCG` for the meaning of each.
+
+    Raises:
+        TypeError, ValueError: for the first that is of the wrong kind or value.
+    """
+
+    update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = _option(
+        "fletcher_reeves", _one_of("fletcher_reeves", "polak_ribiere", "heavy_ball")
+    )
+    preconditioner: Literal["adam", "bfgs"] | None = _option("adam", _one_of(*PRECONDITIONERS))
+    line_search: OnlineLineSearch | None = _option(None, _line_search)
+    eps: float = _option(1e-8, _non_negative)
+    curvature_eps: float = _option(1e-8, _non_negative)
+    beta2: float = _option(0.999, _below_one)
+    beta_max: float | None = _option(None, _at_most_one_or_none)
+    nonfinite: Literal["skip", "propagate"] = _option("skip", _one_of("skip", "propagate"))
+    stochastic_rounding: bool = _option(False, _bool)
+    maximize: bool = _option(False, _bool, of_group=True)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, option.metadata["check"](option.name, getattr(self, option.name)))
+        if self.kind.divides_by_eps and self.eps < SMALLEST_EPS:
+            raise ValueError(
+                f"Invalid eps: {self.eps!r}; expected at least {SMALLEST_EPS:g} with preconditioner="
+                f"{self.preconditioner!r}, whose diagonal is 0 where every gradient was"
+            )
+        if self.update == "heavy_ball" and self.largest_beta >= 1.0:
+            raise ValueError("update='heavy_ball' holds beta at beta_max: expected beta_max < 1, got 1")
+
+    @property
+    def kind(self) -> Preconditioner:
+        """The preconditioner."""
+        return PRECONDITIONERS[self.preconditioner]
+
+    @property
+    def largest_beta(self) -> float:
+        """``beta_max``, or the preconditioner's default."""
+        return self.kind.beta_max if self.beta_max is None else self.beta_max
+
+    @property
+    def keeps_gradient(self) -> bool:
+        """Whether the state has ``grad_prev``: the preconditioner's own need, or ``rz_mid``'s."""
+        return self.kind.keeps_gradient or self.update == "polak_ribiere"
+
+    def streams(self) -> dict[str, float]:
+        """The tensors of a parameter's state, and what they hold before the first step."""
+        found = {"direction": 0.0}
+        if self.keeps_gradient:
+            found["grad_prev"] = 0.0
+        if self.kind.diagonal is not None:
+            found[self.kind.diagonal] = self.kind.start
+        return found
+
+    def native(self) -> dict[str, Any]:
+        """By the names of ``NLCG_OPTIONS``."""
+        found = {option.name: getattr(self, option.name) for option in fields(self)}
+        search = found["line_search"]
+        return {
+            **{name: value for name, value in found.items() if name != "nonfinite"},
+            **asdict(search or OnlineLineSearch()),
+            "line_search": search is not None,
+            "preconditioner": self.kind.native,
+            "beta_max": self.largest_beta,
+            "skip_nonfinite": self.nonfinite == "skip",
+        }
+
+    # ---- in a parameter group, whose values torch.load(weights_only=True) must take ----
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any]) -> Options:
+        """The options that a group carries."""
+        found = {option.name: group[option.name] for option in fields(cls)}
+        search = found["line_search"]
+        if search is not None:
+            if not (isinstance(search, tuple | list) and len(search) == 4):
+                raise TypeError(
+                    f"line_search must be None or OnlineLineSearch(...).as_tuple() in a group, got {search!r}"
+                )
+            found["line_search"] = OnlineLineSearch(*search)
+        return cls(**found)
+
+    def for_group(self) -> dict[str, Any]:
+        """What a group carries."""
+        found = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {**found, "line_search": None if self.line_search is None else self.line_search.as_tuple()}
+
+
+SHARED = tuple(option.name for option in fields(Options) if not option.metadata["of_group"])
+"""Options that hold for a whole optimizer, because its sums run over all groups."""
