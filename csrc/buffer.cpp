@@ -144,7 +144,10 @@ void Buffer::from_dlpack(PyObject* owner) {
   const Owned options(given(Py_BuildValue("{s(ii)}", "max_version", 1, 0)));
   // Memory on a GPU is used on the caller's stream, where its producer has already put it: nobody needs to wait (-1).
   const Owned device(PyObject_CallMethod(owner, "__dlpack_device__", nullptr));
-  if (device.object == nullptr) PyErr_Clear();
+  if (device.object == nullptr) {
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) throw PythonError{};  // an interrupt is not an answer
+    PyErr_Clear();
+  }
   if (device.object != nullptr && PyTuple_Check(device.object) && PyTuple_GET_SIZE(device.object) == 2) {
     const long type = PyLong_AsLong(PyTuple_GET_ITEM(device.object, 0));
     if (type == -1 && PyErr_Occurred()) PyErr_Clear();

@@ -291,7 +291,7 @@ def call_core(choose: Choices) -> None:
                         lambda: step.update_curvature(0.1, 1),
                         lambda: step.preconditioned_dots(1),
                         lambda: step.update_direction(0.1, 0.0, 0.5, 1),
-                        lambda: step.flat_step(scalars, 0.1, 0.0, False, 0.5, 1),
+                        lambda s=scalars: step.flat_step(s, 0.1, 0.0, False, 0.5, 1),
                     ]
                 )()
         except REFUSALS:

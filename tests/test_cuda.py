@@ -725,3 +725,38 @@ def test_what_amp_sets_may_be_of_another_dtype_or_a_number(gpu: Backend, precond
         runs.append((bits(optimizer), optimizer.diagnostics().step))
     assert all(run == runs[0] for run in runs)
     assert runs[0][1] == 2
+
+
+@only_emulated
+def test_a_stream_handle_that_is_used_again_is_another_stream(
+    gpu: Backend, preconditioner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("FASTNLCG_EMULATE_LOG", str(log))
+    ps = parameters(gpu)
+    optimizer = NLCG(ps, 0.1)
+    for generation in (0, 0, 1):
+        monkeypatch.setenv("FASTNLCG_EMULATE_STREAM_GENERATION", str(generation))
+        set_gradients(ps)
+        optimizer.step()
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["record", "record", "wait", "record"]
+
+
+@only_emulated
+def test_bias_corrections_follow_the_counts_that_others_change(gpu: Backend) -> None:
+    """A table of them is kept on the device; a step count, or beta2, that is another is noticed."""
+    runs = []
+    for edited in (False, True):
+        ps = parameters(gpu)
+        optimizer = NLCG(ps, 0.1)
+        for t in range(6):
+            set_gradients(ps, 1.0 + t)
+            if t in (2, 4):
+                for p in ps:
+                    optimizer.state[p]["step"].fill_(t - 1)
+                optimizer.param_groups[0]["beta2"] = 0.9
+                if not edited:  # the same in a fresh native side
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step()
+        runs.append(bits(optimizer))
+    assert runs[0] == runs[1]

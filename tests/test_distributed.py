@@ -856,7 +856,7 @@ def test_shards_take_one_processs_state_dict(kind: str) -> None:
         compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
 
 
-# ---- ranks that are not about to take the same step --------------------------------------------------------------------
+# ---- ranks that are not about to take the same step ------------------------------------------------------------------
 
 
 def out_of_step(what: str, backend: str) -> tuple[str, bool, str]:
@@ -897,7 +897,7 @@ def out_of_step(what: str, backend: str) -> tuple[str, bool, str]:
         changed = repr((list(net.parameters()), optimizer.state_dict()["state"])) != before
         mend()
         train(net, optimizer, 5, 6)
-        return said, changed, repr([p.to_local() for p in net.parameters()][0].shape)
+        return said, changed, repr(next(p.to_local() for p in net.parameters()).shape)
 
 
 @pytest.mark.parametrize(
@@ -981,7 +981,7 @@ def test_no_process_group_is_made_twice() -> None:
     assert max(ranks(4)(groups_made)) <= 1
 
 
-# ---- stochastic rounding over ranks ------------------------------------------------------------------------------------
+# ---- stochastic rounding over ranks ----------------------------------------------------------------------------------
 
 
 def rounded(placement: Any, world_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -227,7 +227,8 @@ class TestBParameterLists:
 
 class TestCTypeDeviceLayout:
     def test_20_and_21_dtypes(self) -> None:
-        """Of parameters that take gradients; what is frozen may be of any kind, as quantized bases under adapters are."""
+        """Of parameters that take gradients; what is frozen may be of any kind, as quantized bases under adapters
+        are."""
         for dtype in (torch.float8_e4m3fn, torch.complex64):
             with pytest.raises(TypeError, match=f"parameter 1 has dtype {dtype}"):
                 NLCG([parameter(2), nn.Parameter(torch.zeros(3, dtype=dtype))], 0.1)

@@ -163,3 +163,29 @@ def test_minimize_reaches_the_minimum(options: dict) -> None:
 def test_the_example_in_the_docstring() -> None:
     result = doctest.testmod(ref)
     assert (result.failed, result.attempted > 0) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"p": np.ones((3, 1))}, ValueError, "p has shape"),
+        ({"grad": np.ones(4)}, ValueError, "expected one shape"),
+        ({"grad": np.array(["a", "b", "c"])}, TypeError, "grad has dtype"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"lr": np.ones(4)}, ValueError, "lr must be"),
+        ({"weight_decay": np.full(3, np.nan)}, ValueError, "weight_decay must be"),
+        ({"active": np.ones(3)}, ValueError, "active has shape"),
+    ],
+)
+def test_arguments_are_checked(changes: dict, error: type[Exception], match: str) -> None:
+    given = {"p": np.ones(3), "grad": np.ones(3), "state": ref.initial_state(3), "lr": 0.1} | changes
+    with pytest.raises(error, match=match):
+        ref.nlcg_step(given.pop("p"), given.pop("grad"), given.pop("state"), **given)
+
+
+def test_options_are_checked() -> None:
+    for wrong in ({"update": "polak-ribiere"}, {"beta2": 2.0}, {"eps": -1.0}, {"preconditioner": "newton"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ref.Options(**wrong)
+    with pytest.raises(ValueError, match="unknown update"):
+        ref.conjugacy("polak-ribiere", 1.0, 1.0, 1.0)

@@ -1,5 +1,5 @@
-"""State, parameters and ranks that others touch: what is moved, shared, off-loaded, copied, reordered or wrapped between two
-steps is followed, as by torch's own optimizers; and numbers at the ends of their range."""
+"""State, parameters and ranks that others touch: what is moved, shared, off-loaded, copied, reordered or wrapped
+between two steps is followed, as by torch's own optimizers; and numbers at the ends of their range."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def state_tensors(optimizer: NLCG) -> list[tuple[dict[str, Tensor], str]]:
     return [(entry, key) for entry in optimizer.state.values() for key in entry]
 
 
-# ---- state whose memory moves under the same object, or that is another object ----------------------------------------
+# ---- state whose memory moves under the same object, or that is another object ---------------------------------------
 
 
 def through_a_queue(ps: list[nn.Parameter], optimizer: NLCG) -> None:

@@ -1,5 +1,5 @@
-"""The only importer of ``_core``: what the native module offers, with Python's types; and the checks of arrays that it is
-given. Works without torch.
+"""The only importer of ``_core``: what the native module offers, with Python's types; and the checks of arrays that it
+is given. Works without torch.
 
 Rule: check everything, write nothing, then raise. TypeError is the wrong kind, ValueError the wrong value or shape,
 RuntimeError the wrong moment.

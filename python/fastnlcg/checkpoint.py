@@ -1,8 +1,8 @@
 """What may be loaded into an optimizer: a state dict is taken whole, or refused before anything has changed.
 
-Files of version 0.4, whose scalars were a mapping, are brought up to this one's form; what a later version has added to the
-scalars is left out, with a warning; what is missing or damaged is a ValueError. Entries of others in a parameter's state
-are theirs.
+Files of version 0.4, whose scalars were a mapping, are brought up to this one's form; what a later version has added to
+the scalars is left out, with a warning; what is missing or damaged is a ValueError. Entries of others in a parameter's
+state are theirs.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _share_scalars(whole: list[dict[str, Any]]) -> None:
     scalars = whole[0]["scalars"]
     if scalars.numel() > known:
         warnings.warn(
-            f"the state dict has {scalars.numel() - known} scalars that this version of fastnlcg does not know, and leaves "
-            "them out",
+            f"the state dict has {scalars.numel() - known} scalars that this version of fastnlcg does not know, and "
+            "leaves them out",
             UserWarning,
             stacklevel=5,
         )
@@ -169,14 +169,18 @@ def _check_step(where: str, value: object) -> None:
     number = value
     if isinstance(value, Tensor):
         number = value.item() if value.numel() == 1 and not value.is_quantized else None
-    real = isinstance(number, float | int) and not isinstance(number, bool)
-    if not (real and 0 <= number <= 2**53 and int(number) == number):  # type: ignore[operator, arg-type]
+    if (
+        not isinstance(number, float | int)
+        or isinstance(number, bool)
+        or not 0 <= number <= 2**53
+        or int(number) != number
+    ):
         raise ValueError(f"{where}: 'step' is {value!r}, expected a whole number from 0 to 2**53")
 
 
 def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """Every parameter's own state as it was saved: copies, on the parameter's device, in the state's dtype. torch casts it
-    to the parameter's dtype, which would round float32 state to bfloat16."""
+    """Every parameter's own state as it was saved: copies, on the parameter's device, in the state's dtype. torch casts
+    it to the parameter's dtype, which would round float32 state to bfloat16."""
     indices = [index for group in whole["param_groups"] for index in group["params"]]
     found = {}
     for index, p in zip(indices, layout.parameters(optimizer.param_groups), strict=True):

@@ -3,8 +3,8 @@
 The engine is torch.distributed. Between two passes every rank gathers one small row of doubles from every other
 (``all_gather_single``, 104 bytes per rank), and the native side adds the rows up in the order of ranks. So every rank
 has the same sums to the bit, whatever algorithm carried them: an all-reduce may add in another order in another group,
-and the replicas of HSDP would drift apart. A row also says which step its rank is about to take, and with which options: where
-ranks differ, all of them raise, and nothing has changed.
+and the replicas of HSDP would drift apart. A row also says which step its rank is about to take, and with which
+options: where ranks differ, all of them raise, and nothing has changed.
 
 =====================  ===========================================  ===================================================
 parameters             ranks whose sums are added                    found by
@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fastnlcg import _native
 
@@ -85,8 +86,8 @@ def shard_like(value: Tensor, p: Tensor) -> Tensor:
 
 def place_of(p: Tensor, process_group: Any) -> tuple[int, int, int]:
     """Where this rank's elements are in the whole parameter: element l of the shard is number
-    ``begin + l + l // run * skip`` (run 0: ``begin + l``). Random bits are drawn by that number, so that replicas agree and
-    shards do not. Plain shards do not say where they lie: every rank gets numbers of its own."""
+    ``begin + l + l // run * skip`` (run 0: ``begin + l``). Random bits are drawn by that number, so that replicas agree
+    and shards do not. Plain shards do not say where they lie: every rank gets numbers of its own."""
     if not is_sharded(p):
         return (0 if process_group is None else dist.get_rank(process_group) << 40), 0, 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -173,19 +174,21 @@ class Ranks:
         ranks = dist.get_process_group_ranks(self.group)
         odd = [rank for rank, row in zip(ranks, rows, strict=True) if row != rows[0]]
         steps = ", ".join(f"rank {rank} at step {int(row[0])}" for rank, row in zip(ranks, rows, strict=True))
-        return f"ranks {odd} differ from rank {ranks[0]} in the step number, the options, or a group's lr, weight_decay or maximize ({steps})"
+        return (
+            f"ranks {odd} differ from rank {ranks[0]} in the step number, the options, or a group's lr, weight_decay "
+            f"or maximize ({steps})"
+        )
 
 
 def shapes_of(group: Mapping[str, Any]) -> list[Any]:
     """Of its parameters; None for one that is not materialized yet."""
-    lazy = torch.nn.parameter.UninitializedTensorMixin
-    return [None if isinstance(p, lazy) else p.shape for p in group["params"]]
+    return [None if isinstance(p, UninitializedTensorMixin) else p.shape for p in group["params"]]
 
 
 def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[list[Any]]) -> None:
-    """RuntimeError where somebody has put one flat tensor in the place of each group's parameters and steps one group at a
-    time, or this rank's share only, as DeepSpeed's ZeRO does: the sums would miss the rest. ``shapes``: of the groups as
-    they were added."""
+    """RuntimeError where somebody has put one flat tensor in the place of each group's parameters and steps one group
+    at a time, or this rank's share only, as DeepSpeed's ZeRO does: the sums would miss the rest. ``shapes``: of the
+    groups as they were added."""
     lone = [group["params"][0] for group in groups if len(group["params"]) == 1]
     if len(lone) != len(groups) or any(p.dim() != 1 for p in lone):
         return
@@ -193,9 +196,9 @@ def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[list[Any]]
         return  # they may have been flat from the beginning
     if len(groups) < len(shapes) or world_size() > 1:
         raise RuntimeError(
-            f"{len(groups)} of {len(shapes)} parameter groups, and one flat tensor in the place of each group's parameters: "
-            "DeepSpeed's ZeRO does this, and steps one group, or one rank's share, at a time. This optimizer's sums run over "
-            "all groups and ranks: give process_group= (with one group), or use FSDP2"
+            f"{len(groups)} of {len(shapes)} parameter groups, and one flat tensor in the place of each group's "
+            "parameters: DeepSpeed's ZeRO does this, and steps one group, or one rank's share, at a time. This "
+            "optimizer's sums run over all groups and ranks: give process_group= (with one group), or use FSDP2"
         )
 
 
@@ -235,7 +238,7 @@ def find_ranks(
 
 def device_of(ranks: Ranks | None, params: Sequence[Tensor], default: torch.device) -> torch.device:
     """Where a rank without any state exchanges its rows."""
-    if params and not isinstance(params[0], torch.nn.parameter.UninitializedTensorMixin):
+    if params and not isinstance(params[0], UninitializedTensorMixin):
         return memory(params[0]).device
     on_gpu = ranks is not None and dist.get_backend(ranks.group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else default

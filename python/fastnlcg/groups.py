@@ -1,8 +1,9 @@
 """What a parameter group holds: options, their checks, and the numbers of the method that survive a step.
 
 Those numbers are tensors, like the state: ``"scalars"``, float64, one tensor that all groups share (its order is
-:data:`fastnlcg._native.SCALARS`), and ``"alpha_prev"``, one number a group. They lie on the parameters' device, the step
-writes them there, and nobody keeps a copy: whoever shares or saves ``param_groups`` and ``state`` has all there is.
+:data:`fastnlcg._native.SCALARS`), and ``"alpha_prev"``, one number a group. They lie on the parameters' device, the
+step writes them there, and nobody keeps a copy: whoever shares or saves ``param_groups`` and ``state`` has all there
+is.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def named_scalars(group: Mapping[str, Any]) -> dict[str, float]:
 
 
 def complete(groups: Sequence[MutableMapping[str, Any]], defaults: Mapping[str, Any]) -> None:
-    """Gives groups what they lack, in place: options of a later version, and the numbers of the method, which all groups
-    share with the first."""
+    """Gives groups what they lack, in place: options of a later version, and the numbers of the method, which all
+    groups share with the first."""
     for group in groups:
         for key, value in defaults.items():
             group.setdefault(key, value)
@@ -64,8 +65,8 @@ def _placed(number: Tensor, device: torch.device) -> Tensor:
 
 
 def check(group: MutableMapping[str, Any]) -> None:
-    """Checks one group by itself. TypeError or ValueError for the first entry that is wrong. Plain numbers take the place
-    of NumPy's, which ``torch.load(weights_only=True)`` would not take."""
+    """Checks one group by itself. TypeError or ValueError for the first entry that is wrong. Plain numbers take the
+    place of NumPy's, which ``torch.load(weights_only=True)`` would not take."""
     plain_numbers(group)
     check_lr(group["lr"], capturable=group["capturable"] is True)
     check_real("weight_decay", group["weight_decay"], minimum=0.0)
@@ -121,8 +122,8 @@ def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
 
 
 def check_numbers(k: int, group: Mapping[str, Any], *, finite: bool = True) -> None:
-    """Checks the numbers of a group that was saved. ValueError for what is missing or damaged; ``finite``: NaN and Inf are
-    damage."""
+    """Checks the numbers of a group that was saved. ValueError for what is missing or damaged; ``finite``: NaN and Inf
+    are damage."""
     for key in NUMBERS:
         where, value = f"param_groups[{k}][{key!r}]", group.get(key)
         if not isinstance(value, Tensor) or value.is_quantized or not value.is_floating_point():

@@ -1,14 +1,16 @@
 """Which tensors a step works on, checked and laid out: parameters, gradients, and the state that lies beside each
 parameter.
 
-State is what it is for torch's own optimizers: a tensor of its own for each parameter and stream, in ``optimizer.state``.
-Nothing is kept but the objects; the native side reads their addresses at every step, so tensors may be moved, shared,
-off-loaded or replaced between two steps, and what they hold then is what counts. Where anything but an address differs
+State is what it is for torch's own optimizers: a tensor of its own for each parameter and stream, in
+``optimizer.state``. Nothing is kept but the objects; the native side reads their addresses at every step, so tensors
+may be moved, shared, off-loaded or replaced between two steps, and what they hold then is what counts. Where anything
+but an address differs
 from the table, the native side says so, and the table is made anew.
 
-A parameter's place in the flat index, over which sums run, is a multiple of 16 elements. A DTensor stands for its shard. A
-parameter with gaps in memory (a slice of a larger tensor) is stepped in a copy, and copied back. A parameter of which
-another rank has everything takes part with one element that is always zero, so that all ranks count the same steps of it.
+A parameter's place in the flat index, over which sums run, is a multiple of 16 elements. A DTensor stands for its
+shard. A parameter with gaps in memory (a slice of a larger tensor) is stepped in a copy, and copied back. A parameter
+of which another rank has everything takes part with one element that is always zero, so that all ranks count the same
+steps of it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from fastnlcg.parameters import (
     usable_gradient,
 )
 
-EXCHANGE: Any = Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]  # torch >= 2.10
+EXCHANGE: Any = Tensor.__dlpack_c_exchange_api__  # torch >= 2.10
 _HUGE = 1 << 22  # bytes of state from which huge pages are asked for
 
 Groups = list[dict[str, Any]]
@@ -250,7 +252,8 @@ class Layout:
 
     def explain(self, moment: str, param_groups: Groups) -> None:
         """Raises on every rank what differs between them."""
-        assert self.ranks is not None and self.options is not None
+        assert self.ranks is not None
+        assert self.options is not None
         step = groups.named_scalars(param_groups[0])["step"]
         self.ranks.explain(moment, step, vars(self.options), param_groups)
 
@@ -373,7 +376,8 @@ class Layout:
             if self._workspace is None or self._workspace.numel() < doubles:
                 if _native.capturing():
                     raise RuntimeError(
-                        "the workspace cannot grow while a CUDA graph is captured: take a step with these parameters first"
+                        "the workspace cannot grow while a CUDA graph is captured: take a step with these parameters "
+                        "first"
                     )
                 self._workspace = torch.zeros(doubles, dtype=torch.float64, device=device)
 
@@ -412,15 +416,19 @@ class Layout:
                 room = torch.empty_strided(here.shape, strides, dtype=dtype, device=here.device)
                 new[key] = as_like(room.copy_(local.detach()), p)
         step = held.get("step")
-        plain = isinstance(step, Tensor) and not step.dim() and not step.is_neg()
-        if not (plain and step.dtype == torch.float64 and step.device == here.device):
+        if not (
+            isinstance(step, Tensor)
+            and not (step.dim() or step.is_neg())
+            and step.dtype == torch.float64
+            and step.device == here.device
+        ):
             number = 0.0 if step is None else float(step)
             new["step"] = torch.full((), number, dtype=torch.float64, device=here.device)
         return new
 
     def _rename_set(self, params: list[Tensor], stateful: list[int], state: State, scalars: Tensor) -> None:
-        """The name of the last step's set, which goes by the order of the parameters and by which of them have state, in
-        the new order. A set that is no longer whole is forgotten."""
+        """The name of the last step's set, which goes by the order of the parameters and by which of them have state,
+        in the new order. A set that is no longer whole is forgotten."""
         everything = _with_elements(params, stateful)
         place = {id(params[i]): i for i in stateful if "direction" in (state.get(params[i]) or ())}
         if self.native is None:  # loaded, or copied: if it was all of them, it is now all that had state
@@ -498,8 +506,8 @@ def _with_elements(params: Sequence[Tensor], stateful: Sequence[int]) -> list[in
 
 
 def _places(params: Sequence[Tensor], stateful: Sequence[int], uncounted: frozenset[int]) -> tuple[list[int], int, int]:
-    """Where in the flat index each parameter begins, at multiples of a block; how much of it this rank adds to sums; its
-    length."""
+    """Where in the flat index each parameter begins, at multiples of a block; how much of it this rank adds to sums;
+    its length."""
     if not stateful:
         return [], 0, 0
     unit = _native.block_elements

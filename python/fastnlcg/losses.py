@@ -47,8 +47,8 @@ class Losses:
 def warn_of_skip() -> None:
     """At the first step that was skipped."""
     warnings.warn(
-        "a step was skipped, because a gradient (or a sum over them) is not finite, or too large for the state's dtype; "
-        "diagnostics().skipped_steps counts further ones",
+        "a step was skipped, because a gradient (or a sum over them) is not finite, or too large for the state's "
+        "dtype; diagnostics().skipped_steps counts further ones",
         UserWarning,
         stacklevel=_CALLER,
     )

@@ -54,10 +54,10 @@ class NLCG(torch.optim.Optimizer):
     None        grad_prev, direction         28            L2                 1 (the paper)
     =========== ============================ ============= ================== ==================
 
-    ``"adam"`` keeps grad_prev too where Polak-Ribiere needs it. State is float32 (float64 for float64 parameters); bytes
-    are those of float32 parameters. It is allocated when a parameter first has a gradient, as tensors of its own, which
-    may be moved, shared, off-loaded or replaced between steps: what ``state[p]`` holds is what the next step takes.
-    ``state[p]["step"]`` counts the steps that moved ``p``.
+    ``"adam"`` keeps grad_prev too where Polak-Ribiere needs it. State is float32 (float64 for float64 parameters);
+    bytes are those of float32 parameters. It is allocated when a parameter first has a gradient, as tensors of its own,
+    which may be moved, shared, off-loaded or replaced between steps: what ``state[p]`` holds is what the next step
+    takes. ``state[p]["step"]`` counts the steps that moved ``p``.
 
     Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0, and the BFGS h
     stays. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
@@ -74,8 +74,8 @@ class NLCG(torch.optim.Optimizer):
     ``process_group`` (FSDP1, ZeroRedundancyOptimizer). All sums then run over all ranks, in one
     exchange of 104 bytes per rank and step (two with ``"bfgs"``), and every rank takes the same decisions: all ranks
     must call :meth:`step`, and :meth:`diagnostics`, which sums too. Ranks that are about to take different steps (a
-    checkpoint loaded on one of them, another lr) all raise, and change nothing. Under DDP gradients are equal on all ranks and
-    nothing is exchanged.
+    checkpoint loaded on one of them, another lr) all raise, and change nothing. Under DDP gradients are equal on all
+    ranks and nothing is exchanged.
 
     One thread steps at a time; another raises a RuntimeError. Exceptions, a failed exchange and skipped steps leave
     parameters and state unchanged; an interrupt lets the native step finish first. ``torch.compile`` leaves the step
@@ -211,8 +211,8 @@ class NLCG(torch.optim.Optimizer):
             for index, p in enumerate(group["params"], start=self._n_params):
                 if p.requires_grad and p.dtype not in DTYPES:
                     raise TypeError(
-                        f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}, unless it "
-                        "is frozen"
+                        f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}, "
+                        "unless it is frozen"
                     )
             groups.check_together(self.param_groups, len(self.param_groups) - 1)
         except BaseException:
@@ -351,8 +351,8 @@ class NLCG(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: tensors are references, everything else plain numbers, so ``torch.load(weights_only=True)`` takes
-        it back. Resuming from it is bit-exact. What the method knows beside the state is in every group: ``"scalars"``, one
-        tensor for all, and ``"alpha_prev"``. On a GPU it follows the last step on torch's current stream."""
+        it back. Resuming from it is bit-exact. What the method knows beside the state is in every group: ``"scalars"``,
+        one tensor for all, and ``"alpha_prev"``. On a GPU it follows the last step on torch's current stream."""
         for group in self.param_groups:
             groups.plain_numbers(group)
         self._layout.use_stream()

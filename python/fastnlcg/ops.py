@@ -81,8 +81,8 @@ class Scalars:
     sum(s h s) over the last move; ``grad_max``, ``direction_max``; ``ls_scale``, the line-search scale, in (0, 1];
     ``loss_prev``, negated under ``maximize``, infinite for none yet; ``beta``, ``ys``, ``updated`` of the last step;
     ``alpha_prev`` = lr * ls_scale of the last step; ``updates`` of Adam's v. Plain floats, as attributes, which may be
-    set; they lie in one float64 array, which the step writes, so an interrupt never finds half of them. Copies, pickles,
-    compares and prints as one expects.
+    set; they lie in one float64 array, which the step writes, so an interrupt never finds half of them. Copies,
+    pickles, compares and prints as one expects.
     """
 
     __slots__ = ("_values",)

@@ -1,9 +1,9 @@
-"""The options of a step, each once: default, check, meaning. The parameter groups, checkpoints, :mod:`fastnlcg.ops`, the
-reference and the native side take them from here. Needs neither torch nor the native module.
+"""The options of a step, each once: default, check, meaning. The parameter groups, checkpoints, :mod:`fastnlcg.ops`,
+the reference and the native side take them from here. Needs neither torch nor the native module.
 
 To add an option: a line of ``NLCG_OPTIONS`` in ``csrc/step_args.h``, a field of :class:`Options`, an argument of
-:class:`fastnlcg.NLCG`, and the formula that looks at it. To add a preconditioner: a section of ``csrc/passes.h``, a name in
-``csrc/step_args.h``, a line of :data:`PRECONDITIONERS` and a class in :mod:`fastnlcg.reference`.
+:class:`fastnlcg.NLCG`, and the formula that looks at it. To add a preconditioner: a section of ``csrc/passes.h``, a
+name in ``csrc/step_args.h``, a line of :data:`PRECONDITIONERS` and a class in :mod:`fastnlcg.reference`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Options:
         "fletcher_reeves", _one_of("fletcher_reeves", "polak_ribiere", "heavy_ball")
     )
     preconditioner: Literal["adam", "bfgs"] | None = _option("adam", _one_of(*PRECONDITIONERS))
-    line_search: OnlineLineSearch | None = _option(None, _line_search)
+    line_search: OnlineLineSearch | None = _option(None, _line_search)  # noqa: RUF009
     eps: float = _option(1e-8, _non_negative)
     curvature_eps: float = _option(1e-8, _non_negative)
     beta2: float = _option(0.999, _below_one)

@@ -68,7 +68,7 @@ def missing_bytes(t: Tensor) -> int:
     if not t.numel():
         return 0
     last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return max(0, (last + 1) * t.element_size() - t.untyped_storage().nbytes())
+    return max(0, int(last + 1) * t.element_size() - t.untyped_storage().nbytes())
 
 
 def _sorted_strides(t: Tensor) -> list[tuple[int, int]]:
