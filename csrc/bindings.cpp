@@ -89,7 +89,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def("set_options", &NativeStep::set_options, "options"_a)
       .def("lay_out", &NativeStep::lay_out, "n"_a, "table"_a, "groups"_a, "keys"_a, "exchange"_a, "tensor_type"_a,
            "workspace"_a = nullptr)
-      .def("set_exchange", &NativeStep::set_exchange, "mine"_a, "all"_a, "counted"_a, "elements"_a, "every_decision"_a,
+      .def("set_exchange", &NativeStep::set_exchange, "mine"_a, "all"_a, "owned"_a, "elements"_a, "every_decision"_a,
            "gather"_a)
       .def(
           "step",

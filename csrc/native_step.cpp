@@ -62,8 +62,8 @@ DeviceNumber device_number(const NativeStep::Number& number) {
 
 // The state that the passes of these options need and that a segment lacks.
 std::string missing_state(const Options& options, const Segment& segment) {
-  const unsigned needed =
-      with_preconditioner(options.preconditioner, [&](auto preconditioner) { return preconditioner.streams(options); });
+  const unsigned needed = with_preconditioner(
+      options.preconditioner, [&](auto preconditioner) { return preconditioner.state_tensors(options); });
   if ((needed & kGradPrev) && segment.grad_prev == nullptr) return "grad_prev";
   if ((needed & kD) && segment.direction == nullptr) return "direction";
   if ((needed & kDiagonal) && segment.diagonal == nullptr) return "the preconditioner's diagonal";
@@ -98,7 +98,7 @@ void NativeStep::set_options(const py::dict& options) {
 
 // ---- a table over torch's tensors --------------------------------------------------------------------------------
 
-void NativeStep::lay_out(std::int64_t n, const std::vector<Row>& table, int groups,
+void NativeStep::lay_out(std::int64_t n, const std::vector<TableRow>& table, int groups,
                          const std::vector<std::string>& keys, const py::capsule& exchange,
                          const py::object& tensor_type, const BufferPtr& workspace) {
   const StepGuard busy(*this);
@@ -172,7 +172,7 @@ void NativeStep::lay_out(std::int64_t n, const std::vector<Row>& table, int grou
   checked_.clear();
   step_.segments = segments_.data();
   step_.n_segments = static_cast<std::int64_t>(segments_.size());
-  step_.n = step_.counted = n;
+  step_.n = step_.owned = n;
   step_.groups = groups_.data();
   step_.n_groups = groups;
   step_.bias = bias_.data();
@@ -182,32 +182,32 @@ void NativeStep::lay_out(std::int64_t n, const std::vector<Row>& table, int grou
   bound_ = false;
 }
 
-void NativeStep::set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& counted,
+void NativeStep::set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& owned,
                               std::int64_t elements, bool every_decision, py::object gather) {
   const StepGuard busy(*this);
-  const std::int64_t ranks = counted->size();
+  const std::int64_t ranks = owned->size();
   check_buffer("mine", *mine, "float64");
   check_buffer("all", *all, "float64");
-  check_buffer("counted", *counted, "float64");
+  check_buffer("owned", *owned, "float64");
   if (ranks < 1 || ranks > std::int64_t{1} << 24) throw invalid_argument(std::to_string(ranks) + " ranks");
   if (mine->size() != kColumns || all->size() != ranks * kColumns) throw invalid_argument("rows of another length");
   if (mine->readonly() || all->readonly()) throw invalid_argument("rows that are read-only");
   if (elements != step_.n && (elements < 0 || elements > step_.n || elements % chunk_elements(step_.n) != 0)) {
-    throw invalid_argument(std::to_string(elements) + " counted elements of " + std::to_string(step_.n));
+    throw invalid_argument(std::to_string(elements) + " owned elements of " + std::to_string(step_.n));
   }
-  mine_ = mine, all_ = all, counted_ = counted;
+  mine_ = mine, all_ = all, owned_ = owned;
   gather_ = std::move(gather);
-  step_.counted = elements;
-  step_.exchange = Exchange{static_cast<int>(ranks),
-                            every_decision,
-                            static_cast<fastnlcg::Row*>(mine->data()),
-                            static_cast<const fastnlcg::Row*>(all->data()),
-                            static_cast<const double*>(counted->data()),
-                            [](void* self) {
-                              const py::gil_scoped_acquire held;
-                              static_cast<NativeStep*>(self)->gather_();
-                            },
-                            this};
+  step_.owned = elements;
+  step_.exchange = RankGather{static_cast<int>(ranks),
+                              every_decision,
+                              static_cast<RankRecord*>(mine->data()),
+                              static_cast<const RankRecord*>(all->data()),
+                              static_cast<const double*>(owned->data()),
+                              [](void* self) {
+                                const py::gil_scoped_acquire held;
+                                static_cast<NativeStep*>(self)->gather_();
+                              },
+                              this};
 }
 
 // Whether optimizer.state holds the entries that were laid out, in this order. Keys that are no tensors are others'.
@@ -498,7 +498,7 @@ void NativeStep::bind(const BufferPtr& p, const BufferPtr& g, const BufferPtr& g
   cuda_.workspace = nullptr;
   step_.segments = segments_.data();
   step_.n_segments = static_cast<std::int64_t>(segments_.size());
-  step_.n = step_.counted = n;
+  step_.n = step_.owned = n;
   step_.groups = groups_.data();
   step_.n_groups = 1;
   step_.bias = bias_.data();

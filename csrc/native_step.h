@@ -40,16 +40,16 @@ class NativeStep {
   // ---- a table over torch's tensors ----
 
   // (offset, group, index, dtype, shape, strides, (begin, run, skip)) of a segment; the last is its Place.
-  using Row = std::tuple<std::int64_t, int, std::uint32_t, std::string, std::vector<std::int64_t>,
-                         std::vector<std::int64_t>, std::tuple<std::int64_t, std::int64_t, std::int64_t>>;
+  using TableRow = std::tuple<std::int64_t, int, std::uint32_t, std::string, std::vector<std::int64_t>,
+                              std::vector<std::int64_t>, std::tuple<std::int64_t, std::int64_t, std::int64_t>>;
   // The segments over a flat index of n elements, and the workspace of a GPU. `keys`: of a state entry, in the order
   // grad_prev, direction, diagonal, "" for none.
-  void lay_out(std::int64_t n, const std::vector<Row>& table, int groups, const std::vector<std::string>& keys,
+  void lay_out(std::int64_t n, const std::vector<TableRow>& table, int groups, const std::vector<std::string>& keys,
                const py::capsule& exchange, const py::object& tensor_type, const BufferPtr& workspace);
 
   // The sums of this rank become sums over ranks. `mine` is a row of doubles, `all` one for each rank, which `gather()`
-  // fills from everybody's `mine`; `counted` says whose sums are added, and `elements` how many of this rank's index.
-  void set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& counted, std::int64_t elements,
+  // fills from everybody's `mine`; `owned` says whose sums are added, and `elements` how many of this rank's index.
+  void set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& owned, std::int64_t elements,
                     bool every_decision, py::object gather);
 
   // Where the numbers of a step are. Lists have one entry a segment, or a group. `gradients` None: the parameters' .grad.
@@ -142,7 +142,7 @@ class NativeStep {
   std::vector<py::object> keys_;  // of an entry, interned; null where the options have no use for one
   Layout number_, scalars_layout_;
   BufferPtr workspace_, p_, g_, grad_prev_, direction_, diagonal_;
-  BufferPtr mine_, all_, counted_;
+  BufferPtr mine_, all_, owned_;
   py::object gather_;
   bool laid_out_ = false, bound_ = false;
   double own_steps_ = 0, own_alpha_prev_ = 0;

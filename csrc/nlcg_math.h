@@ -44,7 +44,7 @@ NLCG_HD T scaled_gradient(T g, T factor) {
 // L2 weight decay pulls toward zero: the gradient the method sees.
 template <class T>
 NLCG_HD T decayed_gradient(T g, T weight_decay, T p) {
-  // Where the decay is 0 the parameter has no say: it may be infinite, and share a vector with others that decay.
+  // Skips p where the decay is 0: 0 * inf is NaN, and p may share a vector with others that decay.
   return weight_decay != T{} ? g + weight_decay * p : g;
 }
 
@@ -83,10 +83,10 @@ NLCG_HD T second_moment(T v, T g, T beta2, T one_minus_beta2) {
   return beta2 * v + one_minus_beta2 * (g * g);
 }
 
-// Adam's diagonal, h. root_correction = 1 / sqrt(1 - beta2^k)
+// Adam's diagonal, h. inv_sqrt_bias_correction = 1 / sqrt(1 - beta2^k)
 template <class T>
-NLCG_HD T adam_diagonal(T v, T root_correction) {
-  return square_root(v) * root_correction;
+NLCG_HD T adam_diagonal(T v, T inv_sqrt_bias_correction) {
+  return square_root(v) * inv_sqrt_bias_correction;
 }
 
 // x; NaN where `witness` is not finite. It makes a sum report what would not show in it: g / h is 0 where h has overflowed.
@@ -108,10 +108,10 @@ NLCG_HD T conjugate_direction(T w, T beta, T d) {
   return beta * d - w;
 }
 
-// Decoupled weight decay. kept = 1 - alpha * weight_decay
+// Decoupled weight decay. decay_factor = 1 - alpha * weight_decay
 template <class T>
-NLCG_HD T decayed_parameter(T p, T kept) {
-  return p * kept;
+NLCG_HD T decayed_parameter(T p, T decay_factor) {
+  return p * decay_factor;
 }
 
 // p_new = p + s with the new s
@@ -122,7 +122,7 @@ NLCG_HD T moved(T p, T s) {
 
 // The factor h s of shs = sum((h s) s)
 template <class T>
-NLCG_HD T curvature_along(T h, T s) {
+NLCG_HD T hessian_times(T h, T s) {
   return h * s;
 }
 
@@ -153,7 +153,7 @@ NLCG_HD Bias bias_of(double beta2, double steps) {
 
 // Adam's bias correction, 1 / sqrt(1 - beta2^k), from 1 - beta2^k; 0 before the first update, when v is 0.
 template <class S>
-NLCG_HD S root_correction(double bias) {
+NLCG_HD S inv_sqrt_bias_correction(double bias) {
   const S missing = static_cast<S>(bias);
   return missing > S{0} ? S{1} / square_root(missing) : S{0};
 }
@@ -200,18 +200,18 @@ NLCG_HD double line_search_scale(const Options& o, double scale, double loss, do
 // What one step has decided so far. `next` becomes the scalars when, and only when, the step is concluded.
 struct StepPlan {
   Scalars next;
-  bool skip;       // a number is not finite: nothing may change but the counter
-  bool idle;       // no rank has a gradient, or AMP has called the step off: not even the counter
-  bool same;       // g_prev and d speak of the parameters that move now
-  bool curvature;  // bfgs: h is updated
-  bool deferred;   // bfgs: by pass 3, because the sums of pass 2 may not be finite, or may not arrive
-  bool spread;     // over ranks
-  double eps;      // bfgs: 0 in the first step, z = -g / h
+  bool skip;           // a number is not finite: nothing may change but the counter
+  bool nothing_to_do;  // no rank has a gradient, or AMP has called the step off: not even the counter
+  bool history_valid;  // g_prev and d speak of the parameters that move now
+  bool curvature;      // bfgs: h is updated
+  bool deferred;       // bfgs: by pass 3, because the sums of pass 2 may not be finite, or may not arrive
+  bool distributed;    // over ranks
+  double eps;          // bfgs: 0 in the first step, z = -g / h
 };
 
 // What this rank contributes to the first decision beside the sums of the first pass. The sums of the last move are
 // shares: each rank keeps its own from the step before, and they are added up here.
-NLCG_HD void contribute(Row& row, const Scalars& now, double active_set, double loss, double segments,
+NLCG_HD void contribute(RankRecord& row, const Scalars& now, double active_set, double loss, double segments,
                         double found_inf) {
   row.column[kGs] = now.gs;
   row.column[kShs] = now.shs;
@@ -222,12 +222,12 @@ NLCG_HD void contribute(Row& row, const Scalars& now, double active_set, double 
 }
 
 // What every row says of itself.
-NLCG_HD void sign_row(Row& row, double step, double moment, double digest) {
+NLCG_HD void sign_row(RankRecord& row, double step, double moment, double digest) {
   row.column[kStepNumber] = step;
   row.column[kMoment] = moment;
   row.column[kDigest] = digest;
 }
-NLCG_HD bool ranks_agree(const Row* all, int ranks) {
+NLCG_HD bool ranks_agree(const RankRecord* all, int ranks) {
   bool agree = true;
   for (int rank = 1; rank < ranks; ++rank) {
     for (int column = kStepNumber; column < kColumns; ++column) {
@@ -238,7 +238,7 @@ NLCG_HD bool ranks_agree(const Row* all, int ranks) {
 }
 
 // One column over the ranks, in their order.
-NLCG_HD double over_ranks(const Row* all, const double* counted, int ranks, int column) {
+NLCG_HD double over_ranks(const RankRecord* all, const double* owned, int ranks, int column) {
   double x = 0.0;
   for (int rank = 0; rank < ranks; ++rank) {
     const double y = all[rank].column[column];
@@ -246,7 +246,7 @@ NLCG_HD double over_ranks(const Row* all, const double* counted, int ranks, int 
       x = y > x ? y : x;
     } else if (column == kLoss) {
       x += y / static_cast<double>(ranks);
-    } else if (counted[rank] != 0.0) {
+    } else if (owned[rank] != 0.0) {
       x += y;
     }
   }
@@ -254,10 +254,11 @@ NLCG_HD double over_ranks(const Row* all, const double* counted, int ranks, int 
 }
 
 // After pass 1, before its decision: the line search, and whether the past still counts.
-NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double active_set, const Row& row, bool spread) {
-  StepPlan c{now, false, false, false, false, false, spread, now.step == 0.0 ? 0.0 : o.eps};
-  c.same = now.step != 0.0 && row.column[kChanged] == 0.0;
-  c.idle = row.column[kMoving] == 0.0 || row.column[kFoundInf] != 0.0;
+NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double active_set, const RankRecord& row,
+                            bool distributed) {
+  StepPlan c{now, false, false, false, false, false, distributed, now.step == 0.0 ? 0.0 : o.eps};
+  c.history_valid = now.step != 0.0 && row.column[kChanged] == 0.0;
+  c.nothing_to_do = row.column[kMoving] == 0.0 || row.column[kFoundInf] != 0.0;
   c.next.gs = row.column[kGs];
   c.next.shs = row.column[kShs];
   const double loss = row.column[kLoss];
@@ -273,9 +274,9 @@ NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double active_
 // bfgs, after pass 1: is h updated? `gs` = sum(g s) over this gradient and the last move.
 NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double grad_max, double n, double limit) {
   c.skip = o.skip_nonfinite && !(is_finite(gs) && is_finite(grad_max));
-  c.next.ys = c.same ? gs - c.next.gs : 0.0;
-  c.next.shs_used = c.same ? c.next.shs : 0.0;
-  c.curvature = c.same && curvature_accepted(c.next.ys, c.next.shs, o.curvature_eps);
+  c.next.ys = c.history_valid ? gs - c.next.gs : 0.0;
+  c.next.shs_used = c.history_valid ? c.next.shs : 0.0;
+  c.curvature = c.history_valid && curvature_accepted(c.next.ys, c.next.shs, o.curvature_eps);
   // y or y^2 / ys may leave the state's type, and h would then not be what it is in exact arithmetic: a gradient like
   // that is treated as one that is not finite.
   const double y_max = grad_max + c.next.grad_max;
@@ -283,7 +284,7 @@ NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double g
   // Pass 2 divides by eps in the state's type, where a tiny one is 0.
   const double eps = limit < 2.0 * kLargestFloat ? static_cast<double>(static_cast<float>(c.eps)) : c.eps;
   c.deferred =
-      c.curvature && (c.spread || (o.skip_nonfinite && may_overflow(grad_max, c.next.grad_max, eps, n, limit)));
+      c.curvature && (c.distributed || (o.skip_nonfinite && may_overflow(grad_max, c.next.grad_max, eps, n, limit)));
   c.next.updated = c.curvature ? 1.0 : 0.0;
   c.next.grad_max = grad_max;
 }
@@ -294,7 +295,7 @@ NLCG_HD bool needs_rz_mid(const Options& o) { return o.update == UpdateRule::pol
 // After the pass that forms rz: beta. `z_max` is a bound of |z|: where d might leave the state's type, the step skips.
 NLCG_HD void decide_direction(StepPlan& c, const Options& o, double rz_new, double rz_mid, double z_max, double limit) {
   c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));
-  c.next.beta = c.same ? conjugacy(o, c.next.rz, rz_new, rz_mid) : 0.0;
+  c.next.beta = c.history_valid ? conjugacy(o, c.next.rz, rz_new, rz_mid) : 0.0;
   c.next.rz = rz_new;
   c.next.direction_max = z_max + (c.next.beta != 0.0 ? c.next.beta * c.next.direction_max : 0.0);
   if (o.skip_nonfinite && !(c.next.direction_max < limit)) c.skip = true;

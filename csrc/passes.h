@@ -18,16 +18,16 @@
 //
 // Around it, a pass of the step has
 //
-//     decided(plan, options, fill)    the pass, as far as the passes before it have decided; fill(x) is x as a T
-//     know(fill)                      what of it holds in every step: for a compiler that got the pass from memory
-//     decide(plan, options, sums, largest, n, limit)    what follows from its sums; `limit` is the largest S
+//     from_plan(plan, options, broadcast)    builds the pass from the plan so far; broadcast(x) is x as a T
+//     assume_constants(broadcast)            resets fields that are constant, so that the compiler can fold them where it
+//                                            got the pass from memory
+//     update_plan(plan, options, sums, largest, n, limit)    what follows from its sums; `limit` is the largest S
+//     sums()                                 which of its sums are not 0, as bits: as few as the options ask for
 //
-//     sums()                          which of its sums are not 0, as bits: as few as the options ask for
-//
-// and these constants: kSums; kFormsLargest (it also forms the largest of the numbers >= 0 given to at.largest()); kBackward (it walks from the end, to find in the
-// cache what the pass before read last); kOpens (first of its step: `decided` may use the options alone);
-// kResident (the stream beside g that the first pass may leave on chip for the others); kL2 (weight decay is part of
-// the gradient); kBiasCorrected (it asks for at.root()).
+// and these constants: kSums; kFormsLargest (it also forms the largest of the numbers >= 0 given to at.largest());
+// kBackward (it walks from the end, to find in the cache what the pass before read last); kFirstPass (of its step:
+// `from_plan` may use the options alone); kResident (the stream beside g that the first pass may leave on chip for the
+// others); kL2 (weight decay is part of the gradient); kBiasCorrected (it asks for at.inv_sqrt_bias()).
 #pragma once
 
 #include "nlcg_math.h"
@@ -39,7 +39,7 @@ enum Streams : unsigned { kP = 1, kGradPrev = 2, kD = 4, kDiagonal = 8 };
 
 // What most passes are.
 struct Pass {
-  static constexpr bool kReadsGradient = true, kFormsLargest = false, kBackward = false, kOpens = false;
+  static constexpr bool kReadsGradient = true, kFormsLargest = false, kBackward = false, kFirstPass = false;
   static constexpr bool kL2 = true, kBiasCorrected = false;
   static constexpr unsigned kResident = 0;
   NLCG_HD unsigned sums() const { return ~0u; }
@@ -57,7 +57,7 @@ struct PassList {};
 template <class T>
 struct PlainDots : Pass {
   static constexpr int kSums = 2;
-  static constexpr bool kOpens = true;
+  static constexpr bool kFirstPass = true;
   bool mid;
   NLCG_HD unsigned reads() const { return mid ? kGradPrev : 0u; }
   NLCG_HD unsigned sums() const { return dots_wanted(mid); }
@@ -70,11 +70,11 @@ struct PlainDots : Pass {
     if (mid) at.add(1, wide_g, at.wide_grad_prev());
   }
 
-  template <class Fill>
-  NLCG_HD static PlainDots decided(const StepPlan&, const Options& o, Fill) {
+  template <class Broadcast>
+  NLCG_HD static PlainDots from_plan(const StepPlan&, const Options& o, Broadcast) {
     return {{}, needs_rz_mid(o)};
   }
-  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
+  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
     decide_direction(c, o, sums[0], sums[1], __builtin_sqrt(sums[0]), limit);  // |z| <= |g| summed up in squares
   }
 };
@@ -97,28 +97,30 @@ struct PlainMove : Pass {
     if (move && at.moves()) at.set_p(moved(at.p(), scaled_direction(at.alpha(), d)));
   }
 
-  template <class Fill>
-  NLCG_HD static PlainMove decided(const StepPlan& c, const Options&, Fill fill) {
-    return {{}, fill(c.next.beta), true, true};
+  template <class Broadcast>
+  NLCG_HD static PlainMove from_plan(const StepPlan& c, const Options&, Broadcast broadcast) {
+    return {{}, broadcast(c.next.beta), true, true};
   }
-  template <class Fill>
-  NLCG_HD void know(Fill) {
+  template <class Broadcast>
+  NLCG_HD void assume_constants(Broadcast) {
     keep_grad = move = true;
   }
-  NLCG_HD static void decide(StepPlan& c, const Options&, const double*, double, double, double) { finish_step(c); }
+  NLCG_HD static void update_plan(StepPlan& c, const Options&, const double*, double, double, double) {
+    finish_step(c);
+  }
 };
 
 struct Plain {
   using Passes = PassList<PlainDots, PlainMove>;
-  NLCG_HD static unsigned streams(const Options&) { return kGradPrev | kD; }  // of state, that a step needs
+  NLCG_HD static unsigned state_tensors(const Options&) { return kGradPrev | kD; }  // of state, that a step needs
   // For the parts, which know their numbers.
-  template <class Fill>
-  static auto dots(const Options&, bool mid, Fill fill) {
-    return PlainDots<decltype(fill(0.0))>{{}, mid};
+  template <class Broadcast>
+  static auto dots(const Options&, bool mid, Broadcast broadcast) {
+    return PlainDots<decltype(broadcast(0.0))>{{}, mid};
   }
-  template <class Fill>
-  static auto move(const Options&, double beta, bool keep_grad, bool move, Fill fill) {
-    return PlainMove<decltype(fill(0.0))>{{}, fill(beta), keep_grad, move};
+  template <class Broadcast>
+  static auto move(const Options&, double beta, bool keep_grad, bool move, Broadcast broadcast) {
+    return PlainMove<decltype(broadcast(0.0))>{{}, broadcast(beta), keep_grad, move};
   }
 };
 
@@ -134,17 +136,17 @@ struct BfgsConstants {
 };
 
 // From the scalars; 0 where a pass does not use them.
-template <class Fill>
-NLCG_HD auto bfgs_constants(double eps, double beta, double ys, double shs, Fill fill) {
-  const double bound = 0.25 * kLargest<typename Fill::Scalar>;
-  return BfgsConstants<decltype(fill(0.0))>{fill(eps), fill(beta), fill(inverse_root(ys, bound)),
-                                            fill(inverse_root(shs, bound)), fill(bound)};
+template <class Broadcast>
+NLCG_HD auto bfgs_constants(double eps, double beta, double ys, double shs, Broadcast broadcast) {
+  const double bound = 0.25 * kLargest<typename Broadcast::Scalar>;
+  return BfgsConstants<decltype(broadcast(0.0))>{broadcast(eps), broadcast(beta), broadcast(inverse_root(ys, bound)),
+                                                 broadcast(inverse_root(shs, bound)), broadcast(bound)};
 }
 
 template <class T>
 struct CurvatureDot : Pass {
   static constexpr int kSums = 1;
-  static constexpr bool kFormsLargest = true, kOpens = true;
+  static constexpr bool kFormsLargest = true, kFirstPass = true;
   static constexpr unsigned kResident = kD;
   NLCG_HD unsigned reads() const { return kD; }
   NLCG_HD unsigned writes() const { return 0; }
@@ -156,12 +158,12 @@ struct CurvatureDot : Pass {
     at.largest(absolute(g));
   }
 
-  template <class Fill>
-  NLCG_HD static CurvatureDot decided(const StepPlan&, const Options&, Fill) {
+  template <class Broadcast>
+  NLCG_HD static CurvatureDot from_plan(const StepPlan&, const Options&, Broadcast) {
     return {};
   }
-  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double largest, double n,
-                             double limit) {
+  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double largest, double n,
+                                  double limit) {
     decide_curvature(c, o, sums[0], largest, n, limit);
   }
 };
@@ -181,7 +183,7 @@ struct SumsOverLastMove : Pass {
     const T s = scaled_direction(at.alpha_prev(), at.d());
     const auto wide_s = at.wide(s);
     at.add(0, at.wide_grad_prev(), wide_s);
-    at.add(1, at.wide(curvature_along(at.diagonal(), s)), wide_s);
+    at.add(1, at.wide(hessian_times(at.diagonal(), s)), wide_s);
     if constexpr (kWithGradient) at.add(2, at.wide(at.g()), wide_s);
   }
 };
@@ -217,19 +219,20 @@ struct CurvatureAndDots : Pass {
     at.largest(absolute(w));
   }
 
-  template <class Fill>
-  NLCG_HD static CurvatureAndDots decided(const StepPlan& c, const Options& o, Fill fill) {
+  template <class Broadcast>
+  NLCG_HD static CurvatureAndDots from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
     return {{},
-            bfgs_constants(c.eps, 0, c.next.ys, c.next.shs_used, fill),
+            bfgs_constants(c.eps, 0, c.next.ys, c.next.shs_used, broadcast),
             c.curvature,
             !c.deferred,
-            c.same && needs_rz_mid(o)};
+            c.history_valid && needs_rz_mid(o)};
   }
-  template <class Fill>
-  NLCG_HD void know(Fill fill) {
-    c.bound = fill(0.25 * kLargest<typename Fill::Scalar>);
+  template <class Broadcast>
+  NLCG_HD void assume_constants(Broadcast broadcast) {
+    c.bound = broadcast(0.25 * kLargest<typename Broadcast::Scalar>);
   }
-  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double z_max, double, double limit) {
+  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double z_max, double,
+                                  double limit) {
     decide_direction(c, o, sums[0], sums[1], z_max, limit);
   }
 };
@@ -264,19 +267,19 @@ struct CurvatureAndMove : Pass {
     if (move && at.moves()) at.set_p(moved(at.p(), s));
     const auto wide_s = at.wide(s);
     at.add(0, at.wide(g), wide_s);
-    at.add(1, at.wide(curvature_along(h, s)), wide_s);
+    at.add(1, at.wide(hessian_times(h, s)), wide_s);
   }
 
-  template <class Fill>
-  NLCG_HD static CurvatureAndMove decided(const StepPlan& c, const Options&, Fill fill) {
-    return {{}, bfgs_constants(c.eps, c.next.beta, c.next.ys, c.next.shs_used, fill), true, true, c.deferred};
+  template <class Broadcast>
+  NLCG_HD static CurvatureAndMove from_plan(const StepPlan& c, const Options&, Broadcast broadcast) {
+    return {{}, bfgs_constants(c.eps, c.next.beta, c.next.ys, c.next.shs_used, broadcast), true, true, c.deferred};
   }
-  template <class Fill>
-  NLCG_HD void know(Fill fill) {
-    c.bound = fill(0.25 * kLargest<typename Fill::Scalar>);
+  template <class Broadcast>
+  NLCG_HD void assume_constants(Broadcast broadcast) {
+    c.bound = broadcast(0.25 * kLargest<typename Broadcast::Scalar>);
     keep_grad = move = true;
   }
-  NLCG_HD static void decide(StepPlan& c, const Options&, const double* sums, double, double, double) {
+  NLCG_HD static void update_plan(StepPlan& c, const Options&, const double* sums, double, double, double) {
     finish_step(c);
     c.next.gs = sums[0];
     c.next.shs = sums[1];
@@ -285,19 +288,20 @@ struct CurvatureAndMove : Pass {
 
 struct Bfgs {
   using Passes = PassList<CurvatureDot, CurvatureAndDots, CurvatureAndMove>;
-  NLCG_HD static unsigned streams(const Options&) { return kGradPrev | kD | kDiagonal; }
-  template <class Fill>
-  static auto dots(const Options& o, bool mid, Fill fill) {
-    return CurvatureAndDots<decltype(fill(0.0))>{{}, bfgs_constants(o.eps, 0, 0, 0, fill), false, false, mid};
+  NLCG_HD static unsigned state_tensors(const Options&) { return kGradPrev | kD | kDiagonal; }
+  template <class Broadcast>
+  static auto dots(const Options& o, bool mid, Broadcast broadcast) {
+    return CurvatureAndDots<decltype(broadcast(0.0))>{{}, bfgs_constants(o.eps, 0, 0, 0, broadcast), false, false, mid};
   }
-  template <class Fill>
-  static auto move(const Options& o, double beta, bool keep_grad, bool move, Fill fill) {
-    return CurvatureAndMove<decltype(fill(0.0))>{{}, bfgs_constants(o.eps, beta, 0, 0, fill), keep_grad, move, false};
+  template <class Broadcast>
+  static auto move(const Options& o, double beta, bool keep_grad, bool move, Broadcast broadcast) {
+    return CurvatureAndMove<decltype(broadcast(0.0))>{
+        {}, bfgs_constants(o.eps, beta, 0, 0, broadcast), keep_grad, move, false};
   }
   // The update of h by itself.
-  template <class Fill>
-  static auto update(double ys, double shs, Fill fill) {
-    return CurvatureAndDots<decltype(fill(0.0))>{{}, bfgs_constants(1, 0, ys, shs, fill), true, true, false};
+  template <class Broadcast>
+  static auto update(double ys, double shs, Broadcast broadcast) {
+    return CurvatureAndDots<decltype(broadcast(0.0))>{{}, bfgs_constants(1, 0, ys, shs, broadcast), true, true, false};
   }
 };
 
@@ -311,15 +315,16 @@ struct AdamConstants {
   T eps, beta, beta2, one_minus_beta2;
 };
 
-template <class Fill>
-NLCG_HD auto adam_constants(const Options& o, double beta, Fill fill) {
-  return AdamConstants<decltype(fill(0.0))>{fill(o.eps), fill(beta), fill(o.beta2), fill(1.0 - o.beta2)};
+template <class Broadcast>
+NLCG_HD auto adam_constants(const Options& o, double beta, Broadcast broadcast) {
+  return AdamConstants<decltype(broadcast(0.0))>{broadcast(o.eps), broadcast(beta), broadcast(o.beta2),
+                                                 broadcast(1.0 - o.beta2)};
 }
 
 template <class T>
 struct AdamDots : Pass {
   static constexpr int kSums = 2;
-  static constexpr bool kOpens = true, kL2 = false, kBiasCorrected = true;
+  static constexpr bool kFirstPass = true, kL2 = false, kBiasCorrected = true;
   static constexpr unsigned kResident = kDiagonal;
   AdamConstants<T> c;
   bool mid;
@@ -332,20 +337,20 @@ struct AdamDots : Pass {
     const T g = at.g();
     const T v_old = at.diagonal();
     const T v = second_moment(v_old, g, c.beta2, c.one_minus_beta2);
-    const T h = adam_diagonal(v, at.root());
+    const T h = adam_diagonal(v, at.inv_sqrt_bias());
     const auto wide_g = at.wide(g);
     at.add(0, wide_g, at.wide(preconditioned_gradient(unless_overflown(g, v), h, c.eps)));
     if (mid) {
-      const T h_old = adam_diagonal(v_old, at.root_prev());
+      const T h_old = adam_diagonal(v_old, at.inv_sqrt_bias_prev());
       at.add(1, wide_g, at.wide(preconditioned_gradient(at.grad_prev(), h_old, c.eps)));
     }
   }
 
-  template <class Fill>
-  NLCG_HD static AdamDots decided(const StepPlan&, const Options& o, Fill fill) {
-    return {{}, adam_constants(o, 0, fill), needs_rz_mid(o)};
+  template <class Broadcast>
+  NLCG_HD static AdamDots from_plan(const StepPlan&, const Options& o, Broadcast broadcast) {
+    return {{}, adam_constants(o, 0, broadcast), needs_rz_mid(o)};
   }
-  NLCG_HD static void decide(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
+  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
     decide_direction(c, o, sums[0], sums[1], 0.0, limit);  // |z| <= 1 / sqrt(1 - beta2), far from any overflow
   }
 };
@@ -364,29 +369,28 @@ struct AdamMove : Pass {
   NLCG_HD void operator()(At& at) const {
     const T g = at.g();
     const T v = second_moment(at.diagonal(), g, c.beta2, c.one_minus_beta2);
-    const T w = preconditioned_gradient(g, adam_diagonal(v, at.root()), c.eps);
+    const T w = preconditioned_gradient(g, adam_diagonal(v, at.inv_sqrt_bias()), c.eps);
     const T d = conjugate_direction(w, c.beta, at.d());
     at.set_diagonal(v);
     at.set_d(d);
     if (keep_grad) at.set_grad_prev(g);
     if (move && at.moves()) {
-      at.set_p(moved(decayed_parameter(at.p(), at.kept()), scaled_direction(at.alpha(), d)));
+      at.set_p(moved(decayed_parameter(at.p(), at.decay_factor()), scaled_direction(at.alpha(), d)));
     }
     const auto wide_g = at.wide(g);
     at.add(0, wide_g, wide_g);
     at.add(1, wide_g, at.wide(d));
   }
 
-  template <class Fill>
-  NLCG_HD static AdamMove decided(const StepPlan& c, const Options& o, Fill fill) {
-    return {{}, adam_constants(o, c.next.beta, fill), needs_rz_mid(o), true};
+  template <class Broadcast>
+  NLCG_HD static AdamMove from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
+    return {{}, adam_constants(o, c.next.beta, broadcast), needs_rz_mid(o), true};
   }
-  template <class Fill>
-  NLCG_HD void know(Fill fill) {
-    (void)fill;
+  template <class Broadcast>
+  NLCG_HD void assume_constants(Broadcast) {
     move = true;
   }
-  NLCG_HD static void decide(StepPlan& c, const Options&, const double* sums, double, double, double) {
+  NLCG_HD static void update_plan(StepPlan& c, const Options&, const double* sums, double, double, double) {
     finish_step(c);
     c.next.updated = 1.0;
     c.next.gg = sums[0];
@@ -396,14 +400,16 @@ struct AdamMove : Pass {
 
 struct Adam {
   using Passes = PassList<AdamDots, AdamMove>;
-  NLCG_HD static unsigned streams(const Options& o) { return (needs_rz_mid(o) ? kGradPrev : 0u) | kD | kDiagonal; }
-  template <class Fill>
-  static auto dots(const Options& o, bool mid, Fill fill) {
-    return AdamDots<decltype(fill(0.0))>{{}, adam_constants(o, 0, fill), mid};
+  NLCG_HD static unsigned state_tensors(const Options& o) {
+    return (needs_rz_mid(o) ? kGradPrev : 0u) | kD | kDiagonal;
   }
-  template <class Fill>
-  static auto move(const Options& o, double beta, bool keep_grad, bool move, Fill fill) {
-    return AdamMove<decltype(fill(0.0))>{{}, adam_constants(o, beta, fill), keep_grad, move};
+  template <class Broadcast>
+  static auto dots(const Options& o, bool mid, Broadcast broadcast) {
+    return AdamDots<decltype(broadcast(0.0))>{{}, adam_constants(o, 0, broadcast), mid};
+  }
+  template <class Broadcast>
+  static auto move(const Options& o, double beta, bool keep_grad, bool move, Broadcast broadcast) {
+    return AdamMove<decltype(broadcast(0.0))>{{}, adam_constants(o, beta, broadcast), keep_grad, move};
   }
 };
 

@@ -149,19 +149,19 @@ enum Column {
   kColumns
 };
 constexpr double kDiagnostics = -1.0;
-struct Row {
+struct RankRecord {
   double column[kColumns];
 };
-static_assert(sizeof(Row) == kColumns * sizeof(double));
+static_assert(sizeof(RankRecord) == kColumns * sizeof(double));
 
 // How the ranks' rows come together: `gather` fills `all` from everybody's `mine`, or throws. The rows are then added
 // up in the order of ranks, so every rank decides alike, to the bit, whatever algorithm gathered them.
-struct Exchange {
+struct RankGather {
   int ranks = 0;                    // 0: this process is alone
   bool every_decision = false;      // false: only the first pass, for the loss (the sums are this rank's alone)
-  Row* mine = nullptr;              // on the step's device, like `all` and `counted`
-  const Row* all = nullptr;         // by rank
-  const double* counted = nullptr;  // by rank: whether its sums are added. The loss is averaged over all rows
+  RankRecord* mine = nullptr;       // on the step's device, like `all` and `counted`
+  const RankRecord* all = nullptr;  // by rank
+  const double* owned = nullptr;    // by rank: whether its sums are added. The loss is averaged over all rows
   void (*gather)(void*) = nullptr;
   void* context = nullptr;
 };
@@ -186,9 +186,10 @@ struct Step {
   double loss;        // NaN: none given
   double digest;      // Column::kDigest of this rank
   int threads;
-  std::int64_t counted;  // of the flat index, from its begin: what this rank adds to sums. Behind it lie copies of what
-                         // other ranks add. A multiple of chunk_elements(n), or n
-  Exchange exchange;
+  std::int64_t
+      owned;  // elements of the flat index, from its begin, that this rank adds to sums; the rest are replicas and
+              // are not summed. A multiple of chunk_elements(n), or n
+  RankGather exchange;
 };
 
 // Tiles fix the order of every sum: the bits depend on the flat index alone. 4096 elements are few enough to balance

@@ -20,7 +20,7 @@ namespace {
 // ---- what a pass sees of one vector ------------------------------------------------------------------------------
 
 template <class S, class P>
-struct Stream {
+struct Buffers {
   std::int64_t local;  // of the first element in its segment
   P* p;
   const P* g;
@@ -30,7 +30,7 @@ struct Stream {
 };
 
 // What is one number in a segment, and its value there.
-enum Number { kAlpha, kAlphaPrev, kWeightDecay, kKept, kSign, kRoot, kRootPrev, kNumbers };
+enum Number { kAlpha, kAlphaPrev, kWeightDecay, kDecayFactor, kSign, kInvSqrtBias, kInvSqrtBiasPrev, kNumbers };
 
 template <class S, class Pass>
 void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers]) {
@@ -38,12 +38,12 @@ void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers])
   x[kAlpha] = group.alpha;
   x[kAlphaPrev] = *group.alpha_prev;
   x[kWeightDecay] = group.weight_decay;
-  x[kKept] = 1.0 - group.alpha * group.weight_decay;
+  x[kDecayFactor] = 1.0 - group.alpha * group.weight_decay;
   x[kSign] = group.sign;
   if constexpr (Pass::kBiasCorrected) {
     const Bias& bias = step.bias[&segment - step.segments];
-    x[kRoot] = root_correction<S>(bias.next);
-    x[kRootPrev] = root_correction<S>(bias.now);
+    x[kInvSqrtBias] = inv_sqrt_bias_correction<S>(bias.next);
+    x[kInvSqrtBiasPrev] = inv_sqrt_bias_correction<S>(bias.now);
   }
 }
 
@@ -71,7 +71,7 @@ struct Flags {
 // The vector at element `i` of the stream, vector `k` of its block.
 template <class S, class P, int K>
 struct At {
-  const Stream<S, P>& stream;
+  const Buffers<S, P>& stream;
   std::int64_t i;
   int k;
   const SegmentLanes<S>& segment;
@@ -89,9 +89,9 @@ struct At {
   NLCG_INLINE Vector<S> diagonal() const { return load(stream.diagonal + i); }
   NLCG_INLINE Vector<S> alpha() const { return segment.number[kAlpha][k]; }
   NLCG_INLINE Vector<S> alpha_prev() const { return segment.number[kAlphaPrev][k]; }
-  NLCG_INLINE Vector<S> kept() const { return segment.number[kKept][k]; }
-  NLCG_INLINE Vector<S> root() const { return segment.number[kRoot][k]; }
-  NLCG_INLINE Vector<S> root_prev() const { return segment.number[kRootPrev][k]; }
+  NLCG_INLINE Vector<S> decay_factor() const { return segment.number[kDecayFactor][k]; }
+  NLCG_INLINE Vector<S> inv_sqrt_bias() const { return segment.number[kInvSqrtBias][k]; }
+  NLCG_INLINE Vector<S> inv_sqrt_bias_prev() const { return segment.number[kInvSqrtBiasPrev][k]; }
   NLCG_INLINE bool moves() const { return segment.moves; }
   NLCG_INLINE void set_p(Vector<S> p) { store_rounded(stream.p + i, p, flags.rounding, stream.local + i); }
   NLCG_INLINE void set_grad_prev(Vector<S> g) {
@@ -131,8 +131,9 @@ SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
 }
 
 template <class Pass, class S, class P, int K, int... Vectors>
-NLCG_INLINE void one_block(const Pass& pass, const Stream<S, P>& stream, std::int64_t i, const SegmentLanes<S>& segment,
-                           Sums<S, K>& sums, Flags flags, std::integer_sequence<int, Vectors...>) {
+NLCG_INLINE void one_block(const Pass& pass, const Buffers<S, P>& stream, std::int64_t i,
+                           const SegmentLanes<S>& segment, Sums<S, K>& sums, Flags flags,
+                           std::integer_sequence<int, Vectors...>) {
   const auto one_vector = [&](int k) __attribute__((always_inline)) {
     At<S, P, K> at{stream, i + k * kLanes<S>, k, segment, sums, flags};
     pass(at);
@@ -141,7 +142,7 @@ NLCG_INLINE void one_block(const Pass& pass, const Stream<S, P>& stream, std::in
 }
 
 template <class Pass, class S, class P, int K>
-void run_blocks(const Pass& shared_pass, Stream<S, P> at, std::int64_t n, const SegmentLanes<S>& shared_segment,
+void run_blocks(const Pass& shared_pass, Buffers<S, P> at, std::int64_t n, const SegmentLanes<S>& shared_segment,
                 Sums<S, K>& shared_sums, Flags flags) {
   const Pass pass = shared_pass;  // copies: the compiler may then keep all of them in registers
   const SegmentLanes<S> segment = shared_segment;
@@ -153,7 +154,7 @@ void run_blocks(const Pass& shared_pass, Stream<S, P> at, std::int64_t n, const 
 }
 
 template <class P, class S>
-Stream<S, P> stream_at(const Segment& segment, std::int64_t position) {
+Buffers<S, P> stream_at(const Segment& segment, std::int64_t position) {
   const std::int64_t local = position - segment.offset;
   const auto state = [&](void* base) { return base ? static_cast<S*>(base) + local : nullptr; };
   return {local,
@@ -213,7 +214,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   });
   static_assert(sizeof(lanes.number) == sizeof(block.number));
   __builtin_memcpy(lanes.number, block.number, sizeof(block.number));
-  run_blocks(pass, Stream<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal}, kBlock, lanes, sums,
+  run_blocks(pass, Buffers<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal}, kBlock, lanes, sums,
              Flags{});
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
@@ -234,7 +235,7 @@ constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
 
 // Whether a pass that writes g_prev and does not read it stores it around the cache.
 template <class Pass>
-bool streams(const Step& step, const Pass& pass, const void* grad_prev) {
+bool uses_nontemporal_stores(const Step& step, const Pass& pass, const void* grad_prev) {
   const bool aligned = reinterpret_cast<std::uintptr_t>(grad_prev) % kVectorBytes == 0;
   return aligned && (pass.writes() & ~pass.reads() & kGradPrev) && step.n >= kStreamingElements;
 }
@@ -257,7 +258,7 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     if (reads & kGradPrev) __builtin_memcpy(grad_prev, at.grad_prev, bytes);
     if (reads & kD) __builtin_memcpy(d, at.d, bytes);
     if (reads & kDiagonal) __builtin_memcpy(diagonal, at.diagonal, bytes);
-    run_blocks(pass, Stream<S, S>{0, p, g, grad_prev, d, diagonal}, kBlock, lanes, sums, Flags{});
+    run_blocks(pass, Buffers<S, S>{0, p, g, grad_prev, d, diagonal}, kBlock, lanes, sums, Flags{});
     if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
     if (writes & kD) __builtin_memcpy(at.d, d, bytes);
     if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
@@ -297,7 +298,7 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
     if (segment.offset <= position && whole > 0) {
       with_element_type<S>(segment.dtype, [&](auto element) {
         const auto at = stream_at<decltype(element), S>(segment, position);
-        const Flags flags = {rounding_in(step, segment), streams(step, pass, at.grad_prev)};
+        const Flags flags = {rounding_in(step, segment), uses_nontemporal_stores(step, pass, at.grad_prev)};
         run_blocks(pass, at, whole, lanes_of<S, Pass>(step, segment), sums, flags);
       });
       position += whole;
@@ -378,7 +379,7 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
   for (double& sum : sums) sum = 0.0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const double* partial = step.partials + tile * kMaxSums;
-    if (tile * kTile < step.counted) {
+    if (tile * kTile < step.owned) {
       for (int j = 0; j < Pass::kSums; ++j) sums[j] += partial[j];
     }
     if constexpr (Pass::kFormsLargest) {
@@ -390,7 +391,7 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
 
 // A number of the scalars, in all lanes of the state's type.
 template <class S>
-struct Fill {
+struct Broadcast {
   using Scalar = S;
   Vector<S> operator()(double x) const { return broadcast<Vector<S>>(static_cast<S>(x)); }
 };
@@ -398,37 +399,37 @@ struct Fill {
 // ---- the step ----------------------------------------------------------------------------------------------------
 
 // The rows of all ranks as one.
-void gather(const Exchange& exchange, Row& row) {
+void gather(const RankGather& exchange, RankRecord& row) {
   *exchange.mine = row;
   exchange.gather(exchange.context);
   if (!ranks_agree(exchange.all, exchange.ranks)) throw RanksDisagree{};
-  for (int j = 0; j < kColumns; ++j) row.column[j] = over_ranks(exchange.all, exchange.counted, exchange.ranks, j);
+  for (int j = 0; j < kColumns; ++j) row.column[j] = over_ranks(exchange.all, exchange.owned, exchange.ranks, j);
 }
 
 // One pass and what follows from it; false where the step ends here.
 template <class S, class Pass, bool kLast>
 bool pass_and_decide(const Step& step, StepPlan& c, int number) {
-  const Pass pass = Pass::decided(c, step.options, Fill<S>{});
+  const Pass pass = Pass::from_plan(c, step.options, Broadcast<S>{});
   double sums[kMaxSums + 1];
   reduce<S>(step, pass, sums);
-  Row row = {};
+  RankRecord row = {};
   for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
   row.column[kLargestElement] = sums[Pass::kSums];
-  if (Pass::kOpens) {
+  if (Pass::kFirstPass) {
     contribute(row, *step.scalars, step.active_set, step.loss, static_cast<double>(step.n_segments), 0.0);
   }
   // The sums of the last pass are for the next step, whose first pass passes them on.
-  const Exchange& exchange = step.exchange;
-  if (exchange.ranks > 0 && (Pass::kOpens || (exchange.every_decision && !kLast))) {
+  const RankGather& exchange = step.exchange;
+  if (exchange.ranks > 0 && (Pass::kFirstPass || (exchange.every_decision && !kLast))) {
     sign_row(row, step.scalars->step, number, step.digest);
     gather(exchange, row);
   }
-  if (Pass::kOpens) {
+  if (Pass::kFirstPass) {
     c = begin_step(step.options, *step.scalars, step.active_set, row, exchange.ranks > 0);
     for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
   }
-  if (c.idle) return false;
-  Pass::decide(c, step.options, row.column, row.column[kLargestElement], static_cast<double>(step.n), kLargest<S>);
+  if (c.nothing_to_do) return false;
+  Pass::update_plan(c, step.options, row.column, row.column[kLargestElement], static_cast<double>(step.n), kLargest<S>);
   return !c.skip;
 }
 
@@ -462,7 +463,7 @@ void step_in(const Step& step) {
     return every_pass<S>(step, c, typename decltype(preconditioner)::Passes{});
   });
   if (!moved) {
-    if (!c.idle) step.scalars->skipped_steps += 1.0;
+    if (!c.nothing_to_do) step.scalars->skipped_steps += 1.0;
     return;
   }
   *step.scalars = c.next;
@@ -481,7 +482,7 @@ bool update_curvature_in(const Step& step, double* ys, double* shs) {
   *ys = sums[2] - sums[0];
   *shs = sums[1];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  reduce<S>(step, Bfgs::update(*ys, *shs, Fill<S>{}), sums);
+  reduce<S>(step, Bfgs::update(*ys, *shs, Broadcast<S>{}), sums);
   return true;
 }
 
@@ -490,7 +491,7 @@ void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
   form_bias(step);
   double sums[kMaxSums + 1];
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    reduce<S>(step, preconditioner.dots(step.options, has_grad_prev(step), Fill<S>{}), sums);
+    reduce<S>(step, preconditioner.dots(step.options, has_grad_prev(step), Broadcast<S>{}), sums);
   });
   *rz = sums[0];
   *rz_mid = sums[1];
@@ -502,7 +503,7 @@ void update_direction_in(const Step& step, double beta) {
   double sums[kMaxSums + 1];
   const bool move = step.n_segments > 0 && step.segments[0].p != nullptr, keep_grad = has_grad_prev(step);
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    reduce<S>(step, preconditioner.move(step.options, beta, keep_grad, move, Fill<S>{}), sums);
+    reduce<S>(step, preconditioner.move(step.options, beta, keep_grad, move, Broadcast<S>{}), sums);
   });
 }
 

@@ -3,7 +3,7 @@
 //
 // Contract: the caller has checked every pointer, length and dtype (native_step.cpp does); buffers do not overlap. A step
 // reduces, decides, then writes: where it skips, nothing but `scalars->skipped_steps` has changed. It does not
-// allocate, and throws only what Exchange::gather throws, or RanksDisagree, before it has written. Any address will do; nothing needs
+// allocate, and throws only what RankGather::gather throws, or RanksDisagree, before it has written. Any address will do; nothing needs
 // alignment.
 #pragma once
 

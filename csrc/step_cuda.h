@@ -66,7 +66,7 @@ struct CudaStep {
 // Doubles of workspace for a state of n elements, at most so many segments, and so many groups.
 std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::int64_t groups);
 
-// The whole step: one cooperative launch, or one for each pass. Over ranks always the latter, with Exchange::gather
+// The whole step: one cooperative launch, or one for each pass. Over ranks always the latter, with RankGather::gather
 // called between them, which enqueues its work on the same stream.
 void cuda_step(const Step&, CudaStep&);
 

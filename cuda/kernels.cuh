@@ -28,7 +28,7 @@ namespace {
 // ---- a pass over the block's chunks, and what follows from its sums -----------------------------------------------
 
 template <bool kMayReside, class S, class Pass>
-__device__ __forceinline__ void run_pass(const Launch<S>& launch, const Pass& pass, Totals& totals) {
+__device__ __forceinline__ void run_pass(const BlockContext<S>& launch, const Pass& pass, Totals& totals) {
   const Arguments& a = launch.a;
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const int last = block + (a.chunks - 1 - block) / blocks * blocks;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], 
   largest = 0.0;
 #pragma unroll 4
   for (int chunk = static_cast<int>(threadIdx.x); chunk < a.chunks; chunk += kThreads) {
-    if (chunk < a.counted_chunks) {
+    if (chunk < a.owned_chunks) {
 #pragma unroll
       for (int j = 0; j < K; ++j) {
         if (wanted >> j & 1u) x[j] += a.partials[j * a.chunks + chunk];
@@ -88,7 +88,7 @@ __device__ double number(DeviceNumber x) {
 }
 
 // Before the first decision, by the one thread that decides: the line search and every group's step length.
-__device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const Row& row) {
+__device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const RankRecord& row) {
   StepPlan c = begin_step(a.options, *a.scalars, a.active_set, row, a.exchange.ranks > 0);
   for (std::int64_t i = 0; i < a.n_groups; ++i) {
     const GroupInput& in = group_inputs(a)[i];
@@ -102,29 +102,29 @@ __device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const Ro
 
 // A number of the scalars, in the state's type.
 template <class S>
-struct Fill {
+struct Broadcast {
   using Scalar = S;
   __host__ __device__ S operator()(double x) const { return static_cast<S>(x); }
 };
 
 // What this rank knows after a pass.
 template <class Pass>
-__device__ __forceinline__ Row row_of(const Arguments& a, const double (&sums)[Pass::kSums], double largest) {
-  Row row = {};
+__device__ __forceinline__ RankRecord row_of(const Arguments& a, const double (&sums)[Pass::kSums], double largest) {
+  RankRecord row = {};
 #pragma unroll
   for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
   row.column[kLargestElement] = largest;
-  if (Pass::kOpens) {
+  if (Pass::kFirstPass) {
     const double loss = a.loss_on_device.address != nullptr ? number(a.loss_on_device) : a.loss;
     const double found_inf = a.found_inf.address != nullptr ? *static_cast<const float*>(a.found_inf.address) : 0.0f;
     contribute(row, *a.scalars, a.active_set, loss, static_cast<double>(a.n_segments), found_inf);
   }
-  sign_row(row, a.scalars->step, Pass::kOpens ? 0.0 : 1.0, a.digest);  // the third pass exchanges nothing
+  sign_row(row, a.scalars->step, Pass::kFirstPass ? 0.0 : 1.0, a.digest);  // the third pass exchanges nothing
   return row;
 }
 
-// A pass as the one before it has decided: with its numbers in the state's type, which takes square roots and divisions in
-// double, so one thread forms it for all. The first is the host's, and stays among the kernel's arguments.
+// One thread builds the next pass's constants, in the state's type: that takes square roots and divisions in double. The host
+// builds the first's, among the kernel's arguments.
 template <class Pass>
 __host__ __device__ __forceinline__ void hand_over(unsigned char (&to)[kPassBytes], const Pass& pass) {
   static_assert(sizeof(Pass) <= kPassBytes && std::is_trivially_copyable_v<Pass>);
@@ -132,8 +132,8 @@ __host__ __device__ __forceinline__ void hand_over(unsigned char (&to)[kPassByte
 }
 template <class S, class Pass>
 __device__ __forceinline__ Pass pass_of(const Arguments& a) {
-  Pass pass = *reinterpret_cast<const Pass*>(Pass::kOpens ? a.first_pass : a.control->next_pass);
-  if constexpr (!Pass::kOpens) pass.know(Fill<S>{});
+  Pass pass = *reinterpret_cast<const Pass*>(Pass::kFirstPass ? a.first_pass : a.control->next_pass);
+  if constexpr (!Pass::kFirstPass) pass.assume_constants(Broadcast<S>{});
   return pass;
 }
 
@@ -143,18 +143,18 @@ using FirstOf = std::tuple_element_t<0, std::tuple<Passes..., NoPass>>;
 
 // What one thread makes of a pass's sums.
 template <class S, class Pass, class Next>
-__device__ __forceinline__ void decide(const Arguments& a, const Row& row) {
+__device__ __forceinline__ void decide(const Arguments& a, const RankRecord& row) {
   StepPlan& c = a.control->plan;
   bool bad_lr = false;
-  if (Pass::kOpens) {
+  if (Pass::kFirstPass) {
     c = begin_on_device(a, row);
     bad_lr = c.skip;
   }
-  Pass::decide(c, a.options, row.column, row.column[kLargestElement], static_cast<double>(a.n), kLargest<S>);
-  c.skip = c.skip || bad_lr || c.idle;
-  if (c.idle) return;
+  Pass::update_plan(c, a.options, row.column, row.column[kLargestElement], static_cast<double>(a.n), kLargest<S>);
+  c.skip = c.skip || bad_lr || c.nothing_to_do;
+  if (c.nothing_to_do) return;
   if constexpr (!std::is_same_v<Next, NoPass>) {
-    hand_over(a.control->next_pass, Next::decided(c, a.options, Fill<S>{}));
+    hand_over(a.control->next_pass, Next::from_plan(c, a.options, Broadcast<S>{}));
     if (c.skip) a.scalars->skipped_steps += 1.0;
   } else {  // nothing is left to be found: what could not be written has been decided before
     *a.scalars = c.next;
@@ -163,7 +163,7 @@ __device__ __forceinline__ void decide(const Arguments& a, const Row& row) {
 }
 
 // Whether the ranks exchange their rows after this pass. The sums of the last are for the next step.
-__host__ __device__ __forceinline__ bool exchanges(const Exchange& exchange, bool opens, bool last) {
+__host__ __device__ __forceinline__ bool exchanges(const RankGather& exchange, bool opens, bool last) {
   return exchange.ranks > 0 && (opens || (exchange.every_decision && !last));
 }
 
@@ -172,16 +172,16 @@ __host__ __device__ __forceinline__ bool exchanges(const Exchange& exchange, boo
 template <class S, class Pass, class Next, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   constexpr bool kLast = std::is_same_v<Next, NoPass>;
-  __shared__ typename Launch<S>::InShared groups;
-  const Launch<S> launch(a, groups);
+  __shared__ typename BlockContext<S>::InShared groups;
+  const BlockContext<S> launch(a, groups);
   const Pass pass = pass_of<S, Pass>(a);
   run_pass<kAlone>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return false;
   double x[Pass::kSums], largest;
   grid_totals<Pass::kSums, Pass::kFormsLargest>(a, x, largest, pass.sums(), totals);
   if (threadIdx.x == 0) {
-    const Row row = row_of<Pass>(a, x, largest);
-    if (!kAlone && exchanges(a.exchange, Pass::kOpens, kLast)) {
+    const RankRecord row = row_of<Pass>(a, x, largest);
+    if (!kAlone && exchanges(a.exchange, Pass::kFirstPass, kLast)) {
       *a.exchange.mine = row;
     } else {
       decide<S, Pass, Next>(a, row);
@@ -213,16 +213,16 @@ constexpr int kBlocksOf = sizeof(S) == sizeof(float) ? 2 : 1;
 template <class S, class Pass, class Next>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
-  if (found_inf_set(a) || (!Pass::kOpens && a.control->plan.skip)) return;
+  if (found_inf_set(a) || (!Pass::kFirstPass && a.control->plan.skip)) return;
   pass_and_decide<S, Pass, Next, false>(a, totals);
 }
 
 template <class S, class Pass, class Next>
 __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
-  if (!Pass::kOpens && a.control->plan.skip) return;
-  __shared__ Row row;
+  if (!Pass::kFirstPass && a.control->plan.skip) return;
+  __shared__ RankRecord row;
   const int j = static_cast<int>(threadIdx.x);
-  if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.counted, a.exchange.ranks, j);
+  if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.owned, a.exchange.ranks, j);
   __syncthreads();
   if (j != 0) return;
   if (ranks_agree(a.exchange.all, a.exchange.ranks)) {
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, 1) step_in_one(const __grid_constant
 template <class S, class Pass>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_constant__ Arguments a, const Pass pass) {
   __shared__ Totals totals;
-  __shared__ typename Launch<S>::InShared groups;
-  const Launch<S> launch(a, groups);
+  __shared__ typename BlockContext<S>::InShared groups;
+  const BlockContext<S> launch(a, groups);
   run_pass<false>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return;
   double x[Pass::kSums], largest;

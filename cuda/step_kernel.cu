@@ -187,7 +187,7 @@ constexpr int number_of_passes(PassList<P...>) {
 }
 template <class S, template <class> class First, template <class> class... Rest>
 void put_first_pass(Arguments& a, PassList<First, Rest...>) {
-  hand_over(a.first_pass, First<S>::decided(StepPlan{}, a.options, Fill<S>{}));
+  hand_over(a.first_pass, First<S>::from_plan(StepPlan{}, a.options, Broadcast<S>{}));
 }
 template <class S, template <class> class First, template <class> class... Rest>
 constexpr bool keeps_tiles(PassList<First, Rest...>) {
@@ -322,7 +322,7 @@ Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& 
   a.alpha = cuda.workspace + at.alpha;
   a.control = reinterpret_cast<Control*>(cuda.workspace + at.control);
   a.partials = cuda.workspace + at.partials;
-  a.counted_chunks = static_cast<int>((tiles_of(step.counted) + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
+  a.owned_chunks = static_cast<int>((tiles_of(step.owned) + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
   a.exchange = step.exchange;
   a.bias = reinterpret_cast<Bias*>(cuda.workspace + at.bias);
   const bool indexed = tiles > kInlineTiles;
@@ -495,7 +495,7 @@ bool update_curvature_in(const Step& step, CudaStep& cuda, double* ys, double* s
   *ys = sums[2] - sums[0];
   *shs = sums[1];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  run_part<S>("bfgs_diag_update", scratch.step, cuda, Bfgs::update(*ys, *shs, Fill<S>{}), nullptr);
+  run_part<S>("bfgs_diag_update", scratch.step, cuda, Bfgs::update(*ys, *shs, Broadcast<S>{}), nullptr);
   return true;
 }
 
@@ -505,7 +505,8 @@ void preconditioned_dots_in(const Step& step, CudaStep& cuda, double* rz, double
   double sums[kMaxSums];
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     const bool mid = has_grad_prev(step);
-    run_part<S>("preconditioned_dots", scratch.step, cuda, preconditioner.dots(step.options, mid, Fill<S>{}), sums);
+    run_part<S>("preconditioned_dots", scratch.step, cuda, preconditioner.dots(step.options, mid, Broadcast<S>{}),
+                sums);
   });
   *rz = sums[0];
   *rz_mid = sums[1];
@@ -516,7 +517,7 @@ void update_direction_in(const Step& step, CudaStep& cuda, double beta) {
   const Scratch scratch(step, cuda);
   const bool move = step.segments[0].p != nullptr, keep_grad = has_grad_prev(step);
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    const auto pass = preconditioner.move(step.options, beta, keep_grad, move, Fill<S>{});
+    const auto pass = preconditioner.move(step.options, beta, keep_grad, move, Broadcast<S>{});
     run_part<S>("direction_update", scratch.step, cuda, pass, nullptr);
   });
 }

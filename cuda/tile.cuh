@@ -1,5 +1,5 @@
 // One tile of the flat index: from segments to elements in registers, through a pass, and back to memory. Loads, a pass
-// of passes.h, stores; which tile, and what its sums are for, is step_kernel.cu's affair.
+// of passes.h, stores; tiles are chosen in kernels.cuh.
 //
 // Thread t of 512 takes four consecutive elements at 4 t and four at 2048 + 4 t. How their loads look is decided before the
 // first of them: one 16-byte load a stream (8 bytes for 16-bit types); where a parameter or gradient does not lie on 16
@@ -57,8 +57,8 @@ struct Arguments {
   double* alpha;
   Control* control;
   double* partials;                                  // [sum][chunk]
-  int counted_chunks;                                // whose sums this rank adds
-  Exchange exchange;                                 // its memory is the device's
+  int owned_chunks;                                  // whose sums this rank adds
+  RankGather exchange;                               // its memory is the device's
   Bias* bias;                                        // one a segment: as the step before has left it
   alignas(16) unsigned char first_pass[kPassBytes];  // of the step, which the options alone decide
   int resident_tiles;                                // per block
@@ -220,7 +220,7 @@ struct ThreadSums {
 // precision work, which some GPUs have little of.
 template <class S>
 struct GroupNumbers {
-  S alpha, alpha_prev, weight_decay, kept;
+  S alpha, alpha_prev, weight_decay, decay_factor;
   S factor;  // of the gradient: the sign, and 1 over AMP's scale
 };
 template <class S>
@@ -236,7 +236,7 @@ __device__ __forceinline__ GroupNumbers<S> group_numbers(const Arguments& a, int
 // And in a segment.
 template <class S>
 struct SegmentNumbers : GroupNumbers<S> {
-  S root, root_prev;
+  S inv_sqrt_bias, inv_sqrt_bias_prev;
   // False where alpha is 0: then p keeps every bit, the sign of a zero included.
   __device__ __forceinline__ bool moves() const { return this->alpha != S{0}; }
 };
@@ -254,9 +254,9 @@ struct At {
   __device__ __forceinline__ S diagonal() const { return diagonal_; }
   __device__ __forceinline__ S alpha() const { return segment.alpha; }
   __device__ __forceinline__ S alpha_prev() const { return segment.alpha_prev; }
-  __device__ __forceinline__ S kept() const { return segment.kept; }
-  __device__ __forceinline__ S root() const { return segment.root; }
-  __device__ __forceinline__ S root_prev() const { return segment.root_prev; }
+  __device__ __forceinline__ S decay_factor() const { return segment.decay_factor; }
+  __device__ __forceinline__ S inv_sqrt_bias() const { return segment.inv_sqrt_bias; }
+  __device__ __forceinline__ S inv_sqrt_bias_prev() const { return segment.inv_sqrt_bias_prev; }
   __device__ __forceinline__ bool moves() const { return segment.moves(); }
   __device__ __forceinline__ void set_p(S p) { p_ = p; }
   __device__ __forceinline__ void set_grad_prev(S g) { grad_prev_ = g; }
@@ -275,12 +275,12 @@ struct At {
 
 // What holds for a whole pass. All threads of a block make one together.
 template <class S>
-struct Launch {
+struct BlockContext {
   using InShared = GroupNumbers<S>[kInlineGroups];
   const Arguments& a;
   const InShared& of_group;  // of the first groups; the others' are formed where they are used
 
-  __device__ Launch(const Arguments& arguments, InShared& shared) : a(arguments), of_group(shared) {
+  __device__ BlockContext(const Arguments& arguments, InShared& shared) : a(arguments), of_group(shared) {
     const int group = static_cast<int>(threadIdx.x);
     if (group < kInlineGroups && group < a.n_groups) shared[group] = group_numbers<S>(a, group);
     __syncthreads();
@@ -294,14 +294,14 @@ struct Launch {
     SegmentNumbers<S> x;
     static_cast<GroupNumbers<S>&>(x) =
         segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group);
-    x.root = x.root_prev = S{};
+    x.inv_sqrt_bias = x.inv_sqrt_bias_prev = S{};
     if (Pass::kBiasCorrected) {
       Bias bias = a.bias[&segment - a.segments];
       const double steps = *segment.steps;
       // not so after a load, or somebody else's step
       if (bias.steps != steps || bias.beta2 != a.options.beta2) bias = bias_of(a.options.beta2, steps);
-      x.root = root_correction<S>(bias.next);
-      x.root_prev = root_correction<S>(bias.now);
+      x.inv_sqrt_bias = inv_sqrt_bias_correction<S>(bias.next);
+      x.inv_sqrt_bias_prev = inv_sqrt_bias_correction<S>(bias.now);
     }
     return x;
   }
@@ -336,7 +336,7 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
 // `smem_offset` is where a resident tile's g, and behind it the stream of kResident, lie in shared memory, or -1; kLoaded:
 // they are there, since the first pass.
 template <bool kMayReside, bool kLoaded, bool kWide, int Q, class S, class E, class Pass, int K>
-__device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& pass, const Segment& here, E* p_at,
+__device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const Pass& pass, const Segment& here, E* p_at,
                                           const E* g_at, std::int64_t position, int smem_offset,
                                           const SegmentNumbers<S>& numbers, ThreadSums<S, K>& sums) {
   constexpr int kApart = kQuad * kThreads;
@@ -379,7 +379,7 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
 #pragma unroll
       for (int l = 0; l < kQuad; ++l) g[l] = gradient<Pass>(g[l], p[l], numbers);
     }
-    if (kMayReside && Pass::kOpens && Pass::kResident != 0 && smem_offset >= 0) {
+    if (kMayReside && Pass::kFirstPass && Pass::kResident != 0 && smem_offset >= 0) {
       S* const to = resident<S>(smem_offset) + local + q * kApart;
       store_resident(to, g);
       store_resident(to + kTile, Pass::kResident == kD ? d : diagonal);
@@ -401,13 +401,13 @@ __device__ __forceinline__ void run_quads(const Launch<S>& launch, const Pass& p
 
 // One element of a segment, of whatever type.
 template <bool kMayReside, class S, class Pass, int K>
-__device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pass, const Segment& segment,
+__device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pass& pass, const Segment& segment,
                                         std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
   const SegmentNumbers<S> numbers = launch.template numbers<Pass>(segment);
   const unsigned reads = pass.reads(), writes = pass.writes();
   const std::int64_t in_segment = position - segment.offset;
   const bool resides = kMayReside && smem_offset >= 0;
-  const bool loaded = resides && !Pass::kOpens;
+  const bool loaded = resides && !Pass::kFirstPass;
   const int local = static_cast<int>(position % kTile);
   const bool reads_g = pass.kReadsGradient && !loaded;
   const bool reads_p = (reads & kP) || (reads_g && Pass::kL2 && numbers.weight_decay != S{0});
@@ -426,7 +426,7 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
               reads & kDiagonal ? *stream<S>(segment.diagonal, in_segment) : S{},
               numbers,
               sums};
-  if (Pass::kOpens && Pass::kResident != 0 && resides) {
+  if (Pass::kFirstPass && Pass::kResident != 0 && resides) {
     resident<S>(smem_offset)[local] = at.g_;
     resident<S>(smem_offset)[kTile + local] = Pass::kResident == kD ? at.d_ : at.diagonal_;
   }
@@ -445,7 +445,7 @@ __device__ __forceinline__ void run_one(const Launch<S>& launch, const Pass& pas
 // Both quads of a tile at once, where there are registers for it: where the pass reads little, or the kernel has a whole
 // multiprocessor.
 template <class S, class Pass, bool kMayReside>
-constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kOpens || kMayReside) ? 2 : 1;
+constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kFirstPass || kMayReside) ? 2 : 1;
 // Two would spill here, and here ptxas would wait for some of the loads before the others.
 template <class S>
 constexpr int kQuadsAtOnce<S, AdamDots<S>, false> = 1;
@@ -453,7 +453,7 @@ template <class S>
 constexpr int kQuadsAtOnce<S, CurvatureAndDots<S>, true> = 1;
 
 template <bool kMayReside, class S, class Pass, int K>
-__device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pass, int tile, int smem_offset,
+__device__ __forceinline__ void run_tile(const BlockContext<S>& launch, const Pass& pass, int tile, int smem_offset,
                                          ThreadSums<S, K>& sums) {
   const Arguments& a = launch.a;
   const std::int64_t begin = std::int64_t{tile} * kTile, end = begin + kTile;
@@ -490,7 +490,7 @@ __device__ __forceinline__ void run_tile(const Launch<S>& launch, const Pass& pa
             run(loaded, std::false_type{}, std::integral_constant<int, 1>{});
           }
         };
-        if constexpr (kMayReside && !Pass::kOpens && Pass::kResident != 0) {
+        if constexpr (kMayReside && !Pass::kFirstPass && Pass::kResident != 0) {
           if (smem_offset >= 0) return run_as(std::true_type{});
         }
         run_as(std::false_type{});

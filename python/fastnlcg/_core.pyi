@@ -78,7 +78,7 @@ class Step:
         self,
         mine: Buffer,
         all: Buffer,
-        counted: Buffer,
+        owned: Buffer,
         elements: int,
         every_decision: bool,
         gather: Callable[[], object],

@@ -10,7 +10,7 @@ options: where ranks differ, all of them raise, and nothing has changed.
 parameters             ranks whose sums are added                    found by
 =====================  ===========================================  ===================================================
 DTensor (FSDP2, HSDP,  those along the mesh dimensions on which      the placements. A parameter replicated along such a
-tensor parallel)       some parameter is a ``Shard``, never those    dimension is counted on its first rank
+tensor parallel)       some parameter is a ``Shard``, never those    dimension is owned on its first rank
                        along a ``Replicate``
 plain shards (FSDP1,   all of the group                              ``process_group=``
 ZeRO)
@@ -108,23 +108,23 @@ class Ranks:
 
     group: Any
     """a process group; rows come in its order"""
-    counted: list[bool]
+    owned: list[bool]
     """by rank: whether its sums are added to this rank's"""
     every_decision: bool
     """False: only the loss is exchanged, once a step"""
-    uncounted: frozenset[int]
+    unowned: frozenset[int]
     """parameters, by index, that another rank counts: copies"""
 
     mine: Tensor = field(default_factory=lambda: torch.empty(0))
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def connect(self, native: _native.Step, elements: int, device: torch.device) -> None:
-        """Lets the native side exchange rows with the other ranks. ``elements``: of its index, that are counted."""
+        """Lets the native side exchange rows with the other ranks. ``elements``: of its index, that are owned."""
         k = _native.row_doubles
         self.mine = torch.zeros(k, dtype=torch.float64, device=device)
-        self.rows = torch.zeros(len(self.counted) * k, dtype=torch.float64, device=device)
-        counted = torch.tensor(self.counted, dtype=torch.float64, device=device)
-        rows = _native.Buffer(self.mine), _native.Buffer(self.rows), _native.Buffer(counted)
+        self.rows = torch.zeros(len(self.owned) * k, dtype=torch.float64, device=device)
+        owned = torch.tensor(self.owned, dtype=torch.float64, device=device)
+        rows = _native.Buffer(self.mine), _native.Buffer(self.rows), _native.Buffer(owned)
         native.set_exchange(*rows, elements, self.every_decision, self.gather)
 
     def gather(self) -> None:
@@ -132,15 +132,15 @@ class Ranks:
         getattr(dist, _GATHER)(self.rows, self.mine, group=self.group)
 
     def total(self, values: Sequence[float], step: float, digest: float) -> list[float]:
-        """Sums over the counted ranks. Every rank has to call it; RanksDisagree where others do something else."""
+        """Sums over the owned ranks. Every rank has to call it; RanksDisagree where others do something else."""
         k = _native.row_signature
         signature = (step, _native.diagnostics_moment, digest)
         self.mine.copy_(torch.tensor([*values, *[0.0] * (k - len(values)), *signature], dtype=torch.float64))
         self.gather()
-        rows = self.rows.view(len(self.counted), -1).tolist()
+        rows = self.rows.view(len(self.owned), -1).tolist()
         if any(row[k:] != rows[0][k:] for row in rows):
             raise _native.RanksDisagree
-        mine = [row[: len(values)] for row, counts in zip(rows, self.counted, strict=True) if counts]
+        mine = [row[: len(values)] for row, counts in zip(rows, self.owned, strict=True) if counts]
         return [sum(column) for column in zip(*mine, strict=True)]
 
     def explain(
@@ -155,7 +155,7 @@ class Ranks:
         mine = {"is in": moment, "step number": int(step), "number of groups": len(groups)}
         mine |= {f"option {key}": repr(value) for key, value in options.items()}
         mine |= {f"{key} of group {k}": value for k, group in enumerate(per_group) for key, value in group.items()}
-        everybody: list[dict[str, Any]] = [{} for _ in self.counted]
+        everybody: list[dict[str, Any]] = [{} for _ in self.owned]
         dist.all_gather_object(everybody, mine, group=self.group)
         ranks = dist.get_process_group_ranks(self.group)
         for key in everybody[0]:
@@ -170,7 +170,7 @@ class Ranks:
     def who_disagreed(self) -> str:
         """For ranks on GPUs, which find out later: from the last rows that were gathered."""
         k = _native.row_signature
-        rows = [row[k:] for row in self.rows.view(len(self.counted), -1).tolist()]
+        rows = [row[k:] for row in self.rows.view(len(self.owned), -1).tolist()]
         ranks = dist.get_process_group_ranks(self.group)
         odd = [rank for rank, row in zip(ranks, rows, strict=True) if row != rows[0]]
         steps = ", ".join(f"rank {rank} at step {int(row[0])}" for rank, row in zip(ranks, rows, strict=True))
@@ -288,11 +288,11 @@ def _find_in_mesh(params: Sequence[Tensor], dtensors: dict[int, Tensor], line_se
     else:
         group = _group_of(tuple(sorted(place)))
     others = [k for k in gathered if k not in summed]
-    counted = [all(place[rank][k] == here[k] for k in others) for rank in dist.get_process_group_ranks(group)]
-    uncounted = frozenset(
+    owned = [all(place[rank][k] == here[k] for k in others) for rank in dist.get_process_group_ranks(group)]
+    unowned = frozenset(
         i for i in range(len(params)) if any(here[k] != 0 for k in summed - sharded_along.get(i, set()))
     )
-    return Ranks(group, counted, bool(summed), uncounted)
+    return Ranks(group, owned, bool(summed), unowned)
 
 
 def _along(mesh: Any, dimension: int) -> tuple[int, ...]:

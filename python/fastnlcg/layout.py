@@ -69,16 +69,16 @@ class Layout:
         """every parameter of every group"""
         self.groups: Groups = []
         self._group_params: list[list[Tensor]] = []
-        self.moving: list[int] = []
+        self.active: list[int] = []
         """those with a gradient and at least one element: one segment each, in the order of the flat index"""
-        self.set = 0.0
-        """names the set of ``moving``"""
+        self.active_set = 0.0
+        """names the set of ``active``"""
         self.plain = True
-        """whether all of ``moving``, and their gradients, are plain tensors that are used in place"""
+        """whether all of ``active``, and their gradients, are plain tensors that are used in place"""
         self.current = False
         """whether the table is that of a step, and may be used again"""
         self._at: Any = None
-        self._moving: list[Tensor] = []
+        self._active_params: list[Tensor] = []
         self._stepped: list[tuple[Tensor, Tensor]] = []
         self._held: list[Any] = []
         self._entries: list[dict[str, Tensor]] = []
@@ -122,7 +122,7 @@ class Layout:
             if attempt or not self._fits(param_groups):
                 self._rebuild(param_groups, state)
             native, ranks = self.native, self.ranks
-            if native is None or not (self.moving or ranks is not None):
+            if native is None or not (self.active or ranks is not None):
                 return True
             on_gpu = _native.on_gpu(self.device)
             if capturable and not on_gpu:
@@ -131,13 +131,13 @@ class Layout:
                 self._raise_disagreement()
             at = self._tensors(param_groups, state)
             # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
-            torch.autograd.graph.increment_version(self._moving)
+            torch.autograd.graph.increment_version(self._active_params)
             try:
                 if on_gpu:
                     moved = self._on_gpu(native, at, lr, weight_decay, maximize, loss, capturable, amp)
                 else:
                     rates, threads = [float(rate) for rate in lr], _native.num_threads()
-                    moved = native.step(at, rates, weight_decay, maximize, self.set, float(loss), threads)
+                    moved = native.step(at, rates, weight_decay, maximize, self.active_set, float(loss), threads)
             except _native.RanksDisagree:
                 self.explain("step()", param_groups)
             if moved is None:
@@ -167,26 +167,26 @@ class Layout:
             scalars = param_groups[0]["scalars"]
             if self._at is None or self._at[1] is not scalars or not all(map(is_, self._at[2], numbers)):
                 at = _native.Tensors(
-                    self._moving, None, self._entries, self._resting(), state, self._held,
+                    self._active_params, None, self._entries, self._inactive(), state, self._held,
                     scalars, numbers,
                 )  # fmt: skip
                 self._at = at, scalars, numbers
             return self._at[0]
         self._at = None
-        if any(self.params[i].grad is None for i in self.moving):
+        if any(self.params[i].grad is None for i in self.active):
             return _native.Tensors([], None, [], [], None, [], None, [])  # does not fit
         tensors = self._prepared()
-        return _native.Tensors(*tensors, self._resting(), state, self._held, param_groups[0]["scalars"], numbers)
+        return _native.Tensors(*tensors, self._inactive(), state, self._held, param_groups[0]["scalars"], numbers)
 
-    def _resting(self) -> list[Tensor]:
-        moving = set(self.moving)
-        return [p for i, p in enumerate(self.params) if i not in moving and p.grad is None]
+    def _inactive(self) -> list[Tensor]:
+        active = set(self.active)
+        return [p for i, p in enumerate(self.params) if i not in active and p.grad is None]
 
     def _prepared(self) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
         """This rank's memory of parameters, gradients and state, with copies where memory has gaps."""
         params, gradients = [], []
         self._stepped, direct = [], True
-        for i in self.moving:
+        for i in self.active:
             p = self.params[i]
             here = memory(p)
             assert p.grad is not None
@@ -239,7 +239,7 @@ class Layout:
             [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
             weight_decay,
             maximize,
-            self.set,
+            self.active_set,
             math.nan if isinstance(loss, Tensor) else loss,
             1,
             lr_on_device=[_number(rate) for rate in lr],
@@ -297,8 +297,8 @@ class Layout:
         if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
             search = self.options.line_search is not None
             ranks = distributed.find_ranks(params, self.process_group, self.average_loss, search)
-        uncounted = frozenset() if ranks is None else ranks.uncounted
-        stateful.sort(key=lambda i: i in uncounted)  # stable: the order of the groups, copies last
+        unowned = frozenset() if ranks is None else ranks.unowned
+        stateful.sort(key=lambda i: i in unowned)  # stable: the order of the groups, copies last
         groups.complete(param_groups, {})
         if not stateful and ranks is None and self.native is None:
             return  # no parameter has ever had a gradient: nothing to do
@@ -306,7 +306,7 @@ class Layout:
         first = memory(params[stateful[0]]) if stateful else None
         device = first.device if first is not None else distributed.device_of(ranks, params, self.device)
         entries = {i: self._entry(i, params[i], state.get(params[i]) or {}) for i in stateful}
-        moving = [i for i in stateful if (params[i].numel() if to_look else i in usable)]
+        active = [i for i in stateful if (params[i].numel() if to_look else i in usable)]
         if _native.on_gpu(device) and _native.capturing() and any(new for new in entries.values()):
             raise RuntimeError(
                 "state cannot be made while a CUDA graph is captured: take a step with these parameters first"
@@ -319,13 +319,13 @@ class Layout:
             if new or params[i] not in state:
                 state.setdefault(params[i], {}).update(new)
         same_ranks = ranks is self.ranks
-        offsets, counted, n = _places(params, stateful, uncounted)
+        offsets, owned, n = _places(params, stateful, unowned)
         self._make_native(first, device, n, len(stateful), len(param_groups))
         assert self.native is not None
         offset_of = dict(zip(stateful, offsets, strict=True))
         group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
         rows = []
-        for i in moving:
+        for i in active:
             here = memory(params[i])
             shape, strides = ((1,), (1,)) if here.numel() == 0 else (here.shape, dense_strides(here))
             place = (
@@ -336,21 +336,21 @@ class Layout:
         workspace = None if self._workspace is None else _native.Buffer(self._workspace)
         self.native.lay_out(n, rows, len(param_groups), keys, EXCHANGE, Tensor, workspace)
         if ranks is not None:
-            ranks.connect(self.native, counted, device)
+            ranks.connect(self.native, owned, device)
         self.ranks, self.device, self.params, self.groups = ranks, device, params, list(param_groups)
         self._group_params = [list(group["params"]) for group in param_groups]
         self._ranks_known = True
-        self.moving, self.set = moving, name_of(moving, _with_elements(params, stateful))
-        self._moving = [params[i] for i in moving]
-        self.plain = not to_look and all(memory(params[i]) is params[i] and _in_place(params[i]) for i in moving)
-        self.plain = self.plain and all(usable[i] is grads[i] for i in moving)
-        self.current = not to_look and bool(moving or ranks is not None)  # without any, the next gradient is looked for
+        self.active, self.active_set = active, name_of(active, _with_elements(params, stateful))
+        self._active_params = [params[i] for i in active]
+        self.plain = not to_look and all(memory(params[i]) is params[i] and _in_place(params[i]) for i in active)
+        self.plain = self.plain and all(usable[i] is grads[i] for i in active)
+        self.current = not to_look and bool(active or ranks is not None)  # without any, the next gradient is looked for
         self._at = None
-        self._entries = [state[params[i]] for i in moving]
+        self._entries = [state[params[i]] for i in active]
         self._held = [x for p, entry in state.items() if not isinstance(p, str) for x in (p, entry)]
         self._sums_known = self._sums_known and same_ranks
         kept = param_groups[0]["scalars"][list(_native.SCALARS).index("active_set")]
-        if self.options.kind.sums_last_move and not (self._sums_known or to_look) and kept.item() == self.set:
+        if self.options.kind.sums_last_move and not (self._sums_known or to_look) and kept.item() == self.active_set:
             # A file has one rank's share of these sums, and may come from other ranks.
             self._sums_known = True
             self.native.stream = _native.current_stream(str(device)) if _native.on_gpu(device) else 0
@@ -432,15 +432,15 @@ class Layout:
         everything = _with_elements(params, stateful)
         place = {id(params[i]): i for i in stateful if "direction" in (state.get(params[i]) or ())}
         if self.native is None:  # loaded, or copied: if it was all of them, it is now all that had state
-            set_, last = 1.0, [i if id(params[i]) in place else None for i in everything]
+            name_then, last = 1.0, [i if id(params[i]) in place else None for i in everything]
             last = [i for i in last if i is not None]
         else:
-            set_, last = self.set, [place.get(id(self.params[i])) for i in self.moving]
+            name_then, last = self.active_set, [place.get(id(self.params[i])) for i in self.active]
         name = -1.0 if None in last else name_of([i for i in last if i is not None], everything)
-        if name != set_:
+        if name != name_then:
             # on a GPU only the device knows whether the last step was skipped, and the set is an older one
             at = list(_native.SCALARS).index("active_set")
-            known = scalars[at] == set_
+            known = scalars[at] == name_then
             scalars[at].copy_(torch.where(known, name, scalars[at] if self.native is None else -1.0))
 
     # ---- to look at it ---------------------------------------------------------------------------------------------
@@ -505,25 +505,25 @@ def _with_elements(params: Sequence[Tensor], stateful: Sequence[int]) -> list[in
     return [i for i in stateful if params[i].numel()]
 
 
-def _places(params: Sequence[Tensor], stateful: Sequence[int], uncounted: frozenset[int]) -> tuple[list[int], int, int]:
+def _places(params: Sequence[Tensor], stateful: Sequence[int], unowned: frozenset[int]) -> tuple[list[int], int, int]:
     """Where in the flat index each parameter begins, at multiples of a block; how much of it this rank adds to sums;
     its length."""
     if not stateful:
         return [], 0, 0
     unit = _native.block_elements
     sizes = [-(-max(memory(params[i]).numel(), is_sharded(params[i])) // unit) * unit for i in stateful]
-    counted = sum(size for i, size in zip(stateful, sizes, strict=True) if i not in uncounted)
-    copies = sum(sizes) - counted
+    owned = sum(size for i, size in zip(stateful, sizes, strict=True) if i not in unowned)
+    copies = sum(sizes) - owned
     if not copies:
         offsets = list(itertools.accumulate(sizes, initial=0))
-        return offsets[:-1], counted, counted
+        return offsets[:-1], owned, owned
     # The copies begin a span, so that the partial sums before them are those that count.
-    span = _native.chunk_elements(counted + copies)
-    begin = -(-counted // span) * span
+    span = _native.chunk_elements(owned + copies)
+    begin = -(-owned // span) * span
     while _native.chunk_elements(begin + copies) != span:
         span = _native.chunk_elements(begin + copies)
-        begin = -(-counted // span) * span
-    split = sum(i not in uncounted for i in stateful)
+        begin = -(-owned // span) * span
+    split = sum(i not in unowned for i in stateful)
     offsets = [
         *list(itertools.accumulate(sizes[:split], initial=0))[:-1],
         *list(itertools.accumulate(sizes[split:], initial=begin))[:-1],

@@ -37,7 +37,7 @@ std::uint64_t run(Preconditioner preconditioner, CudaStep::Form form, int reside
   step.param_steps = param_steps.data();
   step.beta2_powers = powers.data();
   step.loss = std::nan("");
-  step.counted = n;
+  step.owned = n;
   CudaStep cuda;
   std::vector<double> workspace(static_cast<std::size_t>(workspace_doubles(n, 3, 2)) + 2);
   cuda.workspace = workspace.data();
