@@ -1,55 +1,69 @@
-# make demo    NLCG beside Momentum, RMSProp and SGD on real images (two minutes, and the set-up)
-# make test    the whole test suite
-# make sanitize   the native tests with AddressSanitizer and UndefinedBehaviorSanitizer in the module
-# make hard    fuzzing, kills, sabotage and a soak, 40 minutes: a table of figures, into build/hard.json
-# make bench   step times beside torch's optimizers, one thread: a table and a picture
-# make docs    the documentation, into build/docs, warnings as errors
-# make lint    ruff, mypy --strict, clang-format
-# make cuda    compile the CUDA part for all architectures, warnings as errors (needs nvcc)
-# make gpu     on a machine with a GPU, nvcc and torch, and nothing to download: everything that needs a GPU, into
-#              build/gpu.json
-# make study   the convergence study on the CPU: make study DATA=folder-of-images (hours; goes on where it was cut off)
-# make gpu-study   its part for a GPU, on a machine as for make gpu: make gpu-study DATA=folder-of-images
-# make format  what lint asks for
+# make demo      NLCG beside AdamW, Momentum and RMSProp on real images: builds the CPU part, then two minutes
+# make test      the tests: at most five minutes on two cores, and the set-up
+# make test-all  all of them, the thorough ones too
+# make sanitize  the tests of memory with AddressSanitizer and UndefinedBehaviorSanitizer in the module
+# make hard      fuzzing, kills, mutations and a soak, 40 minutes: a table of figures, into build/hard.json
+# make bench     step times beside torch's optimizers, one thread: a table and a picture
+# make docs      the documentation, into build/docs, warnings as errors
+# make lint      ruff, mypy --strict, clang-format
+# make cuda      compile the CUDA part for all architectures, warnings as errors, and read its machine code (needs nvcc)
+# make gpu       on a machine with a GPU, nvcc and torch, and nothing to download: everything that needs a GPU, into
+#                build/gpu.json
+# make study     the convergence study on the CPU: make study DATA=folder-of-images (hours; goes on where it was cut off)
+# make gpu-study its part for a GPU, on a machine as for make gpu: make gpu-study DATA=folder-of-images
+# make format    what lint asks for
 #
-# Everything happens in .venv, which is made when it is missing and brought up to date when the sources have changed.
+# Everything happens in .venv, which is made when it is missing and brought up to date when the sources have changed. Each
+# target installs what it needs and no more. The CUDA part is built where there is a GPU to run it, for that GPU.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc cuda python tests/emulation -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
-TOOLS := scikit-build-core pybind11 cmake ninja numpy pytest pytest-benchmark expecttest hypothesis accelerate lightning transformers tensorboard sphinx myst-parser furo \
-         nbclient ipykernel build check-jsonschema scikit-learn matplotlib tqdm pillow pytorch-optimizer \
-         ruff mypy clang-format nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
-CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh tests/emulation/*)
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc cuda python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
+EMULATION := $(wildcard tests/emulation/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh) $(EMULATION)
+CUDA := $(shell nvidia-smi -L > /dev/null 2>&1 && echo AUTO -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native || echo OFF)
+BUILD := --no-deps --no-build-isolation -C cmake.define.FASTNLCG_WERROR=ON -C cmake.define.FASTNLCG_CUDA=$(CUDA)
 
-.PHONY: demo test sanitize hard bench docs lint cuda gpu study gpu-study format clean
+.PHONY: demo test test-all sanitize hard bench docs lint cuda gpu study gpu-study format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/fastnlcg
-	$(BIN)/python bench/demo.py
+	@echo "installing matplotlib, scikit-learn and tqdm, for the demonstration"
+	@$(PIP) matplotlib scikit-learn tqdm
+	@echo "training: five optimizers, five peaks, five seeds; about two minutes"
+	@$(BIN)/python bench/demo.py
 
-test: .venv/fastnlcg
-	$(BIN)/python -m pytest
+# The thorough tests take long for what they add: tests/conftest.py lists them, and what covers their paths.
+# Two workers, one thread each: OpenMP's threads would wait for each other, spinning.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup
+test: .venv/emulation
+	$(PYTEST) -q -m "not thorough"
+
+test-all: test .venv/docs
+	$(PYTEST) -q -m thorough
 
 # Leaks are not looked for: Python itself leaves memory to the end of the process. A GPU's memory is not the sanitizers'.
+# Which memory is touched depends on geometry, so one dtype and option stand for all.
 sanitize: .venv/sanitized
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
-	  $(BIN)/python -m pytest -q tests/test_step.py tests/test_ops.py tests/test_properties.py \
-	  -k "not billion and not ranks"
+	  $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_step.py tests/test_ops.py tests/test_state.py \
+	  tests/test_properties.py -m "not thorough" -k "not billion and not ranks and not million"
 
 hard: .venv/sanitized
-	$(BIN)/python -m pip install -q -c constraints.txt atheris
+	$(PIP) atheris
 	$(BIN)/python tests/hard.py
 
 bench: .venv/fastnlcg
+	$(PIP) pytest pytest-benchmark pytest-xdist matplotlib
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-json=build/step_cpu.json
 	$(BIN)/python bench/step_table.py build/step_cpu.json
 
-docs: .venv/fastnlcg
+docs: .venv/fastnlcg .venv/docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
-lint: .venv/tools
+lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -57,26 +71,31 @@ lint: .venv/tools
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 
-format: .venv/tools
+format: .venv/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# What every kernel needs on every architecture goes to build/cuda/resources.txt; spills are said.
-cuda: .venv/tools
+# What every kernel needs on every architecture goes to build/cuda/resources.txt; spills are said. The machine code is read
+# from the module itself.
+cuda: .venv/test
+	$(PIP) nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
 	mkdir -p build/cuda
-	$(BIN)/python -m pip wheel -v --no-deps --no-build-isolation -w build/cuda . -C build.verbose=true \
+	$(BIN)/python -m pip install --disable-pip-version-check -v --no-deps --no-build-isolation --upgrade \
+	  --target build/cuda/site . -C build-dir=build/cuda/cmake -C build.verbose=true \
 	  -C cmake.define.FASTNLCG_CUDA=ON -C cmake.define.FASTNLCG_WERROR=ON \
 	  -C cmake.define.CMAKE_CUDA_FLAGS=--resource-usage > build/cuda/log.txt 2>&1 || (cat build/cuda/log.txt; exit 1)
 	grep -E "entry function|bytes spill|registers" build/cuda/log.txt | c++filt > build/cuda/resources.txt
 	@echo "$$(grep -c 'entry function' build/cuda/resources.txt) kernels compiled;" \
 	  "with spills: $$(grep -cE '[1-9][0-9]* bytes spill' build/cuda/resources.txt), see build/cuda/resources.txt"
+	PYTHONPATH=build/cuda/site $(BIN)/python -m pytest -q -n 2 tests/test_sass.py
 
 # With the python of that machine, not .venv's
 gpu:
 	$(PYTHON) bench/gpu.py
 
 study: .venv/fastnlcg
+	$(PIP) matplotlib pillow pytorch-optimizer tqdm
 	$(BIN)/python bench/convergence/study.py --data $(DATA) --out build/study --jobs $$(nproc)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/convergence/cost.py build/study/cost.jsonl
 	$(BIN)/python bench/convergence/plots.py build/study
@@ -88,26 +107,48 @@ gpu-study:
 	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/cost.py build/gpu-study/cost.jsonl --device cuda --models resnet32
 	PYTHONPATH=build/gpu $(PYTHON) bench/convergence/plots.py build/gpu-study
 
-# the same with sanitizers, beside it
-.venv/sanitized: .venv/fastnlcg
+clean:
+	rm -rf .venv build demo
+
+# ---- what the targets need -------------------------------------------------------------------------------------------
+
+# numpy, torch and what builds the project, at the versions of constraints.txt
+.venv/build: pyproject.toml constraints.txt
+	@echo "making .venv, with torch: downloads, and a minute"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch numpy scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+# the project itself, with warnings as errors
+.venv/fastnlcg: .venv/build $(SOURCES)
+	@echo "building fastnlcg for the CPU, three instruction sets: half a minute (CUDA: $(CUDA))"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(BUILD) .
+	@rm -f .venv/emulation
+	@$(BIN)/python -m fastnlcg
+	@touch $@
+
+.venv/test: .venv/build
+	@echo "installing what the tests use"
+	@$(PIP) pytest pytest-xdist pytest-cov expecttest hypothesis scikit-learn matplotlib pillow tqdm pytorch-optimizer
+	@touch $@
+
+# the same with the CUDA kernels emulated on the CPU, for tests
+.venv/emulation: .venv/test .venv/fastnlcg $(EMULATION)
+	@echo "building fastnlcg with the emulation of its CUDA kernels: a minute"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(BUILD) -C cmake.define.FASTNLCG_EMULATION=ON .
+	@touch $@
+
+# and with sanitizers, beside it
+.venv/sanitized: .venv/emulation
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C build-dir=build/sanitized-cmake \
 	  -C cmake.define.FASTNLCG_SANITIZE=ON -C cmake.define.FASTNLCG_EMULATION=ON -C cmake.define.FASTNLCG_CUDA=OFF \
 	  --target build/sanitized --upgrade .
 	touch $@
 
-clean:
-	rm -rf .venv build demo
+.venv/docs: .venv/test
+	@$(PIP) sphinx myst-parser furo nbclient ipykernel accelerate lightning transformers tensorboard build pytest-benchmark
+	@touch $@
 
-# numpy, torch and the tools, at the versions of constraints.txt
-.venv/tools: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS)
-	touch $@
-
-# the project itself, with warnings as errors
-.venv/fastnlcg: .venv/tools $(SOURCES)
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C cmake.define.FASTNLCG_WERROR=ON \
-	  -C cmake.define.FASTNLCG_EMULATION=ON .
-	$(BIN)/python -m fastnlcg
-	touch $@
+.venv/lint: .venv/test
+	@$(PIP) ruff mypy clang-format check-jsonschema
+	@touch $@

@@ -94,7 +94,7 @@ SMALL = """
 import torch
 from fastnlcg import NLCG, ops
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-    pr = {"update": "polak_ribiere", "restart": "descent"}
+    pr = {"update": "polak_ribiere"}
     for form in ("one", "separate"):
         bfgs = {"preconditioner": "bfgs"}
         for options in ({}, pr, bfgs, {**bfgs, **pr, "eps": 0.0}, {"preconditioner": None}):

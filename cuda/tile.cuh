@@ -298,8 +298,9 @@ struct BlockContext {
     if (Pass::kBiasCorrected) {
       Bias bias = a.bias[&segment - a.segments];
       const double steps = *segment.steps;
-      // not so after a load, or somebody else's step
-      if (bias.steps != steps || bias.beta2 != a.options.beta2) bias = bias_of(a.options.beta2, steps);
+      // Not known in a new workspace, after a load, or after somebody else's step.
+      const bool known = bias.next > 0.0 && bias.steps == steps && bias.beta2 == a.options.beta2;
+      if (!known) bias = bias_of(a.options.beta2, steps);
       x.inv_sqrt_bias = inv_sqrt_bias_correction<S>(bias.next);
       x.inv_sqrt_bias_prev = inv_sqrt_bias_correction<S>(bias.now);
     }

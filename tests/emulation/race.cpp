@@ -16,26 +16,35 @@ std::uint64_t run(Preconditioner preconditioner, CudaStep::Form form, int reside
   const std::int64_t cuts[] = {0, n / 3 + 1, n / 2, n};
   std::vector<float> p(n), g(n), grad_prev(n), d(n), diagonal(n, preconditioner == Preconditioner::bfgs ? 1.0f : 0.0f);
   for (std::int64_t i = 0; i < n; ++i) p[i] = std::sin(0.1f * static_cast<float>(i % 1000));
+  double steps_of[3] = {}, alpha_prev[2] = {};
   std::vector<Segment> segments;
   for (int k = 0; k < 3; ++k) {
-    segments.push_back({&p[cuts[k]], &g[cuts[k]], cuts[k], cuts[k + 1] - cuts[k], k % 2, k, DType::f32});
+    const std::int64_t at = cuts[k];
+    segments.push_back({&p[at],
+                        &g[at],
+                        &grad_prev[at],
+                        &d[at],
+                        &diagonal[at],
+                        &steps_of[k],
+                        at,
+                        cuts[k + 1] - at,
+                        {0, 0, 0, static_cast<std::uint32_t>(k)},
+                        k % 2,
+                        DType::f32});
   }
-  std::vector<double> param_steps(3), powers(3, 1.0);
-  std::vector<Group> groups = {{0.01, 0, 0, 0, 1}, {0.02, 0, 0, 0.1, 1}};
+  std::vector<Group> groups = {{0.01, 0, 0, 1, &alpha_prev[0]}, {0.02, 0, 0.1, 1, &alpha_prev[1]}};
   Scalars scalars = {};
   scalars.ls_scale = 1.0;
   Step step = {};
-  step.state = {grad_prev.data(), d.data(), diagonal.data(), n, DType::f32};
+  step.n = n;
+  step.state_dtype = DType::f32;
   step.options.preconditioner = preconditioner;
   step.options.update = UpdateRule::polak_ribiere;
-  step.options.restart = Restart::descent;
   step.segments = segments.data();
   step.n_segments = 3;
   step.groups = groups.data();
   step.n_groups = 2;
   step.scalars = &scalars;
-  step.param_steps = param_steps.data();
-  step.beta2_powers = powers.data();
   step.loss = std::nan("");
   step.owned = n;
   CudaStep cuda;
@@ -45,7 +54,6 @@ std::uint64_t run(Preconditioner preconditioner, CudaStep::Form form, int reside
   cuda.form = form;
   cuda.resident_tiles = resident_tiles;
   cuda.blocks = blocks;
-  cuda_write_scalars(cuda, scalars, groups.data(), 2);
   for (int t = 0; t < steps; ++t) {
     for (std::int64_t i = 0; i < n; ++i) g[i] = (1.0f + static_cast<float>(i % 7)) * p[i];
     if (t == 1) g[n / 2] = INFINITY;  // a skipped step leaves the barrier as it found it
