@@ -618,3 +618,18 @@ def test_any_sequence_of_attacks_has_the_bits_of_a_calm_run(kind: str, seed: int
     assert bits(ps) == bits(qs)
     ours, theirs = (groups.named_scalars(o.param_groups[0]) for o in (optimizer, calm))
     assert ours == theirs
+
+
+def test_a_parameter_that_comes_back_beside_a_gradient_of_other_strides() -> None:
+    """Once, its gradient was overlooked until the next change."""
+    ps, optimizer = make("none", n_groups=1)
+    qs, calm = make("none", n_groups=1)
+    for t in range(6):
+        for each, o in ((ps, optimizer), (qs, calm)):
+            generator = torch.Generator().manual_seed(t)
+            for i, p in enumerate(each):
+                p.grad = None if i == 0 and t in (2, 3) else torch.randn(p.shape, generator=generator)
+            if o is optimizer and each[1].grad is not None:
+                each[1].grad = each[1].grad.t().contiguous().t()
+            o.step()
+        assert bits(ps) == bits(qs), t

@@ -79,6 +79,7 @@ class Layout:
         """whether the table is that of a step, and may be used again"""
         self._at: Any = None
         self._active_params: list[Tensor] = []
+        self._inactive: list[Tensor] = []
         self._stepped: list[tuple[Tensor, Tensor]] = []
         self._held: list[Any] = []
         self._entries: list[dict[str, Tensor]] = []
@@ -167,7 +168,7 @@ class Layout:
             scalars = param_groups[0]["scalars"]
             if self._at is None or self._at[1] is not scalars or not all(map(is_, self._at[2], numbers)):
                 at = _native.Tensors(
-                    self._active_params, None, self._entries, self._inactive(), state, self._held,
+                    self._active_params, None, self._entries, self._inactive, state, self._held,
                     scalars, numbers,
                 )  # fmt: skip
                 self._at = at, scalars, numbers
@@ -176,11 +177,7 @@ class Layout:
         if any(self.params[i].grad is None for i in self.active):
             return _native.Tensors([], None, [], [], None, [], None, [])  # does not fit
         tensors = self._prepared()
-        return _native.Tensors(*tensors, self._inactive(), state, self._held, param_groups[0]["scalars"], numbers)
-
-    def _inactive(self) -> list[Tensor]:
-        active = set(self.active)
-        return [p for i, p in enumerate(self.params) if i not in active and p.grad is None]
+        return _native.Tensors(*tensors, self._inactive, state, self._held, param_groups[0]["scalars"], numbers)
 
     def _prepared(self) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
         """This rank's memory of parameters, gradients and state, with copies where memory has gaps."""
@@ -342,6 +339,7 @@ class Layout:
         self._ranks_known = True
         self.active, self.active_set = active, name_of(active, _with_elements(params, stateful))
         self._active_params = [params[i] for i in active]
+        self._inactive = [p for p, g in zip(params, grads, strict=True) if g is None]
         self.plain = not to_look and all(memory(params[i]) is params[i] and _in_place(params[i]) for i in active)
         self.plain = self.plain and all(usable[i] is grads[i] for i in active)
         self.current = not to_look and bool(active or ranks is not None)  # without any, the next gradient is looked for
