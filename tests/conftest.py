@@ -14,7 +14,8 @@ THOROUGH = {
     "test_convergence.py": "plots_and_tables|y_from_one_batch|relative_schedule",
     # the emulated exchange is that of the CPU's but for the kernel that decides: one kind of it is left
     "test_distributed.py": "emulated_gpu.(?!adam.)|test_fsdp1|checkpoints|whatever_its_placement|emulated.*bfgs",
-    "test_examples.py": "trainers|killed|ranks_follow|notebook|large_batch|tensorboard|minimal",  # the optimizer is in test_nlcg.py
+    # the optimizer itself is in test_nlcg.py
+    "test_examples.py": "trainers|killed|ranks_follow|notebook|large_batch|tensorboard|minimal",
     # emulated trajectories: test_cuda.py and test_step.py compare every step
     "test_nlcg.py": "(60_steps|resume_at_step_10|it_trains).*emulated|digits_at_large_batch",
     "test_properties.py": r"two_ranks.(?![0-3]\])",
