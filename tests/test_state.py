@@ -175,6 +175,19 @@ def test_one_parameters_state_saves_its_own_bytes(kind: str) -> None:
     assert file.tell() < 8_000
 
 
+def test_a_mapping_in_the_place_of_the_state_is_taken() -> None:
+    ps, optimizer = make("none", n_groups=1)
+    for t in range(3):
+        step(ps, optimizer, t)
+    assert optimizer.diagnostics().beta > 0.0
+    optimizer.state = type(optimizer.state)(dict)  # starts again
+    step(ps, optimizer, 3)
+    assert optimizer.diagnostics().beta == 0.0
+    assert all(optimizer.state[p]["step"] == 1 for p in ps)
+    del optimizer.param_groups[0]["alpha_prev"]
+    step(ps, optimizer, 4)
+
+
 def test_storage_that_was_freed_is_refused() -> None:
     ps, optimizer = make("adam")
     step(ps, optimizer, 0)

@@ -163,15 +163,15 @@ class Layout:
 
     def _tensors(self, param_groups: Groups, state: State) -> Any:
         """What the native side reads addresses of."""
-        numbers = [group["alpha_prev"] for group in param_groups]
+        numbers = [group.get("alpha_prev") for group in param_groups]
         if self.plain:
-            scalars = param_groups[0]["scalars"]
-            if self._at is None or self._at[1] is not scalars or not all(map(is_, self._at[2], numbers)):
+            objects = [state, param_groups[0]["scalars"], *numbers]
+            if self._at is None or not all(map(is_, self._at[1], objects)):
                 at = _native.Tensors(
-                    self._active_params, None, self._entries, self._inactive, state, self._held,
-                    scalars, numbers,
-                )  # fmt: skip
-                self._at = at, scalars, numbers
+                    *(self._active_params, None, self._entries, self._inactive),
+                    *(state, self._held, objects[1], numbers),
+                )
+                self._at = at, objects
             return self._at[0]
         self._at = None
         if any(self.params[i].grad is None for i in self.active):
