@@ -60,7 +60,7 @@ bench: .venv/fastnlcg
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-json=build/step_cpu.json
 	$(BIN)/python bench/step_table.py build/step_cpu.json
 
-docs: .venv/fastnlcg .venv/docs
+docs: .venv/emulation .venv/docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 lint: .venv/lint
@@ -132,11 +132,12 @@ clean:
 	@$(PIP) pytest pytest-xdist pytest-cov expecttest hypothesis scikit-learn matplotlib pillow tqdm pytorch-optimizer
 	@touch $@
 
-# the same with the CUDA kernels emulated on the CPU, for tests
-.venv/emulation: .venv/test .venv/fastnlcg $(EMULATION)
-	@echo "building fastnlcg with the emulation of its CUDA kernels: a minute"
+# the same with the CUDA kernels emulated on the CPU, for tests; stands for .venv/fastnlcg too
+.venv/emulation: .venv/test $(SOURCES) $(EMULATION)
+	@echo "building fastnlcg with the emulation of its CUDA kernels: a minute and a half (CUDA: $(CUDA))"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(BUILD) -C cmake.define.FASTNLCG_EMULATION=ON .
-	@touch $@
+	@$(BIN)/python -m fastnlcg
+	@touch .venv/fastnlcg $@
 
 # and with sanitizers, beside it
 .venv/sanitized: .venv/emulation

@@ -84,7 +84,8 @@ class Journey:
             expected = self.expected(before, loss)
             self.optimizer.step(loss=loss)
             if moving:
-                self.last = set(moving)
+                if expected[1].step > before.step:  # else an old gradient, not finite, was still there
+                    self.last = set(moving)
                 self.compare(before, *expected)
         self.steps += bool(moving)
 
