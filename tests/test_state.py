@@ -646,3 +646,18 @@ def test_a_parameter_that_comes_back_beside_a_gradient_of_other_strides() -> Non
                 each[1].grad = each[1].grad.t().contiguous().t()
             o.step()
         assert bits(ps) == bits(qs), t
+
+
+def test_sets_that_older_steps_have_left_keep_their_names() -> None:
+    """Steps without a gradient that moves anything, and new parameters, between two steps of the whole set."""
+    ps = [nn.Parameter(torch.ones(40)), nn.Parameter(torch.ones(7)), nn.Parameter(torch.ones(0))]
+    optimizer = NLCG(ps[:1], 0.01)
+    step(ps[:1], optimizer, 0)
+    optimizer.add_param_group({"params": ps[2:]})
+    ps[0].grad = None
+    ps[2].grad = torch.ones(0)
+    optimizer.step(loss=1.0)  # moves nothing
+    optimizer.add_param_group({"params": ps[1:2]})
+    step([ps[0], ps[2], ps[1]], optimizer, 1)  # another set than that of step 0
+    assert optimizer.diagnostics().beta == 0.0
+    assert optimizer.diagnostics().step == 2

@@ -80,6 +80,7 @@ class Layout:
         self._at: Any = None
         self._active_params: list[Tensor] = []
         self._inactive: list[Tensor] = []
+        self._everything: list[Tensor] = []
         self._stepped: list[tuple[Tensor, Tensor]] = []
         self._held: list[Any] = []
         self._entries: list[dict[str, Tensor]] = []
@@ -339,6 +340,7 @@ class Layout:
         self._ranks_known = True
         self.active, self.active_set = active, name_of(active, _with_elements(params, stateful))
         self._active_params = [params[i] for i in active]
+        self._everything = [params[i] for i in _with_elements(params, stateful)]
         self._inactive = [p for p, g in zip(params, grads, strict=True) if g is None]
         self.plain = not to_look and all(memory(params[i]) is params[i] and _in_place(params[i]) for i in active)
         self.plain = self.plain and all(usable[i] is grads[i] for i in active)
@@ -428,18 +430,27 @@ class Layout:
         """The name of the last step's set, which goes by the order of the parameters and by which of them have state,
         in the new order. A set that is no longer whole is forgotten."""
         everything = _with_elements(params, stateful)
-        place = {id(params[i]): i for i in stateful if "direction" in (state.get(params[i]) or ())}
-        if self.native is None:  # loaded, or copied: if it was all of them, it is now all that had state
-            name_then, last = 1.0, [i if id(params[i]) in place else None for i in everything]
-            last = [i for i in last if i is not None]
-        else:
-            name_then, last = self.active_set, [place.get(id(self.params[i])) for i in self.active]
-        name = -1.0 if None in last else name_of([i for i in last if i is not None], everything)
-        if name != name_then:
-            # on a GPU only the device knows whether the last step was skipped, and the set is an older one
-            at = list(_native.SCALARS).index("active_set")
-            known = scalars[at] == name_then
-            scalars[at].copy_(torch.where(known, name, scalars[at] if self.native is None else -1.0))
+        place = {id(params[i]): i for i in everything if "direction" in (state.get(params[i]) or ())}
+        # On a GPU only the device knows whether the last step was skipped, and the set is an older one.
+        # Loaded, or copied: if it was all of them, it is now all that had state.
+        known: dict[float, list[int | None]] = {1.0: list(place.values())}
+        same_order = True
+        if self.native is not None:
+            known = {1.0: [place.get(id(p)) for p in self._everything]}
+            known[self.active_set] = [place.get(id(p)) for p in self._active_params]
+            same_order = len(params) >= len(self.params) and all(map(is_, params, self.params))
+        names = {
+            then: -1.0 if None in members else name_of([i for i in members if i is not None], everything)
+            for then, members in known.items()
+        }
+        if all(then == now for then, now in names.items()) and same_order:
+            return
+        at = list(_native.SCALARS).index("active_set")
+        old = scalars[at].clone()
+        new = old if same_order else torch.full_like(old, -1.0)
+        for then, now in names.items():
+            new = torch.where(old == then, now, new)
+        scalars[at].copy_(new)
 
     # ---- to look at it ---------------------------------------------------------------------------------------------
 
