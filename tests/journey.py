@@ -296,9 +296,23 @@ class Journey:
 # ---- several ranks ---------------------------------------------------------------------------------------------------
 
 
+def move_state(optimizer: NLCG, how: int) -> None:
+    """What others do to state between two steps."""
+    for p, entry in list(optimizer.state.items()):
+        for value in entry.values():
+            if how == 4:
+                value.data = value.clone()
+            elif how == 5:
+                value.share_memory_()
+            elif how == 6:
+                torch.utils.swap_tensors(value, value.clone())
+        if how == 7:
+            optimizer.state[p] = {key: value.clone() for key, value in entry.items()} | {"theirs": torch.ones(2)}
+
+
 def ranks_journey(seed: int, operations: int) -> int:
-    """On every rank: a share of each parameter in one optimizer, all of them in another that is alone. Skips, changing
-    sets of parameters, new groups and checkpoints included. Returns the steps."""
+    """On every rank: a share of each parameter in one optimizer, whose state others move, all of them in another that is
+    alone. Skips, changing sets of parameters, new groups and checkpoints included. Returns the steps."""
     rng = np.random.default_rng(seed)
     rank, world = dist.get_rank(), dist.get_world_size()
     options = random_options(lambda choices: choices[rng.integers(len(choices))])
@@ -319,6 +333,8 @@ def ranks_journey(seed: int, operations: int) -> int:
     steps = 0
     for _ in range(operations):
         what = rng.integers(8)
+        if what >= 4:
+            move_state(spread, int(what))
         if what == 0 and len(whole) < 6:
             p, q = add()
             alone.add_param_group({"params": [p], "lr": 0.02})
