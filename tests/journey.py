@@ -311,8 +311,8 @@ def move_state(optimizer: NLCG, how: int) -> None:
 
 
 def ranks_journey(seed: int, operations: int) -> int:
-    """On every rank: a share of each parameter in one optimizer, whose state others move, all of them in another that is
-    alone. Skips, changing sets of parameters, new groups and checkpoints included. Returns the steps."""
+    """On every rank: a share of each parameter in one optimizer, whose state others move, all of them in another that
+    is alone. Skips, changing sets of parameters, new groups and checkpoints included. Returns the steps."""
     rng = np.random.default_rng(seed)
     rank, world = dist.get_rank(), dist.get_world_size()
     options = random_options(lambda choices: choices[rng.integers(len(choices))])
