@@ -20,12 +20,12 @@ from pathlib import Path
 
 # Streams that a pass may load, options and weight decay included: the loads of four elements.
 LOADS = {
-    "PlainDots": 4,
+    "PlainDots": 3,
     "PlainMove": 3,
     "CurvatureDot": 3,
     "CurvatureAndDots": 5,
     "CurvatureAndMove": 5,
-    "AdamDots": 4,
+    "AdamDots": 3,
     "AdamMove": 4,
 }
 ENDS = frozenset(("BRA", "BRX", "JMP", "EXIT", "BAR", "CALL", "RET"))
