@@ -355,10 +355,10 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
   Raw<E, kWide> g_raw[Q] = {}, p_raw[Q] = {};
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
+    load_quad(p_raw[q], p_at + q * kApart, reads_p);  // first: its predicate may wait for the segment's numbers
     load_quad(d_raw[q], d_at + q * kApart, reads & kD);
     load_quad(diagonal_raw[q], diagonal_at + q * kApart, reads & kDiagonal);
     load_quad(grad_prev_raw[q], grad_prev_at + q * kApart, reads & kGradPrev);
-    load_quad(p_raw[q], p_at + q * kApart, reads_p);
     load_quad(g_raw[q], g_at + q * kApart, kReadsGradient);
   }
   if constexpr (kLoaded) {

@@ -87,13 +87,12 @@ def steps(kernels: dict[str, Kernel]) -> list[Kernel]:
 
 def test_all_loads_of_a_quad_are_in_flight_together(kernels: dict[str, Kernel]) -> None:
     """In every pass, for every type, wide and narrow: nothing waits between the first and the last. Not asked of
-    float64 that does not lie on 16 bytes (sm_75 and sm_80 part its loads in one pass), nor of its CurvatureAndDots,
-    whose loads five architectures part since 0.5: to be put together again."""
+    float64 that does not lie on 16 bytes: sm_75 and sm_80 part its loads in one pass."""
     for kernel in steps(kernels):
         groups = kernel.groups()
         allowed = expected(kernel)
         for group in groups:
-            if "<double" in kernel.name and (8 in group.widths or "CurvatureAndDots" in kernel.name):
+            if "<double" in kernel.name and 8 in group.widths:
                 continue
             assert group.widths in allowed, f"{kernel.name}: {group.widths}, then {group.until}"
         assert len(groups) >= 2 * (1 if "<double" in kernel.name else 3), kernel.name
