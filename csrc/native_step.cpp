@@ -70,6 +70,12 @@ std::string missing_state(const Options& options, const Segment& segment) {
   return "";
 }
 
+// At the end of a call, however it ends.
+struct DropLive {
+  std::vector<py::object>& live;
+  ~DropLive() { live.clear(); }
+};
+
 }  // namespace
 
 NativeStep::NativeStep(const std::string& state_dtype, const std::string& device, std::uintptr_t stream)
@@ -169,7 +175,7 @@ void NativeStep::lay_out(std::int64_t n, const std::vector<TableRow>& table, int
     keys_.push_back(key.empty() ? py::object()
                                 : py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str())));
   }
-  checked_.clear();
+  overlaps_checked_ = false;
   step_.segments = segments_.data();
   step_.n_segments = static_cast<std::int64_t>(segments_.size());
   step_.n = step_.owned = n;
@@ -228,8 +234,8 @@ bool NativeStep::holds(const Tensors& at) const {
   return 2 * i == held.size();
 }
 
-// The addresses of segment i's state. `moved`: some are not where they were checked.
-bool NativeStep::follow_state(const Tensors& at, std::size_t i, bool& moved) {
+// The addresses of segment i's state.
+bool NativeStep::follow_state(const Tensors& at, std::size_t i) {
   PyObject* const entry = item(at.entries, i);
   if (!PyDict_Check(entry)) return false;
   Segment& segment = segments_[i];
@@ -247,7 +253,7 @@ bool NativeStep::follow_state(const Tensors& at, std::size_t i, bool& moved) {
     if (found == nullptr) return false;
     if (found != (k == 3 ? segment.steps : *addresses[k])) {
       if (!is_as_it_looks(tensor)) return false;
-      moved = true;
+      overlaps_checked_ = false;
     }
     if (k == 3) {
       segment.steps = static_cast<double*>(found);
@@ -277,7 +283,6 @@ bool NativeStep::follow(const Tensors& at, bool with_gradients) {
     }
   }
   live_.reserve(6 * n + 1 + groups_.size());
-  bool moved = checked_.empty();
   for (std::size_t i = 0; i < n; ++i) {
     Segment& segment = segments_[i];
     segment.g = nullptr;
@@ -287,7 +292,7 @@ bool NativeStep::follow(const Tensors& at, bool with_gradients) {
       if (p_found == nullptr) return false;
       if (segment.p != p_found) {
         if (!is_as_it_looks(p)) return false;
-        moved = true;
+        overlaps_checked_ = false;
       }
       segment.p = p_found;
       auto g = given ? py::reinterpret_borrow<py::object>(item(py::reinterpret_borrow<py::list>(at.gradients), i))
@@ -300,7 +305,7 @@ bool NativeStep::follow(const Tensors& at, bool with_gradients) {
       if (negated.ptr() != Py_False) return false;
       live_.push_back(std::move(g));
     }
-    if (!follow_state(at, i, moved)) return false;
+    if (!follow_state(at, i)) return false;
   }
   for (std::size_t k = 0; k < groups_.size(); ++k) {
     PyObject* const tensor = item(at.alpha_prev, k);
@@ -311,7 +316,7 @@ bool NativeStep::follow(const Tensors& at, bool with_gradients) {
   step_.scalars = static_cast<Scalars*>(reader_->address(at.scalars.ptr(), DType::f64, scalars_layout_));
   if (step_.scalars == nullptr) return false;
   live_.push_back(at.scalars);
-  if (moved && with_gradients) check_overlaps();
+  if (with_gradients && !overlaps_checked_) check_overlaps();
   return true;
 }
 
@@ -339,13 +344,12 @@ void NativeStep::check_overlaps() {
   for (std::size_t k = 1; k < spans.size(); ++k) {
     const Span *a = &spans[k - 1], *b = &spans[k];
     if (a->begin + a->bytes <= b->begin) continue;
-    checked_.clear();
     if (a->index > b->index) std::swap(a, b);
     const std::string advice = a->what == b->what && a->what[0] == 'p' ? "; register one Parameter for both" : "";
     throw invalid_argument(std::string(a->what) + " " + std::to_string(a->index) + " and " + b->what + " " +
                            std::to_string(b->index) + " share memory" + advice);
   }
-  checked_.assign(1, nullptr);
+  overlaps_checked_ = true;
 }
 
 void NativeStep::set_groups(const Arguments& a) {
@@ -377,14 +381,8 @@ std::optional<bool> NativeStep::step(const Tensors& at, const Arguments& a) {
   const StepGuard busy(*this);
   if (!laid_out_) throw invalid_argument("a step needs lay_out() first");
   set_groups(a);
-  struct Drop {
-    std::vector<py::object>& live;
-    ~Drop() { live.clear(); }
-  } const drop{live_};
-  if (!follow(at, true)) {
-    checked_.clear();
-    return std::nullopt;
-  }
+  const DropLive drop{live_};
+  if (!follow(at, true)) return std::nullopt;
   if (!segments_.empty()) {  // all have the same keys
     if (const std::string missing = missing_state(step_.options, segments_[0]); !missing.empty()) {
       throw invalid_argument("a step needs " + missing);
@@ -421,6 +419,7 @@ std::optional<bool> NativeStep::step(const Tensors& at, const Arguments& a) {
 std::optional<std::tuple<double, double, double>> NativeStep::state_norms(const Tensors& at, int threads) {
   const StepGuard busy(*this);
   if (!laid_out_) throw invalid_argument("norms need lay_out() first");
+  const DropLive drop{live_};
   if (!follow(at, false)) return std::nullopt;
   double gg = 0, dd = 0, gd = 0;
   step_.threads = std::max(threads, 1);
@@ -428,20 +427,19 @@ std::optional<std::tuple<double, double, double>> NativeStep::state_norms(const 
     run([&] { cuda_state_norms(step_, cuda_, &gg, &dd, &gd); },
         [&](const CpuKernels& cpu) { cpu.state_norms(step_, &gg, &dd, &gd); });
   }
-  live_.clear();
   return std::make_tuple(gg, dd, gd);
 }
 
 bool NativeStep::last_move(const Tensors& at, int threads) {
   const StepGuard busy(*this);
   if (!laid_out_) throw invalid_argument("the last move needs lay_out() first");
+  const DropLive drop{live_};
   if (!follow(at, false)) return false;
   for (const Segment& segment : segments_) {
     if (!segment.grad_prev || !segment.direction || !segment.diagonal) throw invalid_argument("missing state");
   }
   step_.threads = std::max(threads, 1);
   run([&] { cuda_last_move(step_, cuda_); }, [&](const CpuKernels& cpu) { cpu.last_move(step_); });
-  live_.clear();
   return true;
 }
 

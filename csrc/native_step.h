@@ -117,7 +117,7 @@ class NativeStep {
 
   bool on_device() const { return device_ >= 0; }
   bool follow(const Tensors&, bool with_gradients);
-  bool follow_state(const Tensors&, std::size_t i, bool& moved);
+  bool follow_state(const Tensors&, std::size_t i);
   bool holds(const Tensors&) const;
   void check_overlaps();
   void check_buffer(const char* name, const Buffer&, const std::string& dtype) const;
@@ -135,8 +135,8 @@ class NativeStep {
   std::vector<Group> groups_;
   std::vector<Bias> bias_;
   std::vector<double> partials_;
-  std::vector<py::object> live_;      // what the step in progress reads and writes
-  std::vector<const void*> checked_;  // where parameters and state lay when they were last seen not to overlap
+  std::vector<py::object> live_;   // what the step in progress reads and writes
+  bool overlaps_checked_ = false;  // of parameters and state, where they lie now
   std::optional<TensorReader> reader_;
   py::object tensor_type_;
   std::vector<py::object> keys_;  // of an entry, interned; null where the options have no use for one
