@@ -71,7 +71,6 @@ WORDS: list[Any] = [
     None,
     "fletcher_reeves",
     "polak_ribiere",
-    "descent",
     "x",
     "",
     3,
