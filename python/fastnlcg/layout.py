@@ -4,8 +4,7 @@ parameter.
 State is what it is for torch's own optimizers: a tensor of its own for each parameter and stream, in
 ``optimizer.state``. Nothing is kept but the objects; the native side reads their addresses at every step, so tensors
 may be moved, shared, off-loaded or replaced between two steps, and what they hold then is what counts. Where anything
-but an address differs
-from the table, the native side says so, and the table is made anew.
+but an address differs from the table, the native side says so, and the table is made anew.
 
 A parameter's place in the flat index, over which sums run, is a multiple of 16 elements. A DTensor stands for its
 shard. A parameter with gaps in memory (a slice of a larger tensor) is stepped in a copy, and copied back. A parameter
@@ -88,6 +87,8 @@ class Layout:
         self._ranks_known = self._sums_known = False
         self._dtype = torch.float32
         self._amp: list[Tensor | None] = []
+        self._known = 0.0  # disagreements of ranks that have been raised
+        self._told: Tensor | None = None  # those the device has found, in pinned memory
 
     def set_options(self, options: Options) -> None:
         """Options that may have changed since the last step. ValueError where the state would have to be another."""
@@ -258,19 +259,16 @@ class Layout:
     def _raise_disagreement(self) -> None:
         """On a GPU only the device knows at once: the steps since then have changed nothing."""
         assert self.ranks is not None
-        if self._told.item() > self._known:
+        if self._told is not None and self._told.item() > self._known:
             self._known = self._told.item()
             raise RuntimeError(f"a step before has changed nothing: {self.ranks.who_disagreed()}")
-
-    _known = 0.0
-    _told = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def watch(self) -> None:
         """After a step over ranks on a GPU: lets the host hear of a disagreement without waiting."""
         if self.ranks is None or not _native.on_gpu(self.device) or _native.capturing():
             return
         told = self.groups[0]["scalars"][list(_native.SCALARS).index("disagreements")]
-        if self._told is Layout._told:
+        if self._told is None:
             self._told = torch.zeros((), dtype=torch.float64, device="cpu", pin_memory=told.is_cuda)
         self._told.copy_(told, non_blocking=True)
 
