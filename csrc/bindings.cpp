@@ -2,6 +2,9 @@
 #include <omp.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "native_step.h"
 #include "step_cpu.h"
 
@@ -104,6 +107,18 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
           "found_inf"_a = py::none())
       .def("state_norms", &NativeStep::state_norms, "at"_a, "threads"_a)
       .def("last_move", &NativeStep::last_move, "at"_a, "threads"_a)
+      .def(
+          "descend",
+          [](NativeStep& self, const std::optional<NativeStep::Tensors>& at, const std::string& kind, int threads,
+             double alpha, bool first, bool preconditioned, bool update, double scale, double ys, double shs,
+             double beta) {
+            const auto found = std::find(std::begin(kDescentNames), std::end(kDescentNames), kind);
+            if (found == std::end(kDescentNames)) throw std::invalid_argument("no pass '" + kind + "'");
+            const auto number = static_cast<Descent::Kind>(found - std::begin(kDescentNames));
+            return self.descend(at, {number, alpha, first, preconditioned, update, scale, ys, shs, beta}, threads);
+          },
+          "at"_a, "kind"_a, "threads"_a, "alpha"_a = 0.0, "first"_a = false, "preconditioned"_a = true,
+          "update"_a = false, "scale"_a = 1.0, "ys"_a = 0.0, "shs"_a = 0.0, "beta"_a = 0.0)
       .def("bind", &NativeStep::bind, "p"_a, "g"_a, "grad_prev"_a, "direction"_a, "diagonal"_a, "steps"_a = 0.0)
       .def("flat_step", &NativeStep::flat_step, "scalars"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "loss"_a,
            "threads"_a)

@@ -7,7 +7,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "passes.h"
+#include "passes_descent.h"
 #include "step_cpu.h"
 
 namespace fastnlcg {
@@ -60,14 +60,19 @@ DeviceNumber device_number(const NativeStep::Number& number) {
   return {reinterpret_cast<const void*>(number->first), dtype_from(number->second)};
 }
 
-// The state that the passes of these options need and that a segment lacks.
-std::string missing_state(const Options& options, const Segment& segment) {
-  const unsigned needed = with_preconditioner(
-      options.preconditioner, [&](auto preconditioner) { return preconditioner.state_tensors(options); });
+// The streams of `needed` that a segment lacks.
+std::string missing_in(unsigned needed, const Segment& segment) {
   if ((needed & kGradPrev) && segment.grad_prev == nullptr) return "grad_prev";
   if ((needed & kD) && segment.direction == nullptr) return "direction";
   if ((needed & kDiagonal) && segment.diagonal == nullptr) return "the preconditioner's diagonal";
   return "";
+}
+
+// The state that the passes of these options need and that a segment lacks.
+std::string missing_state(const Options& options, const Segment& segment) {
+  return missing_in(with_preconditioner(options.preconditioner,
+                                        [&](auto preconditioner) { return preconditioner.state_tensors(options); }),
+                    segment);
 }
 
 // At the end of a call, however it ends.
@@ -112,7 +117,7 @@ void NativeStep::lay_out(std::int64_t n, const std::vector<TableRow>& table, int
     throw invalid_argument("n is " + std::to_string(n) + ", expected 0 <= n <= 2^" + (on_device() ? "40" : "60"));
   }
   if (groups < 0) throw invalid_argument(std::to_string(groups) + " groups");
-  if (keys.size() != 3) throw invalid_argument("three keys, of grad_prev, direction and diagonal");
+  if (keys.size() != 4) throw invalid_argument("four keys, of grad_prev, direction, diagonal and steps");
   const TensorReader reader(exchange.ptr(), tensor_type.ptr(), device_);
   std::vector<Segment> segments;
   std::vector<Layout> layouts;
@@ -171,7 +176,7 @@ void NativeStep::lay_out(std::int64_t n, const std::vector<TableRow>& table, int
   tensor_type_ = tensor_type;
   reader_ = reader;
   keys_.clear();
-  for (const std::string& key : {keys[0], keys[1], keys[2], std::string("step")}) {
+  for (const std::string& key : keys) {
     keys_.push_back(key.empty() ? py::object()
                                 : py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str())));
   }
@@ -265,12 +270,12 @@ bool NativeStep::follow_state(const Tensors& at, std::size_t i) {
   return true;
 }
 
-// `with_gradients`: parameters and gradients too, else the state alone.
-bool NativeStep::follow(const Tensors& at, bool with_gradients) {
+bool NativeStep::follow(const Tensors& at, Reads reads) {
+  const bool with_parameters = reads != Reads::state, with_gradients = reads == Reads::gradients;
   live_.clear();
   const std::size_t n = segments_.size();
   if (at.entries.size() != n || at.alpha_prev.size() != groups_.size()) return false;
-  if (with_gradients && at.params.size() != n) return false;
+  if (with_parameters && at.params.size() != n) return false;
   const bool given = !at.gradients.is_none();
   if (given && (!py::isinstance<py::list>(at.gradients) || py::len(at.gradients) != n)) return false;
   if (!holds(at)) return false;
@@ -286,7 +291,7 @@ bool NativeStep::follow(const Tensors& at, bool with_gradients) {
   for (std::size_t i = 0; i < n; ++i) {
     Segment& segment = segments_[i];
     segment.g = nullptr;
-    if (with_gradients) {
+    if (with_parameters) {
       PyObject* const p = item(at.params, i);
       void* const p_found = reader_->address(p, segment.dtype, layouts_[i]);
       if (p_found == nullptr) return false;
@@ -295,8 +300,10 @@ bool NativeStep::follow(const Tensors& at, bool with_gradients) {
         overlaps_checked_ = false;
       }
       segment.p = p_found;
+    }
+    if (with_gradients) {
       auto g = given ? py::reinterpret_borrow<py::object>(item(py::reinterpret_borrow<py::list>(at.gradients), i))
-                     : py::reinterpret_steal<py::object>(attribute(p, grad_name));
+                     : py::reinterpret_steal<py::object>(attribute(item(at.params, i), grad_name));
       if (!reader_->is_plain(g.ptr())) return false;
       segment.g = reader_->address(g.ptr(), segment.dtype, layouts_[i]);
       if (segment.g == nullptr) return false;
@@ -316,7 +323,7 @@ bool NativeStep::follow(const Tensors& at, bool with_gradients) {
   step_.scalars = static_cast<Scalars*>(reader_->address(at.scalars.ptr(), DType::f64, scalars_layout_));
   if (step_.scalars == nullptr) return false;
   live_.push_back(at.scalars);
-  if (with_gradients && !overlaps_checked_) check_overlaps();
+  if (with_parameters && !overlaps_checked_) check_overlaps();
   return true;
 }
 
@@ -382,7 +389,7 @@ std::optional<bool> NativeStep::step(const Tensors& at, const Arguments& a) {
   if (!laid_out_) throw invalid_argument("a step needs lay_out() first");
   set_groups(a);
   const DropLive drop{live_};
-  if (!follow(at, true)) return std::nullopt;
+  if (!follow(at, Reads::gradients)) return std::nullopt;
   if (!segments_.empty()) {  // all have the same keys
     if (const std::string missing = missing_state(step_.options, segments_[0]); !missing.empty()) {
       throw invalid_argument("a step needs " + missing);
@@ -420,7 +427,7 @@ std::optional<std::tuple<double, double, double>> NativeStep::state_norms(const 
   const StepGuard busy(*this);
   if (!laid_out_) throw invalid_argument("norms need lay_out() first");
   const DropLive drop{live_};
-  if (!follow(at, false)) return std::nullopt;
+  if (!follow(at, Reads::state)) return std::nullopt;
   double gg = 0, dd = 0, gd = 0;
   step_.threads = std::max(threads, 1);
   if (step_.n_segments > 0) {
@@ -434,13 +441,39 @@ bool NativeStep::last_move(const Tensors& at, int threads) {
   const StepGuard busy(*this);
   if (!laid_out_) throw invalid_argument("the last move needs lay_out() first");
   const DropLive drop{live_};
-  if (!follow(at, false)) return false;
+  if (!follow(at, Reads::state)) return false;
   for (const Segment& segment : segments_) {
     if (!segment.grad_prev || !segment.direction || !segment.diagonal) throw invalid_argument("missing state");
   }
   step_.threads = std::max(threads, 1);
   run([&] { cuda_last_move(step_, cuda_); }, [&](const CpuKernels& cpu) { cpu.last_move(step_); });
   return true;
+}
+
+std::optional<std::vector<double>> NativeStep::descend(const std::optional<Tensors>& at, const Descent& pass,
+                                                       int threads) {
+  const StepGuard busy(*this);
+  if (at ? !laid_out_ : !bound_)
+    throw invalid_argument(at ? "a pass needs lay_out() first" : "a pass needs bind() first");
+  const DropLive drop{live_};
+  const bool trial = pass.kind == Descent::Kind::trial;
+  if (at && !follow(*at, trial ? Reads::parameters : Reads::gradients)) return std::nullopt;
+  std::vector<double> sums(kMaxSums + 1);
+  if (segments_.empty()) return sums;
+  if (const std::string missing = missing_in(state_of(pass), segments_[0]); !missing.empty()) {
+    throw invalid_argument("the pass needs " + missing);
+  }
+  if (trial && segments_[0].p == nullptr) throw invalid_argument("the pass needs p");
+  if (!at) {
+    for (const BufferPtr& buffer : {p_, grad_prev_, direction_, diagonal_}) {
+      if (buffer && buffer->readonly()) throw invalid_argument("a buffer of the pass is read-only");
+    }
+  }
+  for (Group& group : groups_) group.weight_decay = 0.0, group.sign = 1.0;
+  step_.threads = std::max(threads, 1);
+  run([&] { cuda_descend(step_, cuda_, pass, sums.data()); },
+      [&](const CpuKernels& cpu) { cpu.descend(step_, pass, sums.data()); });
+  return sums;
 }
 
 // ---- flat buffers ------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class NativeStep {
   using TableRow = std::tuple<std::int64_t, int, std::uint32_t, std::string, std::vector<std::int64_t>,
                               std::vector<std::int64_t>, std::tuple<std::int64_t, std::int64_t, std::int64_t>>;
   // The segments over a flat index of n elements, and the workspace of a GPU. `keys`: of a state entry, in the order
-  // grad_prev, direction, diagonal, "" for none.
+  // grad_prev, direction, diagonal, steps; "" for none.
   void lay_out(std::int64_t n, const std::vector<TableRow>& table, int groups, const std::vector<std::string>& keys,
                const py::capsule& exchange, const py::object& tensor_type, const BufferPtr& workspace);
 
@@ -81,6 +81,9 @@ class NativeStep {
   std::optional<std::tuple<double, double, double>> state_norms(const Tensors&, int threads);
   // bfgs: the sums over the last move, formed again from the state, into the scalars. False: the state does not fit.
   bool last_move(const Tensors&, int threads);
+  // One pass of the full-batch descent, over the table, or (no tensors given) the flat buffers: its sums, and behind
+  // them the largest. None: the tensors do not fit the table, and nothing has been done. Waits for a GPU.
+  std::optional<std::vector<double>> descend(const std::optional<Tensors>&, const Descent&, int threads);
 
   // ---- flat buffers ----
 
@@ -116,7 +119,8 @@ class NativeStep {
   };
 
   bool on_device() const { return device_ >= 0; }
-  bool follow(const Tensors&, bool with_gradients);
+  enum class Reads { state, parameters, gradients };  // each with those before it
+  bool follow(const Tensors&, Reads);
   bool follow_state(const Tensors&, std::size_t i);
   bool holds(const Tensors&) const;
   void check_overlaps();

@@ -77,6 +77,18 @@ NLCG_HD T bfgs_diagonal(T h, T y, T s, T rsqrt_ys, T rsqrt_shs, T bound) {
   return at_most(absolute(T(h + y_scaled * y_scaled - hs_scaled * hs_scaled)), bound);
 }
 
+// h before an update, scaled (Oren & Luenberger 1974).
+template <class T>
+NLCG_HD T scaled_diagonal(T scale, T h) {
+  return scale * h;
+}
+
+// max(x, bound)
+template <class T>
+NLCG_HD T at_least(T x, T bound) {
+  return x > bound ? x : bound;
+}
+
 // Adam's second moment, v. Infinite where g^2 overflows, from |g| of 1.8e19 on in float32.
 template <class T>
 NLCG_HD T second_moment(T v, T g, T beta2, T one_minus_beta2) {

@@ -27,7 +27,8 @@
 // and these constants: kSums; kFormsLargest (it also forms the largest of the numbers >= 0 given to at.largest());
 // kBackward (it walks from the end, to find in the cache what the pass before read last); kFirstPass (of its step:
 // `from_plan` may use the options alone); kResident (the stream beside g that the first pass may leave on chip for the
-// others); kL2 (weight decay is part of the gradient); kBiasCorrected (it asks for at.inv_sqrt_bias()).
+// others); kL2 (weight decay is part of the gradient); kBiasCorrected (it asks for at.inv_sqrt_bias()); kOwnAlpha (it writes p
+// whatever the group's alpha is).
 #pragma once
 
 #include "nlcg_math.h"
@@ -40,7 +41,7 @@ enum Streams : unsigned { kP = 1, kGradPrev = 2, kD = 4, kDiagonal = 8 };
 // What most passes are.
 struct Pass {
   static constexpr bool kReadsGradient = true, kFormsLargest = false, kBackward = false, kFirstPass = false;
-  static constexpr bool kL2 = true, kBiasCorrected = false;
+  static constexpr bool kL2 = true, kBiasCorrected = false, kOwnAlpha = false;
   static constexpr unsigned kResident = 0;
   NLCG_HD unsigned sums() const { return ~0u; }
 };

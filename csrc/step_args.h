@@ -166,6 +166,19 @@ struct RankGather {
   void* context = nullptr;
 };
 
+// One pass of the full-batch descent (passes_descent.h), with the host's numbers.
+struct Descent {
+  enum class Kind : std::int32_t { trial, slope, curvature, direction };
+  Kind kind;
+  double alpha = 0;            // trial: of p = origin + alpha d
+  bool first = false;          // trial: of a line search; p becomes the origin
+  bool preconditioned = true;  // curvature, direction: there is an h
+  bool update = false;         // curvature: h is updated, with these three
+  double scale = 1, ys = 0, shs = 0;
+  double beta = 0;  // direction: of d = beta d - w
+};
+constexpr const char* kDescentNames[] = {"trial", "slope", "curvature", "direction"};
+
 // 1 - beta2^k and 1 - beta2^(k + 1) for k = *Segment::steps, which are the same for most segments.
 struct Bias {
   double beta2, steps, now, next;

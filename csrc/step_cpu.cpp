@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "lanes.h"
-#include "passes.h"
+#include "passes_descent.h"
 
 namespace fastnlcg {
 namespace {
@@ -222,7 +222,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
       const auto to = stream_at<decltype(element), S>(segment, position + lane);
       if (writes & kGradPrev) *to.grad_prev = block.grad_prev[lane];
       if (writes & kD) *to.d = block.d[lane];
-      if ((writes & kP) && block.number[kAlpha][lane] != S{0}) {
+      if ((writes & kP) && (Pass::kOwnAlpha || block.number[kAlpha][lane] != S{0})) {
         assign_rounded(*to.p, block.p[lane], rounding_in(step, segment), to.local);
       }
       if (writes & kDiagonal) *to.diagonal = block.diagonal[lane];
@@ -262,7 +262,7 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
     if (writes & kD) __builtin_memcpy(at.d, d, bytes);
     if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
-    if ((writes & kP) && lanes.moves) {
+    if ((writes & kP) && (Pass::kOwnAlpha || lanes.moves)) {
       const Rounding rounding = rounding_in(step, segment);
       for (int lane = 0; lane < count; ++lane) assign_rounded(at.p[lane], p[lane], rounding, at.local + lane);
     }
@@ -524,6 +524,15 @@ void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
   *gd = sums[2];
 }
 
+template <class S>
+void descend_in(const Step& step, const Descent& numbers, double* sums) {
+  with_descent_pass(numbers, Broadcast<S>{}, [&](const auto& pass) {
+    double found[kMaxSums + 1];
+    reduce<S>(step, pass, found);
+    for (int j = 0; j <= kMaxSums; ++j) sums[j] = found[j];
+  });
+}
+
 #define NLCG_BY_STATE_TYPE(function)                                                                          \
   [](const Step& step, auto... args) {                                                                        \
     const DefaultFloatMode mode;                                                                              \
@@ -540,6 +549,7 @@ const CpuKernels FASTNLCG_ISA_SYMBOL = {
     NLCG_BY_STATE_TYPE(preconditioned_dots_in),
     NLCG_BY_STATE_TYPE(update_direction_in),
     NLCG_BY_STATE_TYPE(last_move_in),
+    NLCG_BY_STATE_TYPE(descend_in),
     NLCG_BY_STATE_TYPE(state_norms_in),
 };
 

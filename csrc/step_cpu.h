@@ -26,6 +26,7 @@ struct CpuKernels {
   void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, diagonal, g_prev (unless null)
   void (*update_direction)(const Step&, double beta);  // writes p (unless null), d, g_prev (unless null); adam: v
   void (*last_move)(const Step&);  // bfgs: scalars->gs and shs from the state, as the last step left them
+  void (*descend)(const Step&, const Descent&, double* sums);            // one pass; the largest behind the sums
   void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over d, and g_prev (unless null)
 };
 

@@ -276,6 +276,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_cons
   if (threadIdx.x != 0) return;
 #pragma unroll
   for (int j = 0; j < Pass::kSums; ++j) a.control->sums[j] = x[j];
+  if (Pass::kFormsLargest) a.control->sums[Pass::kSums] = largest;
 }
 
 // As many rows as fit the kernel arguments of every CUDA (4 KB), and of CUDA 12.1 and newer (32,764 bytes).

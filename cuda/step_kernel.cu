@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../csrc/passes_descent.h"
 #include "kernels.cuh"
 
 namespace fastnlcg {
@@ -424,7 +425,7 @@ void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pa
   const int blocks = std::min(a.chunks, cuda.blocks > 0 ? cuda.blocks : most);
   launch(name, part<S, Pass>, {blocks}, cuda, a, pass);
   if (sums == nullptr) return;
-  copy_to_host(sums, a.control->sums, Pass::kSums * sizeof(double), cuda);
+  copy_to_host(sums, a.control->sums, (Pass::kSums + Pass::kFormsLargest) * sizeof(double), cuda);
   wait_for(cuda);
 }
 
@@ -540,6 +541,12 @@ void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, do
   *gd = sums[2];
 }
 
+template <class S>
+void descend_in(const Step& step, CudaStep& cuda, const Descent& numbers, double* sums) {
+  with_descent_pass(numbers, Broadcast<S>{},
+                    [&](const auto& pass) { run_part<S>("descent pass", step, cuda, pass, sums); });
+}
+
 }  // namespace
 
 // ---- what step_cuda.h promises -----------------------------------------------------------------------------------
@@ -617,6 +624,18 @@ void cuda_last_move(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
   follow_last_stream(cuda);
   NLCG_BY_TYPE(last_move_in, step, cuda);
+}
+
+void cuda_descend(const Step& step, CudaStep& cuda, const Descent& pass, double* sums) {
+  const DeviceGuard guard(cuda.device);
+  if (cuda.workspace != nullptr) {
+    follow_last_stream(cuda);
+    NLCG_BY_TYPE(descend_in, step, cuda, pass, sums);
+    mark_last_work(cuda);
+  } else {
+    const Scratch scratch(step, cuda);
+    NLCG_BY_TYPE(descend_in, scratch.step, cuda, pass, sums);
+  }
 }
 
 bool cuda_update_curvature(const Step& step, CudaStep& cuda, double* ys, double* shs) {

@@ -394,7 +394,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
     if (writes & kDiagonal) store_quad(diagonal_at + q * kApart, diagonal);
     if (writes & kGradPrev) store_quad(grad_prev_at + q * kApart, grad_prev);
     if (writes & kD) store_quad(d_at + q * kApart, d);
-    if ((writes & kP) && numbers.moves()) {
+    if ((writes & kP) && (Pass::kOwnAlpha || numbers.moves())) {
       store_rounded_quad<kWide>(p_at + q * kApart, p, launch.rounding(here), in_segment + q * kApart);
     }
   }
@@ -435,7 +435,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
   if (writes & kDiagonal) *stream<S>(segment.diagonal, in_segment) = at.diagonal_;
   if (writes & kGradPrev) *stream<S>(segment.grad_prev, in_segment) = at.grad_prev_;
   if (writes & kD) *stream<S>(segment.direction, in_segment) = at.d_;
-  if ((writes & kP) && numbers.moves()) {
+  if ((writes & kP) && (Pass::kOwnAlpha || numbers.moves())) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, launch.rounding(segment),
                      in_segment);

@@ -237,7 +237,9 @@ def call_core(choose: Choices) -> None:
     views = {name: x[:n] for name, x in keep.items()}
     whole = {name: torch.from_numpy(x) for name, x in views.items()}
     step = _native.Step(choose.of(["float32", "float32", "float64"]))
-    keys = choose.of([["grad_prev", "direction", "hessian_diag"], ["", "direction", ""], ["", "", ""], []])
+    keys = choose.of(
+        [["grad_prev", "direction", "hessian_diag", "step"], ["", "direction", "", "step"], ["", "", "", ""], []]
+    )
     wrong = [None, 3, torch.zeros(5), torch.ones(n, dtype=torch.float64), torch.zeros(4).to_sparse(), "x"]
 
     def tensor(name: str) -> Any:

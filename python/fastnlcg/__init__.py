@@ -1,6 +1,9 @@
 """fastnlcg: preconditioned nonlinear conjugate gradients for deep networks, as a fused native optimizer step.
 
     NLCG                the torch optimizer
+    CGDescent           the torch optimizer for full-batch problems: a closure, no learning rate
+    minimize            the same for functions of one NumPy array or torch tensor, as scipy.optimize.minimize
+    HagerZhang          the constants of their line search
     OnlineLineSearch    the paper's line search on the mini-batch loss, an option of NLCG
     Diagnostics         what a step did: NLCG.diagnostics()
     warmup_cosine       linear warm-up and cosine decay relative to the peak, as a torch scheduler
@@ -8,7 +11,7 @@
     ops                 the step and its parts over flat buffers; no torch needed
     reference           the definition, in NumPy float64
 
-``NLCG``, ``Diagnostics`` and the schedules need torch, and import it when they are first used.
+``NLCG``, ``CGDescent``, ``Diagnostics`` and the schedules need torch, and import it when they are first used.
 """
 
 from __future__ import annotations
@@ -16,17 +19,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastnlcg import _native, ops, reference
+from fastnlcg.full_batch import OptimizeResult, minimize
 from fastnlcg.line_search import OnlineLineSearch
+from fastnlcg.wolfe import HagerZhang
 
 if TYPE_CHECKING:
+    from fastnlcg.cg_descent import CGDescent
     from fastnlcg.nlcg import NLCG, Diagnostics
     from fastnlcg.schedules import paper_schedule, warmup_cosine
 
 __all__ = [
     "NLCG",
+    "CGDescent",
     "Diagnostics",
+    "HagerZhang",
     "OnlineLineSearch",
+    "OptimizeResult",
     "__version__",
+    "minimize",
     "ops",
     "paper_schedule",
     "reference",
@@ -35,7 +45,13 @@ __all__ = [
 
 __version__ = _native.version
 
-_NEED_TORCH = {"NLCG": "nlcg", "Diagnostics": "nlcg", "paper_schedule": "schedules", "warmup_cosine": "schedules"}
+_NEED_TORCH = {
+    "NLCG": "nlcg",
+    "CGDescent": "cg_descent",
+    "Diagnostics": "nlcg",
+    "paper_schedule": "schedules",
+    "warmup_cosine": "schedules",
+}
 
 
 def __dir__() -> list[str]:

@@ -99,6 +99,20 @@ class Step:
     ) -> bool | None: ...
     def state_norms(self, at: Tensors, threads: int) -> tuple[float, float, float] | None: ...
     def last_move(self, at: Tensors, threads: int) -> bool: ...
+    def descend(
+        self,
+        at: Tensors | None,
+        kind: str,
+        threads: int,
+        alpha: float = 0.0,
+        first: bool = False,
+        preconditioned: bool = True,
+        update: bool = False,
+        scale: float = 1.0,
+        ys: float = 0.0,
+        shs: float = 0.0,
+        beta: float = 0.0,
+    ) -> list[float] | None: ...
     def bind(
         self,
         p: Buffer | None,

@@ -328,7 +328,12 @@ class Layout:
                 distributed.place_of(params[i], self.process_group) if self.options.stochastic_rounding else (0, 0, 0)
             )
             rows.append((offset_of[i], group_of[i], i, DTYPES[here.dtype], shape, strides, place))
-        keys = ["grad_prev" if self.options.keeps_gradient else "", "direction", self.options.kind.diagonal or ""]
+        keys = [
+            "grad_prev" if self.options.keeps_gradient else "",
+            "direction",
+            self.options.kind.diagonal or "",
+            "step",
+        ]
         workspace = None if self._workspace is None else _native.Buffer(self._workspace)
         self.native.lay_out(n, rows, len(param_groups), keys, EXCHANGE, Tensor, workspace)
         if ranks is not None:

@@ -31,12 +31,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastnlcg.descent import Sums
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.options import Options, check_real
 
 Array = npt.NDArray[np.float64]
 
 __all__ = [
+    "DescentPasses",
     "Options",
     "Result",
     "State",
@@ -52,6 +54,7 @@ __all__ = [
     "minimize",
     "nlcg_step",
     "preconditioned_residual",
+    "scaled_bfgs_diagonal",
     "second_moment",
 ]
 
@@ -111,6 +114,12 @@ def curvature_accepted(ys: float, shs: float, curvature_eps: float) -> bool:
 def bfgs_diagonal(h: Array, y: Array, s: Array, ys: float, shs: float) -> Array:
     """Diagonal BFGS update (Algorithm 2): ``| h + y^2/ys - (h s)^2/shs |``."""
     return np.abs(h + y**2 / ys - (h * s) ** 2 / shs)
+
+
+def scaled_bfgs_diagonal(h: Array, y: Array, s: Array, ys: float, shs: float, scale: float) -> Array:
+    """The diagonal of full-batch descent: ``L h + y^2/ys - (L h s)^2/(L shs)``, at least rounding of ``L h``."""
+    scaled = scale * h
+    return np.maximum(bfgs_diagonal(scaled, y, s, ys, scale * shs), np.finfo(np.float64).eps * scaled)
 
 
 def second_moment(v: Array, g: Array, beta2: float) -> Array:
@@ -345,6 +354,58 @@ def nlcg_step(
         shs=found.get("shs", 0.0),
         updated=found.get("updated", False),
     )
+
+
+# ---- full-batch descent ----------------------------------------------------------------------------------------------
+
+
+class DescentPasses:
+    """The vectors of :mod:`fastnlcg.descent`, in float64. Its decisions are scalar, and there; each method here is an
+    equation or two.
+
+    Args:
+        x: where to start, shape (n,); written.
+        gradient: gives the gradient at ``x``, which an evaluation has formed before.
+        preconditioned: whether there is an h.
+    """
+
+    def __init__(self, x: Array, gradient: Callable[[], Array], *, preconditioned: bool = True) -> None:
+        self.x, self.gradient = x, gradient
+        self.d, self.g_prev, self.origin = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+        self.h = np.ones_like(x)
+        self.preconditioned = preconditioned
+
+    def trial(self, alpha: float, *, first: bool) -> None:
+        """``x = origin + alpha d``"""
+        if first:
+            self.origin[:] = self.x
+        self.x[:] = self.origin + alpha * self.d if alpha != 0.0 else self.origin
+
+    def slope(self) -> tuple[float, float]:
+        """``sum(g d)``, ``max |g|``"""
+        g = self.gradient()
+        return float(np.sum(g * self.d)), float(np.max(np.abs(g)))
+
+    def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
+        """h, then ``sum(g P g)``, ``sum(y P g)``, ``sum(y P y)`` with P = 1/h."""
+        g = self.gradient()
+        y = g - self.g_prev
+        if update is not None:
+            alpha, scale, ys, scaled_shs = update
+            self.h = scaled_bfgs_diagonal(self.h, y, alpha * self.d, ys, scaled_shs / scale, scale)
+        return Sums(float(np.sum(g * g / self.h)), float(np.sum(y * g / self.h)), float(np.sum(y * y / self.h)))
+
+    def direction(self, beta: float) -> tuple[float, float]:
+        """``d = beta d - P g``; ``sum(g d)``, ``sum(d h d)``"""
+        g = self.gradient()
+        z = preconditioned_residual(g, self.h)
+        self.d = conjugate_direction(z, beta, self.d) if beta != 0.0 else z
+        self.g_prev = g.copy()
+        return float(np.sum(g * self.d)), float(np.sum(self.d * self.h * self.d))
+
+    def forget(self) -> None:
+        """``h = 1``"""
+        self.h = np.ones_like(self.x)
 
 
 # ---- a whole optimization --------------------------------------------------------------------------------------------

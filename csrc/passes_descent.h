@@ -1,0 +1,141 @@
+// The passes of full-batch descent: conjugate gradients with a line search whose decisions are the host's
+// (python/fastnlcg/descent.py). As passes.h, for the same kernels.
+//
+//     Trial         reads origin, d           writes p                                  12 bytes
+//                   the first of a search: reads p, d; writes p, origin                 16
+//     Slope         reads g, d                sum(g d), max |g|                          8
+//     Curvature     reads g, g_prev, d, h     writes h; sum(g w), sum(y w), sum(y y/h)  20
+//     NewDirection  reads g, d, h             writes d, g_prev; sum(g d), sum(d h d)    20
+//
+// per float32 element; 4 or 8 less without a preconditioner. The origin of a search is a stream of the state. No pass needs
+// it beside g_prev, and it comes in that stream's place.
+#pragma once
+
+#include "passes.h"
+
+namespace fastnlcg {
+
+template <class T>
+struct Trial : Pass {
+  static constexpr int kSums = 1;
+  static constexpr bool kReadsGradient = false, kOwnAlpha = true;
+  T alpha;
+  bool first, moves;  // alpha 0 gives the origin back, whatever d holds
+  NLCG_HD unsigned reads() const { return (first ? kP : kGradPrev) | kD; }
+  NLCG_HD unsigned writes() const { return kP | (first ? kGradPrev : 0u); }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const T origin = first ? at.p() : at.grad_prev();
+    if (first) at.set_grad_prev(origin);
+    at.set_p(moves ? moved(origin, scaled_direction(alpha, at.d())) : origin);
+  }
+};
+
+template <class T>
+struct Slope : Pass {
+  static constexpr int kSums = 1;
+  static constexpr bool kFormsLargest = true;
+  NLCG_HD unsigned reads() const { return kD; }
+  NLCG_HD unsigned writes() const { return 0; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const T g = at.g();
+    at.add(0, at.wide(g), at.wide_d());
+    at.largest(absolute(g));
+  }
+};
+
+template <class T>
+struct Curvature : Pass {
+  static constexpr int kSums = 3;
+  T scale, rsqrt_ys, rsqrt_shs, bound, epsilon, alpha;
+  bool update, preconditioned;
+  NLCG_HD unsigned reads() const { return kGradPrev | (update ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
+  NLCG_HD unsigned writes() const { return update ? kDiagonal : 0u; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const T g = at.g(), y = gradient_change(g, at.grad_prev());
+    T w = g, py = y;
+    if (preconditioned) {
+      T h = at.diagonal();
+      if (update) {
+        const T scaled = scaled_diagonal(scale, h);
+        const T s = scaled_direction(alpha, at.d());
+        h = at_least(bfgs_diagonal(scaled, y, s, rsqrt_ys, rsqrt_shs, bound), T(epsilon * scaled));
+        at.set_diagonal(h);
+      }
+      w = preconditioned_gradient(g, h, T{});
+      py = preconditioned_gradient(y, h, T{});
+    }
+    const auto wide_y = at.wide(y), wide_w = at.wide(w);
+    at.add(0, at.wide(g), wide_w);
+    at.add(1, wide_y, wide_w);
+    at.add(2, wide_y, at.wide(py));
+  }
+};
+
+template <class T>
+struct NewDirection : Pass {
+  static constexpr int kSums = 2;
+  static constexpr bool kBackward = true;
+  T beta;
+  bool keeps, preconditioned;  // !keeps: d = -w, whatever d held
+  NLCG_HD unsigned reads() const { return (keeps ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
+  NLCG_HD unsigned writes() const { return kD | kGradPrev; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const T g = at.g();
+    const T w = preconditioned ? preconditioned_gradient(g, at.diagonal(), T{}) : g;
+    const T d = keeps ? conjugate_direction(w, beta, at.d()) : T(-w);
+    at.set_d(d);
+    at.set_grad_prev(g);
+    const auto wide_d = at.wide(d);
+    at.add(0, at.wide(g), wide_d);
+    at.add(1, at.wide(preconditioned ? hessian_times(at.diagonal(), d) : d), wide_d);
+  }
+};
+
+// The pass with its numbers in the state's type.
+template <class Broadcast, class F>
+void with_descent_pass(const Descent& x, Broadcast broadcast, F&& f) {
+  using S = typename Broadcast::Scalar;
+  using T = decltype(broadcast(0.0));
+  const double bound = 0.25 * kLargest<S>, epsilon = sizeof(S) == sizeof(float) ? 0x1p-23 : 0x1p-52;
+  switch (x.kind) {
+    case Descent::Kind::trial:
+      return f(Trial<T>{{}, broadcast(x.alpha), x.first, x.alpha != 0.0});
+    case Descent::Kind::slope:
+      return f(Slope<T>{});
+    case Descent::Kind::curvature:
+      return f(Curvature<T>{{},
+                            broadcast(x.scale),
+                            broadcast(inverse_root(x.ys, bound)),
+                            broadcast(inverse_root(x.shs, bound)),
+                            broadcast(bound),
+                            broadcast(epsilon),
+                            broadcast(x.alpha),
+                            x.update,
+                            x.preconditioned});
+    default:
+      return f(NewDirection<T>{{}, broadcast(x.beta), x.beta != 0.0, x.preconditioned});
+  }
+}
+
+// The state that a pass needs.
+inline unsigned state_of(const Descent& x) {
+  const unsigned diagonal = x.preconditioned ? kDiagonal : 0u;
+  switch (x.kind) {
+    case Descent::Kind::trial:
+      return kGradPrev | kD;
+    case Descent::Kind::slope:
+      return kD;
+    default:
+      return kGradPrev | kD | diagonal;
+  }
+}
+
+}  // namespace fastnlcg
