@@ -1,5 +1,5 @@
-"""The demonstration: NLCG beside AdamW, Momentum, RMSProp and the paper's form of NLCG at large batch, on the real
-images of scikit-learn's digits.
+"""The demonstration, in two parts: NLCG beside AdamW, Momentum, RMSProp and the paper's form of NLCG at large batch, on
+the real images of scikit-learn's digits; and minimize() beside L-BFGS in full batch, on a physics-informed network.
 
     make demo            or: python bench/demo.py [--out DIR]
 
@@ -7,7 +7,9 @@ A three-layer perceptron (64-128-64-10) learns 1,437 images of handwritten digit
 is tested on 360 others. All optimizers have one schedule, relative to the peak (fastnlcg.warmup_cosine), and each its
 own best peak of a grid of factors of 3, chosen by the mean final training loss. Five seeds: initial weights and split.
 
-Prints a table, writes DIR/digits.png and DIR/digits.json (every run).
+The second: Poisson's equation (full_batch_problems.py), 1,000 evaluations, three seeds, no learning rates.
+
+Prints the tables, writes DIR/digits.png, DIR/full_batch.png and DIR/digits.json (every run).
 """
 
 from __future__ import annotations
@@ -27,12 +29,16 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from fastnlcg import NLCG, warmup_cosine
+from full_batch import METHODS, Meter, Over
+from full_batch_problems import poisson
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
 mpl.use("Agg")
+import contextlib
+
 from matplotlib import pyplot as plt
 
 STEPS = 100
@@ -142,6 +148,63 @@ def plot(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
+# ---- full batch ------------------------------------------------------------------------------------------------------
+
+EVALUATIONS = 1000
+FULL_BATCH = ("NLCG", "L-BFGS 10", "L-BFGS 100")
+
+
+class Recorder(Meter):
+    """Keeps the lowest loss after every evaluation."""
+
+    curve: list[tuple[float, float]]
+
+    def both(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        found = super().both(x)
+        self.curve.append((self.cost, self.loss))
+        return found
+
+
+def descend(name: str, seed: int) -> dict[str, Any]:
+    """One run: the lowest loss over the cost so far, seconds, and those outside the function."""
+    meter = Recorder(poisson(seed), EVALUATIONS, float("inf"))
+    meter.curve = []
+    with contextlib.suppress(Over):
+        METHODS[name](meter)
+    seconds = time.perf_counter() - meter.begin
+    return {"method": name, "seed": seed, "curve": meter.curve, "seconds": seconds, "outside": seconds - meter.inside}
+
+
+def full_batch_table(runs: list[dict[str, Any]]) -> str:
+    lines = [
+        f"Full batch: Poisson's equation by a network, {EVALUATIONS} evaluations, 3 seeds, no learning rate",
+        f"{'':<13}{'final loss':>12}{'least':>12}{'largest':>12}{'vectors of memory':>20}{'us / evaluation, own':>23}",
+    ]
+    for name, memory in zip(FULL_BATCH, (5, 22, 202), strict=True):
+        losses = [run["curve"][-1][1] for run in runs if run["method"] == name]
+        own = statistics.median(run["outside"] / len(run["curve"]) for run in runs if run["method"] == name)
+        lines.append(
+            f"{name:<13}{statistics.geometric_mean(losses):>12.1e}{min(losses):>12.1e}{max(losses):>12.1e}{memory:>20}"
+            f"{1e6 * own:>23.0f}"
+        )
+    return "\n".join(lines)
+
+
+def full_batch_plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """The lowest loss over evaluations, every run."""
+    figure, panel = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    for run in runs:
+        cost, loss = np.array(run["curve"]).T
+        color = f"C{FULL_BATCH.index(run['method'])}"
+        panel.loglog(cost, loss, color=color, alpha=0.8, label=run["method"] if run["seed"] == 0 else None)
+    panel.set(xlabel="evaluations (the loss alone: 1/2)", ylabel="lowest loss so far")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.suptitle("Poisson's equation by a network, full batch")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument(
@@ -157,10 +220,16 @@ def main() -> None:
     for run in runs:
         run["losses"] = [float(f"{loss:.6g}") for loss in run["losses"]]
     best = at_best_peaks(runs)
-    print("\n" + table(best))
+    print("\n" + table(best) + "\n")
+    jobs = [(name, seed) for seed in range(3) for name in FULL_BATCH]
+    descents = [descend(*job) for job in tqdm(jobs, desc="full batch", unit="run", mininterval=0.5)]
+    for run in descents:
+        run["curve"] = [(cost, float(f"{loss:.6g}")) for cost, loss in run["curve"]]
+    print("\n" + full_batch_table(descents))
 
     out.mkdir(parents=True, exist_ok=True)
     plot(best, out / "digits.png")
+    full_batch_plot(descents, out / "full_batch.png")
     facts = {
         "fastnlcg": fastnlcg.__version__,
         "torch": torch.__version__,
@@ -169,10 +238,8 @@ def main() -> None:
         "threads": 1,
         "command": "make demo",
     }
-    (out / "digits.json").write_text(json.dumps({"facts": facts, "runs": runs}) + "\n")
-    print(
-        f"\nWrote {out / 'digits.png'} (training loss per step and per second) and {out / 'digits.json'} (every run)."
-    )
+    (out / "digits.json").write_text(json.dumps({"facts": facts, "runs": runs, "full_batch": descents}) + "\n")
+    print(f"\nWrote {out / 'digits.png'}, {out / 'full_batch.png'} and {out / 'digits.json'} (every run).")
 
 
 if __name__ == "__main__":

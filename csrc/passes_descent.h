@@ -18,7 +18,7 @@ namespace fastnlcg {
 template <class T>
 struct Trial : Pass {
   static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = false, kOwnAlpha = true;
+  static constexpr bool kReadsGradient = false, kL2 = false, kOwnAlpha = true;
   T alpha;
   bool first, moves;  // alpha 0 gives the origin back, whatever d holds
   NLCG_HD unsigned reads() const { return (first ? kP : kGradPrev) | kD; }
@@ -35,7 +35,7 @@ struct Trial : Pass {
 template <class T>
 struct Slope : Pass {
   static constexpr int kSums = 1;
-  static constexpr bool kFormsLargest = true;
+  static constexpr bool kFormsLargest = true, kL2 = false;
   NLCG_HD unsigned reads() const { return kD; }
   NLCG_HD unsigned writes() const { return 0; }
 
@@ -50,6 +50,7 @@ struct Slope : Pass {
 template <class T>
 struct Curvature : Pass {
   static constexpr int kSums = 3;
+  static constexpr bool kL2 = false;
   T scale, rsqrt_ys, rsqrt_shs, bound, epsilon, alpha;
   bool update, preconditioned;
   NLCG_HD unsigned reads() const { return kGradPrev | (update ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
@@ -80,7 +81,7 @@ struct Curvature : Pass {
 template <class T>
 struct NewDirection : Pass {
   static constexpr int kSums = 2;
-  static constexpr bool kBackward = true;
+  static constexpr bool kBackward = true, kL2 = false;
   T beta;
   bool keeps, preconditioned;  // !keeps: d = -w, whatever d held
   NLCG_HD unsigned reads() const { return (keeps ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }

@@ -114,14 +114,17 @@ PRINTS = {
     "large_batch": r"best: 0.0[13]\n",
     "own_optimizer": r"loss [\d.]+e-0\d, of 1.08e\+03",
     "minimize": r"adam +loss +3515.78 -> +9\d\.",
+    "inverse": r"restored: root mean square error 0\.03",
+    "pinn": r"\n +60 +1\d\d +\d\.\d+e[-+]0\d",
 }
 
 
 @pytest.mark.parametrize("name", PRINTS)
-def test_short_ones(name: str) -> None:
+def test_short_ones(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py")]
+    command += {"pinn": ["--iterations", "60"]}.get(name, [])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(PRINTS[name], done.stdout), done.stdout
 

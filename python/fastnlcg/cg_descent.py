@@ -41,12 +41,12 @@ class CGDescent(torch.optim.Optimizer):
         p     = p + alpha d                        alpha satisfies the (approximate) Wolfe conditions
         y     = g - g_prev,  s = alpha d
         h     = L h + y^2 / sum(y s) - (L h s)^2 / sum(s L h s)
-        beta  = max(sum(y P g) - 2 sum(y P y) sum(d g) / sum(d y)) / sum(d y), 0.4 sum(d g_prev) / sum(d h d))
+        beta  = max((sum(y P g) - 2 sum(y P y) sum(d g) / sum(d y)) / sum(d y), 0.4 sum(d g_prev) / sum(d h d))
         d     = beta d - P g
 
-    h begins at 0.01 of the first curvature; L < 1 lowers it where it overstates the curvature eleven times in a row by
-    more than four times in the median. The first length of a search comes from a quadratic through a tenth of the last
-    one, which is an evaluation more.
+    h begins at a thousandth of the first curvature. L is 1, and lowers h where it has overstated the curvature along d
+    thirtyfold in the median of the last eleven iterations. The first length of a search comes from a parabola through a
+    tenth of the last length, which is an evaluation more.
 
     State is four tensors per parameter in its dtype (``direction``, ``grad_prev``, ``hessian_diag``, ``origin``), made
     at the first step: 16 bytes per float32 parameter, 12 without a preconditioner, whatever the number of steps. An

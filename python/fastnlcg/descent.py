@@ -26,10 +26,10 @@ from fastnlcg.wolfe import HagerZhang, Point, Unbounded, search
 
 __all__ = ["BETA_RULES", "Course", "Descent", "DescentOptions", "Passes", "Sums", "first_step"]
 
-FIRST_SCALE = 0.01
+FIRST_SCALE = 1e-3
 """h starts at this share of the first curvature, ys / ss: below most of what it will be. A small h_i is raised by the
 first step that moves element i; a large one takes as many steps as there are elements to come down."""
-WINDOW, EXCESS = 11, 4.0
+WINDOW, EXCESS = 11, 30.0
 """h is lowered where the median of the last ``WINDOW`` ratios ys / shs is below 1 / ``EXCESS``: it overstates the
 curvature along the direction time after time, not once."""
 PROBE = 0.1
@@ -185,10 +185,8 @@ class Course:
     loss_evaluations: int = 0
     """of the loss alone"""
 
-    def scale(self, ys: float, shs: float, *, preconditioned: bool) -> float:
+    def scale(self, ys: float, shs: float) -> float:
         """L: by how much h is scaled before its update. Remembers the ratio."""
-        if not preconditioned:
-            return 1.0
         ratio = ys / shs
         if self.updates == 0:
             return FIRST_SCALE * ratio  # h is 1: shs is ss
@@ -379,7 +377,7 @@ class Descent:
         curved = ys > 0.0 and 0.0 < shs < math.inf
         update, scale = None, 1.0
         if curved and self._preconditioned:
-            scale = at.scale(ys, shs, preconditioned=True)
+            scale = at.scale(ys, shs)
             update = (found.alpha, scale, ys, scale * shs)
             at.updates += 1
             slopes = Slopes(at.slope, found.slope, scale * at.dhd, at.g_Pg)

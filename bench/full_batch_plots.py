@@ -1,0 +1,164 @@
+"""Tables and pictures of the full-batch comparison, from its rows."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+METHODS = ("NLCG", "NLCG, no preconditioner", "L-BFGS 10", "L-BFGS 100", "SciPy L-BFGS-B", "SciPy CG")
+COLORS = dict(zip(METHODS, ("C3", "C1", "C0", "C9", "C2", "C7"), strict=True))
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _grouped(rows: list[Row], suites: tuple[str, ...]) -> dict[str, dict[str, list[Row]]]:
+    """By problem, then by method."""
+    found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["suite"] in suites:
+            found[row["problem"]][row["method"]].append(row)
+    return found
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+
+
+def pinn_table(rows: list[Row]) -> str:
+    """Geometric mean over the seeds of the loss at the end of the budget; least and largest."""
+    body = []
+    grouped = _grouped(rows, ("pinn",))
+    for method in METHODS:
+        line = [method]
+        everything = []
+        for problem in grouped:
+            losses = [row["loss"] for row in grouped[problem][method]]
+            everything += losses
+            line.append(f"{geometric_mean(losses):.1e} ({min(losses):.1e} to {max(losses):.1e})" if losses else "")
+        line.append(f"{geometric_mean(everything):.1e}" if everything else "")
+        body.append(line)
+    return _markdown(["", *grouped, "all"], body)
+
+
+def cost_table(rows: list[Row]) -> str:
+    """Geometric mean over the seeds of what it cost to solve a problem, and of the time outside the function; where not
+    every seed was solved, how many, and the loss that was reached."""
+    body = []
+    for problem, by_method in _grouped(rows, ("learn", "inverse")).items():
+        line = [problem, str(next(iter(by_method.values()))[0]["n"])]
+        for method in METHODS:
+            some = by_method[method]
+            solved = [row for row in some if row["ended"] == "solved"]
+            if not some:
+                line.append("")
+            elif len(solved) == len(some):
+                line.append(f"{geometric_mean([row['cost'] for row in some]):.0f}")
+            else:
+                line.append(f"{len(solved)}/{len(some)}, {geometric_mean([row['loss'] for row in some]):.1e}")
+        body.append(line)
+    return _markdown(["", "n", *METHODS], body)
+
+
+def _profile(rows: list[Row], methods: list[str], measure: str) -> dict[str, list[float]]:
+    """By method: each problem's ratio to the best method; infinite where it was not solved."""
+    grouped = _grouped(rows, ("cutest",))
+    ratios: dict[str, list[float]] = {method: [] for method in methods}
+    for by_method in grouped.values():
+        took = {
+            method: by_method[method][0][measure] if by_method[method] and by_method[method][0]["ended"] == "solved"
+            else math.inf
+            for method in methods
+        }  # fmt: skip
+        best = min(took.values())
+        for method in methods:
+            ratios[method].append(took[method] / best if best < math.inf else math.inf)
+    return ratios
+
+
+def cutest_methods(rows: list[Row]) -> list[str]:
+    return [m for m in METHODS if any(row["suite"] == "cutest" and row["method"] == m for row in rows)]
+
+
+def cutest_table(rows: list[Row]) -> str:
+    methods = cutest_methods(rows)
+    ratios = _profile(rows, methods, "cost")
+    problems = len(ratios[methods[0]])
+    body = []
+    for method in methods:
+        r = ratios[method]
+        body.append(
+            [
+                method,
+                f"{sum(x < math.inf for x in r)} of {problems}",
+                str(sum(x <= 1.0 for x in r)),
+                str(sum(x <= 2.0 for x in r)),
+            ]
+        )
+    return _markdown(["", "solved", "fewest evaluations", "at most twice the fewest"], body)
+
+
+def time_table(timed: list[Row]) -> str:
+    """Median milliseconds of an iteration outside the closure, and the ratio to L-BFGS."""
+    by = {(row["n"], row["optimizer"]): row for row in timed}
+    names = list(dict.fromkeys(row["optimizer"] for row in timed))
+    body = []
+    for n, what in ((10_000, "10,000 in 6 tensors"), (5_000_000, "5 million in 50")):
+        ms = [by[n, name]["ms"] for name in names]
+        body.append([what, *(f"{x:.3g}" for x in ms), *(f"{ms[0] / x:.3f}" for x in ms[1:])])
+    body.append(["vectors of state", *(f"{by[5_000_000, name]['vectors']:.0f}" for name in names), "", ""])
+    return _markdown(["float32, one thread", *(f"{n}, ms" for n in names), *(f"/ {n}" for n in names[1:])], body)
+
+
+TABLES = {"pinn": pinn_table, "cost": cost_table, "cutest": cutest_table}
+
+
+def plot(rows: list[Row], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grouped = _grouped(rows, ("pinn",))
+    figure, axes = plt.subplots(1, len(grouped), figsize=(4.2 * len(grouped), 3.4), constrained_layout=True)
+    for axis, (problem, by_method) in zip(axes, grouped.items(), strict=True):
+        for method in METHODS:
+            some = by_method[method]
+            marks = sorted({int(k) for row in some for k in row["marks"]} | {int(row["cost"]) for row in some[:1]})
+            x, y = [], []
+            for mark in marks:
+                values = [row["marks"].get(str(mark), row["loss"]) for row in some]
+                x.append(mark)
+                y.append(geometric_mean(values))
+            axis.loglog(x, y, color=COLORS[method], label=method, marker="o", markersize=3)
+        axis.set_title(problem)
+        axis.set_xlabel("evaluations (the loss alone: 1/2)")
+    axes[0].set_ylabel("loss, geometric mean of five seeds")
+    axes[-1].legend(fontsize=7)
+    figure.savefig(out / "pinn.png", dpi=130)
+
+    methods = cutest_methods(rows)
+    if methods:
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, constrained_layout=True)
+        for axis, measure in zip(axes, ("cost", "seconds"), strict=True):
+            for method in methods:
+                r = np.sort(_profile(rows, methods, measure)[method])
+                share = np.arange(1, r.size + 1) / r.size
+                finite = r < math.inf
+                axis.step([*r[finite], 64], [*share[finite], share[finite][-1]], where="post", color=COLORS[method],
+                          label=method)  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.set_xlim(1, 64)
+            axis.set_xlabel({"cost": "evaluations", "seconds": "time"}[measure] + ", over the best method's")
+        axes[0].set_ylabel("share of problems solved")
+        axes[0].legend(fontsize=7, loc="lower right")
+        figure.savefig(out / "cutest.png", dpi=130)
+    for name, table in TABLES.items():
+        if name != "cutest" or methods:
+            print(f"\n{name}\n\n{table(rows)}")
