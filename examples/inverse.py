@@ -51,7 +51,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), constrained_layout=True)
 for one, (title, x) in zip(axes, {"image": image, "data": data, "restored": result.x}.items(), strict=True):
-    one.imshow(x, vmin=0, vmax=1, cmap="gray")
+    one.imshow(x.numpy(), vmin=0, vmax=1, cmap="gray")
     one.set_title(title)
     one.axis("off")
 figure.savefig(arguments.out, dpi=120)

@@ -78,7 +78,7 @@ with torch.no_grad():
     pictures = {"the network": u.view(65, 65), "its error": (u - exact(grid)).view(65, 65)}
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), constrained_layout=True)
 for one, (title, picture) in zip(axes, pictures.items(), strict=True):
-    figure.colorbar(one.imshow(picture.T, origin="lower", extent=(0, 1, 0, 1)))
+    figure.colorbar(one.imshow(picture.T.numpy(), origin="lower", extent=(0, 1, 0, 1)))
     one.set_title(title)
 figure.savefig(arguments.out, dpi=120)
 print(f"drawn: {arguments.out}")

@@ -331,7 +331,7 @@ def wavy(n: int) -> Function:
 
 @pytest.mark.parametrize("preconditioner", ["bfgs", None])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 511, 4095, 4096, 4097, 20001])
+@pytest.mark.parametrize("n", [1, 17, 511, 4097, 20001])
 def test_passes_in_lockstep(lockstep_on: Backend, n: int, dtype: str, preconditioner: str | None) -> None:
     both = Both(wavy(n), np.random.default_rng(n).standard_normal(n), dtype, lockstep_on,
                 preconditioned=preconditioner is not None)  # fmt: skip

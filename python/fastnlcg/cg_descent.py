@@ -45,7 +45,7 @@ class CGDescent(torch.optim.Optimizer):
         d     = beta d - P g
 
     h begins at a thousandth of the first curvature. L is 1, and lowers h where it has overstated the curvature along d
-    thirtyfold in the median of the last eleven iterations. The first length of a search comes from a parabola through a
+    tenfold in the median of the last eleven iterations. The first length of a search comes from a parabola through a
     tenth of the last length, which is an evaluation more.
 
     State is four tensors per parameter in its dtype (``direction``, ``grad_prev``, ``hessian_diag``, ``origin``), made

@@ -29,7 +29,7 @@ __all__ = ["BETA_RULES", "Course", "Descent", "DescentOptions", "Passes", "Sums"
 FIRST_SCALE = 1e-3
 """h starts at this share of the first curvature, ys / ss: below most of what it will be. A small h_i is raised by the
 first step that moves element i; a large one takes as many steps as there are elements to come down."""
-WINDOW, EXCESS = 11, 30.0
+WINDOW, EXCESS = 11, 10.0
 """h is lowered where the median of the last ``WINDOW`` ratios ys / shs is below 1 / ``EXCESS``: it overstates the
 curvature along the direction time after time, not once."""
 PROBE = 0.1
