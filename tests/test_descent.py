@@ -812,6 +812,13 @@ def test_no_step_is_a_message() -> None:
     assert "no step length" in optimizer.diagnostics()["message"]
 
 
+def test_a_loss_without_bound() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = CGDescent([p])
+    assert optimizer.step(closure_of(optimizer, p.sum)) < -1e6
+    assert "without bound" in optimizer.diagnostics()["message"]
+
+
 def test_errors_of_the_optimizer() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = CGDescent([p])

@@ -201,7 +201,6 @@ class CGDescent(torch.optim.Optimizer):
         seen = course.f
         try:
             if math.isnan(course.g_max) or self._edited():
-                course.alpha = 0.0 if math.isnan(course.f) else course.alpha
                 run.begin()
             elif course.iterations == 1:  # once: does the loss repeat?
                 f = full()

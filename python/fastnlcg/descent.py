@@ -270,7 +270,7 @@ class Descent:
                 found = self._search()
                 if found is not None:
                     self._conclude(found)
-                    return "unbounded" if at.unbounded else ""
+                    return "the loss falls without bound" if at.unbounded else ""
             else:
                 self.passes.trial(0.0, first=True)
             # Nothing was found: what d and h say of the function is of no use here.
@@ -303,12 +303,12 @@ class Descent:
         """A step along d, which x and g are at afterwards; else x is back at the origin. OutOfBudget leaves x at the
         best point, and where that is not the last, ``g_max`` NaN."""
         at = self.course
-        at.weight = 1.0 + 0.7 * at.weight
-        at.mean_f += (abs(at.f) - at.mean_f) / at.weight
-        slack = self.options.line_search.epsilon * at.mean_f
+        weight = 1.0 + 0.7 * at.weight
+        mean_f = at.mean_f + (abs(at.f) - at.mean_f) / weight
+        slack = self.options.line_search.epsilon * mean_f
         start = Point(0.0, at.f, at.slope)
         best, latest, g_max = start, start, at.g_max
-        moved = False
+        moved = at.unbounded = False
 
         def move(alpha: float) -> None:
             nonlocal moved
@@ -343,6 +343,7 @@ class Descent:
             if moved:
                 self.passes.trial(0.0, first=False)
             raise
+        at.weight, at.mean_f = weight, mean_f
         if found is None:
             move(0.0)
             return None

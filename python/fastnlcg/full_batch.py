@@ -383,7 +383,7 @@ def _iterate(
         except OutOfBudget as limit:
             return _out_of(limit)
         if reason:
-            return {"unbounded": (6, "fun falls without bound")}.get(reason, (2, reason))
+            return (6 if at.unbounded else 2), reason
         if bar is not None:
             bar.update()
             bar.set_postfix_str(f"f {at.f:.6g}, max |g| {at.g_max:.2e}", refresh=False)
