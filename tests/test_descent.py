@@ -855,7 +855,7 @@ def test_errors_of_the_optimizer() -> None:
         trained.load_state_dict(damaged)
 
 
-def test_a_hundred_thousand_times_less_than_strong_wolfe_stalls_at() -> None:
+def test_where_strong_wolfe_stalls_slopes_go_on() -> None:
     """A convex function whose minimum is not 0: f stops moving at 1e-16 |f|, where the gradient is still 1e-8. The
     approximate Wolfe conditions go on by slopes; torch's strong-Wolfe L-BFGS cannot."""
     n = 60
@@ -870,4 +870,4 @@ def test_a_hundred_thousand_times_less_than_strong_wolfe_stalls_at() -> None:
     result = minimize(fun, torch.zeros(n, dtype=torch.float64), gtol=1e-12 * start, maxfun=10000)
     assert result.success
     assert result.jac.abs().max().item() <= 1e-12 * start
-    print(f"largest |g| over the first: L-BFGS {stalled / start:.1e}, here {result.jac.abs().max().item() / start:.1e}")
+    assert stalled > 1e-10 * start
