@@ -394,6 +394,7 @@ std::optional<bool> NativeStep::step(const Tensors& at, const Arguments& a) {
     if (const std::string missing = missing_state(step_.options, segments_[0]); !missing.empty()) {
       throw invalid_argument("a step needs " + missing);
     }
+    if (segments_[0].steps == nullptr) throw invalid_argument("a step needs the key of a parameter's steps");
   }
   step_.active_set = a.active_set;
   step_.loss = a.loss;
@@ -428,6 +429,7 @@ std::optional<std::tuple<double, double, double>> NativeStep::state_norms(const 
   if (!laid_out_) throw invalid_argument("norms need lay_out() first");
   const DropLive drop{live_};
   if (!follow(at, Reads::state)) return std::nullopt;
+  if (!segments_.empty() && segments_[0].direction == nullptr) throw invalid_argument("norms need direction");
   double gg = 0, dd = 0, gd = 0;
   step_.threads = std::max(threads, 1);
   if (step_.n_segments > 0) {

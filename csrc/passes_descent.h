@@ -119,7 +119,7 @@ void with_descent_pass(const Descent& x, Broadcast broadcast, F&& f) {
                             broadcast(bound),
                             broadcast(epsilon),
                             broadcast(x.alpha),
-                            x.update,
+                            x.update && x.preconditioned,
                             x.preconditioned});
     default:
       return f(NewDirection<T>{{}, broadcast(x.beta), x.beta != 0.0, x.preconditioned});

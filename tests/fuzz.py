@@ -238,7 +238,13 @@ def call_core(choose: Choices) -> None:
     whole = {name: torch.from_numpy(x) for name, x in views.items()}
     step = _native.Step(choose.of(["float32", "float32", "float64"]))
     keys = choose.of(
-        [["grad_prev", "direction", "hessian_diag", "step"], ["", "direction", "", "step"], ["", "", "", ""], []]
+        [
+            ["grad_prev", "direction", "hessian_diag", "step"],
+            ["grad_prev", "direction", "hessian_diag", ""],
+            ["", "direction", "", "step"],
+            ["", "", "", ""],
+            [],
+        ]
     )
     wrong = [None, 3, torch.zeros(5), torch.ones(n, dtype=torch.float64), torch.zeros(4).to_sparse(), "x"]
 
@@ -258,7 +264,7 @@ def call_core(choose: Choices) -> None:
 
     segment = (0, 0, 0, "float32", (n,), (1,), (0, 0, 0))
     for _ in range(12):
-        what = choose.below(8)
+        what = choose.below(9)
         try:
             if what == 0:
                 kind = choose.of(["adam", "bfgs", None])
@@ -285,6 +291,11 @@ def call_core(choose: Choices) -> None:
                 step.bind(*some_of, choose.of([0.0, 3.0, -1.0, float("nan")]))
             elif what == 6:
                 step.set_launch(choose.of(["one", "automatic", "x"]), choose.below(3), -1)
+            elif what == 7:
+                kind = choose.of(["trial", "slope", "curvature", "direction", "x"])
+                flags = {name: choose.of([True, False]) for name in ("first", "preconditioned", "update")}
+                numbers = {name: choose.of([0.5, 0.0, -1.0, float("nan")]) for name in ("alpha", "ys", "shs", "beta")}
+                step.descend(choose.of([None, tensors()]), kind, choose.of([1, 2, -5]), **flags, **numbers)
             else:
                 scalars = _native.Buffer(np.zeros(choose.of([len(_native.SCALARS) + 2, 3])))
                 choose.of(

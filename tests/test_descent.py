@@ -389,6 +389,8 @@ def test_a_pass_refuses_what_would_write_elsewhere() -> None:
         step.descend(None, "curvature", 1)
     with pytest.raises(ValueError, match="needs p"):
         step.descend(None, "trial", 1)
+    with pytest.raises(ValueError, match=r"lay_out\(\) first"):
+        step.descend(_native.Tensors([], None, [], [], None, [], None, []), "slope", 1)
     fixed = np.zeros(8, np.float32)
     fixed.flags.writeable = False
     step.bind(None, buffers[0], buffers[1], _native.Buffer(fixed), None)
