@@ -291,6 +291,7 @@ bool NativeStep::follow(const Tensors& at, Reads reads) {
   for (std::size_t i = 0; i < n; ++i) {
     Segment& segment = segments_[i];
     segment.g = nullptr;
+    if (!with_parameters) segment.p = nullptr;  // it may have been freed since the last step
     if (with_parameters) {
       PyObject* const p = item(at.params, i);
       void* const p_found = reader_->address(p, segment.dtype, layouts_[i]);

@@ -175,7 +175,7 @@ struct CurvatureDot : Pass {
 template <class T, bool kWithGradient>
 struct SumsOverLastMove : Pass {
   static constexpr int kSums = kWithGradient ? 3 : 2;
-  static constexpr bool kReadsGradient = kWithGradient;
+  static constexpr bool kReadsGradient = kWithGradient, kL2 = kWithGradient;  // without g, p may be gone
   NLCG_HD unsigned reads() const { return kGradPrev | kD | kDiagonal; }
   NLCG_HD unsigned writes() const { return 0; }
 
@@ -433,7 +433,7 @@ decltype(auto) with_preconditioner(Preconditioner kind, F&& f) {
 template <class T>
 struct StateNorms : Pass {
   static constexpr int kSums = 3;
-  static constexpr bool kReadsGradient = false;
+  static constexpr bool kReadsGradient = false, kL2 = false;
   bool grad;
   NLCG_HD unsigned reads() const { return (grad ? kGradPrev : 0u) | kD; }
   NLCG_HD unsigned writes() const { return 0; }
