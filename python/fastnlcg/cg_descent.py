@@ -4,6 +4,7 @@ stochastic step."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
-from fastnlcg import _native, groups
+from fastnlcg import _native, distributed, groups
 from fastnlcg.descent import Course, Descent, DescentOptions, OutOfBudget, Sums, check_count, check_positive
-from fastnlcg.distributed import is_sharded
-from fastnlcg.layout import EXCHANGE
+from fastnlcg.distributed import as_like, is_sharded, memory, shard_like
+from fastnlcg.layout import EXCHANGE, places
 from fastnlcg.parameters import (
     DTYPES,
     check_mixture,
@@ -54,9 +55,11 @@ class CGDescent(torch.optim.Optimizer):
 
     The function must not change between two steps, and its value must repeat: no mini-batches, no dropout. Where it
     does change on purpose (new collocation points), call :meth:`restart`. Edits of parameters between steps are seen,
-    and begin anew from -P g. On data-parallel ranks the closure must return the loss averaged over all ranks (DDP
-    averages the gradients); every rank then takes the same decisions. Parameters that are spread over ranks are
-    refused.
+    and begin anew from -P g.
+
+    Over ranks: DTensor parameters (FSDP2, HSDP, tensor parallel) need no option; the closure returns each rank's own
+    loss, whose mean over ranks is minimized, and every rank takes the same decisions, to the bit. Every rank has to
+    call the same steps, and to raise alike. One exchange of 104 bytes per rank and evaluation, and two per iteration.
 
     Args:
         params: parameters, named or not, or groups, of float32 or float64, on one device. Groups have no options.
@@ -68,6 +71,10 @@ class CGDescent(torch.optim.Optimizer):
         max_eval: calls of the closure per :meth:`step`; None: as many as it takes.
         tolerance_grad: a step ends where the largest element of the gradient is at most this.
         tolerance_change: a step ends where an iteration changes the loss by at most this.
+        average_loss: True: minimize the mean of all ranks' losses, which data-parallel replicas (DDP averages their
+            gradients) need; one exchange per evaluation. False: ranks have nothing to do with each other, or the
+            closure returns the mean. None: as False, with a warning where there are other ranks.
+        process_group: the ranks over which plain parameters are spread; their losses are averaged.
 
     Raises:
         TypeError, ValueError: for a wrong kind or value of any of these.
@@ -100,7 +107,14 @@ class CGDescent(torch.optim.Optimizer):
         max_eval: int | None = None,
         tolerance_grad: float = 1e-7,
         tolerance_change: float = 0.0,
+        average_loss: bool | None = None,
+        process_group: Any = None,
     ) -> None:
+        if not isinstance(average_loss, bool | None):
+            raise TypeError(f"average_loss must be None or a bool, got {average_loss!r}")
+        if process_group is not None:
+            distributed.check_group(process_group)
+        self._average_loss, self._process_group = average_loss, process_group
         self._options = DescentOptions(beta, preconditioner, line_search or HagerZhang())
         self._max_iter = check_count("max_iter", max_iter)
         self._max_eval = None if max_eval is None else check_count("max_eval", max_eval)
@@ -112,6 +126,8 @@ class CGDescent(torch.optim.Optimizer):
     def _reset(self) -> None:
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
         self._table: _Table | None = None
+        self._warned = False
+        self._advice: list[str] = []
         self._versions: list[int] | None = None
         self._stepping = False
         self._message = ""
@@ -159,6 +175,8 @@ class CGDescent(torch.optim.Optimizer):
 
         Exceptions of the closure leave the parameters where the search began.
         """
+        if closure is None and self._makes_state_only():
+            return math.nan
         for name, function in (("closure", closure), ("loss", loss)):
             if not callable(function) and not (name == "loss" and function is None):
                 raise TypeError(
@@ -168,16 +186,14 @@ class CGDescent(torch.optim.Optimizer):
             raise RuntimeError("step() inside its own closure, or in another thread")
         self._stepping = True
         try:
-            value, warning = self._step(closure, loss)
+            value = self._step(closure, loss)
         finally:
             self._stepping = False
-        if warning:
-            warnings.warn(warning, UserWarning, stacklevel=5)  # of step(), behind three wrappers of torch
+        while self._advice:
+            warnings.warn(self._advice.pop(), UserWarning, stacklevel=5)  # of step(), behind three wrappers of torch
         return value
 
-    def _step(
-        self, closure: Callable[[], float | Tensor], loss: Callable[[], float | Tensor] | None
-    ) -> tuple[float, str]:
+    def _step(self, closure: Callable[[], float | Tensor], loss: Callable[[], float | Tensor] | None) -> float:
         course = self._course()
         budget = math.inf if self._max_eval is None else course.evaluations + self._max_eval
 
@@ -187,14 +203,14 @@ class CGDescent(torch.optim.Optimizer):
             with torch.enable_grad():
                 value = _number("closure", closure())
             if self._table is None:
-                self._table = _Table(self._all(), self.state, self._options)
+                self._table = self._new_table()
             return value
 
         def loss_alone() -> float:
             assert loss is not None
-            return _number("loss", loss())
+            return passes.mean(_number("loss", loss()))
 
-        passes = _Passes(self)
+        passes = _Passes(self, course)
         run = Descent(
             passes, full, None if loss is None else loss_alone, self._options, x_max=passes.x_max, course=course
         )
@@ -203,8 +219,7 @@ class CGDescent(torch.optim.Optimizer):
             if math.isnan(course.g_max) or self._edited():
                 run.begin()
             elif course.iterations == 1:  # once: does the loss repeat?
-                f = full()
-                course.evaluations += 1
+                f, *_ = run.evaluate()
                 run.compare(seen, f)
             self._message = ""
             for _ in range(self._max_iter):
@@ -220,11 +235,42 @@ class CGDescent(torch.optim.Optimizer):
                     break
         except OutOfBudget:
             self._message = "max_eval is reached"
+        except _native.RanksDisagree:
+            assert self._table is not None
+            assert self._table.ranks is not None
+            self._table.ranks.explain("step()", course.evaluations, self._named(), [])
         finally:
             self.param_groups[0]["course"] = course.as_dict()
             if self._table is not None:
                 self._versions = [p._version for p in self._table.params]
-        return course.f, run.warning
+        if run.warning:
+            self._advice.append(run.warning)
+        return course.f
+
+    def _makes_state_only(self) -> bool:
+        """torch.distributed.checkpoint makes the state it loads into by ``step(None)`` on gradients of zero."""
+        gradients = [p.grad for p in self._all() if p.grad is not None]
+        if self.state or not gradients or any(memory(g).any() for g in gradients):
+            return False
+        self._table = self._new_table()
+        self.param_groups[0]["course"] = self._course().as_dict()
+        return True
+
+    def _named(self) -> dict[str, Any]:
+        """What has to be the same on all ranks."""
+        limits = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change")
+        return {**vars(self._options), **{name: getattr(self, f"_{name}") for name in limits}}
+
+    def _new_table(self) -> _Table:
+        params = self._all()
+        ranks = distributed.find_ranks(params, self._process_group, self._average_loss, line_search=True)
+        if ranks is None and self._average_loss is None and distributed.world_size() > 1 and not self._warned:
+            self._warned = True
+            self._advice.append(
+                "the line search sees this rank's loss alone, and torch.distributed has more ranks: pass "
+                "average_loss=True, which data-parallel replicas need, or False where this is meant"
+            )
+        return _Table(params, self.state, self._options, ranks, repr(self._named()))
 
     def _course(self) -> Course:
         """As the groups have it: loaded, or left by the last step."""
@@ -235,7 +281,7 @@ class CGDescent(torch.optim.Optimizer):
         """Whether parameters were written since the last step, or others take part; a table then has to be made
         anew."""
         if self._table is None:  # after a load: the parameters are those of the file
-            self._table = _Table(self._all(), self.state, self._options)
+            self._table = self._new_table()
             return False
         params = self._all()
         if any(p.grad is not None and p.numel() for p in self._table.resting) or not self._table.covers(params):
@@ -286,11 +332,14 @@ class CGDescent(torch.optim.Optimizer):
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_options", "_max_iter", "_max_eval", "_tolerance_grad", "_tolerance_change")
+        if self._process_group is not None:
+            raise TypeError("an optimizer with process_group= cannot be pickled or copied; use its state_dict()")
+        own = ("_options", "_max_iter", "_max_eval", "_tolerance_grad", "_tolerance_change", "_average_loss")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_process_group", None)
         self._reset()
 
 
@@ -328,56 +377,93 @@ def _check_state(given: Mapping[str, Any], params: list[Tensor], options: Descen
                 )
 
 
-class _Table:
-    """Which parameters take part, their state, and the native side over both."""
+def _make_state(p: Tensor, entry: dict[str, Any], options: DescentOptions) -> None:
+    """What is missing in a parameter's state, or has to be another tensor: made, or converted."""
+    here = memory(p)
+    strides = dense_strides(here)
+    for key, start in _streams(options).items():
+        value = entry.get(key)
+        held = None if value is None else shard_like(value, p)
+        if (
+            value is None
+            or held is None
+            or held is not memory(value)
+            or is_sharded(value) != is_sharded(p)
+            or (held.dtype, held.device, held.stride()) != (here.dtype, here.device, strides)
+        ):
+            room = torch.empty_strided(here.shape, strides, dtype=here.dtype, device=here.device)
+            entry[key] = as_like(room.fill_(start) if held is None else room.copy_(held), p)
 
-    def __init__(self, params: list[Tensor], state: dict[Any, Any], options: DescentOptions) -> None:
-        active = [i for i, p in enumerate(params) if p.numel() and (p.grad is not None or state.get(p))]
-        if not active:
+
+class _Table:
+    """Which parameters take part, their state, and the native side over both. ``everything``: what has to be the same
+    on all ranks, in words."""
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        state: dict[Any, Any],
+        options: DescentOptions,
+        ranks: distributed.Ranks | None,
+        everything: str,
+    ) -> None:
+        with_gradient = [i for i, p in enumerate(params) if p.numel() and (p.grad is not None or state.get(p))]
+        if not with_gradient and ranks is None:
             raise RuntimeError("no parameter has a gradient: the closure must call backward()")
-        for i in active:
-            p = params[i]
-            if is_sharded(p):
-                raise TypeError(f"parameter {i} is a DTensor: CGDescent does not step parameters spread over ranks")
-            check_parameter(i, p)
-            if p.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"parameter {i} has dtype {p.dtype}; expected torch.float32 or torch.float64")
-        check_mixture(active, params)
-        self.all, self.index, self.options, self.state = list(params), active, options, state
-        self.params = [params[i] for i in active]
-        self.resting = [p for i, p in enumerate(params) if i not in set(active)]
+        for i in with_gradient:
+            check_parameter(i, params[i])
+            if params[i].dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"parameter {i} has dtype {params[i].dtype}; expected torch.float32 or torch.float64")
+        check_mixture(with_gradient, params)
+        unowned = frozenset() if ranks is None else ranks.unowned
+        with_gradient.sort(key=lambda i: i in unowned)
+        self.all, self.options, self.state, self.ranks = list(params), options, state, ranks
+        self.params = [params[i] for i in with_gradient]
+        self.resting = [p for i, p in enumerate(params) if i not in set(with_gradient)]
         for p in self.params:
-            strides, entry = dense_strides(p), state.setdefault(p, {})
-            for key, start in _streams(options).items():
-                value = entry.get(key)
-                if value is None or value.dtype != p.dtype or value.device != p.device or value.stride() != strides:
-                    room = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device)
-                    entry[key] = room.fill_(start) if value is None else room.copy_(value)
+            _make_state(p, state.setdefault(p, {}), options)
         self.entries = [state[p] for p in self.params]
-        # Parameters with gaps in memory are stepped in copies.
-        self.stepped = [
-            p if is_dense(p) and not p.is_neg() else copy_in_order(p, dense_strides(p)) for p in self.params
+        offsets, owned, n = places(params, with_gradient, unowned)
+        placed = [
+            (i, offset)
+            for i, offset in zip(with_gradient, offsets, strict=True)
+            if memory(params[i]).numel()  # a shard may have none
         ]
-        self.copies = [(p, here) for p, here in zip(self.params, self.stepped, strict=True) if p is not here]
-        self.device = self.params[0].device
+        self.index = [i for i, _ in placed]
+        # Parameters with gaps in memory are stepped in copies.
+        here = [memory(params[i]) for i in self.index]
+        self.stepped = [p if is_dense(p) and not p.is_neg() else copy_in_order(p, dense_strides(p)) for p in here]
+        self.copies = [(p, stepped) for p, stepped in zip(here, self.stepped, strict=True) if p is not stepped]
+        self.plain = all(params[i] is stepped for i, stepped in zip(self.index, self.stepped, strict=True))
+        first = memory(params[with_gradient[0]]) if with_gradient else None
+        self.dtype = DTYPES[torch.float32 if first is None else first.dtype]
+        self.device = first.device if first is not None else distributed.device_of(ranks, params, torch.device("cpu"))
         self.on_gpu = _native.on_gpu(self.device)
-        unit = _native.block_elements
-        rows, offset = [], 0
-        for i, p in zip(active, self.params, strict=True):
-            rows.append((offset, 0, i, DTYPES[p.dtype], p.shape, dense_strides(p), (0, 0, 0)))
-            offset += -(-p.numel() // unit) * unit
+        rows = [
+            (offset, 0, i, self.dtype, p.shape, dense_strides(p), (0, 0, 0))
+            for (i, offset), p in zip(placed, here, strict=True)
+        ]
         diagonal = "" if options.preconditioner is None else "hessian_diag"
-        self.passes = self._native(offset, rows, ["grad_prev", "direction", diagonal, ""])
-        self.trial = self._native(offset, rows, ["origin", "direction", "", ""])
+        self.passes = self._native(n, rows, ["grad_prev", "direction", diagonal, ""])
+        self.trial = self._native(n, rows, ["origin", "direction", "", ""])
+        if ranks is not None:
+            ranks.connect(self.passes, owned, self.device)
+        digest = hashlib.blake2b(everything.encode(), digest_size=6).digest()
+        self.digest, self.moment = float(int.from_bytes(digest, "little")), -1.0
         scalars = groups.new_scalars().to(self.device)
         alpha = torch.zeros((), dtype=torch.float64, device=self.device)
         held = [x for p, entry in state.items() if not isinstance(p, str) for x in (p, entry)]
-        fixed: Any = (self.entries, [], state, held, scalars, [alpha])
+        local = [state[params[i]] for i in self.index]
+        if not self.plain:
+            local = [
+                {key: memory(value) for key, value in entry.items() if isinstance(value, Tensor)} for entry in local
+            ]
+        fixed: Any = (local, [], state, held, scalars, [alpha])
         self.at = _native.Tensors(self.stepped, None, *fixed)
         self._fixed = fixed
 
     def _native(self, n: int, rows: list[Any], keys: list[str]) -> _native.Step:
-        dtype, workspace = DTYPES[self.params[0].dtype], None
+        dtype, workspace = self.dtype, None
         if self.on_gpu:
             stream = _native.current_stream(str(self.device))
             native = _native.Step(dtype, f"cuda:{self.device.index or 0}", stream)
@@ -402,7 +488,7 @@ class _Table:
             native.stream = _native.current_stream(str(self.device))
         numbers["preconditioned"] = self.options.preconditioner is not None
         threads = _native.num_threads()
-        sums = native.descend(self.at, kind, threads, **numbers) if trial or not self.copies else None
+        sums = native.descend(self.at, kind, threads, **numbers) if trial or self.plain else None
         if sums is None:
             at = self.at if trial else _native.Tensors(self.stepped, self._gradients(), *self._fixed)
             sums = native.descend(at, kind, threads, **numbers)
@@ -410,23 +496,38 @@ class _Table:
             raise RuntimeError("a parameter or a tensor of the state was replaced, moved or resized during a step")
         return sums
 
+    def sums(self, kind: str, step: int, count: int, **numbers: Any) -> list[float]:
+        """Those of one pass, ``count`` of them, over all ranks."""
+        mine = self.run(kind, **numbers)[:count]
+        if self.ranks is None or not self.ranks.every_decision:
+            return mine
+        return self.ranks.total(self.exchange(mine, step))
+
+    def exchange(self, values: list[float], step: int) -> list[list[float]]:
+        """Everybody's values, by rank. All must have come from the same length of the same trial."""
+        assert self.ranks is not None
+        return self.ranks.exchange(values, float(step), self.moment, self.digest)
+
     def _gradients(self) -> list[Tensor]:
         """Where they are not all plain: in the memory order of the parameters; zeros for one that is None."""
         found = []
-        for i, p in zip(self.index, self.params, strict=True):
+        for i, stepped in zip(self.index, self.stepped, strict=True):
+            p = self.all[i]
             if p.grad is None:
-                found.append(torch.zeros_like(p, memory_format=torch.preserve_format))
+                found.append(
+                    torch.empty_strided(stepped.shape, stepped.stride(), dtype=p.dtype, device=p.device).zero_()
+                )
             else:
-                found.append(usable_gradient(i, p, p.grad))
-        return [copy_in_order(g, dense_strides(p)) if g.stride() != dense_strides(p) else g
-                for g, p in zip(found, self.params, strict=True)]  # fmt: skip
+                g = usable_gradient(i, p, p.grad)
+                found.append(g if g.stride() == stepped.stride() else copy_in_order(g, stepped.stride()))
+        return found
 
 
 class _Passes:
     """Of the optimizer's table, which a closure's first gradients make."""
 
-    def __init__(self, owner: CGDescent) -> None:
-        self.owner = owner
+    def __init__(self, owner: CGDescent, course: Course) -> None:
+        self.owner, self.course = owner, course
 
     @property
     def table(self) -> _Table:
@@ -434,8 +535,18 @@ class _Passes:
         assert table is not None
         return table
 
+    def _over_ranks(self, values: list[float]) -> list[list[float]]:
+        return self.table.exchange(values, self.course.evaluations)
+
+    def mean(self, f: float) -> float:
+        """The loss alone, over ranks."""
+        if self.table.ranks is None:
+            return f
+        return _mean(row[0] for row in self._over_ranks([f]))
+
     def trial(self, alpha: float, *, first: bool) -> None:
         table = self.table
+        table.moment = alpha
         torch.autograd.graph.increment_version(table.params)
         with torch.no_grad():
             if first:
@@ -445,17 +556,21 @@ class _Passes:
             for p, here in table.copies:
                 p.copy_(here)
 
-    def slope(self) -> tuple[float, float]:
+    def slope(self, f: float) -> tuple[float, float, float]:
         slope, largest, *_ = self.table.run("slope")
-        return slope, largest
+        ranks = self.table.ranks
+        if ranks is None:
+            return f, slope, largest
+        rows = self._over_ranks([f, slope, largest])
+        return _mean(row[0] for row in rows), ranks.total(rows)[1], max(row[2] for row in rows)
 
     def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
         alpha, scale, ys, shs = update or (0.0, 1.0, 0.0, 0.0)
-        sums = self.table.run("curvature", update=update is not None, alpha=alpha, scale=scale, ys=ys, shs=shs)
-        return Sums(*sums[:3])
+        numbers = {"alpha": alpha, "scale": scale, "ys": ys, "shs": shs}
+        return Sums(*self.table.sums("curvature", self.course.evaluations, 3, update=update is not None, **numbers))
 
     def direction(self, beta: float) -> tuple[float, float]:
-        slope, dhd, *_ = self.table.run("direction", beta=beta)
+        slope, dhd = self.table.sums("direction", self.course.evaluations, 2, beta=beta)
         return slope, dhd
 
     def forget(self) -> None:
@@ -465,4 +580,12 @@ class _Passes:
 
     def x_max(self) -> float:
         with torch.no_grad():
-            return max(float(p.abs().max()) for p in self.table.params)
+            largest = max((float(p.abs().max()) for p in self.table.stepped), default=0.0)
+        if self.table.ranks is None:
+            return largest
+        return max(row[0] for row in self._over_ranks([largest]))
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

@@ -43,8 +43,9 @@ class Passes(Protocol):
     def trial(self, alpha: float, *, first: bool) -> None:
         """x = origin + alpha d; ``first`` of a search: from here on x is the origin."""
 
-    def slope(self) -> tuple[float, float]:
-        """sum(g d), max |g|; the first is not finite where an element of g is not."""
+    def slope(self, f: float) -> tuple[float, float, float]:
+        """f, sum(g d), max |g|; the second is not finite where an element of g is not. Over ranks the mean of f, the
+        sum, and the largest."""
 
     def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
         """h, updated with (alpha, scale, ys, scale * shs) where given; and the sums over it."""
@@ -236,16 +237,16 @@ class Descent:
     def _preconditioned(self) -> bool:
         return self.options.preconditioner is not None
 
-    def _evaluate(self) -> tuple[float, float, float]:
+    def evaluate(self) -> tuple[float, float, float]:
         """f, sum(g d) and max |g| at x."""
         f = self.full()
         self.course.evaluations += 1
-        return f, *self.passes.slope()
+        return self.passes.slope(f)
 
     def begin(self) -> None:
         """Evaluates at x, and turns to -P g."""
         at = self.course
-        at.f, slope, at.g_max = self._evaluate()
+        at.f, slope, at.g_max = self.evaluate()
         if not math.isfinite(slope):
             at.g_max = math.nan
         self._turn_to_steepest()
@@ -318,7 +319,7 @@ class Descent:
         def phi(alpha: float) -> tuple[float, float]:
             nonlocal best, latest, g_max
             move(alpha)
-            f, slope, g_max = self._evaluate()
+            f, slope, g_max = self.evaluate()
             latest = Point(alpha, f, slope)
             if latest.finite and f < best.f:
                 best = latest

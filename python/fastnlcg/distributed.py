@@ -131,16 +131,21 @@ class Ranks:
         """Everybody's ``mine`` into everybody's ``rows``."""
         getattr(dist, _GATHER)(self.rows, self.mine, group=self.group)
 
-    def total(self, values: Sequence[float], step: float, digest: float) -> list[float]:
-        """Sums over the owned ranks. Every rank has to call it; RanksDisagree where others do something else."""
+    def exchange(self, values: Sequence[float], step: float, moment: float, digest: float) -> list[list[float]]:
+        """Everybody's values, by rank. Every rank has to call it; RanksDisagree where others are not at this step and
+        moment, or have another digest."""
         k = _native.row_signature
-        signature = (step, _native.diagnostics_moment, digest)
-        self.mine.copy_(torch.tensor([*values, *[0.0] * (k - len(values)), *signature], dtype=torch.float64))
+        row = [*values, *[0.0] * (k - len(values)), step, moment, digest]
+        self.mine.copy_(torch.tensor(row, dtype=torch.float64))
         self.gather()
-        rows = self.rows.view(len(self.owned), -1).tolist()
+        rows: list[list[float]] = self.rows.view(len(self.owned), -1).tolist()
         if any(row[k:] != rows[0][k:] for row in rows):
             raise _native.RanksDisagree
-        mine = [row[: len(values)] for row, counts in zip(rows, self.owned, strict=True) if counts]
+        return [row[: len(values)] for row in rows]
+
+    def total(self, rows: Sequence[Sequence[float]]) -> list[float]:
+        """Their sums over the owned ranks."""
+        mine = [row for row, counts in zip(rows, self.owned, strict=True) if counts]
         return [sum(column) for column in zip(*mine, strict=True)]
 
     def explain(

@@ -85,9 +85,9 @@ class _Flat:
         self._run("trial", alpha=alpha, first=first)
         _native.mark_written(self.x)
 
-    def slope(self) -> tuple[float, float]:
+    def slope(self, f: float) -> tuple[float, float, float]:
         slope, largest, *_ = self._run("slope")
-        return slope, largest
+        return f, slope, largest
 
     def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
         alpha, scale, ys, shs = update or (0.0, 1.0, 0.0, 0.0)

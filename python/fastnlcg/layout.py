@@ -315,7 +315,7 @@ class Layout:
             if new or params[i] not in state:
                 state.setdefault(params[i], {}).update(new)
         same_ranks = ranks is self.ranks
-        offsets, owned, n = _places(params, stateful, unowned)
+        offsets, owned, n = places(params, stateful, unowned)
         self._make_native(first, device, n, len(stateful), len(param_groups))
         assert self.native is not None
         offset_of = dict(zip(stateful, offsets, strict=True))
@@ -517,7 +517,7 @@ def _with_elements(params: Sequence[Tensor], stateful: Sequence[int]) -> list[in
     return [i for i in stateful if params[i].numel()]
 
 
-def _places(params: Sequence[Tensor], stateful: Sequence[int], unowned: frozenset[int]) -> tuple[list[int], int, int]:
+def places(params: Sequence[Tensor], stateful: Sequence[int], unowned: frozenset[int]) -> tuple[list[int], int, int]:
     """Where in the flat index each parameter begins, at multiples of a block; how much of it this rank adds to sums;
     its length."""
     if not stateful:

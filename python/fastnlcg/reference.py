@@ -381,10 +381,10 @@ class DescentPasses:
             self.origin[:] = self.x
         self.x[:] = self.origin + alpha * self.d if alpha != 0.0 else self.origin
 
-    def slope(self) -> tuple[float, float]:
-        """``sum(g d)``, ``max |g|``"""
+    def slope(self, f: float) -> tuple[float, float, float]:
+        """``f``, ``sum(g d)``, ``max |g|``"""
         g = self.gradient()
-        return float(np.sum(g * self.d)), float(np.max(np.abs(g)))
+        return f, float(np.sum(g * self.d)), float(np.max(np.abs(g)))
 
     def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
         """h, then ``sum(g P g)``, ``sum(y P g)``, ``sum(y P y)`` with P = 1/h."""

@@ -1,0 +1,313 @@
+"""CGDescent over ranks: the trajectory is one process's, and all ranks take the same decisions, to the bit."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fastnlcg import CGDescent
+from ranks import ranks
+from test_distributed import Gathers, loss_of, model, sharded, whole
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+STEPS = 8
+
+
+def descend(net: nn.Module, optimizer: CGDescent, steps: int, *, cheap: bool = False) -> list[Any]:
+    """The loss, the length and beta of every step, and the evaluations it took."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+    def loss() -> Tensor:
+        return loss_of(net, 0, world, rank)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    def alone() -> Tensor:
+        with torch.no_grad():
+            return loss()
+
+    found = []
+    for _ in range(steps):
+        optimizer.step(closure, loss=alone if cheap else None)
+        found.append(optimizer.diagnostics())
+    return found
+
+
+def one_process(preconditioner: str | None, *, cheap: bool = False) -> tuple[list[Tensor], list[Any]]:
+    net = model(torch.float64)
+    found = descend(net, CGDescent(net.parameters(), preconditioner=preconditioner), STEPS, cheap=cheap)
+    return whole(net.parameters()), found
+
+
+def check_follows(results: list[tuple[list[Tensor], list[Any]]], expected: tuple[list[Tensor], list[Any]]) -> None:
+    """Ranks agree to the bit; with one process to rounding, which eight steps have not blown up."""
+    for params, course in results:
+        assert course == results[0][1]
+        for a, b in zip(params, results[0][0], strict=True):
+            assert torch.equal(a, b)
+    for now, then in zip(results[0][1], expected[1], strict=True):
+        assert now["evaluations"] == then["evaluations"]
+        assert now["loss"] == pytest.approx(then["loss"], rel=1e-9)
+        assert now["gradient_max"] == pytest.approx(then["gradient_max"], rel=1e-6)
+        assert now["alpha"] == pytest.approx(then["alpha"], rel=1e-6)
+    start = whole(model(torch.float64).parameters())
+    for a, b, before in zip(results[0][0], expected[0], start, strict=True):
+        assert torch.linalg.vector_norm(b - before) > 1e-3 * torch.linalg.vector_norm(before)
+        assert torch.linalg.vector_norm(a - b) <= 1e-8 * torch.linalg.vector_norm(b)
+
+
+def fsdp2(mesh: tuple[int, ...] | None, preconditioner: str | None, cheap: bool) -> tuple[list[Tensor], list[Any]]:
+    net = sharded(mesh, torch.float64)
+    optimizer = CGDescent(net.parameters(), preconditioner=preconditioner)
+    found = descend(net, optimizer, STEPS, cheap=cheap)
+    assert all(isinstance(x, DTensor) for p in net.parameters() for x in optimizer.state[p].values())
+    return whole(net.parameters()), found
+
+
+@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+@pytest.mark.parametrize(("world", "mesh"), [(2, None), (3, None), (4, (2, 2))])
+def test_fsdp2_and_hsdp_follow_one_process(
+    world: int, mesh: tuple[int, ...] | None, preconditioner: str | None
+) -> None:
+    check_follows(ranks(world)(fsdp2, mesh, preconditioner, False), one_process(preconditioner))
+
+
+def test_the_loss_alone_is_averaged_too() -> None:
+    check_follows(ranks(2)(fsdp2, None, "bfgs", True), one_process("bfgs", cheap=True))
+
+
+def ddp() -> tuple[list[Tensor], list[Any], int, list[str]]:
+    net = model(torch.float64)
+    optimizer = CGDescent(net.parameters(), average_loss=True)
+    with warnings.catch_warnings(record=True) as caught, Gathers() as gathers:
+        warnings.simplefilter("always")
+        found = descend(DistributedDataParallel(net), optimizer, STEPS)
+    return whole(net.parameters()), found, gathers.count, [str(w.message) for w in caught if "line" in str(w.message)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ddp_follows_one_process_with_one_exchange_per_evaluation(world: int) -> None:
+    results = ranks(world)(ddp)
+    check_follows([(params, course) for params, course, _, _ in results], one_process("bfgs"))
+    for _, course, gathers, messages in results:
+        assert gathers == course[-1]["evaluations"] + 1  # and one for the largest element at the start
+        assert messages == []
+
+
+def warnings_of(average_loss: bool | None) -> list[str]:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = CGDescent([p], average_loss=average_loss)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.step(closure)
+    return [f"{Path(w.filename).name}: {w.message}" for w in caught]
+
+
+def test_one_ranks_loss_has_a_voice() -> None:
+    for (message,) in ranks(2)(warnings_of, None):
+        assert message.startswith("test_descent_ranks.py: the line search sees this rank's loss alone")
+    assert ranks(2)(warnings_of, False) == ranks(2)(warnings_of, True) == [[], []]
+
+
+def shares() -> tuple[list[Tensor], list[Any]]:
+    """One flat parameter, of which every rank has a part, the last one none of the second."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    scale = torch.logspace(0, 2, 37, dtype=torch.float64)
+    parts = [nn.Parameter(torch.full_like(part, 0.5)) for part in (scale.chunk(world)[rank], scale[: 3 * (rank == 0)])]
+    scales = scale.chunk(world)[rank], scale[: 3 * (rank == 0)]
+    optimizer = CGDescent(parts, process_group=dist.group.WORLD)
+
+    def closure() -> float:
+        mine = [0.5 * (s * (p - 1).square()).sum() for p, s in zip(parts, scales, strict=True)]
+        for p, loss in zip(parts, mine, strict=True):
+            p.grad = torch.autograd.grad(loss, p)[0]
+        total = torch.stack(mine).sum().detach()
+        dist.all_reduce(total)
+        return float(total)
+
+    found = []
+    for _ in range(STEPS):
+        optimizer.step(closure)
+        found.append(optimizer.diagnostics())
+    pieces: list[list[Tensor]] = [[] for _ in range(world)]
+    dist.all_gather_object(pieces, [p.detach() for p in parts])
+    return [torch.cat([piece[0] for piece in pieces]), pieces[0][1]], found
+
+
+def test_plain_shards_follow_one_process() -> None:
+    results, expected = ranks(3)(shares), ranks(1)(shares)
+    for params, course in results:
+        assert course == results[0][1]
+        for a, b in zip(params, expected[0][0], strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=0.0)
+    for now, then in zip(results[0][1], expected[0][1], strict=True):
+        assert now["loss"] == pytest.approx(then["loss"], rel=1e-9)
+
+
+def placed() -> tuple[list[Tensor], list[Any]]:
+    """Sharded and replicated parameters in one optimizer: every element counts once."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(1)
+    whole_ones = [torch.randn(6, 5, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    params = [
+        nn.Parameter(distribute_tensor(x, mesh, [placement]))
+        for x, placement in zip(whole_ones, (Shard(0), Replicate()), strict=True)
+    ]
+    optimizer = CGDescent(params)
+
+    def closure() -> float:
+        loss = 0.0
+        for k, p in enumerate(params):
+            at = p.full_tensor().detach().requires_grad_()
+            f = (torch.cosh(at) * (k + 1)).sum()
+            (g,) = torch.autograd.grad(f, at)
+            p.grad = distribute_tensor(g, mesh, p.placements)
+            loss += float(f)
+        return loss
+
+    found = []
+    for _ in range(STEPS):
+        optimizer.step(closure)
+        found.append(optimizer.diagnostics())
+    return whole(params), found
+
+
+def test_every_element_counts_once() -> None:
+    results, expected = ranks(2)(placed), ranks(1)(placed)
+    for params, course in results:
+        assert course == results[0][1]
+        for a, b in zip(params, expected[0][0], strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert results[0][1][-1]["loss"] == pytest.approx(6 * 5 + 2 * 7, rel=1e-3)
+
+
+def whole_state(optimizer: CGDescent) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        for key, value in entry.items():
+            entry[key] = value.full_tensor() if isinstance(value, DTensor) else value
+    return state
+
+
+def saved() -> tuple[list[Tensor], dict[str, Any], list[Tensor]]:
+    net = sharded(None, torch.float64)
+    optimizer = CGDescent(net.parameters())
+    descend(net, optimizer, 3)
+    at, state = whole(net.parameters()), whole_state(optimizer)
+    descend(net, optimizer, 3)
+    return at, state, whole(net.parameters())
+
+
+def resumed(at: list[Tensor], state: dict[str, Any]) -> list[Tensor]:
+    net = sharded(None, torch.float64)
+    with torch.no_grad():
+        for p, x in zip(net.parameters(), at, strict=True):
+            p.copy_(distribute_tensor(x, p.device_mesh, p.placements))
+    optimizer = CGDescent(net.parameters())
+    optimizer.load_state_dict(state)
+    descend(net, optimizer, 3)
+    return whole(net.parameters())
+
+
+def test_a_checkpoint_resumes_to_the_bit_and_reshards() -> None:
+    at, state, end = ranks(2)(saved)[0]
+    for found in ranks(2)(resumed, at, state):
+        assert all(torch.equal(a, b) for a, b in zip(found, end, strict=True))
+    for found in ranks(3)(resumed, at, state):
+        assert all(torch.allclose(a, b, rtol=1e-8) for a, b in zip(found, end, strict=True))
+
+
+def through_dcp(folder: str, *, write: bool) -> list[Tensor]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    net = sharded(None, torch.float64)
+    optimizer = CGDescent(net.parameters())
+    if write:
+        descend(net, optimizer, 14)  # until the window of ratios is full
+    weights, state = get_state_dict(net, optimizer)
+    (dcp.save if write else dcp.load)({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    if not write:
+        set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=state)
+    assert len(optimizer.param_groups[0]["course"]["ratios"]) == 11
+    descend(net, optimizer, 3)
+    return whole(net.parameters())
+
+
+def dcp_write(folder: str) -> list[Tensor]:
+    return through_dcp(folder, write=True)
+
+
+def dcp_read(folder: str) -> list[Tensor]:
+    return through_dcp(folder, write=False)
+
+
+def test_torch_distributed_checkpoint(tmp_path: Path) -> None:
+    end = ranks(2)(dcp_write, str(tmp_path))[0]
+    for found in ranks(2)(dcp_read, str(tmp_path)):
+        assert all(torch.equal(a, b) for a, b in zip(found, end, strict=True))
+
+
+def out_of_step(what: str) -> tuple[str, bool]:
+    net = sharded(None, torch.float64)
+    optimizer = CGDescent(
+        net.parameters(), beta="dai_yuan" if what == "an option" and dist.get_rank() else "hager_zhang"
+    )
+    before = [p.detach().to_local().clone() for p in net.parameters()]
+    try:
+        if what != "an option":
+            descend(net, optimizer, 2)
+            before = [p.detach().to_local().clone() for p in net.parameters()]
+            if dist.get_rank() == 1:
+                optimizer.restart()
+        descend(net, optimizer, 2)
+    except RuntimeError as error:
+        same = all(torch.equal(p.detach().to_local(), b) for p, b in zip(net.parameters(), before, strict=True))
+        return str(error), same
+    return "", False
+
+
+@pytest.mark.parametrize(("what", "words"), [("an option", "dai_yuan"), ("restart() on one", "not about to take")])
+def test_ranks_out_of_step_all_say_so_and_move_nothing(what: str, words: str) -> None:
+    for message, same in ranks(2)(out_of_step, what):
+        assert words in message
+        assert same
+
+
+def bad_rank() -> tuple[str, bool]:
+    net = sharded(None, torch.float64)
+    optimizer = CGDescent(net.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(net, 0, dist.get_world_size(), dist.get_rank())
+        loss.backward()
+        return loss * (float("nan") if dist.get_rank() == 1 else 1.0)
+
+    before = [p.detach().to_local().clone() for p in net.parameters()]
+    optimizer.step(closure)
+    same = all(torch.equal(p.detach().to_local(), b) for p, b in zip(net.parameters(), before, strict=True))
+    return optimizer.diagnostics()["message"], same
+
+
+def test_a_nan_on_one_rank_moves_none() -> None:
+    assert ranks(2)(bad_rank) == [("the loss or its gradient is not finite", True)] * 2
