@@ -472,7 +472,7 @@ std::optional<std::vector<double>> NativeStep::descend(const std::optional<Tenso
       if (buffer && buffer->readonly()) throw invalid_argument("a buffer of the pass is read-only");
     }
   }
-  for (Group& group : groups_) group.weight_decay = 0.0, group.sign = 1.0;
+  for (Group& group : groups_) group.weight_decay = 0.0, group.sign = group.factor = 1.0;
   step_.threads = std::max(threads, 1);
   run([&] { cuda_descend(step_, cuda_, pass, sums.data()); },
       [&](const CpuKernels& cpu) { cpu.descend(step_, pass, sums.data()); });

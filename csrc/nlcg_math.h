@@ -219,6 +219,8 @@ struct StepPlan {
   bool deferred;       // bfgs: by pass 3, because the sums of pass 2 may not be finite, or may not arrive
   bool distributed;    // over ranks
   double eps;          // bfgs: 0 in the first step, z = -g / h
+  double clip = 1.0;   // factor of the gradient
+  bool again = false;  // the gradient is clipped: the first pass has to be repeated with the factor
 };
 
 // What this rank contributes to the first decision beside the sums of the first pass. The sums of the last move are
@@ -281,6 +283,23 @@ NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double active_
   }
   c.next.active_set = active_set;
   return c;
+}
+
+// After a first pass that forms gg = sum(g g): the factor of torch.nn.utils.clip_grad_norm_, and whether g is a spike.
+NLCG_HD void decide_clipping(StepPlan& c, const Options& o, double gg) {
+  const double norm = __builtin_sqrt(gg);
+  const double factor = o.max_grad_norm / (norm + 1e-6);
+  c.clip = factor >= 1.0 || o.max_grad_norm > kLargestDouble ? 1.0 : factor;  // NaN is passed on
+  c.next.grad_norm = norm;
+  c.next.clip = c.clip;
+  c.skip = norm > o.skip_grad_norm || (o.skip_nonfinite && !is_finite(norm));
+  c.again = !c.skip && c.clip != 1.0;
+}
+
+// What a step leaves behind that is skipped.
+NLCG_HD void count_skip(const StepPlan& c, Scalars& now) {
+  now.skipped_steps += 1.0;
+  now.grad_norm = c.next.grad_norm;
 }
 
 // bfgs, after pass 1: is h updated? `gs` = sum(g s) over this gradient and the last move.

@@ -10,7 +10,8 @@
 //     adam   AdamDots          reads g, v                 rz, rz_mid                                    8
 //            AdamMove          reads p, g, d, v           writes p, d, v; sum(g g), sum(g d)           28
 //
-// per float32 element; PlainDots and AdamDots read g_prev where Polak-Ribiere asks for rz_mid.
+// per float32 element; PlainDots and AdamDots read g_prev where Polak-Ribiere asks for rz_mid. Where the gradient's norm is
+// wanted, the first pass forms it too (WithNorm), and is repeated where it has to be clipped (Repeated).
 //
 // A pass is a functor over one place `at` in the flat state: a SIMD vector of elements, or one element in a thread's
 // registers. `at.g()` is the gradient the method sees; the others are what is stored there and the group's numbers;
@@ -25,9 +26,9 @@
 //     sums()                                 which of its sums are not 0, as bits: as few as the options ask for
 //
 // and these constants: kSums; kFormsLargest (it also forms the largest of the numbers >= 0 given to at.largest());
-// kBackward (it walks from the end, to find in the cache what the pass before read last); kFirstPass (of its step:
-// `from_plan` may use the options alone); kResident (the stream beside g that the first pass may leave on chip for the
-// others); kL2 (weight decay is part of the gradient); kBiasCorrected (it asks for at.inv_sqrt_bias()); kOwnAlpha (it writes p
+// kBackward (it walks from the end, to find in the cache what the pass before read last); kFirstPass (of its step);
+// kOpens (the first, or its repetition: `from_plan` may use the options alone); kOptional (it runs where the plan says
+// `again`); kResident (the stream beside g that a pass which opens may leave on chip for the others); kL2 (weight decay is part of the gradient); kBiasCorrected (it asks for at.inv_sqrt_bias()); kOwnAlpha (it writes p
 // whatever the group's alpha is).
 #pragma once
 
@@ -40,7 +41,8 @@ enum Streams : unsigned { kP = 1, kGradPrev = 2, kD = 4, kDiagonal = 8 };
 
 // What most passes are.
 struct Pass {
-  static constexpr bool kReadsGradient = true, kFormsLargest = false, kBackward = false, kFirstPass = false;
+  static constexpr bool kReadsGradient = true, kFormsLargest = false, kBackward = false;
+  static constexpr bool kFirstPass = false, kOpens = false, kOptional = false;
   static constexpr bool kL2 = true, kBiasCorrected = false, kOwnAlpha = false;
   static constexpr unsigned kResident = 0;
   NLCG_HD unsigned sums() const { return ~0u; }
@@ -58,7 +60,7 @@ struct PassList {};
 template <class T>
 struct PlainDots : Pass {
   static constexpr int kSums = 2;
-  static constexpr bool kFirstPass = true;
+  static constexpr bool kFirstPass = true, kOpens = true;
   bool mid;
   NLCG_HD unsigned reads() const { return mid ? kGradPrev : 0u; }
   NLCG_HD unsigned sums() const { return dots_wanted(mid); }
@@ -147,7 +149,7 @@ NLCG_HD auto bfgs_constants(double eps, double beta, double ys, double shs, Broa
 template <class T>
 struct CurvatureDot : Pass {
   static constexpr int kSums = 1;
-  static constexpr bool kFormsLargest = true, kFirstPass = true;
+  static constexpr bool kFormsLargest = true, kFirstPass = true, kOpens = true;
   static constexpr unsigned kResident = kD;
   NLCG_HD unsigned reads() const { return kD; }
   NLCG_HD unsigned writes() const { return 0; }
@@ -325,7 +327,7 @@ NLCG_HD auto adam_constants(const Options& o, double beta, Broadcast broadcast) 
 template <class T>
 struct AdamDots : Pass {
   static constexpr int kSums = 2;
-  static constexpr bool kFirstPass = true, kL2 = false, kBiasCorrected = true;
+  static constexpr bool kFirstPass = true, kOpens = true, kL2 = false, kBiasCorrected = true;
   static constexpr unsigned kResident = kDiagonal;
   AdamConstants<T> c;
   bool mid;
@@ -427,6 +429,65 @@ decltype(auto) with_preconditioner(Preconditioner kind, F&& f) {
     default:
       return f(Plain{});
   }
+}
+
+// ---- the gradient's norm, and clipping ---------------------------------------------------------------------------
+
+// A first pass that forms sum(g g) too, before weight decay, behind its own sums.
+template <class First>
+struct WithNorm : First {
+  static constexpr int kSums = First::kSums + 1;
+  NLCG_HD unsigned sums() const { return First::sums() | 1u << First::kSums; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    First::operator()(at);
+    const auto wide_g = at.wide(at.undecayed());
+    at.add(First::kSums, wide_g, wide_g);
+  }
+
+  template <class Broadcast>
+  NLCG_HD static WithNorm from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
+    return {First::from_plan(c, o, broadcast)};
+  }
+  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double largest, double n,
+                                  double limit) {
+    decide_clipping(c, o, sums[First::kSums]);
+    if (!c.skip && !c.again) First::update_plan(c, o, sums, largest, n, limit);
+  }
+};
+
+// The same pass over the clipped gradient.
+template <class First>
+struct Repeated : First {
+  static constexpr bool kFirstPass = false, kOptional = true;
+  template <class Broadcast>
+  NLCG_HD static Repeated from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
+    return {First::from_plan(c, o, broadcast)};
+  }
+};
+
+template <class Passes>
+struct ClippingOf;
+template <template <class> class First, template <class> class... Rest>
+struct ClippingOf<PassList<First, Rest...>> {
+  template <class T>
+  using Norm = WithNorm<First<T>>;
+  template <class T>
+  using Repetition = Repeated<First<T>>;
+  using Passes = PassList<Norm, Repetition, Rest...>;
+};
+template <class Preconditioner>
+struct WithClipping : Preconditioner {
+  using Passes = typename ClippingOf<typename Preconditioner::Passes>::Passes;
+};
+
+// The passes of a step with these options.
+template <class F>
+decltype(auto) with_passes(const Options& o, F&& f) {
+  return with_preconditioner(o.preconditioner, [&](auto preconditioner) {
+    return o.measure_norm ? f(WithClipping<decltype(preconditioner)>{}) : f(preconditioner);
+  });
 }
 
 // For diagnostics: |d|^2, and where the state keeps g, |g|^2 and g . d.

@@ -65,6 +65,7 @@ struct Group {
   double weight_decay;  // L2 or decoupled, as the preconditioner's passes say
   double sign;          // of the gradient: -1 where the group maximizes
   double* alpha_prev;   // of the previous step; written by the step
+  double factor = 1.0;  // of the gradient: the sign, times that of clipping; formed by the CPU's step
 };
 
 // Every option of a step, once: type, name, default.
@@ -78,6 +79,9 @@ struct Group {
   X(bool, skip_nonfinite, true)                                                                           \
   X(bool, maximize, false)            /* the loss of the line search; a gradient's sign is its group's */ \
   X(bool, stochastic_rounding, false) /* of bfloat16 parameters */                                        \
+  X(bool, measure_norm, false)        /* |g| over everything, before weight decay */                      \
+  X(double, max_grad_norm, __builtin_inf())                                                               \
+  X(double, skip_grad_norm, __builtin_inf())                                                              \
   X(bool, line_search, false)                                                                             \
   X(double, increase_threshold, 0.02)                                                                     \
   X(double, flat_threshold, 0.01)                                                                         \
@@ -115,7 +119,9 @@ void each_option(O& o, F&& f) {
   X(updated, 0.0) /* 1 where the preconditioner's diagonal was updated */                                       \
   X(gg, 0.0)      /* sum(g g) and sum(g d), where the state does not keep g */                                  \
   X(gd, 0.0)                                                                                                    \
-  X(disagreements, 0.0) /* steps that changed nothing because the ranks were not about to take the same one */
+  X(disagreements, 0.0) /* steps that changed nothing because the ranks were not about to take the same one */  \
+  X(grad_norm, 0.0)     /* |g| before clipping and weight decay, where it is measured; of skipped steps too */  \
+  X(clip, 1.0)          /* what clipping has multiplied g by */
 
 struct Scalars {
 #define NLCG_FIELD(name, start) double name;

@@ -30,7 +30,7 @@ struct Buffers {
 };
 
 // What is one number in a segment, and its value there.
-enum Number { kAlpha, kAlphaPrev, kWeightDecay, kDecayFactor, kSign, kInvSqrtBias, kInvSqrtBiasPrev, kNumbers };
+enum Number { kAlpha, kAlphaPrev, kWeightDecay, kDecayFactor, kFactor, kInvSqrtBias, kInvSqrtBiasPrev, kNumbers };
 
 template <class S, class Pass>
 void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers]) {
@@ -39,7 +39,7 @@ void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers])
   x[kAlphaPrev] = *group.alpha_prev;
   x[kWeightDecay] = group.weight_decay;
   x[kDecayFactor] = 1.0 - group.alpha * group.weight_decay;
-  x[kSign] = group.sign;
+  x[kFactor] = group.factor;
   if constexpr (Pass::kBiasCorrected) {
     const Bias& bias = step.bias[&segment - step.segments];
     x[kInvSqrtBias] = inv_sqrt_bias_correction<S>(bias.next);
@@ -51,9 +51,9 @@ void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers])
 template <class S>
 struct SegmentLanes {
   Vector<S> number[kNumbers][kVectors<S>];
-  bool decays;     // g takes L2 weight decay
-  bool maximizes;  // g takes a sign
-  bool moves;      // false where alpha is 0: then p keeps every bit, the sign of a zero included
+  bool decays;  // g takes L2 weight decay
+  bool scales;  // g takes a factor
+  bool moves;   // false where alpha is 0: then p keeps every bit, the sign of a zero included
 };
 
 template <class S, int K>
@@ -78,10 +78,12 @@ struct At {
   Sums<S, K>& sums;
   Flags flags;
 
+  NLCG_INLINE Vector<S> undecayed() const {
+    const Vector<S> g = load(stream.g + i);
+    return segment.scales ? scaled_gradient(g, segment.number[kFactor][k]) : g;
+  }
   NLCG_INLINE Vector<S> g() const {
-    Vector<S> g = load(stream.g + i);
-    if (segment.maximizes) g = scaled_gradient(g, segment.number[kSign][k]);
-    return segment.decays ? decayed_gradient(g, segment.number[kWeightDecay][k], p()) : g;
+    return segment.decays ? decayed_gradient(undecayed(), segment.number[kWeightDecay][k], p()) : undecayed();
   }
   NLCG_INLINE Vector<S> p() const { return load(stream.p + i); }
   NLCG_INLINE Vector<S> grad_prev() const { return load(stream.grad_prev + i); }
@@ -125,7 +127,7 @@ SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
     for (int k = 0; k < kVectors<S>; ++k) lanes.number[j][k] = broadcast<Vector<S>>(static_cast<S>(x[j]));
   }
   lanes.decays = Pass::kL2 && x[kWeightDecay] != 0.0;
-  lanes.maximizes = x[kSign] < 0.0;
+  lanes.scales = x[kFactor] != 1.0;
   lanes.moves = static_cast<S>(x[kAlpha]) != S{0};
   return lanes;
 }
@@ -194,7 +196,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   Staged<S> block = {};
   for (S& x : block.diagonal) x = S{1};
   SegmentLanes<S> lanes;
-  lanes.decays = lanes.maximizes = lanes.moves = false;
+  lanes.decays = lanes.scales = lanes.moves = false;
   double x[kNumbers] = {};
   const Segment* known = nullptr;  // whose numbers x holds
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
@@ -209,7 +211,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
     if (known != &segment) numbers_of<S, Pass>(step, *(known = &segment), x);
     for (int j = 0; j < kNumbers; ++j) block.number[j][lane] = static_cast<S>(x[j]);
     lanes.decays |= Pass::kL2 && x[kWeightDecay] != 0.0;
-    lanes.maximizes |= x[kSign] < 0.0;
+    lanes.scales |= x[kFactor] != 1.0;
     lanes.moves |= static_cast<S>(x[kAlpha]) != S{0};
   });
   static_assert(sizeof(lanes.number) == sizeof(block.number));
@@ -406,9 +408,14 @@ void gather(const RankGather& exchange, RankRecord& row) {
   for (int j = 0; j < kColumns; ++j) row.column[j] = over_ranks(exchange.all, exchange.owned, exchange.ranks, j);
 }
 
+void form_factors(const Step& step, double clip) {
+  for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].factor = step.groups[i].sign * clip;
+}
+
 // One pass and what follows from it; false where the step ends here.
 template <class S, class Pass, bool kLast>
 bool pass_and_decide(const Step& step, StepPlan& c, int number) {
+  if (Pass::kFirstPass) form_factors(step, 1.0);
   const Pass pass = Pass::from_plan(c, step.options, Broadcast<S>{});
   double sums[kMaxSums + 1];
   reduce<S>(step, pass, sums);
@@ -430,12 +437,15 @@ bool pass_and_decide(const Step& step, StepPlan& c, int number) {
   }
   if (c.nothing_to_do) return false;
   Pass::update_plan(c, step.options, row.column, row.column[kLargestElement], static_cast<double>(step.n), kLargest<S>);
+  if (Pass::kFirstPass && c.again) form_factors(step, c.clip);
   return !c.skip;
 }
 
 template <class S, class First, class... Rest>
 bool every_pass(const Step& step, StepPlan& c, int number) {
-  if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c, number)) return false;
+  if (!First::kOptional || c.again) {
+    if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c, number)) return false;
+  }
   if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c, number + 1);
   return true;
 }
@@ -459,11 +469,11 @@ template <class S>
 void step_in(const Step& step) {
   form_bias(step);
   StepPlan c = {};
-  const bool moved = with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
+  const bool moved = with_passes(step.options, [&](auto preconditioner) {
     return every_pass<S>(step, c, typename decltype(preconditioner)::Passes{});
   });
   if (!moved) {
-    if (!c.nothing_to_do) step.scalars->skipped_steps += 1.0;
+    if (!c.nothing_to_do) count_skip(c, *step.scalars);
     return;
   }
   *step.scalars = c.next;

@@ -119,7 +119,8 @@ __device__ __forceinline__ RankRecord row_of(const Arguments& a, const double (&
     const double found_inf = a.found_inf.address != nullptr ? *static_cast<const float*>(a.found_inf.address) : 0.0f;
     contribute(row, *a.scalars, a.active_set, loss, static_cast<double>(a.n_segments), found_inf);
   }
-  sign_row(row, a.scalars->step, Pass::kFirstPass ? 0.0 : 1.0, a.digest);  // the third pass exchanges nothing
+  // The last pass exchanges nothing.
+  sign_row(row, a.scalars->step, Pass::kFirstPass ? 0.0 : Pass::kOptional ? 0.5 : 1.0, a.digest);
   return row;
 }
 
@@ -132,14 +133,19 @@ __host__ __device__ __forceinline__ void hand_over(unsigned char (&to)[kPassByte
 }
 template <class S, class Pass>
 __device__ __forceinline__ Pass pass_of(const Arguments& a) {
-  Pass pass = *reinterpret_cast<const Pass*>(Pass::kFirstPass ? a.first_pass : a.control->next_pass);
-  if constexpr (!Pass::kFirstPass) pass.assume_constants(Broadcast<S>{});
+  Pass pass = *reinterpret_cast<const Pass*>(Pass::kOpens ? a.first_pass : a.control->next_pass);
+  if constexpr (!Pass::kOpens) pass.assume_constants(Broadcast<S>{});
   return pass;
 }
 
 struct NoPass {};  // after the last
+// The first that follows in every step: an optional pass has the numbers of the first.
 template <class... Passes>
-using FirstOf = std::tuple_element_t<0, std::tuple<Passes..., NoPass>>;
+struct NextOf {
+  using type = NoPass;
+};
+template <class First, class... Rest>
+struct NextOf<First, Rest...> : std::conditional_t<First::kOptional, NextOf<Rest...>, std::type_identity<First>> {};
 
 // What one thread makes of a pass's sums.
 template <class S, class Pass, class Next>
@@ -155,7 +161,7 @@ __device__ __forceinline__ void decide(const Arguments& a, const RankRecord& row
   if (c.nothing_to_do) return;
   if constexpr (!std::is_same_v<Next, NoPass>) {
     hand_over(a.control->next_pass, Next::from_plan(c, a.options, Broadcast<S>{}));
-    if (c.skip) a.scalars->skipped_steps += 1.0;
+    if (c.skip) count_skip(c, *a.scalars);
   } else {  // nothing is left to be found: what could not be written has been decided before
     *a.scalars = c.next;
     for (std::int64_t i = 0; i < a.n_groups; ++i) *group_inputs(a)[i].alpha_prev = a.alpha[i];
@@ -173,7 +179,8 @@ template <class S, class Pass, class Next, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   constexpr bool kLast = std::is_same_v<Next, NoPass>;
   __shared__ typename BlockContext<S>::InShared groups;
-  const BlockContext<S> launch(a, groups);
+  const double clip = Pass::kFirstPass ? 1.0 : a.control->plan.clip;
+  const BlockContext<S> launch(a, groups, clip);
   const Pass pass = pass_of<S, Pass>(a);
   run_pass<kAlone>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return false;
@@ -214,12 +221,13 @@ template <class S, class Pass, class Next>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a) || (!Pass::kFirstPass && a.control->plan.skip)) return;
+  if (Pass::kOptional && !a.control->plan.again) return;
   pass_and_decide<S, Pass, Next, false>(a, totals);
 }
 
 template <class S, class Pass, class Next>
 __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
-  if (!Pass::kFirstPass && a.control->plan.skip) return;
+  if (!Pass::kFirstPass && (a.control->plan.skip || (Pass::kOptional && !a.control->plan.again))) return;
   __shared__ RankRecord row;
   const int j = static_cast<int>(threadIdx.x);
   if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.owned, a.exchange.ranks, j);
@@ -237,16 +245,21 @@ __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
 template <class S, class First, class... Rest>
 __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
                                               unsigned meetings) {
-  const bool decided = pass_and_decide<S, First, FirstOf<Rest...>, true>(a, totals);
-  if constexpr (sizeof...(Rest) > 0) {
-    GridBarrier& barrier = a.control->barrier;
-    if (decided) {
-      release(barrier);
-    } else {
-      wait(barrier, generation, meetings);
+  if (!First::kOptional || a.control->plan.again) {
+    const bool decided = pass_and_decide<S, First, typename NextOf<Rest...>::type, true>(a, totals);
+    if constexpr (sizeof...(Rest) > 0) {
+      GridBarrier& barrier = a.control->barrier;
+      if (decided) {
+        release(barrier);
+      } else {
+        wait(barrier, generation, meetings);
+      }
+      __syncthreads();
+      ++meetings;
     }
-    __syncthreads();
-    if (!a.control->plan.skip) passes_in_one<S, Rest...>(a, totals, generation, meetings + 1);
+  }
+  if constexpr (sizeof...(Rest) > 0) {
+    if (!a.control->plan.skip) passes_in_one<S, Rest...>(a, totals, generation, meetings);
   }
 }
 template <class S, template <class> class... P>
@@ -268,7 +281,8 @@ template <class S, class Pass>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_constant__ Arguments a, const Pass pass) {
   __shared__ Totals totals;
   __shared__ typename BlockContext<S>::InShared groups;
-  const BlockContext<S> launch(a, groups);
+  const double clip = 1.0;
+  const BlockContext<S> launch(a, groups, clip);
   run_pass<false>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return;
   double x[Pass::kSums], largest;

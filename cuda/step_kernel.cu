@@ -130,7 +130,7 @@ void mark_last_work(CudaStep& cuda) {
 }
 
 // What fits a device at once, found out once for each preconditioner and type.
-constexpr int kMostPasses = 3;
+constexpr int kMostPasses = 4;
 struct Limits {
   bool cooperative;
   int blocks_of_pass[kMostPasses], blocks_in_one;
@@ -174,8 +174,9 @@ template <class S, class First, class... Rest, class F>
 void for_each_pass(F&& f, int number = 0) {
   static_assert(sizeof...(Rest) < kMostPasses);
   Decision decision = nullptr;
-  if constexpr (sizeof...(Rest) > 0) decision = decide_over_ranks<S, First, FirstOf<Rest...>>;
-  f(step_pass<S, First, FirstOf<Rest...>>, number, decision);
+  using Next = typename NextOf<Rest...>::type;
+  if constexpr (sizeof...(Rest) > 0) decision = decide_over_ranks<S, First, Next>;
+  f(step_pass<S, First, Next>, number, decision);
   if constexpr (sizeof...(Rest) > 0) for_each_pass<S, Rest...>(f, number + 1);
 }
 template <class S, template <class> class... P, class F>
@@ -399,8 +400,7 @@ void step_with(const Step& step, CudaStep& cuda) {
 
 template <class S>
 void step_in(const Step& step, CudaStep& cuda) {
-  with_preconditioner(step.options.preconditioner,
-                      [&](auto preconditioner) { step_with<S, decltype(preconditioner)>(step, cuda); });
+  with_passes(step.options, [&](auto preconditioner) { step_with<S, decltype(preconditioner)>(step, cuda); });
 }
 
 // ---- the parts ---------------------------------------------------------------------------------------------------

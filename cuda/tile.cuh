@@ -221,16 +221,16 @@ struct ThreadSums {
 template <class S>
 struct GroupNumbers {
   S alpha, alpha_prev, weight_decay, decay_factor;
-  S factor;  // of the gradient: the sign, and 1 over AMP's scale
+  S factor;  // of the gradient: the sign, 1 over AMP's scale, and that of clipping
 };
 template <class S>
-__device__ __forceinline__ GroupNumbers<S> group_numbers(const Arguments& a, int group) {
+__device__ __forceinline__ GroupNumbers<S> group_numbers(const Arguments& a, int group, double clip) {
   const GroupInput& input = group_inputs(a)[group];
   const double alpha = a.alpha[group], weight_decay = input.weight_decay;
-  const S inverse_scale =
-      static_cast<S>(1.0 / (a.grad_scale.address != nullptr ? *static_cast<const float*>(a.grad_scale.address) : 1.0));
+  const double scale = a.grad_scale.address != nullptr ? *static_cast<const float*>(a.grad_scale.address) : 1.0;
+  const S factor = static_cast<S>(clip * (1.0 / scale));
   return {static_cast<S>(alpha), static_cast<S>(*input.alpha_prev), static_cast<S>(weight_decay),
-          static_cast<S>(1.0 - alpha * weight_decay), input.sign < 0.0 ? -inverse_scale : inverse_scale};
+          static_cast<S>(1.0 - alpha * weight_decay), input.sign < 0.0 ? -factor : factor};
 }
 
 // And in a segment.
@@ -243,11 +243,12 @@ struct SegmentNumbers : GroupNumbers<S> {
 
 template <class S, int K>
 struct At {
-  S p_, g_, grad_prev_, d_, diagonal_;
+  S p_, g_, undecayed_, grad_prev_, d_, diagonal_;
   const SegmentNumbers<S>& segment;
   ThreadSums<S, K>& sums;
 
   __device__ __forceinline__ S g() const { return g_; }
+  __device__ __forceinline__ S undecayed() const { return undecayed_; }
   __device__ __forceinline__ S p() const { return p_; }
   __device__ __forceinline__ S grad_prev() const { return grad_prev_; }
   __device__ __forceinline__ S d() const { return d_; }
@@ -279,10 +280,12 @@ struct BlockContext {
   using InShared = GroupNumbers<S>[kInlineGroups];
   const Arguments& a;
   const InShared& of_group;  // of the first groups; the others' are formed where they are used
+  const double& clip;
 
-  __device__ BlockContext(const Arguments& arguments, InShared& shared) : a(arguments), of_group(shared) {
+  __device__ BlockContext(const Arguments& arguments, InShared& shared, const double& factor)
+      : a(arguments), of_group(shared), clip(factor) {
     const int group = static_cast<int>(threadIdx.x);
-    if (group < kInlineGroups && group < a.n_groups) shared[group] = group_numbers<S>(a, group);
+    if (group < kInlineGroups && group < a.n_groups) shared[group] = group_numbers<S>(a, group, clip);
     __syncthreads();
   }
   // Read where it is used: few steps do, and registers are short.
@@ -293,7 +296,7 @@ struct BlockContext {
   __device__ __forceinline__ SegmentNumbers<S> numbers(const Segment& segment) const {
     SegmentNumbers<S> x;
     static_cast<GroupNumbers<S>&>(x) =
-        segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group);
+        segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group, clip);
     x.inv_sqrt_bias = x.inv_sqrt_bias_prev = S{};
     if (Pass::kBiasCorrected) {
       Bias bias = a.bias[&segment - a.segments];
@@ -308,10 +311,9 @@ struct BlockContext {
   }
 };
 
-// The gradient the method sees.
+// The gradient the method sees, from the scaled one.
 template <class Pass, class S>
 __device__ __forceinline__ S gradient(S g, S p, const SegmentNumbers<S>& numbers) {
-  g = scaled_gradient(g, numbers.factor);
   return Pass::kL2 ? decayed_gradient(g, numbers.weight_decay, p) : g;
 }
 
@@ -371,23 +373,26 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
   }
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
-    S p[kQuad], g[kQuad], grad_prev[kQuad], d[kQuad], diagonal[kQuad];
+    S p[kQuad], g[kQuad], undecayed[kQuad] = {}, grad_prev[kQuad], d[kQuad], diagonal[kQuad];
     p_raw[q].decode(p), grad_prev_raw[q].decode(grad_prev), d_raw[q].decode(d), diagonal_raw[q].decode(diagonal);
     if constexpr (kLoaded) {
       g_loaded[q].decode(g);
     } else {
       g_raw[q].decode(g);
 #pragma unroll
-      for (int l = 0; l < kQuad; ++l) g[l] = gradient<Pass>(g[l], p[l], numbers);
+      for (int l = 0; l < kQuad; ++l) {
+        undecayed[l] = scaled_gradient(g[l], numbers.factor);
+        g[l] = gradient<Pass>(undecayed[l], p[l], numbers);
+      }
     }
-    if (kMayReside && Pass::kFirstPass && Pass::kResident != 0 && smem_offset >= 0) {
+    if (kMayReside && Pass::kOpens && Pass::kResident != 0 && smem_offset >= 0) {
       S* const to = resident<S>(smem_offset) + local + q * kApart;
       store_resident(to, g);
       store_resident(to + kTile, Pass::kResident == kD ? d : diagonal);
     }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
-      At<S, K> at{p[l], g[l], grad_prev[l], d[l], diagonal[l], numbers, sums};
+      At<S, K> at{p[l], g[l], undecayed[l], grad_prev[l], d[l], diagonal[l], numbers, sums};
       pass(at);
       p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_;
     }
@@ -408,7 +413,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
   const unsigned reads = pass.reads(), writes = pass.writes();
   const std::int64_t in_segment = position - segment.offset;
   const bool resides = kMayReside && smem_offset >= 0;
-  const bool loaded = resides && !Pass::kFirstPass;
+  const bool loaded = resides && !Pass::kOpens;
   const int local = static_cast<int>(position % kTile);
   const bool reads_g = pass.kReadsGradient && !loaded;
   const bool reads_p = (reads & kP) || (reads_g && Pass::kL2 && numbers.weight_decay != S{0});
@@ -419,15 +424,17 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
     if (reads_p) p = value_of(static_cast<const E*>(segment.p)[in_segment]);
     if (reads_g) g = value_of(static_cast<const E*>(segment.g)[in_segment]);
   });
-  g = loaded ? resident<S>(smem_offset)[local] : gradient<Pass>(g, p, numbers);
+  const S undecayed = scaled_gradient(g, numbers.factor);
+  g = loaded ? resident<S>(smem_offset)[local] : gradient<Pass>(undecayed, p, numbers);
   At<S, K> at{p,
               g,
+              undecayed,
               reads & kGradPrev ? *stream<S>(segment.grad_prev, in_segment) : S{},
               reads & kD ? *stream<S>(segment.direction, in_segment) : S{},
               reads & kDiagonal ? *stream<S>(segment.diagonal, in_segment) : S{},
               numbers,
               sums};
-  if (Pass::kFirstPass && Pass::kResident != 0 && resides) {
+  if (Pass::kOpens && Pass::kResident != 0 && resides) {
     resident<S>(smem_offset)[local] = at.g_;
     resident<S>(smem_offset)[kTile + local] = Pass::kResident == kD ? at.d_ : at.diagonal_;
   }
@@ -446,10 +453,14 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
 // Both quads of a tile at once, where there are registers for it: where the pass reads little, or the kernel has a whole
 // multiprocessor.
 template <class S, class Pass, bool kMayReside>
-constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kFirstPass || kMayReside) ? 2 : 1;
+constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kOpens || kMayReside) ? 2 : 1;
 // Two would spill here, and here ptxas would wait for some of the loads before the others.
 template <class S>
 constexpr int kQuadsAtOnce<S, AdamDots<S>, false> = 1;
+template <class S>
+constexpr int kQuadsAtOnce<S, WithNorm<AdamDots<S>>, false> = 1;
+template <class S>
+constexpr int kQuadsAtOnce<S, Repeated<AdamDots<S>>, false> = 1;
 template <class S>
 constexpr int kQuadsAtOnce<S, CurvatureAndDots<S>, true> = 1;
 
@@ -491,7 +502,7 @@ __device__ __forceinline__ void run_tile(const BlockContext<S>& launch, const Pa
             run(loaded, std::false_type{}, std::integral_constant<int, 1>{});
           }
         };
-        if constexpr (kMayReside && !Pass::kFirstPass && Pass::kResident != 0) {
+        if constexpr (kMayReside && !Pass::kOpens && Pass::kResident != 0) {
           if (smem_offset >= 0) return run_as(std::true_type{});
         }
         run_as(std::false_type{});

@@ -32,6 +32,7 @@ def random_options(choose: Callable[[list[Any]], Any]) -> dict[str, Any]:
         "line_search": choose([None, OnlineLineSearch()]),
         "maximize": choose([False, True]),
         "beta2": choose([0.999, 0.5]),
+        "max_grad_norm": choose([None, 1.0, 4.0]),
     }
     return options | ({"beta_max": 0.9} if options["update"] == "heavy_ball" else {})
 
@@ -171,7 +172,12 @@ class Journey:
         if scalars["step"]:
             alpha_prev = [group["alpha_prev"].item() for group in saved["param_groups"]]
             parts.append(
-                repr(([v for k, v in scalars.items() if k not in ("skipped_steps", "active_set")], alpha_prev)).encode()
+                repr(
+                    (
+                        [v for k, v in scalars.items() if k not in ("skipped_steps", "active_set", "grad_norm")],
+                        alpha_prev,
+                    )
+                ).encode()
             )
         return b"|".join(parts)
 
@@ -222,13 +228,19 @@ class Journey:
             rz=scalars["rz"],
             ls_scale=scalars["ls_scale"],
             loss_prev=scalars["loss_prev"] if math.isfinite(scalars["loss_prev"]) else None,
+            grad_norm=scalars["grad_norm"],
+            clip=scalars["clip"],
         )
 
     def expected(self, before: reference.State, loss: float) -> tuple[np.ndarray, reference.State]:
         o = self.options
         search = o["line_search"]
         options = reference.Options(
-            **{k: o[k] for k in ("preconditioner", "update", "maximize", "beta2", "beta_max") if k in o},
+            **{
+                k: o[k]
+                for k in ("preconditioner", "update", "maximize", "beta2", "beta_max", "max_grad_norm")
+                if k in o
+            },
             line_search=search,
         )
         mask = self.per_element([float(i not in self.dropped) for i in range(len(self.params))]) > 0
@@ -266,6 +278,9 @@ class Journey:
             close("g_prev", found.g_prev, state.g_prev)
         close("rz", found.rz, state.rz, more_beta * max(before.rz, state.rz))
         close("ls_scale", found.ls_scale, state.ls_scale)
+        if math.isfinite(state.grad_norm):  # else an old gradient was still there
+            close("grad_norm", found.grad_norm, state.grad_norm)
+        close("clip", found.clip, state.clip)
         np.testing.assert_array_equal(found.updates, state.updates)
 
     def amplified(self, before: reference.State, state: reference.State) -> tuple[np.ndarray, np.ndarray, float]:

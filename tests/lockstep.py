@@ -175,6 +175,8 @@ class Lockstep:
             rz=before["rz"],
             ls_scale=before["ls_scale"],
             loss_prev=before["loss_prev"] if math.isfinite(before["loss_prev"]) else None,
+            grad_norm=before["grad_norm"],
+            clip=before["clip"],
         )
         lr, wd = self.per_element(self.lr), self.per_element(self.weight_decay)
         p_new, new = reference.nlcg_step(p, g, state, o, lr=lr, weight_decay=wd, loss=loss, active=mask)
@@ -184,10 +186,12 @@ class Lockstep:
 
         # how far rounding can be amplified
         l2 = 0.0 * wd if reference.PRECONDITIONERS[o.preconditioner].decoupled else wd
-        eff = np.where(mask, reference.effective_gradient(g, p, l2, o.maximize), 0.0)
+        clipped = o.measures_norm and new.clip != 1.0
+        seen = np.where(clipped, new.clip, 1.0) * g
+        eff = np.where(mask, reference.effective_gradient(seen, p, l2, o.maximize), 0.0)
         d_old, gp_old = np.where(mask, state.d, 0.0), np.where(mask, state.g_prev, 0.0)
         y, s = eff - gp_old, alpha_prev * d_old
-        tol_g = np.where(l2 != 0.0, K * u * (np.abs(g) + np.abs(wd * p)), 0.0)
+        tol_g = np.where((l2 != 0.0) | clipped, K * u * (np.abs(seen) + np.abs(l2 * p)), 0.0)
         tol_ys = (
             SUM_ROUNDING * np.sum(np.abs(eff * s) + np.abs(gp_old * s))
             + K * u * np.sum(np.abs(y * s))
@@ -252,11 +256,15 @@ class Lockstep:
             assert after["grad_max"] == np.max(np.abs(np.where(mask, self.g_prev, 0.0)), initial=0.0)
         if o.preconditioner == "adam":
             d_new = np.where(mask, self.d, 0.0).astype(float)
-            close("gg", after["gg"], np.sum(eff**2), SUM_ROUNDING * np.sum(eff**2))
-            close("gd", after["gd"], np.sum(eff * d_new), SUM_ROUNDING * np.sum(np.abs(eff * d_new)))
+            tol_gg = SUM_ROUNDING * np.sum(eff**2) + 2 * np.sum(np.abs(eff) * tol_g)
+            close("gg", after["gg"], np.sum(eff**2), tol_gg)
+            tol_gd = SUM_ROUNDING * np.sum(np.abs(eff * d_new)) + np.sum(tol_g * np.abs(d_new))
+            close("gd", after["gd"], np.sum(eff * d_new), tol_gd)
         close("p", self.flat(self.p), p_new, np.where(mask, tol_p, 0.0))
         close("rz", after["rz"], new.rz, tol_rz)
         close("beta", after["beta"], new.beta, tol_beta)
+        close("grad_norm", after["grad_norm"], new.grad_norm, SUM_ROUNDING * new.grad_norm)
+        close("clip", after["clip"], new.clip, SUM_ROUNDING * new.clip if o.measures_norm else 0.0)
         close("ls_scale", after["ls_scale"], new.ls_scale, 1e-15)
         assert after["step"] == new.step
         assert after["skipped_steps"] == new.skipped_steps

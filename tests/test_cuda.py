@@ -41,7 +41,7 @@ def trajectory(cuts: list[Cut], options: Options, form: str, blocks: int, reside
     for _ in range(steps):
         lockstep.noisy_gradients()
         lockstep.run()
-    assert lockstep.native.launches == (1 if form == "one" else PASSES[options.preconditioner])
+    assert lockstep.native.launches == (1 if form == "one" else PASSES[options.preconditioner] + options.measures_norm)
     assert lockstep.scalars["step"] == steps
     return lockstep.snapshot()
 
@@ -61,6 +61,7 @@ FORMS = {
     "bfgs": Options(preconditioner="bfgs"),
     "bfgs_pr": Options(preconditioner="bfgs", **PR, eps=0.0),  # eps = 0 defers the update of h to the last pass
     "none_pr": Options(preconditioner=None, **PR),
+    **{f"{of}_clip": Options(preconditioner=of, **PR, max_grad_norm=300.0) for of in ("adam", "bfgs", None)},
 }
 
 
@@ -76,10 +77,11 @@ def test_same_bits_for_any_form_grid_and_residency(gpu: Backend, name: str, opti
         assert trajectory(CUTS[name], options, form, blocks, resident) == expected, (form, blocks, resident)
 
 
+@pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("of", ["adam", "bfgs", None])
 @pytest.mark.parametrize("form", ["one", "separate"])
-def test_both_forms_follow_the_reference(gpu: Backend, form: str, of: str | None) -> None:
-    options = Options(preconditioner=of, update="polak_ribiere")
+def test_both_forms_follow_the_reference(gpu: Backend, form: str, of: str | None, clips: bool) -> None:
+    options = Options(preconditioner=of, update="polak_ribiere", max_grad_norm=150.0 if clips else None)
     lockstep = Lockstep([Cut(4096, "float32"), Cut(4096 + 77, "bfloat16")], options, shift=1)
     lockstep.native.set_launch(form)
     for t in range(10):
@@ -93,7 +95,8 @@ def test_both_forms_follow_the_reference(gpu: Backend, form: str, of: str | None
         lockstep.run()
         assert all(torch.equal(state[key], lockstep.state[key]) for key in state)
         after = lockstep.scalars
-        assert repr({**after, "skipped_steps": 0.0}) == repr(before)
+        assert repr({**after, "skipped_steps": 0.0, "grad_norm": before["grad_norm"]}) == repr(before)
+        assert math.isnan(after["grad_norm"]) == clips
     assert lockstep.scalars["skipped_steps"] == 1
 
 

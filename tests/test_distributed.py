@@ -29,6 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "adam_decay": {"lr": 0.01, "weight_decay": 0.1},
     "bfgs": {"lr": 0.02, "preconditioner": "bfgs"},
     "bfgs_pr": {"lr": 0.02, "preconditioner": "bfgs", "update": "polak_ribiere", "weight_decay": 0.01},
+    "adam_clip": {"lr": 0.01, "max_grad_norm": 0.3},
+    "bfgs_clip": {"lr": 0.02, "preconditioner": "bfgs", "max_grad_norm": 0.3, "weight_decay": 0.01},
     "none": {"lr": 0.02, "preconditioner": None},
     "none_pr": {"lr": 0.02, "preconditioner": None, "update": "polak_ribiere"},
     "search": {"lr": 0.05, "preconditioner": "bfgs", "line_search": (0.0, -0.0, 0.2, 0.1)},
@@ -98,6 +100,8 @@ def compare_diagnostics(a: Any, b: Any, tolerance: float) -> None:
     for name in ("beta", "rz", "ys", "shs", "grad_norm", "direction_norm", "cosine", "ls_scale"):
         assert getattr(a, name) == pytest.approx(getattr(b, name), rel=tolerance, abs=1e-12), name
     assert (a.step, a.updated, a.skipped_steps) == (b.step, b.updated, b.skipped_steps)
+    assert a.total_norm == pytest.approx(b.total_norm, rel=tolerance, nan_ok=True)
+    assert a.clip == pytest.approx(b.clip, rel=tolerance)
 
 
 class Gathers:
@@ -165,7 +169,9 @@ def test_fsdp2_follows_one_process(world: int, kind: str) -> None:
     for found, diagnostics, gathers, _ in results:
         compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
         compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-3)
-        assert gathers == (2 if KINDS[kind].get("preconditioner") == "bfgs" else 1)
+        # one more where the gradient is clipped
+        assert (diagnostics.clip < 1.0) == ("max_grad_norm" in KINDS[kind])
+        assert gathers == (2 if KINDS[kind].get("preconditioner") == "bfgs" else 1) + (diagnostics.clip < 1.0)
         assert diagnostics == results[0][1]
 
 
@@ -185,13 +191,13 @@ def test_hsdp_follows_one_process_and_replicas_are_bit_equal(mesh_shape: tuple[i
 
 
 @pytest.mark.skipif(not backends.EMULATION, reason=backends.NO_EMULATION)
-@pytest.mark.parametrize("kind", ["adam", "adam_pr", "bfgs", "none", "search"])
+@pytest.mark.parametrize("kind", ["adam", "adam_pr", "adam_clip", "bfgs", "bfgs_clip", "none", "search"])
 def test_fsdp2_on_the_emulated_gpu(kind: str) -> None:
     expected, optimizer = alone(kind)
     for found, diagnostics, gathers, _ in ranks(3)(fsdp2, kind, None, "emulated"):
         compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
         compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-3)
-        passes = 3 if KINDS[kind].get("preconditioner") == "bfgs" else 2
+        passes = (3 if KINDS[kind].get("preconditioner") == "bfgs" else 2) + ("max_grad_norm" in KINDS[kind])
         assert gathers == passes - 1
         assert diagnostics.launches == 2 * passes - 1  # the passes, and a decision after each but the last
 

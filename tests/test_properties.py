@@ -21,7 +21,7 @@ from torch import nn
 
 OPTIONS = st.builds(
     lambda picks: random_options(lambda choices: choices[next(picks) % len(choices)]),
-    st.lists(st.integers(0, 11), min_size=7, max_size=7).map(iter),
+    st.lists(st.integers(0, 11), min_size=8, max_size=8).map(iter),
 )
 
 

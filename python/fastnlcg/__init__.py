@@ -8,6 +8,7 @@
     Diagnostics         what a step did: NLCG.diagnostics()
     warmup_cosine       linear warm-up and cosine decay relative to the peak, as a torch scheduler
     paper_schedule      the paper's learning-rate schedule, likewise
+    decay_groups        the two usual parameter groups: matrices decay, biases and norms do not
     ops                 the step and its parts over flat buffers; no torch needed
     reference           the definition, in NumPy float64
 
@@ -24,6 +25,7 @@ from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.wolfe import HagerZhang
 
 if TYPE_CHECKING:
+    from fastnlcg.adamw import decay_groups
     from fastnlcg.cg_descent import CGDescent
     from fastnlcg.nlcg import NLCG, Diagnostics
     from fastnlcg.schedules import paper_schedule, warmup_cosine
@@ -36,6 +38,7 @@ __all__ = [
     "OnlineLineSearch",
     "OptimizeResult",
     "__version__",
+    "decay_groups",
     "minimize",
     "ops",
     "paper_schedule",
@@ -49,6 +52,7 @@ _NEED_TORCH = {
     "NLCG": "nlcg",
     "CGDescent": "cg_descent",
     "Diagnostics": "nlcg",
+    "decay_groups": "adamw",
     "paper_schedule": "schedules",
     "warmup_cosine": "schedules",
 }

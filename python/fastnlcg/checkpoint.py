@@ -1,8 +1,8 @@
 """What may be loaded into an optimizer: a state dict is taken whole, or refused before anything has changed.
 
-Files of version 0.4, whose scalars were a mapping, are brought up to this one's form; what a later version has added to
-the scalars is left out, with a warning; what is missing or damaged is a ValueError. Entries of others in a parameter's
-state are theirs.
+Files of version 0.4, whose scalars were a mapping, and of 0.5, which had fewer, are brought up to this one's form; what
+a later version has added to the scalars is left out, with a warning; what is missing or damaged is a ValueError.
+Entries of others in a parameter's state are theirs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from fastnlcg.options import Options
 
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
+
+_SCALARS_OF_0_5 = 17
 
 
 def checked(optimizer: NLCG, given: object) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def checked(optimizer: NLCG, given: object) -> dict[str, Any]:
     if whole and isinstance(whole[0].get("scalars"), Mapping):
         _from_0_4(whole, entries)
     for group in whole:
+        _complete_scalars(group)
         for key, value in optimizer.defaults.items():
             group.setdefault(key, value)
     for k, group in enumerate(whole):
@@ -84,6 +87,13 @@ def _share_scalars(whole: list[dict[str, Any]]) -> None:
     for group in whole:
         group["scalars"] = kept
         group["alpha_prev"] = group["alpha_prev"].detach().to("cpu", torch.float64, copy=True)
+
+
+def _complete_scalars(group: dict[str, Any]) -> None:
+    """Those of version 0.5 and 0.6 lack what has been added behind them since."""
+    scalars = group.get("scalars")
+    if isinstance(scalars, Tensor) and scalars.dim() == 1 and _SCALARS_OF_0_5 <= scalars.numel() < len(_native.SCALARS):
+        group["scalars"] = torch.cat([scalars, groups.new_scalars().to(scalars)[scalars.numel() :]])
 
 
 def _is_ours(entry: object) -> bool:

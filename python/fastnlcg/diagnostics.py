@@ -19,7 +19,7 @@ class Diagnostics:
     step: int
     """completed steps"""
     skipped_steps: int
-    """steps that changed nothing because a sum was not finite"""
+    """steps that changed nothing because a sum was not finite, or the norm above ``skip_grad_norm``"""
     beta: float
     """conjugacy coefficient after clamping and restarts"""
     rz: float
@@ -31,13 +31,18 @@ class Diagnostics:
     updated: bool
     """whether the preconditioner's diagonal was updated"""
     grad_norm: float
-    """norm of g, after L2 weight decay"""
+    """norm of g, after clipping and L2 weight decay"""
     direction_norm: float
     """norm of d"""
     cosine: float
     """cos(g, -d): 1 is steepest descent; NaN where one of them is zero"""
     ls_scale: float
     """line-search scale, in (0, 1]"""
+    total_norm: float = math.nan
+    """norm of the gradient before clipping and weight decay, also of a step that was skipped; NaN where neither
+    ``max_grad_norm`` nor ``skip_grad_norm`` asks for it"""
+    clip: float = 1.0
+    """what clipping has multiplied the gradient by, in (0, 1]"""
     launches: int = 0
     """CUDA launches of the step's passes: 1 (cooperative), or one for each; 0 on the CPU"""
 
@@ -69,5 +74,7 @@ def read(of: Layout, param_groups: list[dict[str, Any]], state: Any) -> Diagnost
         direction_norm=math.sqrt(dd),
         cosine=-gd / norms if norms else math.nan,
         ls_scale=s["ls_scale"],
+        total_norm=s["grad_norm"] if of.options.measures_norm else math.nan,
+        clip=s["clip"] if of.options.measures_norm else 1.0,
         launches=of.native.launches,
     )

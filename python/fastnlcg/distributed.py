@@ -118,11 +118,15 @@ class Ranks:
     mine: Tensor = field(default_factory=lambda: torch.empty(0))
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def connect(self, native: _native.Step, elements: int, device: torch.device) -> None:
-        """Lets the native side exchange rows with the other ranks. ``elements``: of its index, that are owned."""
+    def prepare(self, device: torch.device) -> None:
+        """Rows to exchange, on the device of the backend."""
         k = _native.row_doubles
         self.mine = torch.zeros(k, dtype=torch.float64, device=device)
         self.rows = torch.zeros(len(self.owned) * k, dtype=torch.float64, device=device)
+
+    def connect(self, native: _native.Step, elements: int, device: torch.device) -> None:
+        """Lets the native side exchange rows with the other ranks. ``elements``: of its index, that are owned."""
+        self.prepare(device)
         owned = torch.tensor(self.owned, dtype=torch.float64, device=device)
         rows = _native.Buffer(self.mine), _native.Buffer(self.rows), _native.Buffer(owned)
         native.set_exchange(*rows, elements, self.every_decision, self.gather)

@@ -6,14 +6,14 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
-from fastnlcg import checkpoint, diagnostics, distributed, groups, layout
+from fastnlcg import _native, adamw, checkpoint, diagnostics, distributed, groups, layout
 from fastnlcg.diagnostics import Diagnostics
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.losses import Losses, check_loss, warn_of_skip
@@ -105,6 +105,12 @@ class NLCG(torch.optim.Optimizer):
         nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; nor does one whose
             gradient is finite, but too large for the float32 state (with ``"adam"`` |g| above 1.8e19). ``"propagate"``:
             as torch's own optimizers.
+        max_grad_norm: clip the gradient to this norm, as ``torch.nn.utils.clip_grad_norm_`` before the step would: over
+            all groups and ranks, after AMP's unscaling, before weight decay; ``p.grad`` stays as it is. The first pass
+            forms the norm beside its own sums, and is repeated where the gradient has to be clipped: 4 to 8 bytes per
+            parameter more in such steps, where ``clip_grad_norm_`` takes 12 in all. > 0; inf: the norm is only
+            measured. None: neither.
+        skip_grad_norm: skip a step whose gradient has a larger norm than this (a spike), and count it. > 0.
         maximize: maximize the objective; the line search's comparison is reversed too.
         stochastic_rounding: for bfloat16 parameters: round up with the probability of what is cut off, so that updates
             below a parameter's resolution are kept on average instead of lost. The random bits depend on the step, the
@@ -155,6 +161,8 @@ class NLCG(torch.optim.Optimizer):
         curvature_eps: float = 1e-8,
         beta2: float = 0.999,
         beta_max: float | None = None,
+        max_grad_norm: float | None = None,
+        skip_grad_norm: float | None = None,
         nonfinite: Literal["skip", "propagate"] = "skip",
         maximize: bool = False,
         stochastic_rounding: bool = False,
@@ -177,6 +185,8 @@ class NLCG(torch.optim.Optimizer):
             curvature_eps=curvature_eps,
             beta2=beta2,
             beta_max=beta_max,
+            max_grad_norm=max_grad_norm,
+            skip_grad_norm=skip_grad_norm,
             nonfinite=nonfinite,
             stochastic_rounding=stochastic_rounding,
             maximize=maximize,
@@ -331,6 +341,21 @@ class NLCG(torch.optim.Optimizer):
 
     # ---- what it did ---------------------------------------------------------------------------------------------
 
+    @property
+    def last_grad_norm(self) -> Tensor:
+        """The norm of the last step's gradient before clipping, a float64 tensor of no dimension on the parameters'
+        device: for loggers, without waiting for a GPU. Skipped steps count. 0 before the first step.
+
+        Raises:
+            RuntimeError: without ``max_grad_norm`` or ``skip_grad_norm``, when nobody forms it.
+        """
+        if not Options.of_group(self.param_groups[0]).measures_norm:
+            raise RuntimeError("last_grad_norm needs max_grad_norm=; inf measures the norm and clips nothing")
+        groups.complete(self.param_groups, {})
+        self._layout.use_stream()
+        scalars: Tensor = self.param_groups[0]["scalars"]
+        return scalars[list(_native.SCALARS).index("grad_norm")].clone()
+
     def diagnostics(self) -> Diagnostics:
         """What the last step did. The norms are computed when asked for, from the state, by one pass over it. Waits for
         a step that is under way in another thread, or on a GPU. Where parameters are spread over ranks, all have to
@@ -385,6 +410,31 @@ class NLCG(torch.optim.Optimizer):
                 handle.remove()
             for p, entry in entries.items():
                 self.state[p] = {**self.state.get(p, {}), **entry}
+
+    def load_adamw_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a run of ``torch.optim.AdamW`` (or Adam without weight decay) over the same parameters: v and
+        the step counts are taken as they are, the direction is ``-exp_avg / ((1 - beta1) (h + eps))``. Of the groups,
+        ``lr`` becomes ``(1 - beta1) lr`` and ``weight_decay`` ``weight_decay / (1 - beta1)``, which makes the same
+        moves; eps, beta2 and maximize are the file's, all other options this optimizer's. With
+        ``update="heavy_ball", beta_max=beta1`` the steps are AdamW's up to changes of h. Make schedulers after it.
+
+        Raises:
+            ValueError: for another optimizer's state dict, amsgrad, L2 weight decay, or another preconditioner than
+                ``"adam"``; the optimizer is unchanged then.
+        """
+        self.load_state_dict(adamw.from_adamw(self, state_dict))
+
+    def adamw_state_dict(self, beta1: float = 0.9) -> dict[str, Any]:
+        """The way back: a state dict for ``torch.optim.AdamW`` over the same parameters, with
+        ``exp_avg = -(1 - beta1) (h + eps) d``, lr and weight decay converted the other way.
+
+        Raises:
+            TypeError, ValueError: for a beta1 outside [0, 1), or another preconditioner than ``"adam"``.
+        """
+        beta1 = check_real("beta1", beta1, minimum=0.0)
+        if beta1 >= 1.0:
+            raise ValueError(f"Invalid beta1: {beta1!r}; expected a number in [0, 1)")
+        return adamw.to_adamw(self, beta1)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:

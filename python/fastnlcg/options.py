@@ -106,6 +106,15 @@ def _at_most_one_or_none(name: str, value: object) -> float | None:
     return number
 
 
+def _norm_or_none(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    number = math.inf if value == math.inf else check_real(name, value)
+    if number <= 0.0:
+        raise ValueError(f"Invalid {name}: {value!r}; expected None or a number > 0; inf measures the norm alone")
+    return number
+
+
 def _line_search(name: str, value: object) -> object:
     if not isinstance(value, OnlineLineSearch | None):
         raise TypeError(f"{name} must be None or an OnlineLineSearch(), got {value!r}")
@@ -134,6 +143,8 @@ class Options:
     curvature_eps: float = _option(1e-8, _non_negative)
     beta2: float = _option(0.999, _below_one)
     beta_max: float | None = _option(None, _at_most_one_or_none)
+    max_grad_norm: float | None = _option(None, _norm_or_none)
+    skip_grad_norm: float | None = _option(None, _norm_or_none)
     nonfinite: Literal["skip", "propagate"] = _option("skip", _one_of("skip", "propagate"))
     stochastic_rounding: bool = _option(False, _bool)
     maximize: bool = _option(False, _bool, of_group=True)
@@ -164,6 +175,11 @@ class Options:
         """Whether the state has ``grad_prev``: the preconditioner's own need, or ``rz_mid``'s."""
         return self.kind.keeps_gradient or self.update == "polak_ribiere"
 
+    @property
+    def measures_norm(self) -> bool:
+        """Whether a step forms the norm of the gradient."""
+        return self.max_grad_norm is not None or self.skip_grad_norm is not None
+
     def streams(self) -> dict[str, float]:
         """The tensors of a parameter's state, and what they hold before the first step."""
         found = {"direction": 0.0}
@@ -183,6 +199,9 @@ class Options:
             "line_search": search is not None,
             "preconditioner": self.kind.native,
             "beta_max": self.largest_beta,
+            "measure_norm": self.measures_norm,
+            "max_grad_norm": math.inf if self.max_grad_norm is None else self.max_grad_norm,
+            "skip_grad_norm": math.inf if self.skip_grad_norm is None else self.skip_grad_norm,
             "skip_nonfinite": self.nonfinite == "skip",
         }
 

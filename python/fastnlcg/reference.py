@@ -44,6 +44,7 @@ __all__ = [
     "State",
     "adam_diagonal",
     "bfgs_diagonal",
+    "clip_factor",
     "conjugacy",
     "conjugate_direction",
     "curvature_accepted",
@@ -82,6 +83,9 @@ class State:
     ys: float = 0.0
     shs: float = 0.0
     updated: bool = False
+    grad_norm: float = 0.0
+    """before clipping, where it is measured; of a skipped step too"""
+    clip: float = 1.0
 
 
 def initial_state(n: int, options: Options | None = None) -> State:
@@ -104,6 +108,14 @@ def effective_gradient(grad: Array, p: Array, weight_decay: float | Array, maxim
     """The gradient that the method sees: sign turned for ``maximize``, then L2 weight decay."""
     signed = -grad if maximize else grad
     return np.where(np.asarray(weight_decay) != 0.0, signed + weight_decay * p, signed)
+
+
+def clip_factor(norm: float, max_grad_norm: float | None) -> float:
+    """That of ``torch.nn.utils.clip_grad_norm_``: ``max_grad_norm / (norm + 1e-6)``, at most 1."""
+    if max_grad_norm is None or max_grad_norm == np.inf:
+        return 1.0
+    factor = max_grad_norm / (norm + 1e-6)
+    return 1.0 if factor >= 1.0 else factor
 
 
 def curvature_accepted(ys: float, shs: float, curvature_eps: float) -> bool:
@@ -313,7 +325,15 @@ def nlcg_step(
         raise ValueError(f"active has shape {active.shape} and dtype {active.dtype}, expected {p.shape} and bool")
     l2, decoupled = (0.0, weight_decay) if preconditioner.decoupled else (weight_decay, 0.0)
     active = np.ones(p.size, dtype=bool) if active is None else active
-    g = np.where(active, effective_gradient(grad, p, l2, o.maximize), 0.0)
+    grad_norm, clip = state.grad_norm, state.clip
+    if o.measures_norm:
+        with np.errstate(all="ignore"):
+            grad_norm = float(np.sqrt(np.sum(np.where(active, grad, 0.0) ** 2)))
+        spike = o.skip_grad_norm is not None and grad_norm > o.skip_grad_norm
+        if spike or (o.nonfinite == "skip" and not np.isfinite(grad_norm)):
+            return p, replace(state, skipped_steps=state.skipped_steps + 1, grad_norm=grad_norm)
+        clip = clip_factor(grad_norm, o.max_grad_norm)
+    g = np.where(active, effective_gradient(clip * grad if clip != 1.0 else grad, p, l2, o.maximize), 0.0)
     d_old = np.where(active, state.d, 0.0)
     g_prev = np.where(active, state.g_prev, 0.0)
     same_course = state.step != 0 and bool(np.array_equal(active, state.active))
@@ -332,7 +352,7 @@ def nlcg_step(
 
         sums = [found.get("ys", 0.0), found.get("shs", 0.0), rz_new, rz_mid]
         if o.nonfinite == "skip" and not np.all(np.isfinite(sums)):
-            return p, replace(state, skipped_steps=state.skipped_steps + 1)
+            return p, replace(state, skipped_steps=state.skipped_steps + 1, grad_norm=grad_norm)
 
         d = np.where(active, conjugate_direction(z, beta, d_old), state.d)
         alpha = (lr(p, d) if callable(lr) else lr) * ls_scale * np.ones(p.size)
@@ -353,6 +373,8 @@ def nlcg_step(
         ys=found.get("ys", 0.0),
         shs=found.get("shs", 0.0),
         updated=found.get("updated", False),
+        grad_norm=grad_norm,
+        clip=clip,
     )
 
 

@@ -12,7 +12,7 @@ namespace {
 // Some steps over two tiles in three parameters, one of which begins inside a tile; the bits of the parameters.
 std::uint64_t run(Preconditioner preconditioner, CudaStep::Form form, int resident_tiles, int blocks) {
   constexpr std::int64_t n = kTile + 101;
-  constexpr int steps = 3;
+  constexpr int steps = 4;
   const std::int64_t cuts[] = {0, n / 3 + 1, n / 2, n};
   std::vector<float> p(n), g(n), grad_prev(n), d(n), diagonal(n, preconditioner == Preconditioner::bfgs ? 1.0f : 0.0f);
   for (std::int64_t i = 0; i < n; ++i) p[i] = std::sin(0.1f * static_cast<float>(i % 1000));
@@ -57,6 +57,8 @@ std::uint64_t run(Preconditioner preconditioner, CudaStep::Form form, int reside
   for (int t = 0; t < steps; ++t) {
     for (std::int64_t i = 0; i < n; ++i) g[i] = (1.0f + static_cast<float>(i % 7)) * p[i];
     if (t == 1) g[n / 2] = INFINITY;  // a skipped step leaves the barrier as it found it
+    step.options.measure_norm = t != 0;
+    step.options.max_grad_norm = t == 2 ? 10.0 : 1e6;  // the last repeats its first pass
     cuda_step(step, cuda);
   }
   cuda_forget(cuda);
