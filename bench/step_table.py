@@ -24,6 +24,13 @@ LABELS = {
     "rmsprop_loop": "RMSProp with momentum, loop",
     "nlcg_plain_torch": "the paper's form from torch's operations",
 }
+CLIPPING = {
+    "adamw_fused": "AdamW, fused",
+    "adamw_clipped": "AdamW, fused, behind `clip_grad_norm_`",
+    "nlcg_adam": "NLCG",
+    "nlcg_adam_measured": "NLCG, `max_grad_norm`, a step that is not clipped",
+    "nlcg_adam_clipped": "NLCG, `max_grad_norm`, a step that is",
+}
 PICTURED = ("nlcg_adam", "nlcg_fr_none", "adamw_fused", "sgd_momentum_fused", "rmsprop_foreach", "rmsprop_loop")
 RATIOS = ("ratio_to_adamw_fused", "ratio_to_sgd_fused", "ratio_to_rmsprop")
 
@@ -40,6 +47,17 @@ def table(rows: list[dict[str, object]]) -> str:
     for optimizer, label in LABELS.items():
         of_lists = [found[name, optimizer] for name in LISTS]
         lines.append([label, *(three_digits(row[key]) for row in of_lists for key in ("median_ms", *RATIOS))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def clipping_table(rows: list[dict[str, object]]) -> str:
+    """The same with gradient clipping: milliseconds, and relative to AdamW behind torch's."""
+    found = by_list(rows)
+    lines = [["one step", *(f"{name}: ms | / AdamW, clipping" for name in LISTS.values())], ["---"] * 7]
+    for optimizer, label in CLIPPING.items():
+        of_lists = [found[name, optimizer] for name in LISTS]
+        numbers = (three_digits(row[key]) for row in of_lists for key in ("median_ms", "ratio_to_adamw_clipped"))
+        lines.append([label, *numbers])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -90,4 +108,10 @@ if __name__ == "__main__":
     path = Path(sys.argv[1])
     benchmarks = json.loads(path.read_text())["benchmarks"]
     picture(benchmarks, path.with_suffix(".png"))
-    print(table(benchmarks), host_time(benchmarks), f"Picture: {path.with_suffix('.png')}", sep="\n\n")
+    print(
+        table(benchmarks),
+        clipping_table(benchmarks),
+        host_time(benchmarks),
+        f"Picture: {path.with_suffix('.png')}",
+        sep="\n\n",
+    )

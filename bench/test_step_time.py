@@ -3,11 +3,11 @@
     make bench                       one thread, all lists, writes JSON
     pytest bench/test_step_time.py   the same, with pytest's and pytest-benchmark's options
 
-Machines are shared and noisy, so no time stands alone: in every round the three peers, fused AdamW, fused SGD with
-momentum and the faster of torch's two RMSProps with momentum, take one step over the same parameters too, each behind a
-fresh gradient, and a ratio is the median over rounds. Gradients are those of a random diagonal quadratic, in fresh
-memory at every step as after zero_grad(): NLCG's curvature update is at work (asserted), and its table of pointers
-refreshed every time.
+Machines are shared and noisy, so no time stands alone: in every round the peers, fused AdamW, the same behind
+clip_grad_norm_, fused SGD with momentum and the faster of torch's two RMSProps with momentum, take one step over the
+same parameters too, each behind a fresh gradient, and a ratio is the median over rounds. Gradients are those of a
+random diagonal quadratic, in fresh memory at every step as after zero_grad(): NLCG's curvature update is at work
+(asserted), and its table of pointers refreshed every time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from fastnlcg import NLCG
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
 
 
 def resnet32() -> list[tuple[int, ...]]:
@@ -90,6 +91,17 @@ class PlainNLCG(torch.optim.Optimizer):
         self.rz = rz
 
 
+class ClippedAdamW:
+    """Fused AdamW behind torch's clipping, which multiplies whether the norm is above the bound or not."""
+
+    def __init__(self, params: list[Parameter], lr: float) -> None:
+        self.params, self.optimizer = params, torch.optim.AdamW(params, lr, fused=True)
+
+    def step(self) -> None:
+        clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+
+
 LR = 1e-6  # the parameters hardly move, however many steps are timed
 LISTS = {
     "small100": lambda: [(8,)] * 100,  # the host's time
@@ -101,6 +113,8 @@ ROUNDS = {"small100": 300, "resnet32": 200, "resnet50": 15, "flat100M": 5}
 OPTIMIZERS = {
     "nlcg_adam": lambda ps: NLCG(ps, LR),
     "nlcg_adam_pr": lambda ps: NLCG(ps, LR, update="polak_ribiere"),
+    "nlcg_adam_measured": lambda ps: NLCG(ps, LR, max_grad_norm=1e30),
+    "nlcg_adam_clipped": lambda ps: NLCG(ps, LR, max_grad_norm=1e-3),
     "nlcg_fr": lambda ps: NLCG(ps, 100 * LR, preconditioner="bfgs"),
     "nlcg_pr": lambda ps: NLCG(ps, 100 * LR, preconditioner="bfgs", update="polak_ribiere"),
     "nlcg_fr_gate_closed": lambda ps: NLCG(ps, 100 * LR, preconditioner="bfgs", curvature_eps=1e30),  # h stays
@@ -110,12 +124,15 @@ OPTIMIZERS = {
     "rmsprop_foreach": lambda ps: torch.optim.RMSprop(ps, LR, momentum=0.9, foreach=True),
     "rmsprop_loop": lambda ps: torch.optim.RMSprop(ps, LR, momentum=0.9, foreach=False),
     "adamw_fused": lambda ps: torch.optim.AdamW(ps, LR, fused=True),
+    "adamw_clipped": lambda ps: ClippedAdamW(ps, LR),
     "nlcg_plain_torch": lambda ps: PlainNLCG(ps, LR),
 }
 # Counted traffic in bytes per float32 parameter, where every pass over memory is ours to count.
 BYTES = {
     "nlcg_adam": 36,
     "nlcg_adam_pr": 44,
+    "nlcg_adam_measured": 36,
+    "nlcg_adam_clipped": 40,
     "nlcg_fr": 56,
     "nlcg_pr": 56,
     "nlcg_fr_gate_closed": 44,
@@ -162,14 +179,14 @@ def problem(request: pytest.FixtureRequest) -> tuple[str, list[Parameter], list[
     params = [Parameter(torch.randn(shape)) for shape in LISTS[name]()]
     curvatures = [torch.rand_like(p) + 0.1 for p in params]
     next_gradients(params, curvatures)
-    peers = {
-        key: OPTIMIZERS[key](params) for key in ("adamw_fused", "sgd_momentum_fused", "rmsprop_foreach", "rmsprop_loop")
-    }
+    keys = ("adamw_fused", "adamw_clipped", "sgd_momentum_fused", "rmsprop_foreach", "rmsprop_loop")
+    peers = {key: OPTIMIZERS[key](params) for key in keys}
     medians = {}
     for key, peer in peers.items():
         medians[key] = statistics.median(timed(peer.step) for _ in range(5))
     faster = min("rmsprop_foreach", "rmsprop_loop", key=medians.__getitem__)
-    chosen = {"adamw_fused": "adamw_fused", "sgd_fused": "sgd_momentum_fused", "rmsprop": faster}
+    chosen = {key: key for key in ("adamw_fused", "adamw_clipped")}
+    chosen |= {"sgd_fused": "sgd_momentum_fused", "rmsprop": faster}
     return name, params, curvatures, {peer: peers[key] for peer, key in chosen.items()}
 
 
@@ -208,6 +225,7 @@ def test_step_time(benchmark: pytest.FixtureRequest, problem: tuple, name: str) 
         tensors=len(params),
         median_ms=statistics.median(own) * 1e3,
         ratio_to_adamw_fused=ratios["adamw_fused"],
+        ratio_to_adamw_clipped=ratios["adamw_clipped"],
         ratio_to_sgd_fused=ratios["sgd_fused"],
         ratio_to_rmsprop=ratios["rmsprop"],
         copy_gb_per_s=8 * n / statistics.median(rounds["copy"]) / 1e9,

@@ -457,6 +457,30 @@ struct WithNorm : First {
   }
 };
 
+// The norm alone, before every other pass: 4 bytes, and nothing is formed twice. For a step that expects to clip.
+template <class T>
+struct GradientNorm : Pass {
+  static constexpr int kSums = 1;
+  static constexpr bool kFirstPass = true, kOpens = true, kL2 = false;
+  NLCG_HD unsigned reads() const { return 0; }
+  NLCG_HD unsigned writes() const { return 0; }
+
+  template <class At>
+  NLCG_HD void operator()(At& at) const {
+    const auto wide_g = at.wide(at.g());
+    at.add(0, wide_g, wide_g);
+  }
+
+  template <class Broadcast>
+  NLCG_HD static GradientNorm from_plan(const StepPlan&, const Options&, Broadcast) {
+    return {};
+  }
+  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double, double, double) {
+    decide_clipping(c, o, sums[0]);
+    c.again = !c.skip;
+  }
+};
+
 // The same pass over the clipped gradient.
 template <class First>
 struct Repeated : First {
@@ -476,6 +500,7 @@ struct ClippingOf<PassList<First, Rest...>> {
   template <class T>
   using Repetition = Repeated<First<T>>;
   using Passes = PassList<Norm, Repetition, Rest...>;
+  using NormFirst = PassList<GradientNorm, Repetition, Rest...>;
 };
 template <class Preconditioner>
 struct WithClipping : Preconditioner {

@@ -469,9 +469,17 @@ template <class S>
 void step_in(const Step& step) {
   form_bias(step);
   StepPlan c = {};
-  const bool moved = with_passes(step.options, [&](auto preconditioner) {
-    return every_pass<S>(step, c, typename decltype(preconditioner)::Passes{});
-  });
+  // A step is likely to clip if the last one did. The bits are the same: a sum's order is the flat index's.
+  const bool norm_first = step.options.measure_norm && step.scalars->clip != 1.0;
+  const bool moved =
+      norm_first ? with_preconditioner(step.options.preconditioner,
+                                       [&](auto preconditioner) {
+                                         using Passes = typename decltype(preconditioner)::Passes;
+                                         return every_pass<S>(step, c, typename ClippingOf<Passes>::NormFirst{});
+                                       })
+                 : with_passes(step.options, [&](auto preconditioner) {
+                     return every_pass<S>(step, c, typename decltype(preconditioner)::Passes{});
+                   });
   if (!moved) {
     if (!c.nothing_to_do) count_skip(c, *step.scalars);
     return;

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend
-from fastnlcg import NLCG, reference
+from fastnlcg import NLCG, _native, reference
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -80,6 +80,23 @@ def test_a_step_that_does_not_clip_has_the_bits_of_one_without(backend: Backend,
         runs.append(ps)
     for ps in runs[1:]:
         assert all(torch.equal(p, q) for p, q in zip(ps, runs[0], strict=True))
+
+
+def test_bits_do_not_depend_on_which_pass_forms_the_norm(preconditioner: str) -> None:
+    """On the CPU a step after one that clipped forms it first. Here the scalar that says so is turned over."""
+    runs = []
+    for turned in (False, True):
+        ps = parameters(Backend("cpu"))
+        optimizer = NLCG(ps, 0.01, max_grad_norm=15.0, weight_decay=0.1)
+        for t in range(8):
+            set_gradients(ps, t)
+            if turned and t:
+                clip = optimizer.param_groups[0]["scalars"][list(_native.SCALARS).index("clip")]
+                clip.fill_(0.5 if clip == 1.0 else 1.0)
+            optimizer.step()
+        runs.append((ps, optimizer.diagnostics()))
+    assert all(torch.equal(p, q) for p, q in zip(runs[0][0], runs[1][0], strict=True))
+    assert runs[0][1] == runs[1][1]
 
 
 def test_at_the_bound_and_at_zero(backend: Backend, preconditioner: str) -> None:

@@ -169,7 +169,7 @@ def test_fsdp2_follows_one_process(world: int, kind: str) -> None:
     for found, diagnostics, gathers, _ in results:
         compare(found, expected, [p.detach() for p in model().parameters()], 1e-5)
         compare_diagnostics(diagnostics, optimizer.diagnostics(), 1e-3)
-        # one more where the gradient is clipped
+        # one more where the gradient is clipped, or was in the step before
         assert (diagnostics.clip < 1.0) == ("max_grad_norm" in KINDS[kind])
         assert gathers == (2 if KINDS[kind].get("preconditioner") == "bfgs" else 1) + (diagnostics.clip < 1.0)
         assert diagnostics == results[0][1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -369,8 +370,8 @@ class NLCG(torch.optim.Optimizer):
             return diagnostics.read(here, self.param_groups, self.state)
 
     def __repr__(self) -> str:
-        lines: list[str] = super().__repr__().splitlines()
-        return "\n".join(line for line in lines if not line.startswith(("    scalars: ", "    alpha_prev: ")))
+        text: str = super().__repr__()
+        return re.sub(r"\n    (scalars|alpha_prev): .*(\n {8}.*)*", "", text)  # tensors, on lines of their own
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
