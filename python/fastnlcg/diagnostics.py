@@ -38,8 +38,8 @@ class Diagnostics:
     """cos(g, -d): 1 is steepest descent; NaN where one of them is zero"""
     ls_scale: float
     """line-search scale, in (0, 1]"""
-    total_norm: float = math.nan
-    """norm of the gradient before clipping and weight decay, also of a step that was skipped; NaN where neither
+    total_norm: float | None = None
+    """norm of the gradient before clipping and weight decay, also of a step that was skipped; None where neither
     ``max_grad_norm`` nor ``skip_grad_norm`` asks for it"""
     clip: float = 1.0
     """what clipping has multiplied the gradient by, in (0, 1]"""
@@ -74,7 +74,7 @@ def read(of: Layout, param_groups: list[dict[str, Any]], state: Any) -> Diagnost
         direction_norm=math.sqrt(dd),
         cosine=-gd / norms if norms else math.nan,
         ls_scale=s["ls_scale"],
-        total_norm=s["grad_norm"] if of.options.measures_norm else math.nan,
+        total_norm=s["grad_norm"] if of.options.measures_norm else None,
         clip=s["clip"] if of.options.measures_norm else 1.0,
         launches=of.native.launches,
     )
