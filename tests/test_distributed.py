@@ -592,10 +592,10 @@ def test_zero_redundancy_optimizer(kind: str) -> None:
         assert bits == results[0][1]
 
 
-def deepspeed_like() -> tuple[list[nn.Parameter], NLCG]:
+def deepspeed_like(**options: Any) -> tuple[list[nn.Parameter], NLCG]:
     """What DeepSpeed's ZeRO 1 and 2 do: one flat share in the place of each group's parameters."""
     net = model()
-    optimizer = NLCG([{"params": list(net[0].parameters())}, {"params": list(net[2].parameters())}])
+    optimizer = NLCG([{"params": list(net[0].parameters())}, {"params": list(net[2].parameters())}], **options)
     flat = [nn.Parameter(torch.zeros(sum(p.numel() for p in g["params"]))) for g in optimizer.param_groups]
     for group, p in zip(optimizer.param_groups, flat, strict=True):
         group["params"] = [p]
@@ -608,6 +608,15 @@ def flat_shares_over_ranks() -> None:
     with pytest.raises(RuntimeError, match="DeepSpeed's ZeRO does this.*process_group="):
         optimizer.step()
     assert not any(p.any() for p in flat)
+    # one group at a time is no better with a process group; all of them at once are
+    flat, optimizer = deepspeed_like(process_group=dist.group.WORLD)
+    optimizer.param_groups, whole_ones = [optimizer.param_groups[0]], optimizer.param_groups
+    with pytest.raises(RuntimeError, match="1 of 2 parameter groups.*DeepSpeed's ZeRO"):
+        optimizer.step()
+    assert not any(p.any() for p in flat)
+    optimizer.param_groups = whole_ones
+    optimizer.step()
+    assert all(p.all() for p in flat)
 
 
 def test_deepspeed_is_recognized_by_what_it_does() -> None:

@@ -194,16 +194,16 @@ def shapes_of(group: Mapping[str, Any]) -> list[Any]:
     return [None if isinstance(p, UninitializedTensorMixin) else p.shape for p in group["params"]]
 
 
-def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[list[Any]]) -> None:
+def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[list[Any]], *, over_ranks: bool) -> None:
     """RuntimeError where somebody has put one flat tensor in the place of each group's parameters and steps one group
     at a time, or this rank's share only, as DeepSpeed's ZeRO does: the sums would miss the rest. ``shapes``: of the
-    groups as they were added."""
+    groups as they were added; ``over_ranks``: the sums run over the other ranks' shares."""
     lone = [group["params"][0] for group in groups if len(group["params"]) == 1]
     if len(lone) != len(groups) or any(p.dim() != 1 for p in lone):
         return
     if any(len(group) == 1 and (group[0] is None or len(group[0]) == 1) for group in shapes):
         return  # they may have been flat from the beginning
-    if len(groups) < len(shapes) or world_size() > 1:
+    if len(groups) < len(shapes) or (world_size() > 1 and not over_ranks):
         raise RuntimeError(
             f"{len(groups)} of {len(shapes)} parameter groups, and one flat tensor in the place of each group's "
             "parameters: DeepSpeed's ZeRO does this, and steps one group, or one rank's share, at a time. This "

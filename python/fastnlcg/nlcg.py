@@ -239,8 +239,8 @@ class NLCG(torch.optim.Optimizer):
         found = self.param_groups
         if not found:
             raise RuntimeError("no parameter groups are left to step")
-        if self._shapes and self._process_group is None:
-            distributed.check_whole(found, self._shapes)
+        if self._shapes:
+            distributed.check_whole(found, self._shapes, over_ranks=self._process_group is not None)
         lr: list[float | Tensor] = []
         for group in found:
             groups.plain_numbers(group)
