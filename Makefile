@@ -78,14 +78,15 @@ format: .venv/lint
 	$(BIN)/clang-format -i $(CPP)
 
 # What every kernel needs on every architecture goes to build/cuda/resources.txt; spills are said. The machine code is read
-# from the module itself.
+# from the module itself. A core-minute an architecture: make cuda ARCHITECTURES="75-real;120" for some of them.
 cuda: .venv/test
 	$(PIP) nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
 	mkdir -p build/cuda
 	$(BIN)/python -m pip install --disable-pip-version-check -v --no-deps --no-build-isolation --upgrade \
 	  --target build/cuda/site . -C build-dir=build/cuda/cmake -C build.verbose=true \
 	  -C cmake.define.FASTNLCG_CUDA=ON -C cmake.define.FASTNLCG_WERROR=ON \
-	  -C cmake.define.CMAKE_CUDA_FLAGS=--resource-usage > build/cuda/log.txt 2>&1 || (cat build/cuda/log.txt; exit 1)
+	  -C cmake.define.CMAKE_CUDA_FLAGS=--resource-usage \
+	  $(if $(ARCHITECTURES),-C cmake.define.CMAKE_CUDA_ARCHITECTURES="$(ARCHITECTURES)") > build/cuda/log.txt 2>&1 || (cat build/cuda/log.txt; exit 1)
 	grep -E "entry function|bytes spill|registers" build/cuda/log.txt | c++filt > build/cuda/resources.txt
 	@echo "$$(grep -c 'entry function' build/cuda/resources.txt) kernels compiled;" \
 	  "with spills: $$(grep -cE '[1-9][0-9]* bytes spill' build/cuda/resources.txt), see build/cuda/resources.txt"

@@ -179,8 +179,7 @@ template <class S, class Pass, class Next, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   constexpr bool kLast = std::is_same_v<Next, NoPass>;
   __shared__ typename BlockContext<S>::InShared groups;
-  const double clip = Pass::kFirstPass ? 1.0 : a.control->plan.clip;
-  const BlockContext<S> launch(a, groups, clip);
+  const BlockContext<S> launch(a, groups, !Pass::kFirstPass);
   const Pass pass = pass_of<S, Pass>(a);
   run_pass<kAlone>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return false;
@@ -281,8 +280,7 @@ template <class S, class Pass>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_constant__ Arguments a, const Pass pass) {
   __shared__ Totals totals;
   __shared__ typename BlockContext<S>::InShared groups;
-  const double clip = 1.0;
-  const BlockContext<S> launch(a, groups, clip);
+  const BlockContext<S> launch(a, groups, false);
   run_pass<false>(launch, pass, totals);
   if (!is_last_block(a.control->barrier)) return;
   double x[Pass::kSums], largest;

@@ -280,14 +280,16 @@ struct BlockContext {
   using InShared = GroupNumbers<S>[kInlineGroups];
   const Arguments& a;
   const InShared& of_group;  // of the first groups; the others' are formed where they are used
-  const double& clip;
+  const bool clips;          // a constant, where everything is inlined
 
-  __device__ BlockContext(const Arguments& arguments, InShared& shared, const double& factor)
-      : a(arguments), of_group(shared), clip(factor) {
+  __device__ BlockContext(const Arguments& arguments, InShared& shared, bool after_the_first_pass)
+      : a(arguments), of_group(shared), clips(after_the_first_pass) {
     const int group = static_cast<int>(threadIdx.x);
-    if (group < kInlineGroups && group < a.n_groups) shared[group] = group_numbers<S>(a, group, clip);
+    if (group < kInlineGroups && group < a.n_groups) shared[group] = group_numbers<S>(a, group, clip());
     __syncthreads();
   }
+  // Not kept: a double takes two registers.
+  __device__ double clip() const { return clips ? a.control->plan.clip : 1.0; }
   // Read where it is used: few steps do, and registers are short.
   __device__ __forceinline__ Rounding rounding(const Segment& segment) const {
     return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step, segment.place) : Rounding{};
@@ -296,7 +298,7 @@ struct BlockContext {
   __device__ __forceinline__ SegmentNumbers<S> numbers(const Segment& segment) const {
     SegmentNumbers<S> x;
     static_cast<GroupNumbers<S>&>(x) =
-        segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group, clip);
+        segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group, clip());
     x.inv_sqrt_bias = x.inv_sqrt_bias_prev = S{};
     if (Pass::kBiasCorrected) {
       Bias bias = a.bias[&segment - a.segments];
