@@ -585,10 +585,76 @@ def test_a_compiled_training_step_has_eagers_bits(options: dict[str, Any]) -> No
     assert runs[0][2] == runs[1][2]
 
 
-def test_fullgraph_says_where_the_graph_breaks() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("options", [{}, {"preconditioner": "bfgs"}, {"line_search": OnlineLineSearch()}])
+def test_a_full_graph_holds_the_step(backend: str, options: dict[str, Any]) -> None:
+    """As one operator. A new lr and other values compile nothing anew. ``aot_eager`` hands the operator copies of what
+    it writes, ``eager`` the parameters themselves."""
+    runs, counts = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        frozen = torch.nn.Parameter(torch.ones(3))  # never has a gradient
+        optimizer = NLCG([frozen, *net.parameters()], lr=0.01, **options)
+
+        def step(loss: Tensor, optimizer: NLCG = optimizer) -> None:
+            optimizer.step(loss=loss)
+
+        take = torch.compile(step, backend=backend, fullgraph=True) if compiled else step
+        for t in range(1, 7):
+            optimizer.param_groups[0]["lr"] = 0.01 / t
+            optimizer.zero_grad()
+            loss = net(torch.full((4, 6), 0.1 * t)).square().mean()
+            loss.backward()
+            take(loss.detach())  # Dynamo itself warns of a graph input that is no leaf
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert torch.equal(frozen, torch.ones(3))
+        runs.append(([p.detach() for p in net.parameters()], optimizer.diagnostics()))
+        same(optimizer.state_dict()["state"], runs[0][2] if compiled else optimizer.state_dict()["state"])
+        runs[-1] = (*runs[-1], optimizer.state_dict()["state"])
+    same(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    assert counts[-1] == counts[7], "compiled again"  # the second step is the first with a state
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_full_graph_forms_the_gradient_too(backend: str) -> None:
+    """The operator takes gradients that are not assigned yet, and parameters that the graph has changed before."""
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(1025))
+        optimizer = NLCG([p], lr=0.01)
+
+        def train(x: Tensor, p: Tensor = p, optimizer: NLCG = optimizer) -> Tensor:
+            p.grad = (p * x).detach()
+            before = p.detach() * 2.0
+            with torch.no_grad():
+                p.mul_(0.99)
+            optimizer.step()
+            return before + p.detach()
+
+        step = torch.compile(train, backend=backend, fullgraph=True) if compiled else train
+        runs.append(([step(torch.full_like(p, float(t))) for t in range(1, 5)], p.detach(), p.grad))
+        assert p.grad is not None
+    same(runs[0], runs[1])
+
+
+def test_a_full_graph_says_what_it_cannot_hold() -> None:
     torch._dynamo.reset()
     net = torch.nn.Linear(3, 1)
     optimizer = NLCG(net.parameters())
     net(torch.ones(2, 3)).sum().backward()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="`NLCG.step`"):
-        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+    before = [p.detach().clone() for p in net.parameters()]
+    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="`NLCG._step`"):
+        step(lambda: 1.0)
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="learning rate: -1.0"):
+        step()
+    same(before, [p.detach() for p in net.parameters()])
+    optimizer.param_groups[0]["lr"] = 0.1
+    step()
+    assert optimizer.diagnostics().step == 1

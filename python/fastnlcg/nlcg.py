@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
-from fastnlcg import _native, adamw, checkpoint, diagnostics, distributed, groups, layout
+from fastnlcg import _native, adamw, checkpoint, compiled, diagnostics, distributed, groups, layout
 from fastnlcg.diagnostics import Diagnostics
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.losses import Losses, check_loss, warn_of_skip
@@ -79,8 +79,8 @@ class NLCG(torch.optim.Optimizer):
     ranks and nothing is exchanged.
 
     One thread steps at a time; another raises a RuntimeError. Exceptions, a failed exchange and skipped steps leave
-    parameters and state unchanged; an interrupt lets the native step finish first. ``torch.compile`` leaves the step
-    out of its graphs.
+    parameters and state unchanged; an interrupt lets the native step finish first. In a graph of ``torch.compile`` a
+    step without a closure is one operator.
 
     Most users need ``lr`` and ``weight_decay`` only.
 
@@ -265,7 +265,6 @@ class NLCG(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float], *, loss: float | Tensor | None = None) -> float: ...
 
-    @_disable_dynamo  # native code and addresses: a graph break, on purpose
     def step(self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None) -> float | None:
         """Takes one step.
 
@@ -282,6 +281,13 @@ class NLCG(torch.optim.Optimizer):
                 (an optimizer that is handed one group at a time cannot form global sums); a second thread. And what
                 torch.distributed raises where ranks exchange sums.
         """
+        if closure is None and torch.compiler.is_dynamo_compiling() and not self._has_sharded():
+            compiled.traced(self, self._number, loss)
+            return None
+        return self._step(closure, loss)
+
+    @_disable_dynamo  # native code and addresses
+    def _step(self, closure: Callable[[], float] | None, loss: float | Tensor | None) -> float | None:
         if closure is not None and not callable(closure):
             raise TypeError(f"closure must be callable, got {type(closure).__name__}; did you mean step(loss=...)?")
         if closure is not None and loss is not None:
@@ -338,7 +344,10 @@ class NLCG(torch.optim.Optimizer):
         """Whether other ranks have losses of their own, and nobody has said what to do about it."""
         if self.average_loss is not None or self._process_group is not None or distributed.world_size() == 1:
             return False
-        return not any(map(distributed.is_sharded, layout.parameters(self.param_groups)))
+        return not self._has_sharded()
+
+    def _has_sharded(self) -> bool:
+        return any(map(distributed.is_sharded, layout.parameters(self.param_groups)))
 
     # ---- what it did ---------------------------------------------------------------------------------------------
 
@@ -457,6 +466,7 @@ class NLCG(torch.optim.Optimizer):
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
         if "_lock" not in self.__dict__:  # a load of a state dict holds it
             self._lock = threading.RLock()
+            self._number = compiled.number_of(self)
         _LIVE.add(self)
         self._layout = layout.Layout(self._process_group, self.average_loss)
         self._checked = []
