@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from fastnlcg.parameters import (
     is_dense,
     usable_gradient,
 )
+from fastnlcg.warn import warn
 from fastnlcg.wolfe import HagerZhang
 
 __all__ = ["CGDescent"]
@@ -190,7 +190,7 @@ class CGDescent(torch.optim.Optimizer):
         finally:
             self._stepping = False
         while self._advice:
-            warnings.warn(self._advice.pop(), UserWarning, stacklevel=5)  # of step(), behind three wrappers of torch
+            warn(self._advice.pop())
         return value
 
     def _step(self, closure: Callable[[], float | Tensor], loss: Callable[[], float | Tensor] | None) -> float:

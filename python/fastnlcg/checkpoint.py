@@ -8,7 +8,6 @@ Entries of others in a parameter's state are theirs.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from fastnlcg import _native, groups, layout
 from fastnlcg.distributed import as_like, memory, shard_like
 from fastnlcg.options import Options
+from fastnlcg.warn import warn
 
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
@@ -77,11 +77,9 @@ def _share_scalars(whole: list[dict[str, Any]]) -> None:
     known = len(_native.SCALARS)
     scalars = whole[0]["scalars"]
     if scalars.numel() > known:
-        warnings.warn(
+        warn(
             f"the state dict has {scalars.numel() - known} scalars that this version of fastnlcg does not know, and "
             "leaves them out",
-            UserWarning,
-            stacklevel=5,
         )
     kept = scalars.detach().to("cpu", torch.float64, copy=True)[:known].contiguous()
     for group in whole:

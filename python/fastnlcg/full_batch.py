@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from fastnlcg import _native
 from fastnlcg.descent import Course, Descent, DescentOptions, OutOfBudget, Sums, check_count, check_positive
+from fastnlcg.warn import warn
 from fastnlcg.wolfe import HagerZhang
 
 __all__ = ["OptimizeResult", "minimize"]
@@ -340,7 +340,7 @@ def minimize(
         if bar is not None:
             bar.close()
     if run.warning:
-        warnings.warn(run.warning, UserWarning, stacklevel=2)
+        warn(run.warning)
     at = run.course
     if math.isnan(at.g_max) and status != 3:  # the best point is not the last that was evaluated
         limits.maxfun, limits.until = None, math.inf

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 from torch import Tensor
 
 from fastnlcg import _native
 from fastnlcg.parameters import DTYPES
+from fastnlcg.warn import warn
 
-_CALLER = 6  # of NLCG.step(), for warnings: behind a method here, step(), and three wrappers of torch
 _PATIENCE = 10  # steps without a loss
 
 
@@ -26,31 +25,25 @@ class Losses:
         loss = check_loss(self.next if given is None else given)
         if one_of_many and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "the line search sees this rank's loss alone, and torch.distributed has more ranks: pass "
                 "average_loss=True, which data-parallel replicas need to stay equal, or False where this is meant",
-                UserWarning,
-                stacklevel=_CALLER,
             )
         self._seen |= isinstance(loss, Tensor) or not math.isnan(loss)
         self._missed += not self._seen
         if self._missed == _PATIENCE and not self._seen:
             self._missed += 1
-            warnings.warn(
+            warn(
                 "line_search is on, and ten steps have seen no loss: pass step(loss=...), a closure, or set_loss()",
-                UserWarning,
-                stacklevel=_CALLER,
             )
         return loss
 
 
 def warn_of_skip() -> None:
     """At the first step that was skipped."""
-    warnings.warn(
+    warn(
         "a step was skipped, because a gradient (or a sum over them) is not finite, or too large for the state's "
         "dtype; diagnostics().skipped_steps counts further ones",
-        UserWarning,
-        stacklevel=_CALLER,
     )
 
 
