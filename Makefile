@@ -5,6 +5,7 @@
 # make hard      fuzzing, kills, mutations and a soak, 40 minutes: a table of figures, into build/hard.json
 # make bench     step times beside torch's optimizers, one thread: a table and a picture
 # make docs      the documentation, into build/docs, warnings as errors
+# make arm       the kernels for aarch64 (needs g++-aarch64-linux-gnu, qemu-user-static): the bits of x86-64
 # make lint      ruff, mypy --strict, clang-format
 # make cuda      compile the CUDA part for all architectures, warnings as errors, and read its machine code (needs nvcc)
 # make gpu       on a machine with a GPU, nvcc and torch, and nothing to download: everything that needs a GPU, into
@@ -20,11 +21,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc cuda python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
 EMULATION := $(wildcard tests/emulation/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh) $(EMULATION)
+CPP := $(wildcard csrc/*.h csrc/*.cpp cuda/*.h cuda/*.cpp cuda/*.cu cuda/*.cuh tests/*.cpp) $(EMULATION)
 CUDA := $(shell nvidia-smi -L > /dev/null 2>&1 && echo AUTO -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native || echo OFF)
 BUILD := --no-deps --no-build-isolation -C cmake.define.FASTNLCG_WERROR=ON -C cmake.define.FASTNLCG_CUDA=$(CUDA)
 
-.PHONY: demo test test-all sanitize hard bench docs lint cuda gpu study gpu-study format clean
+.PHONY: demo test test-all arm sanitize hard bench docs lint cuda gpu study gpu-study format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/fastnlcg
@@ -41,6 +42,12 @@ test: .venv/emulation
 
 test-all: test .venv/docs
 	$(PYTEST) -q -m thorough
+
+# The library of the aarch64 processor is linked in: none of its system is needed.
+arm: .venv/emulation
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64-static > /dev/null || \
+	  (echo "needs a compiler for aarch64 and its emulator: apt install g++-aarch64-linux-gnu qemu-user-static"; exit 1)
+	$(BIN)/python -m pytest -q -n 2 tests/test_bits.py -k aarch64
 
 # Leaks are not looked for: Python itself leaves memory to the end of the process. A GPU's memory is not the sanitizers'.
 # Which memory is touched depends on geometry, so one dtype and option stand for all.

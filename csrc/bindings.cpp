@@ -1,6 +1,9 @@
 // The Python module: a table of contents. With native_step.{h,cpp} the only file that knows pybind11.
-#include <omp.h>
 #include <pybind11/stl.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include <algorithm>
 #include <iterator>
@@ -23,14 +26,24 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
   });
 
   m.attr("version") = FASTNLCG_VERSION;
+#ifdef __clang__
+  m.attr("compiler") = __VERSION__;
+#else
   m.attr("compiler") = "gcc " __VERSION__;
+#endif
   m.def("instruction_sets", [] {
-    const char* names[3];
+    const char* names[kInstructionSets];
     const int count = cpu_instruction_sets(names);
     return std::vector<std::string>(names, names + count);
   });
   m.def("instruction_set", [] { return std::string(cpu_kernels().name); });
+#ifdef _OPENMP
+  m.attr("openmp") = true;
   m.def("max_threads", [] { return omp_get_max_threads(); });
+#else
+  m.attr("openmp") = false;
+  m.def("max_threads", [] { return 1; });
+#endif
   m.def("cuda_status", [] {
     const CudaStatus status = cuda_status();
     return py::dict("built"_a = status.built, "architectures"_a = status.architectures, "devices"_a = status.devices,

@@ -68,7 +68,7 @@ std::string device_name(const DLDevice& device) {
 std::string format_name(const char* format, Py_ssize_t itemsize) {
   if (format == nullptr) return "uint8";
   std::string f = format;
-  if (f.size() == 2 && (f[0] == '@' || f[0] == '=' || f[0] == '<')) f.erase(0, 1);  // x86 is little-endian
+  if (f.size() == 2 && (f[0] == '@' || f[0] == '=' || f[0] == '<')) f.erase(0, 1);  // this machine is little-endian
   if (f == "d" && itemsize == 8) return "float64";
   if (f == "f" && itemsize == 4) return "float32";
   if (f == "e" && itemsize == 2) return "float16";

@@ -1,41 +1,23 @@
-// SIMD vectors of the width this file is compiled for, in GCC's vector extensions: arithmetic is written with plain
-// operators, so the functions of nlcg_math.h take a vector wherever they take a float. Loads, stores, the operations
-// without an operator and the double-precision accumulators are all there is here; no formula of the method.
+// Blocks of sixteen lanes over the vectors of simd.h: loads, stores and sums. Arithmetic is written with plain operators,
+// so the functions of nlcg_math.h take a vector wherever they take a float. No formula of the method is here.
 //
-// Included by step_cpu.cpp only, once per instruction set. Everything is in an unnamed namespace: a function compiled
-// for AVX-512 must never be the copy that the linker keeps for the baseline.
+// Included by step_cpu.cpp only, once per instruction set, in an unnamed namespace, as simd.h says.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cstdint>
 
 #include "half.h"
+#include "simd.h"
 #include "step_args.h"
 
 namespace fastnlcg {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-#define NLCG_INLINE inline __attribute__((always_inline))
 
 // Sixteen consecutive elements are one block: the lanes of a sum. Element i of the flat index always adds to lane
 // i mod 16, whatever the width of the vector that carries it, hence the same bits from every instruction set.
 constexpr int kBlock = static_cast<int>(kBlockElements);
 constexpr int kDoubles = kVectorBytes / 8;         // doubles per vector
 constexpr int kDoubleVectors = kBlock / kDoubles;  // vectors of doubles per block
-
-using Double = double __attribute__((vector_size(kVectorBytes)));
-using Float = float __attribute__((vector_size(kVectorBytes)));
-using Bits32 = std::uint32_t __attribute__((vector_size(kVectorBytes)));
-using Bits16 = std::uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class S>
 struct VectorOf;
@@ -54,19 +36,8 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(S));
 template <class S>
 constexpr int kVectors = kBlock / kLanes<S>;  // per block
 
-using Bits64 = std::uint64_t __attribute__((vector_size(kVectorBytes)));
 NLCG_INLINE Float absolute(Float x) { return bits_of<Float>(bits_of<Bits32>(x) & 0x7fffffffu); }
 NLCG_INLINE Double absolute(Double x) { return bits_of<Double>(bits_of<Bits64>(x) & 0x7fffffffffffffffu); }
-#if defined(__AVX512F__)
-NLCG_INLINE Float square_root(Float x) { return _mm512_sqrt_ps(x); }
-NLCG_INLINE Double square_root(Double x) { return _mm512_sqrt_pd(x); }
-#elif defined(__AVX2__)
-NLCG_INLINE Float square_root(Float x) { return _mm256_sqrt_ps(x); }
-NLCG_INLINE Double square_root(Double x) { return _mm256_sqrt_pd(x); }
-#else
-NLCG_INLINE Float square_root(Float x) { return _mm_sqrt_ps(x); }
-NLCG_INLINE Double square_root(Double x) { return _mm_sqrt_pd(x); }
-#endif
 
 template <class V, class S>
 NLCG_INLINE V broadcast(S x) {
@@ -86,43 +57,13 @@ NLCG_INLINE void store(S* to, Vector<S> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
-// A store that does not read the line first. Needs alignment to the vector, and a fence before other threads read.
-NLCG_INLINE void store_streaming(float* to, Float v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(to, v);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(to, v);
-#else
-  _mm_stream_ps(to, v);
-#endif
-}
-NLCG_INLINE void store_streaming(double* to, Double v) {
-#if defined(__AVX512F__)
-  _mm512_stream_pd(to, v);
-#elif defined(__AVX2__)
-  _mm256_stream_pd(to, v);
-#else
-  _mm_stream_pd(to, v);
-#endif
-}
-
 NLCG_INLINE Bits32 load_16bit(const void* from) {
   Bits16 v;
   __builtin_memcpy(&v, from, sizeof(v));
-#if defined(__AVX512F__)
-  return reinterpret_cast<Bits32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Bits32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
-#else
-  return __builtin_convertvector(v, Bits32);
-#endif
+  return zero_extend(v);
 }
 NLCG_INLINE void store_16bit(void* to, Bits32 u) {
-#if defined(__AVX512F__)
-  const Bits16 v = reinterpret_cast<Bits16>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(u)));
-#else
-  const Bits16 v = __builtin_convertvector(u, Bits16);
-#endif
+  const Bits16 v = truncate(u);
   __builtin_memcpy(to, &v, sizeof(v));
 }
 NLCG_INLINE Float load(const BFloat16* from) { return decode_bf16<Float>(load_16bit(from)); }
@@ -156,47 +97,8 @@ NLCG_INLINE void store_rounded(BFloat16* to, Float v, const Rounding& rounding, 
 
 // ---- sums in double ----------------------------------------------------------------------------------------------
 
-// The lanes of one vector as doubles: two vectors for float, one for double.
-struct Wide2 {
-  Double v[2];
-};
-struct Wide1 {
-  Double v[1];
-};
-
-// Intrinsics, not __builtin_convertvector: gcc 12 splits that into halves of halves.
-NLCG_INLINE Wide2 widen(Float x) {
-#if defined(__AVX512F__)
-  return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))}};
-#elif defined(__AVX2__)
-  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))}};
-#else
-  return {{_mm_cvtps_pd(x), _mm_cvtps_pd(_mm_movehl_ps(x, x))}};
-#endif
-}
 NLCG_INLINE Wide1 widen(Double x) { return {{x}}; }
-// The same from memory: a conversion with a memory operand needs no shuffle.
-NLCG_INLINE Wide2 load_wide(const float* from) {
-#if defined(__AVX512F__)
-  return {{_mm512_cvtps_pd(_mm256_loadu_ps(from)), _mm512_cvtps_pd(_mm256_loadu_ps(from + 8))}};
-#elif defined(__AVX2__)
-  return {{_mm256_cvtps_pd(_mm_loadu_ps(from)), _mm256_cvtps_pd(_mm_loadu_ps(from + 4))}};
-#else
-  return widen(load(from));
-#endif
-}
 NLCG_INLINE Wide1 load_wide(const double* from) { return {{load(from)}}; }
-
-// acc + a * b where a * b is exact (both came from float): an fma then has the bits of multiply and add.
-NLCG_INLINE Double add_exact_product(Double acc, Double a, Double b) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_pd(a, b, acc);
-#elif defined(__FMA__)
-  return _mm256_fmadd_pd(a, b, acc);
-#else
-  return acc + a * b;
-#endif
-}
 
 // The sixteen lanes of one sum.
 struct Accumulator {

@@ -5,7 +5,9 @@
 // scattered back. Lanes that no segment covers add zeros. So a sum's bits depend on the flat index alone.
 #include "step_cpu.h"
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -327,10 +329,12 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
 
 // ---- threads -----------------------------------------------------------------------------------------------------
 
+#ifdef _OPENMP
 // libgomp's pool does not survive fork(): a child that enters a parallel region hangs. It computes alone instead, with
 // the same bits.
 const pid_t loaded_by = getpid();  // at load, not at first use: that may be in the child
 bool forked() { return getpid() != loaded_by; }
+#endif
 
 // Every other pass walks backwards, in strips of half a megabyte per stream: it finds in the cache what the pass before
 // read last, and the next, forwards again, what it left. A strip is long enough for the hardware's prefetchers, which
@@ -341,13 +345,13 @@ constexpr std::int64_t kStrip = 32;
 // called it, not for OpenMP's, so under it the bits would depend on the number of threads.
 class DefaultFloatMode {
  public:
-  DefaultFloatMode() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultFloatMode() { _mm_setcsr(before_); }
+  DefaultFloatMode() : before_(float_mode()) { set_float_mode(kDefaultFloatMode); }
+  ~DefaultFloatMode() { set_float_mode(before_); }
   DefaultFloatMode(const DefaultFloatMode&) = delete;
   DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
 
  private:
-  unsigned before_;
+  FloatMode before_;
 };
 
 // Runs the pass over all tiles and adds up the partial sums in the order of the tiles; behind the sums, the maximum
@@ -364,19 +368,25 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
       }
     }
   };
+#ifdef _OPENMP
   // Below four tiles a thread, waking a thread costs more than it brings.
   const std::int64_t useful = tiles / 4 < step.threads ? tiles / 4 : step.threads;
-  if (useful <= 1 || forked()) {
-    range(0, tiles);
-    _mm_sfence();
-  } else {
+  const bool shared = useful > 1 && !forked();
+  if (shared) {
 #pragma omp parallel num_threads(static_cast<int>(useful))
     {
       const DefaultFloatMode mode;
       const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
       range(tiles * thread / threads, tiles * (thread + 1) / threads);
-      _mm_sfence();  // for streaming stores
+      finish_streaming();
     }
+  }
+#else
+  const bool shared = false;
+#endif
+  if (!shared) {
+    range(0, tiles);
+    finish_streaming();
   }
   for (double& sum : sums) sum = 0.0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {

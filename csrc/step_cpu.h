@@ -30,12 +30,18 @@ struct CpuKernels {
   void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over d, and g_prev (unless null)
 };
 
+#if defined(__x86_64__)
 extern const CpuKernels kBaseline, kAvx2, kAvx512;
+constexpr int kInstructionSets = 3;
+#else
+extern const CpuKernels kNeon;
+constexpr int kInstructionSets = 1;
+#endif
 
 // The widest set this processor has, or the one the environment variable FASTNLCG_ISA names. Throws
 // std::invalid_argument where it names none or one that the processor lacks.
 const CpuKernels& cpu_kernels();
-// The names this processor has, widest last; fills at most 3, returns how many.
+// The names this processor has, widest last; fills at most kInstructionSets, returns how many.
 int cpu_instruction_sets(const char** names);
 
 }  // namespace fastnlcg

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastnlcg import _native
 
+NARROWEST = _native.instruction_sets()[0]  # baseline on x86-64, neon on aarch64
 GPU = torch.cuda.is_available() and not _native.cuda_unavailable_reason()
 EMULATION = importlib.util.find_spec("fastnlcg._emulated") is not None
 NO_EMULATION = "fastnlcg._emulated is not built (FASTNLCG_EMULATION=ON)"

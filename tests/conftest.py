@@ -9,6 +9,7 @@ from fastnlcg import NLCG, _native
 # What make test leaves to make test-all: by file, the tests whose name matches. Each takes long, and each path of
 # theirs is taken by another test of make test, which the comment names.
 THOROUGH = {
+    "test_bits.py": "",  # compiles the kernels for itself; test_step.py compares instruction sets
     "test_build.py": "nvcc|openmp",  # configures CMake; make cuda compiles
     # the study's rows are in test_docs.py
     "test_convergence.py": "plots_and_tables|y_from_one_batch|relative_schedule",
@@ -47,9 +48,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return backends.use(request.param, monkeypatch)
 
 
-@pytest.fixture(params=backends.parameters("baseline", "emulated", "cuda"))
+@pytest.fixture(params=backends.parameters(backends.NARROWEST, "emulated", "cuda"))
 def lockstep_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
-    """What is compared with the reference. The other instruction sets are held to the baseline's bits
+    """What is compared with the reference. The wider instruction sets are held to the narrowest's bits
     (test_step.py, test_same_bits_however_it_is_run), for every dtype."""
     return backends.use(request.param, monkeypatch)
 

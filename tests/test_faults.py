@@ -794,7 +794,7 @@ from fastnlcg import NLCG, OnlineLineSearch
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
 torch.set_num_threads(1 + rank)
-os.environ["FASTNLCG_ISA"] = ("baseline", "")[rank]
+os.environ["FASTNLCG_ISA"] = ({backends.NARROWEST!r}, "")[rank]
 torch.manual_seed(0)
 net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(40, 900), nn.Tanh(), nn.Linear(900, 3)),
                                           gradient_as_bucket_view=True)

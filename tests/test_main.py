@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ def test_text_and_json(isa: str) -> None:
     assert isa in done.stdout
     assert "self-check   passed" in done.stdout
     facts = json.loads(run("--json").stdout)
+    assert facts["cpu"]["architecture"] == platform.machine()
     assert facts["cpu"]["instruction_set"] == isa
     assert facts["self_check"]["passed"]
     assert facts["version"] == _native.version

@@ -46,7 +46,7 @@ def run(lockstep: Lockstep, steps: int | None = None, losses: list[float] | None
 
 
 # Every size on the CPU; in emulation those that end in a block, a quad and a tile.
-ON_SIZES = [("baseline", n) for n in SIZES] + [("emulated", n) for n in (1, 3, 17, 255, 4097)]
+ON_SIZES = [(backends.NARROWEST, n) for n in SIZES] + [("emulated", n) for n in (1, 3, 17, 255, 4097)]
 
 
 @pytest.mark.parametrize(("name", "n"), ON_SIZES)
@@ -206,7 +206,7 @@ def trajectory(
 def test_same_bits_however_it_is_run(monkeypatch: pytest.MonkeyPatch, preconditioner: str | None, dtype: str) -> None:
     """Instruction sets, thread counts, addresses, one segment or many: the sums' order depends on n alone."""
     n, kind = 34_001, {"preconditioner": preconditioner, "dtype": dtype}  # 9 tiles: enough for two threads
-    expected = trajectory(monkeypatch, n, isa="baseline", **kind)
+    expected = trajectory(monkeypatch, n, isa=backends.NARROWEST, **kind)
     for isa in ops._native.instruction_sets():
         for threads in (1, 2):
             assert trajectory(monkeypatch, n, isa=isa, threads=threads, **kind) == expected, (isa, threads)

@@ -90,9 +90,11 @@ def report() -> dict[str, Any]:
         "torch": torch_version,
         "compiler": _native.compiler,
         "cpu": {
+            "architecture": platform.machine(),
             "instruction_sets": _native.instruction_sets(),
             "instruction_set": instruction_set,
             "threads": _native.num_threads(),
+            "openmp": _native.openmp,
             "unavailable_reason": unavailable_reason,
         },
         "cuda": cuda,
@@ -114,10 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     built = f"built for sm {cuda['architectures'].replace('-real', '')}; " if cuda["built"] else ""
     print(f"fastnlcg     {facts['version']} ({facts['compiler']})")
     print(f"python       {facts['python']}, numpy {facts['numpy']}, torch {facts['torch'] or 'not installed'}")
-    print(
-        f"cpu          {cpu['unavailable_reason'] or cpu['instruction_set']} (of {', '.join(cpu['instruction_sets'])})"
-    )
-    print(f"threads      {cpu['threads']}")
+    chosen = cpu["unavailable_reason"] or cpu["instruction_set"]
+    print(f"cpu          {cpu['architecture']}: {chosen} (of {', '.join(cpu['instruction_sets'])})")
+    print(f"threads      {cpu['threads']}{'' if cpu['openmp'] else ' (built without OpenMP)'}")
     print(
         f"cuda         off: {built}{cuda['unavailable_reason']}"
         if cuda["unavailable_reason"]

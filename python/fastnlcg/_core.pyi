@@ -3,6 +3,7 @@ from typing import Any, TypedDict
 
 version: str
 compiler: str
+openmp: bool
 preconditioners: list[str]
 updates: list[str]
 options: list[str]

@@ -36,6 +36,7 @@ __all__ = [
     "mark_written",
     "num_threads",
     "on_gpu",
+    "openmp",
     "state_dtype",
     "version",
     "workspace_doubles",
@@ -46,6 +47,7 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 version: str = _core.version
 compiler: str = _core.compiler
+openmp: bool = _core.openmp
 cuda_status = _core.cuda_status
 instruction_set = _core.instruction_set
 instruction_sets = _core.instruction_sets
@@ -116,14 +118,14 @@ def check_loss(loss: object) -> float:
 
 
 def num_threads(threads: int | None = None) -> int:
-    """``threads``, or torch's thread count where torch is loaded, or OpenMP's."""
+    """``threads``, or torch's thread count where torch is loaded, or OpenMP's; 1 where there is no OpenMP."""
     if threads is not None:
         if isinstance(threads, bool) or not isinstance(threads, int):
             raise TypeError(f"threads must be an int, got {threads!r}")
         if not 1 <= threads < 2**31:
             raise ValueError(f"threads must be from 1 to 2**31 - 1, got {threads}")
         return threads
-    torch = sys.modules.get("torch")
+    torch = sys.modules.get("torch") if _core.openmp else None
     return torch.get_num_threads() if torch is not None else _core.max_threads()
 
 
