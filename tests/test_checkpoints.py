@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,9 @@ def test_files_of_every_version_go_on_to_the_bit(path: Path, kind: str) -> None:
     assert optimizer.diagnostics().step == 6
     steps(net, optimizer, 6, 12)
     for key, value in net.state_dict().items():
-        if (
-            path.stem == "state_0_4"
-        ):  # since then parameters begin at a multiple of 16 places: sums round in another order
+        # 0.4: since then parameters begin at a multiple of 16 places, and sums round in another order. And the model's
+        # gradients are torch's, whose products have other bits on another architecture.
+        if path.stem == "state_0_4" or platform.machine() != "x86_64":
             torch.testing.assert_close(value, saved["then"][key], rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(value, saved["then"][key]), key
