@@ -130,7 +130,7 @@ clean:
 
 # the project itself, with warnings as errors
 .venv/fastnlcg: .venv/build $(SOURCES)
-	@echo "building fastnlcg for the CPU, three instruction sets: half a minute (CUDA: $(CUDA))"
+	@echo "building fastnlcg for the CPU: half a minute (CUDA: $(CUDA))"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(BUILD) .
 	@rm -f .venv/emulation
 	@$(BIN)/python -m fastnlcg

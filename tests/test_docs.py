@@ -46,6 +46,7 @@ def test_the_study() -> None:
 def test_the_step_times() -> None:
     rows = json.loads((RESULTS / "step_cpu.json").read_text())["benchmarks"]
     assert step_table.table(rows) in COSTS
+    assert step_table.clipping_table(rows) in COSTS
     assert step_table.host_time(rows) in " ".join(COSTS.split())
 
 
