@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
 import statistics
 from pathlib import Path
@@ -14,13 +15,16 @@ import models
 import numpy as np
 import plots
 import pytest
+import rivals
 import study
 import text
 import torch
 from fastnlcg import NLCG
+from optimizers import OPTIMIZERS, with_averages
 from PIL import Image
 from safeguards import SafeguardedNLCG
-from train import OPTIMIZERS, Run, run
+from train import Run, run
+from variants import RULES, VariantNLCG
 
 RNG = np.random.default_rng(0)
 SMALL = {"batch": 32, "micro": 16, "epochs": 2, "train_images": 64, "test_images": 20}
@@ -125,13 +129,88 @@ def test_a_run_learns_and_its_row_repeats_it(optimizer: str, folder: Path) -> No
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_can_be_made(name: str) -> None:
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = OPTIMIZERS[name]([p], 0.1, 0.01)
-    p.grad = torch.ones(3)
-    optimizer.step()
-    assert (p < 1).all()
-    if not isinstance(optimizer, SafeguardedNLCG):
-        assert optimizer.param_groups[0]["weight_decay"] == 0.01
+    """And moves every element."""
+    net = torch.nn.ModuleDict({"inside": torch.nn.Conv2d(3, 4, 3), "head": torch.nn.Linear(4, 2)})
+    net.to(memory_format=torch.channels_last)
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = OPTIMIZERS[name](net, 0.1, 0.0, 0.9)
+    for _ in range(2):  # SOAP's first step is its preconditioner's
+        optimizer.zero_grad()
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert all((p != x).all() for p, x in zip(net.parameters(), before, strict=True))
+    if not isinstance(optimizer, SafeguardedNLCG | VariantNLCG):
+        groups = OPTIMIZERS[name](net, 0.1, 0.01, 0.9).param_groups
+        assert {group["weight_decay"] for group in groups} == {0.01}
+        assert sum(len(group["params"]) for group in groups) == 4
+
+
+@pytest.mark.parametrize("beta1", [0.8, 0.95])
+def test_beta1_is_what_it_says(beta1: float) -> None:
+    net = torch.nn.Linear(3, 2)
+    for name, key in {
+        "nlcg": "beta_max",
+        "nlcg_constant": "beta_max",
+        "nlcg_none": "beta_max",
+        "momentum": "momentum",
+    }.items():
+        assert OPTIMIZERS[name](net, 0.1, 0.0, beta1).param_groups[0][key] == beta1
+    for name in ("adamw", "nadamw", "lamb", "soap", "schedule_free", "adabelief"):
+        assert OPTIMIZERS[name](net, 0.1, 0.0, beta1).param_groups[0]["betas"][0] == beta1
+    assert OPTIMIZERS["muon"](net, 0.1, 0.0, beta1).param_groups[0]["momentum"] == beta1
+
+
+def test_nadamw_looks_ahead_by_beta1() -> None:
+    """m_hat of the second step: beta1 m + (1 - beta1) g, bias corrected a step ahead (Dahl et al., algorithm 9)."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    optimizer = OPTIMIZERS["nadamw"](net, 0.1, 0.0, 0.9)
+    p, m, v = net.weight.item(), 0.0, 0.0
+    for k, g in enumerate((1.0, -0.5), 1):
+        net.weight.grad = torch.full((1, 1), g)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        ahead = 0.9 * m / (1 - 0.9 ** (k + 1)) + 0.1 * g / (1 - 0.9**k)
+        p -= 0.1 * ahead / ((v / (1 - 0.999**k)) ** 0.5 + 1e-8)
+    assert net.weight.item() == pytest.approx(p, rel=1e-5)
+
+
+def test_schedule_free_is_evaluated_at_its_averages(folder: Path) -> None:
+    row = run(Run("schedule_free", peak=0.01, schedule="cosine", **SMALL), folder, compiled=False)
+    assert row["final_loss"] < row["loss"][0]
+    net = torch.nn.Linear(2, 1)
+    optimizer = OPTIMIZERS["schedule_free"](net, 0.1, 0.0, 0.9)
+    for _ in range(2):
+        net.weight.grad = torch.ones(1, 2)
+        optimizer.step()
+    seen = []
+    training = net.weight.detach().clone()
+    with_averages(optimizer, lambda: seen.append(net.weight.detach().clone()))
+    assert not torch.equal(seen[0], training)
+    torch.testing.assert_close(net.weight.detach(), training)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_for_beta(rule: str) -> None:
+    """Fletcher-Reeves' is fastnlcg's step; the others leave its preconditioner and bounds, and differ in beta."""
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.randn(7)]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = NLCG(ours, 0.05), VariantNLCG(theirs, 0.05, rule)
+    differs = False
+    for _ in range(12):
+        for ps, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for p in ps:
+                p.grad = p.detach() + 0.5 * torch.sin(3 * p.detach())
+            optimizer.step()
+        assert all(0.0 <= beta <= 0.9 for beta in optimizers[1].betas)
+        differs |= optimizers[0].diagnostics().beta != pytest.approx(optimizers[1].betas[0], rel=1e-4)
+    assert differs == (rule != "fletcher_reeves")
+    if not differs:
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="rule must be one of"):
+        VariantNLCG(theirs, 0.05, "best")
 
 
 def test_without_safeguards_it_is_nlcg() -> None:
@@ -167,7 +246,11 @@ def test_safeguards_hold_h_back_under_noise(name: str) -> None:
     found = []
     for optimizer_name in (name, None):
         p = torch.nn.Parameter(torch.zeros(1000))
-        optimizer = OPTIMIZERS[optimizer_name]([p], 0.01, 0.0) if optimizer_name else SafeguardedNLCG([p], 0.01)
+        optimizer = (
+            OPTIMIZERS[optimizer_name](torch.nn.ParameterList([p]), 0.01, 0.0, 0.9)
+            if optimizer_name
+            else SafeguardedNLCG([p], 0.01)
+        )
         generator = torch.Generator().manual_seed(0)
         for _ in range(60):
             p.grad = torch.randn(1000, generator=generator)
@@ -250,6 +333,42 @@ def test_seeds_are_run_at_the_best_peaks_of_their_setting(tmp_path: Path) -> Non
             file.write(json.dumps({**dataclasses.asdict(config), "final_loss": loss}) + "\n")
     rest = study.missing("full", tmp_path, "float32")
     assert [(config.peak, config.seed) for config in rest] == [(0.003, 1), (0.003, 2)]
+
+
+def test_rivals_are_tuned_alike(tmp_path: Path) -> None:
+    """Run what is asked for until nothing is: each ends with five seeds at the best choice, bracketed by two."""
+    best = {"nlcg": (0.003, 0.8, 0.0), "adamw": (0.1, 0.95, 0.1), "muon": (0.0003, 0.9, 0.0)}
+
+    def loss(config: Run) -> float:
+        peak, beta1, decay = best.get(config.optimizer, (0.03, 0.9, 0.0))
+        return abs(math.log(config.peak / peak)) + abs(config.beta1 - beta1) + abs(config.weight_decay - decay) / 10
+
+    rounds = 0
+    while asked := study.missing("text", tmp_path, "float32"):
+        rounds += 1
+        assert rounds < 12
+        assert len({study.key(config) for config in asked}) == len(asked)
+        with (tmp_path / "rivals.jsonl").open("a") as file:
+            for config in asked:
+                row = {**dataclasses.asdict(config), "final_loss": loss(config)}
+                file.write(json.dumps(row) + "\n")
+    rows = study.read(tmp_path / "rivals.jsonl")
+    for name in rivals.OF_TEXT:
+        choice = best.get(name, (0.03, 0.9, 0.0))
+        assert rivals.chosen(rows, rivals.TEXT, name) == choice
+        losses = rivals.Losses(rows, rivals.TEXT, name)
+        assert set(losses.found[choice]) == set(rivals.SEEDS)
+        assert all(losses.mean(c, 2) is not None for c in rivals.beside((*choice[:2], 0.0)))
+    assert rivals.chosen(rows[:50], rivals.TEXT, "nlcg") is None
+    assert study.missing("images", tmp_path, "float32")
+    assert not study.missing("full32", tmp_path, "float32")  # not before the images
+    for part in ("rules", "batches"):
+        asked = study.missing(part, tmp_path, "float32")
+        assert {(config.peak, config.beta1) for config in asked if config.optimizer.startswith("nlcg")} <= {
+            (0.003, 0.8),
+            (0.03, 0.9),
+        }
+        assert {config.epochs * config.train_images // config.batch for config in asked} == {120}
 
 
 def test_the_best_peak_is_that_of_the_lowest_mean_training_loss() -> None:

@@ -10,6 +10,7 @@ times the gradients' median and once the optimizer's.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -20,13 +21,13 @@ import fastnlcg
 import models
 import torch
 from fastnlcg import NLCG
-from torch import nn
+from optimizers import OPTIMIZERS
 from torch.nn.functional import cross_entropy
-from train import OPTIMIZERS, fast_precision
+from train import fast_precision
 
 NAMES = (
-    *("nlcg_adam", "nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_pr_search", "nlcg_fr_none"),
-    *("momentum", "rmsprop", "sgd", "lars", "lamb", "adamw"),
+    *("nlcg", "nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_none"),
+    *("sgd", "momentum", "rmsprop", "lars", "lamb", "adamw", "nadamw", "schedule_free", "muon", "soap"),
 )
 BATCHES = (256, 1024, 4096, 16384)
 
@@ -39,8 +40,8 @@ def measure(
     torch.manual_seed(0)
     net = models.make(model, 10).to(device, memory_format=torch.channels_last)
     forward = torch.compile(net) if compiled else net
-    own = {name: [nn.Parameter(p.detach().clone()) for p in net.parameters()] for name in NAMES}
-    optimizers = {name: OPTIMIZERS[name](ps, 1e-3, 0.0) for name, ps in own.items()}
+    own = {name: copy.deepcopy(net) for name in NAMES}
+    optimizers = {name: OPTIMIZERS[name](its, 1e-3, 0.0, 0.9) for name, its in own.items()}
     side = 224 if model == "resnet50" else 32
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     gradients, steps = [], {name: [] for name in NAMES}
@@ -56,7 +57,7 @@ def measure(
             loss.backward()
             synchronize()
             times.append(time.perf_counter())
-            for p, mine in zip(net.parameters(), own[name], strict=True):
+            for p, mine in zip(net.parameters(), own[name].parameters(), strict=True):
                 mine.grad = p.grad
             number = loss.detach()
             synchronize()

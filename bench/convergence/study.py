@@ -3,7 +3,11 @@
     make study DATA=FOLDER                                            the CPU study, into build/study
     python bench/convergence/study.py --data FOLDER --out build/study --studies grids seeds --jobs 2
 
-Two parts, each with its file of rows, paper.jsonl and tuned.jsonl. In the order in which they are run:
+Three parts, each with its file of rows: rivals.jsonl, tuned.jsonl, paper.jsonl. In the order in which they are run:
+
+rivals: NLCG beside eight others, tuned alike (rivals.py), in float32
+
+    text, images, rules, batches, full32
 
 tuned: one relative schedule for all (fastnlcg.warmup_cosine), each optimizer at its own best peak, which is that of the
 lowest training loss of seed 0 on a grid of factors of 3
@@ -31,12 +35,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import rivals
+import torch
 from train import Run, fast_precision, run
 
 Rows = list[dict[str, object]]
@@ -218,7 +225,8 @@ PAPERS: dict[str, Callable[[Rows], Iterator[Run]]] = {
     "more": more,
     "gpu": gpu,
 }
-STUDIES = (*TUNED, *PAPERS)
+STUDIES = (*rivals.PARTS, *TUNED, *PAPERS)
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Run) if field.name != "optimizer"}
 
 
 def key(config: Run) -> str:
@@ -226,13 +234,14 @@ def key(config: Run) -> str:
 
 
 def read(path: Path) -> Rows:
-    """Rows from before there was a choice of schedule or side get what was then the only one."""
+    """Rows from before there was a choice of something get what was then the only one."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return [{"schedule": Run.schedule, "side": Run.side, **json.loads(line)} for line in lines]
+    return [{**DEFAULTS, **json.loads(line)} for line in lines]
 
 
 def rows_of(name: str, folder: Path) -> Path:
-    return folder / ("tuned.jsonl" if name in TUNED else "paper.jsonl")
+    part = "rivals" if name in rivals.PARTS else "tuned" if name in TUNED else "paper"
+    return folder / f"{part}.jsonl"
 
 
 def missing(name: str, folder: Path, precision: str) -> list[Run]:
@@ -241,7 +250,8 @@ def missing(name: str, folder: Path, precision: str) -> list[Run]:
     every = read(rows_of(name, folder))
     rows = [row for row in every if row["precision"] == precision]
     done = {json.dumps({k: row[k] for k in names}, sort_keys=True) for row in every}
-    runs = TUNED[name](rows, precision) if name in TUNED else PAPERS[name](rows)
+    tuned = {**TUNED, **rivals.PARTS}
+    runs = tuned[name](rows, precision) if name in tuned else PAPERS[name](rows)
     own = ("pure_bfloat16",)  # what no argument chooses
     wanted = dict.fromkeys(
         key(run if run.precision in own else dataclasses.replace(run, precision=precision)) for run in runs
@@ -249,16 +259,46 @@ def missing(name: str, folder: Path, precision: str) -> list[Run]:
     return [Run(**json.loads(text)) for text in wanted if text not in done]
 
 
-def one(config: Run, arguments: argparse.Namespace) -> None:
-    row = run(config, arguments.data, arguments.device)
-    file_of = "tuned.jsonl" if config.schedule == "cosine" else "paper.jsonl"
-    with (arguments.out / file_of).open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(
-        f"{config.optimizer:<16} batch {config.batch:>6} seed {config.seed} peak {config.peak:g}: "
-        f"{row['final_accuracy']:.1f} %, loss {row['final_loss']:.3f}, {row['seconds']:.0f} s",
-        flush=True,
-    )
+def one(config: Run, data: Path, device: str) -> dict[str, object]:
+    """In a process of the pool, which keeps what the compiler made of the network."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    return run(config, data, device, compiled=not config.model.startswith("transformer"))
+
+
+def short(row: dict[str, object]) -> dict[str, object]:
+    """Without what only the paper's part shows: rows by the hundred."""
+    betas = [epoch["beta"] for epoch in row.pop("diagnostics") if epoch]
+    row.pop("h_quantiles")
+    return {**row, "beta": betas, "loss": [round(x, 4) for x in row["loss"]]}
+
+
+def work(name: str, arguments: argparse.Namespace, pool: ProcessPoolExecutor) -> int:
+    """Runs what a study wants next until it wants no more; how many failed."""
+    failed = 0
+    while waiting := missing(name, arguments.out, arguments.precision):
+        print(f"{name}: {len(waiting)} runs", flush=True)
+        futures = {pool.submit(one, config, arguments.data, arguments.device): config for config in waiting}
+        broken = 0
+        for future in as_completed(futures):
+            c = futures[future]
+            what = f"{c.optimizer:<16} batch {c.batch:>6} seed {c.seed} peak {c.peak:g} beta1 {c.beta1:g}"
+            try:
+                row = future.result()
+            except Exception as error:
+                broken += 1
+                print(f"{what}: {error!r}", flush=True)
+                continue
+            if name in rivals.PARTS:
+                row = short(row)
+            with rows_of(name, arguments.out).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            result = f"{row['final_accuracy']:.1f} %, loss {row['final_loss']:.3f}, {row['seconds']:.0f} s"
+            print(f"{what} decay {c.weight_decay:g}: {result}", flush=True)
+        failed += broken
+        if broken == len(waiting):
+            break
+    return failed
 
 
 def main() -> int:
@@ -273,28 +313,12 @@ def main() -> int:
         help="of the network's products; by default bfloat16 on a GPU or a processor that has it: half the time",
     )
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=[s for s in STUDIES if s != "gpu"])
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a run, as JSON: what the jobs are
     arguments = parser.parse_args()
     arguments.precision = arguments.precision or fast_precision(arguments.device)
-    if arguments.one:
-        one(Run(**json.loads(arguments.one)), arguments)
-        return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--data", str(arguments.data), "--out", str(arguments.out)]
-    command += ["--device", arguments.device]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else None
-    failed = 0
-    for name in arguments.studies:
-        waiting, running = missing(name, arguments.out, arguments.precision), []
-        print(f"{name}: {len(waiting)} runs", flush=True)
-        while waiting or running:
-            while waiting and len(running) < arguments.jobs:
-                running.append(subprocess.Popen([*command, "--one", key(waiting.pop(0))], env=environment))
-            os.wait()
-            for process in [process for process in running if process.poll() is not None]:
-                running.remove(process)
-                failed += process.returncode != 0
-    return int(failed > 0)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        return int(sum([work(name, arguments, pool) for name in arguments.studies]) > 0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,9 @@ import fastnlcg
 import models
 import torch
 from data import ImageNet, Images, Pairs, load
-from fastnlcg import NLCG, Diagnostics, OnlineLineSearch, paper_schedule, warmup_cosine
-from safeguards import SafeguardedNLCG, Safeguards
+from fastnlcg import NLCG, Diagnostics, paper_schedule, warmup_cosine
+from optimizers import OPTIMIZERS, with_averages
+from safeguards import SafeguardedNLCG
 from text import Text
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -32,7 +32,9 @@ class Run:
     ``precision`` is that of the network's products (torch.autocast); parameters, gradients and the optimizer's state
     are float32, but for ``"pure_bfloat16"``, where parameters and gradients are bfloat16 too. ``augment``: crops and
     flips. ``side``: images are averaged down to that many pixels a side. A sample of the ``"transformer"`` is a
-    sequence; an epoch draws ``train_images`` of them."""
+    sequence; an epoch draws ``train_images`` of them. Schedule-Free has ``"cosine"``'s warm-up and no decay: that
+    is its method. ``beta1``: see optimizers.Maker. ``clip``: the largest norm of the gradient,
+    None for any."""
 
     optimizer: str
     batch: int
@@ -48,69 +50,12 @@ class Run:
     augment: bool = True
     schedule: str = "paper"
     side: int = 32
+    beta1: float = 0.9
+    clip: float | None = None
 
     @property
     def peak_lr(self) -> float:
         return self.peak * 0.1 * self.batch / 256 if self.schedule == "paper" else self.peak
-
-
-def external(name: str) -> type[torch.optim.Optimizer]:
-    import pytorch_optimizer
-
-    return getattr(pytorch_optimizer, name)
-
-
-Maker = Callable[[list[nn.Parameter], float, float], torch.optim.Optimizer]
-
-
-def nlcg(**options: object) -> Maker:
-    return lambda ps, lr, decay: NLCG(ps, lr, weight_decay=decay, **options)
-
-
-def safeguarded(**options: object) -> Maker:
-    return lambda ps, lr, decay: SafeguardedNLCG(ps, lr, Safeguards(**options))
-
-
-PR = {"update": "polak_ribiere"}
-BFGS = {"preconditioner": "bfgs"}
-OPTIMIZERS: dict[str, Maker] = {
-    "nlcg_adam": nlcg(preconditioner="adam"),
-    "nlcg_adam_pr": nlcg(preconditioner="adam", **PR),
-    "nlcg_adam_search": nlcg(preconditioner="adam", line_search=OnlineLineSearch()),
-    "nlcg_adam_08": nlcg(preconditioner="adam", beta_max=0.8),
-    "nlcg_adam_095": nlcg(preconditioner="adam", beta_max=0.95),
-    "nlcg_adam_stochastic": nlcg(preconditioner="adam", stochastic_rounding=True),
-    "nlcg_adam_1": nlcg(preconditioner="adam", beta_max=1.0),
-    **{
-        f"nlcg_adam_constant_{beta:02}": nlcg(preconditioner="adam", update="heavy_ball", beta_max=beta / 100)
-        for beta in (70, 75, 80, 85, 90)
-    },
-    "nlcg_none_09": nlcg(preconditioner=None, beta_max=0.9),
-    "nlcg_fr": nlcg(**BFGS),
-    "nlcg_pr": nlcg(**BFGS, **PR),
-    "nlcg_fr_search": nlcg(**BFGS, line_search=OnlineLineSearch()),
-    "nlcg_pr_search": nlcg(**BFGS, line_search=OnlineLineSearch(), **PR),
-    "nlcg_fr_none": nlcg(preconditioner=None),
-    "nlcg_pr_none": nlcg(preconditioner=None, **PR),
-    "nlcg_fr_same_batch": safeguarded(same_batch=True),
-    "nlcg_fr_mean": safeguarded(mean=0.9),
-    "nlcg_fr_damped": safeguarded(damped=(0.2, 1.0)),
-    "nlcg_fr_cosine": safeguarded(cosine=0.2),
-    "nlcg_fr_signal": safeguarded(signal=0.5),
-    "nlcg_fr_h_max": safeguarded(h_max=10.0),
-    "nlcg_fr_rescaled": safeguarded(rescaled=True),
-    "nlcg_fr_beta_max": safeguarded(beta_max=0.9),
-    "momentum": lambda ps, lr, decay: torch.optim.SGD(ps, lr, momentum=0.9, weight_decay=decay),
-    # the settings of the authors' CIFAR script
-    "rmsprop": lambda ps, lr, decay: torch.optim.RMSprop(ps, lr, alpha=0.9, momentum=0.9, eps=1.0, weight_decay=decay),
-    "sgd": lambda ps, lr, decay: torch.optim.SGD(ps, lr, weight_decay=decay),
-    "adamw": lambda ps, lr, decay: torch.optim.AdamW(ps, lr, weight_decay=decay),
-    "adamw_08": lambda ps, lr, decay: torch.optim.AdamW(ps, lr, betas=(0.8, 0.999), weight_decay=decay),
-    "adamw_095": lambda ps, lr, decay: torch.optim.AdamW(ps, lr, betas=(0.95, 0.999), weight_decay=decay),
-    "nadam": lambda ps, lr, decay: torch.optim.NAdam(ps, lr, weight_decay=decay, decoupled_weight_decay=True),
-    "lars": lambda ps, lr, decay: external("LARS")(ps, lr, momentum=0.9, weight_decay=decay),
-    "lamb": lambda ps, lr, decay: external("Lamb")(ps, lr, weight_decay=decay),
-}
 
 
 def fast_precision(device: str) -> str:
@@ -145,6 +90,17 @@ def evaluate(net: nn.Module, data: Data) -> tuple[float, float]:
         count += y.numel()
     net.train()
     return 100.0 * right / count, total / count
+
+
+def schedule_of(config: Run, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """``steps``: of an epoch."""
+    if config.schedule == "paper":
+        lengths = {"epochs": config.epochs, "steps_per_epoch": steps}
+        return paper_schedule(optimizer, batch_size=config.batch, peak_lr=config.peak_lr, **lengths)
+    if config.optimizer == "schedule_free":
+        warmup = max(round(config.epochs * steps * 5 / 24), 1)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / warmup, 1.0))
+    return warmup_cosine(optimizer, config.epochs * steps)
 
 
 def quantiles_of_h(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -188,15 +144,9 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
         net = net.to(torch.bfloat16)
     forward = torch.compile(net) if compiled else net
     ps = list(net.parameters())
-    optimizer = OPTIMIZERS[config.optimizer](ps, config.peak_lr, config.weight_decay)
+    optimizer = OPTIMIZERS[config.optimizer](net, config.peak_lr, config.weight_decay, config.beta1)
     steps = n // config.batch
-    schedule = (
-        paper_schedule(
-            optimizer, batch_size=config.batch, epochs=config.epochs, steps_per_epoch=steps, peak_lr=config.peak_lr
-        )
-        if config.schedule == "paper"
-        else warmup_cosine(optimizer, config.epochs * steps)
-    )
+    schedule = schedule_of(config, optimizer, steps)
     generator = torch.Generator(device).manual_seed(config.seed)
     micro = min(config.micro, config.batch)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, config.precision == "bfloat16")
@@ -225,6 +175,8 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
         for batch in data.epoch(config.batch, micro, generator, config.augment):
             pairs = list(batch) if again else batch
             loss = gradients(pairs)
+            if config.clip is not None:
+                nn.utils.clip_grad_norm_(ps, config.clip)
             if isinstance(optimizer, NLCG):
                 optimizer.step(loss=loss)
             else:
@@ -237,7 +189,7 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
             if isinstance(optimizer, NLCG):
                 of_epoch.append(optimizer.diagnostics())
         with autocast:
-            right, test_loss = evaluate(net, data)
+            right, test_loss = with_averages(optimizer, lambda: evaluate(net, data))
         accuracies.append(right)
         test_losses.append(test_loss)
         diagnostics.append(summary(of_epoch))

@@ -1,0 +1,142 @@
+"""What the study compares, by name: the optimizer of a network, a learning rate, a weight decay and a beta1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytorch_optimizer
+import torch
+from fastnlcg import NLCG, OnlineLineSearch
+from safeguards import SafeguardedNLCG, Safeguards
+from torch import Tensor, nn
+from variants import VariantNLCG
+
+Maker = Callable[[nn.Module, float, float, float], torch.optim.Optimizer]
+"""Of a network, a learning rate, a (decoupled) weight decay and beta1: the coefficient of the first moment, momentum's,
+or the cap of a conjugate beta. Those that have no such coefficient, or fix it in their name, do not read it."""
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon for the matrices inside the network, AdamW for the rest: embeddings, the last layer, biases and
+    normalizations. A convolution is the matrix (out, in * height * width). Its steps are scaled to the size of AdamW's
+    (Liu et al., arXiv:2502.16982), so one learning rate serves both."""
+
+    OUTSIDE = ("embedding", "position", "head")
+
+    def __init__(self, net: nn.Module, lr: float, weight_decay: float, momentum: float) -> None:
+        named = dict(net.named_parameters())
+        inside = {name for name, p in named.items() if p.ndim >= 2 and name.split(".")[0] not in self.OUTSIDE}
+        super().__init__(list(net.parameters()), {"lr": lr})
+        self.inside = [named[name] for name in named if name in inside]
+        self.matrices = [as_matrix(p.detach()) for p in self.inside]
+        options = {"lr": lr, "weight_decay": weight_decay}
+        self.parts = (
+            torch.optim.Muon(self.matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **options),
+            torch.optim.AdamW([named[name] for name in named if name not in inside], **options),
+        )
+        self.param_groups = [group for part in self.parts for group in part.param_groups]  # what a schedule writes to
+
+    def step(self, closure: None = None) -> None:
+        for p, matrix in zip(self.inside, self.matrices, strict=True):
+            matrix.grad = as_matrix(p.grad)
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in (*self.inside, *self.parts[1].param_groups[0]["params"]):
+            p.grad = None
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """(out, in), or (out, height * width * in) of a convolution's weights: a view of those in channels_last."""
+    return x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(len(x), -1)
+
+
+def nlcg(**options: object) -> Maker:
+    return lambda net, lr, decay, beta1: NLCG(net.parameters(), lr, weight_decay=decay, **options)
+
+
+def capped(**options: object) -> Maker:
+    return lambda net, lr, decay, beta1: NLCG(net.parameters(), lr, weight_decay=decay, beta_max=beta1, **options)
+
+
+def safeguarded(**options: object) -> Maker:
+    return lambda net, lr, decay, beta1: SafeguardedNLCG(list(net.parameters()), lr, Safeguards(**options))
+
+
+def variant(rule: str) -> Maker:
+    return lambda net, lr, decay, beta1: VariantNLCG(list(net.parameters()), lr, rule, beta_max=beta1)
+
+
+def peer(kind: type[torch.optim.Optimizer], beta2: float = 0.999, **options: object) -> Maker:
+    """An optimizer with betas."""
+    return lambda net, lr, decay, beta1: kind(net.parameters(), lr, betas=(beta1, beta2), weight_decay=decay, **options)
+
+
+PR = {"update": "polak_ribiere"}
+BFGS = {"preconditioner": "bfgs"}
+VARIANTS = ("late", "plain", "per_tensor", "dai_yuan", "smoothed")
+OPTIMIZERS: dict[str, Maker] = {
+    "nlcg": capped(),
+    "nlcg_constant": capped(update="heavy_ball"),
+    "nlcg_none": capped(preconditioner=None),
+    **{f"nlcg_{rule}": variant(rule) for rule in VARIANTS},
+    "adamw": peer(torch.optim.AdamW),
+    # Without torch's schedule of the momentum, which halves beta1 in short trainings: that of Dahl et al. (2306.07179).
+    "nadamw": peer(torch.optim.NAdam, momentum_decay=1e6, decoupled_weight_decay=True),
+    "lamb": peer(pytorch_optimizer.Lamb),
+    "adabelief": peer(pytorch_optimizer.AdaBelief),
+    "muon": Muon,
+    # The published beta2 is its default; eigenvectors every 10 steps.
+    "soap": peer(pytorch_optimizer.SOAP, beta2=0.95),
+    "schedule_free": peer(pytorch_optimizer.ScheduleFreeAdamW),
+    "momentum": lambda net, lr, decay, beta1: torch.optim.SGD(net.parameters(), lr, momentum=beta1, weight_decay=decay),
+    # beta1 in the name, the form of the first rows
+    "nlcg_adam": nlcg(),
+    "nlcg_adam_pr": nlcg(**PR),
+    "nlcg_adam_search": nlcg(line_search=OnlineLineSearch()),
+    "nlcg_adam_08": nlcg(beta_max=0.8),
+    "nlcg_adam_095": nlcg(beta_max=0.95),
+    "nlcg_adam_stochastic": nlcg(stochastic_rounding=True),
+    "nlcg_adam_1": nlcg(beta_max=1.0),
+    "nlcg_adam_constant_80": nlcg(update="heavy_ball", beta_max=0.8),
+    "nlcg_fr": nlcg(**BFGS),
+    "nlcg_pr": nlcg(**BFGS, **PR),
+    "nlcg_fr_search": nlcg(**BFGS, line_search=OnlineLineSearch()),
+    "nlcg_pr_search": nlcg(**BFGS, line_search=OnlineLineSearch(), **PR),
+    "nlcg_fr_none": nlcg(preconditioner=None),
+    "nlcg_pr_none": nlcg(preconditioner=None, **PR),
+    "nlcg_fr_same_batch": safeguarded(same_batch=True),
+    "nlcg_fr_mean": safeguarded(mean=0.9),
+    "nlcg_fr_damped": safeguarded(damped=(0.2, 1.0)),
+    "nlcg_fr_cosine": safeguarded(cosine=0.2),
+    "nlcg_fr_signal": safeguarded(signal=0.5),
+    "nlcg_fr_h_max": safeguarded(h_max=10.0),
+    "nlcg_fr_rescaled": safeguarded(rescaled=True),
+    "nlcg_fr_beta_max": safeguarded(beta_max=0.9),
+    # the settings of the authors' CIFAR script
+    "rmsprop": lambda net, lr, decay, beta1: torch.optim.RMSprop(
+        net.parameters(), lr, alpha=0.9, momentum=0.9, eps=1.0, weight_decay=decay
+    ),
+    "sgd": lambda net, lr, decay, beta1: torch.optim.SGD(net.parameters(), lr, weight_decay=decay),
+    "adamw_08": lambda net, lr, decay, beta1: torch.optim.AdamW(
+        net.parameters(), lr, betas=(0.8, 0.999), weight_decay=decay
+    ),
+    "nadam": lambda net, lr, decay, beta1: torch.optim.NAdam(
+        net.parameters(), lr, weight_decay=decay, decoupled_weight_decay=True
+    ),
+    "lars": lambda net, lr, decay, beta1: pytorch_optimizer.LARS(
+        net.parameters(), lr, momentum=0.9, weight_decay=decay
+    ),
+}
+
+
+def with_averages(optimizer: torch.optim.Optimizer, evaluate: Callable[[], object]) -> object:
+    """Evaluated where Schedule-Free says: at its averages."""
+    if not isinstance(optimizer, pytorch_optimizer.ScheduleFreeAdamW):
+        return evaluate()
+    optimizer.eval()
+    try:
+        return evaluate()
+    finally:
+        optimizer.train()

@@ -1,0 +1,181 @@
+"""NLCG and its rivals, tuned alike: which runs, in which order.
+
+For each setting and optimizer, by training loss, so that the test part has no say:
+
+    grid       seed 0 at every pair of a peak (factors of 3) and beta1; peaks are added until the best lies inside
+    seeds      seed 1 at the four best pairs, and at the peaks beside the best of them: bracketed by means of two seeds
+    decay      the best pair again, with weight decay, both seeds
+    more       three more seeds at the best of all these
+
+Like this for the transformer and the small images. Then, on the transformer: the rules for beta, and other batches, of
+as many steps, at the beta1 and decay chosen above. Last, images of full size, with what was chosen on the small ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from optimizers import VARIANTS
+from train import Run
+
+Rows = list[dict[str, object]]
+SEEDS = (0, 1, 2, 3, 4)
+BETAS = (0.8, 0.9, 0.95)
+DECAY = 0.1
+PEAKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Where each grid starts
+START = {
+    "nlcg": (0.003, 0.01),
+    "nlcg_constant": (0.003, 0.01),
+    "adamw": (0.01, 0.03),
+    "nadamw": (0.01, 0.03),
+    "muon": (0.01, 0.03),
+    "soap": (0.01, 0.03),
+    "schedule_free": (0.01, 0.03),
+    "lamb": (0.03, 0.1),
+    "momentum": (0.3, 1.0),
+    "nlcg_none": (0.3, 1.0),
+}
+TEXT = Run(
+    "",
+    384,
+    model="transformer",
+    schedule="cosine",
+    train_images=11520,
+    test_images=1024,
+    epochs=4,
+    micro=96,
+    clip=1.0,
+)
+IMAGES = Run("", 2048, schedule="cosine", side=16, train_images=8192)
+FULL = Run("", 4096, schedule="cosine")
+OF_TEXT = ("nlcg", "nlcg_constant", "adamw", "nadamw", "muon", "soap", "schedule_free", "lamb")
+OF_IMAGES = (*OF_TEXT, "momentum", "nlcg_none")
+OF_BATCHES = ("nlcg", "nlcg_constant", "adamw", "muon", "soap")
+OF_FULL = ("nlcg", "nlcg_constant", "adamw", "muon")
+# Sequences of 64 characters a batch, and 120 steps as at 384.
+BATCHES = (96, 1024)
+
+Choice = tuple[float, float, float]
+"""peak, beta1, weight decay"""
+
+
+def at(config: Run, name: str, choice: Choice, seed: int) -> Run:
+    peak, beta1, decay = choice
+    return dataclasses.replace(config, optimizer=name, peak=peak, beta1=beta1, weight_decay=decay, seed=seed)
+
+
+class Losses:
+    """Of one optimizer in one setting: training losses by choice and seed."""
+
+    def __init__(self, rows: Rows, config: Run, name: str) -> None:
+        free = {"optimizer", "peak", "beta1", "weight_decay", "seed"}
+        fixed = [field.name for field in dataclasses.fields(Run) if field.name not in free]
+        self.found: dict[Choice, dict[int, float]] = {}
+        for row in rows:
+            if row["optimizer"] == name and all(row[key] == getattr(config, key) for key in fixed):
+                loss = row["final_loss"]
+                choice = (row["peak"], row["beta1"], row["weight_decay"])
+                self.found.setdefault(choice, {})[row["seed"]] = loss if math.isfinite(loss) else math.inf
+
+    def mean(self, choice: Choice, seeds: int) -> float | None:
+        """Over the first seeds; None where one is missing."""
+        of = self.found.get(choice, {})
+        return sum(of[seed] for seed in range(seeds)) / seeds if all(seed in of for seed in range(seeds)) else None
+
+    def ranked(self, seeds: int, decay: float | None = 0.0) -> list[Choice]:
+        """Choices with that many seeds, the best first; of that decay, or of any."""
+        means = {c: self.mean(c, seeds) for c in self.found if decay is None or c[2] == decay}
+        return sorted((c for c, mean in means.items() if mean is not None), key=lambda c: means[c])
+
+    def edges(self, beta1: float, decay: float = 0.0) -> list[Choice]:
+        """What to add beside the best peak that seed 0 has with this beta1: nothing, if it lies inside."""
+        tried = [c for c in self.ranked(1, decay) if c[1] == beta1]
+        return [c for c in beside(tried[0]) if self.mean(c, 1) is None] if tried else []
+
+
+def beside(choice: Choice) -> list[Choice]:
+    k = PEAKS.index(choice[0])
+    return [(PEAKS[j], *choice[1:]) for j in (k - 1, k + 1) if 0 <= j < len(PEAKS)]
+
+
+def chosen(rows: Rows, config: Run, name: str) -> Choice | None:
+    """The best by the mean of two seeds, once it is bracketed and was tried with weight decay."""
+    losses = Losses(rows, config, name)
+    pairs = losses.ranked(2)
+    if not pairs or any(losses.mean(c, 2) is None for c in (*beside(pairs[0]), (*pairs[0][:2], DECAY))):
+        return None
+    return losses.ranked(2, decay=None)[0]
+
+
+def tuning(rows: Rows, config: Run, names: tuple[str, ...]) -> Iterator[Run]:
+    """What is to be run next, as far as the rows tell."""
+    for name in names:
+        losses = Losses(rows, config, name)
+        grid = [(peak, beta1, 0.0) for beta1 in BETAS for peak in START[name]]
+        wanted = [(c, 0) for c in grid if losses.mean(c, 1) is None]
+        wanted = wanted or [(c, 0) for beta1 in BETAS for c in losses.edges(beta1)]
+        if not wanted:
+            best = losses.ranked(1)[:4]
+            wanted = [(c, 1) for c in best if losses.mean(c, 2) is None]
+        if not wanted:
+            pair = losses.ranked(2)[0]
+            wanted = [(c, seed) for c in beside(pair) for seed in (0, 1) if seed not in losses.found.get(c, {})]
+            decayed = (*pair[:2], DECAY)
+            wanted += [(decayed, seed) for seed in (0, 1) if seed not in losses.found.get(decayed, {})]
+        if not wanted:
+            wanted = [(losses.ranked(2, decay=None)[0], seed) for seed in SEEDS[2:]]
+        yield from (at(config, name, choice, seed) for choice, seed in wanted)
+
+
+def text(rows: Rows, precision: str) -> Iterator[Run]:
+    return tuning(rows, dataclasses.replace(TEXT, precision=precision), OF_TEXT)
+
+
+def images(rows: Rows, precision: str) -> Iterator[Run]:
+    return tuning(rows, dataclasses.replace(IMAGES, precision=precision), OF_IMAGES)
+
+
+def rules(rows: Rows, precision: str) -> Iterator[Run]:
+    """Each rule for beta at NLCG's cap, at peaks around NLCG's until the best is bracketed; five seeds there."""
+    config = dataclasses.replace(TEXT, precision=precision)
+    choice = chosen(rows, config, "nlcg")
+    for name in () if choice is None else (f"nlcg_{rule}" for rule in VARIANTS):
+        losses = Losses(rows, config, name)
+        wanted = [(choice, 0)] if losses.mean(choice, 1) is None else [(c, 0) for c in losses.edges(*choice[1:])]
+        wanted = wanted or [(losses.ranked(1, decay=None)[0], seed) for seed in SEEDS[1:]]
+        yield from (at(config, name, c, seed) for c, seed in wanted)
+
+
+def batches(rows: Rows, precision: str) -> Iterator[Run]:
+    """With the beta1 and decay of the middle batch; the peak anew, by seed 0; two more seeds there."""
+    middle = dataclasses.replace(TEXT, precision=precision)
+    for batch in BATCHES:
+        config = at_batch(middle, batch)
+        for name in OF_BATCHES:
+            choice = chosen(rows, middle, name)
+            if choice is None:
+                continue
+            losses = Losses(rows, config, name)
+            wanted = [choice] if losses.mean(choice, 1) is None else []
+            wanted = wanted or losses.edges(*choice[1:])
+            runs = [(c, 0) for c in wanted] or [(losses.ranked(1, decay=None)[0], seed) for seed in (1, 2)]
+            yield from (at(config, name, c, seed) for c, seed in runs)
+
+
+def at_batch(config: Run, batch: int) -> Run:
+    return dataclasses.replace(config, batch=batch, train_images=config.train_images * batch // config.batch)
+
+
+def full(rows: Rows, precision: str) -> Iterator[Run]:
+    """With what was chosen on the small images; three seeds."""
+    small, config = (dataclasses.replace(c, precision=precision) for c in (IMAGES, FULL))
+    for name in OF_FULL:
+        choice = chosen(rows, small, name)
+        if choice is not None:
+            yield from (at(config, name, choice, seed) for seed in SEEDS[:3])
+
+
+PARTS = {"text": text, "rules": rules, "batches": batches, "images": images, "full32": full}
