@@ -1,8 +1,12 @@
 """From rows to figures and tables.
 
-    python bench/convergence/plots.py FOLDER      with paper.jsonl, tuned.jsonl (study.py), cost.jsonl (cost.py) in it
+    python bench/convergence/plots.py FOLDER      with the files of study.py and cost.py in it
 
-Of the tuned comparison:
+Of NLCG and its rivals (rival_tables.py):
+
+    rivals.png                         training loss per step at best choices
+
+Of the earlier tuned comparison, with products in bfloat16:
 
     tuned.png                          training loss per step at the full setting and of the transformer, at best peaks
 
@@ -12,7 +16,7 @@ On the paper's schedule:
     accuracy-batch.png                 test accuracy over batch size (figures 4 and 7)
     accuracy-epochs.png                test accuracy over epochs at the largest batch (figures 5, 6 and 8)
 
-tables.md has the tables of both. Lines are means over seeds, shades and bars one standard deviation. Seconds are steps
+tables.md has the tables of all. Lines are means over seeds, shades and bars one standard deviation. Seconds are steps
 times the time per step that cost.py measured for all in one run: those of the runs themselves tell of the machine's
 other work.
 """
@@ -26,8 +30,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import rival_tables
 from numpy.typing import ArrayLike
 from PIL import Image
+from rival_tables import markdown
 from study import ALSO, PAPER, PURE, SMALL_STEPS, Rows, best_peak, like, read, settings_of
 from train import Run
 
@@ -164,10 +170,6 @@ def cell(own: Rows, key: str, digits: int) -> str:
         return "diverged"
     many = "" if len(own) == 3 else f" ({len(own)})"
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(own) > 1 else "") + many
-
-
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
 def by_batch(rows: Rows, key: str, digits: int) -> str:
@@ -386,8 +388,11 @@ def costs(cost: Rows, batches: tuple[str, ...] = ("256", "4096")) -> str:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    paper, tuned, cost = (read(folder / f"{name}.jsonl") for name in ("paper", "tuned", "cost"))
+    rivals, paper, tuned, cost = (read(folder / f"{name}.jsonl") for name in ("rivals", "paper", "tuned", "cost"))
     found = {}
+    if rivals:
+        rival_tables.picture(rivals, folder / "rivals.png")
+        found |= rival_tables.tables(rivals)
     if tuned:
         tuned_picture(tuned, folder / "tuned.png")
         found |= tuned_tables(tuned)

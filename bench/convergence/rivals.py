@@ -2,7 +2,8 @@
 
 For each setting and optimizer, by training loss, so that the test part has no say:
 
-    grid       seed 0 at every pair of a peak (factors of 3) and beta1; peaks are added until the best lies inside
+    grid       seed 0 at every pair of a peak (factors of 3) and beta1; peaks, then beta1, are added until the best pair
+               lies inside
     seeds      seed 1 at the four best pairs, and at the peaks beside the best of them: bracketed by means of two seeds
     decay      the best pair again, with weight decay, both seeds
     more       three more seeds at the best of all these
@@ -22,7 +23,8 @@ from train import Run
 
 Rows = list[dict[str, object]]
 SEEDS = (0, 1, 2, 3, 4)
-BETAS = (0.8, 0.9, 0.95)
+BETAS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+BETAS_AT_FIRST = BETAS[2:5]
 DECAY = 0.1
 PEAKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Where each grid starts
@@ -90,6 +92,12 @@ class Losses:
         means = {c: self.mean(c, seeds) for c in self.found if decay is None or c[2] == decay}
         return sorted((c for c, mean in means.items() if mean is not None), key=lambda c: means[c])
 
+    def betas(self) -> list[float]:
+        """Of the grid: those at first, and one more beside the best by seed 0 if it is the first or last of them."""
+        tried = sorted({*BETAS_AT_FIRST, *(c[1] for c in self.found)})
+        k = BETAS.index(self.ranked(1)[0][1])
+        return sorted({*tried, *BETAS[max(k - 1, 0) : k + 2]})
+
     def edges(self, beta1: float, decay: float = 0.0) -> list[Choice]:
         """What to add beside the best peak that seed 0 has with this beta1: nothing, if it lies inside."""
         tried = [c for c in self.ranked(1, decay) if c[1] == beta1]
@@ -114,9 +122,13 @@ def tuning(rows: Rows, config: Run, names: tuple[str, ...]) -> Iterator[Run]:
     """What is to be run next, as far as the rows tell."""
     for name in names:
         losses = Losses(rows, config, name)
-        grid = [(peak, beta1, 0.0) for beta1 in BETAS for peak in START[name]]
+        grid = [(peak, beta1, 0.0) for beta1 in BETAS_AT_FIRST for peak in START[name]]
         wanted = [(c, 0) for c in grid if losses.mean(c, 1) is None]
-        wanted = wanted or [(c, 0) for beta1 in BETAS for c in losses.edges(beta1)]
+        wanted = wanted or [(c, 0) for beta1 in BETAS_AT_FIRST for c in losses.edges(beta1)]
+        if not wanted:  # the best beta1 is bracketed too: others begin at the best peak of all
+            betas, peak = losses.betas(), losses.ranked(1)[0][0]
+            new = [beta1 for beta1 in betas if not any(c[1] == beta1 for c in losses.found)]
+            wanted = [((peak, beta1, 0.0), 0) for beta1 in new] or [(c, 0) for b in betas for c in losses.edges(b)]
         if not wanted:
             best = losses.ranked(1)[:4]
             wanted = [(c, 1) for c in best if losses.mean(c, 2) is None]

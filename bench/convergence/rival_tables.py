@@ -1,0 +1,214 @@
+"""Tables and the picture of rivals.jsonl: what docs/study.md and the README show. plots.py calls them."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import rivals
+from PIL import Image
+from rivals import Choice, Losses, Rows
+from train import Run
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+LABELS = {
+    "nlcg": "NLCG",
+    "nlcg_constant": "the same, beta constant",
+    "adamw": "AdamW",
+    "nadamw": "NAdamW",
+    "muon": "Muon",
+    "soap": "SOAP",
+    "schedule_free": "Schedule-Free AdamW",
+    "lamb": "LAMB",
+    "momentum": "Momentum",
+    "nlcg_none": "NLCG, no preconditioner",
+    "nlcg_late": "beta of the step before",
+    "nlcg_plain": "plain gradient norms",
+    "nlcg_per_tensor": "a beta for each tensor",
+    "nlcg_dai_yuan": "min(Fletcher-Reeves, Dai-Yuan)",
+    "nlcg_smoothed": "rz smoothed",
+}
+SETTINGS = {"Transformer": rivals.TEXT, "Small images": rivals.IMAGES, "Images": rivals.FULL}
+TARGET = 2.3
+"""nats a character: a training loss that every batch reaches with every optimizer"""
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+
+
+def rows_at(rows: Rows, config: Run, name: str, choice: Choice) -> Rows:
+    """By seed."""
+    wanted = dataclasses.asdict(rivals.at(config, name, choice, 0))
+    own = [row for row in rows if all(row[key] == value for key, value in wanted.items() if key != "seed")]
+    return sorted(own, key=lambda row: row["seed"])
+
+
+def best_choice(rows: Rows, config: Run, name: str) -> Choice | None:
+    """Of those with the most seeds, the lowest mean training loss."""
+    losses = Losses(rows, config, name)
+    counts = {c: len(seeds) for c, seeds in losses.found.items() if losses.mean(c, len(seeds)) is not None}
+    return losses.ranked(max(counts.values()), decay=None)[0] if counts else None
+
+
+def plus_minus(values: list[float], digits: int, usual: int) -> str:
+    """Mean and standard deviation; of how many, where it is not the usual."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}" + ("" if len(values) == usual else f" ({len(values)})")
+
+
+def result(row: dict[str, object]) -> float:
+    return row["test_loss"][-1] if row["model"] == "transformer" else row["final_accuracy"]
+
+
+def results(own: Rows, usual: int) -> list[str]:
+    text = own[0]["model"] == "transformer"
+    return [plus_minus([result(row) for row in own], 3 if text else 1, usual)]
+
+
+def ranking(rows: Rows, config: Run, usual: int = len(rivals.SEEDS)) -> str:
+    """Every optimizer at its best peak, beta1 and decay, the lowest training loss first; and what a peak three times
+    as small or large costs in training loss, by means of two seeds."""
+    lines = []
+    for name in rivals.OF_IMAGES:
+        choice = best_choice(rows, config, name)
+        if choice is None:
+            continue
+        own = rows_at(rows, config, name, choice)
+        losses = Losses(rows, config, name)
+        pair = (*choice[:2], 0.0)
+        near = [losses.mean(c, 2) for c in rivals.beside(pair)]
+        at_pair = losses.mean(pair, 2)
+        wide = [f"{x - at_pair:+.2f}" if x is not None and at_pair is not None else "" for x in near]
+        loss = [row["final_loss"] for row in own]
+        cells = [LABELS[name], *(f"{x:g}" for x in choice), *results(own, usual), plus_minus(loss, 3, usual), *wide]
+        lines.append((statistics.mean(loss), cells))
+    what = "validation loss" if config.model == "transformer" else "test accuracy, %"
+    header = ["", "peak", "beta1", "decay", what, "training loss", "at a third", "at three times"]
+    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+def by_beta(rows: Rows, config: Run) -> str:
+    """Training loss of seed 0 at the best peak of each beta1."""
+    lines = []
+    of_names = {name: Losses(rows, config, name) for name in rivals.OF_IMAGES}
+    betas = [b for b in rivals.BETAS if any(c[1] == b for losses in of_names.values() for c in losses.ranked(1))]
+    for name, losses in of_names.items():
+        cells = []
+        for beta1 in betas:
+            tried = [c for c in losses.ranked(1) if c[1] == beta1]
+            cells.append(f"{losses.mean(tried[0], 1):.3f} ({tried[0][0]:g})" if tried else "")
+        if any(cells):
+            lines.append([LABELS[name], *cells])
+    return markdown(["", *(f"{beta1:g}" for beta1 in betas)], lines)
+
+
+def by_decay(rows: Rows, config: Run) -> str:
+    """What a decay of 0.1 does at the best pair of peak and beta1; means of two seeds."""
+    lines = []
+    for name in rivals.OF_IMAGES:
+        losses = Losses(rows, config, name)
+        for choice in losses.ranked(2, rivals.DECAY)[:1]:
+            plain, decayed = (rows_at(rows, config, name, (*choice[:2], decay))[:2] for decay in (0.0, rivals.DECAY))
+            digits = 3 if config.model == "transformer" else 1
+            cells = [f"{statistics.mean(map(result, own)):.{digits}f}" for own in (plain, decayed)]
+            losses_of = [f"{statistics.mean(row['final_loss'] for row in own):.3f}" for own in (plain, decayed)]
+            lines.append([LABELS[name], *losses_of, *cells])
+    what = "validation loss" if config.model == "transformer" else "test accuracy, %"
+    return markdown(["", "training loss", f"with {rivals.DECAY:g}", what, f"with {rivals.DECAY:g}"], lines)
+
+
+def paired(rows: Rows, config: Run, base: str = "nlcg") -> str:
+    """Differences to NLCG seed by seed (the same data and the same network at the start), mean and standard deviation,
+    and on how many seeds NLCG's training loss is the lower."""
+    choice = best_choice(rows, config, base)
+    ours = {row["seed"]: row for row in rows_at(rows, config, base, choice)}
+    lines = []
+    for name in (*rivals.OF_IMAGES, *(f"nlcg_{rule}" for rule in rivals.VARIANTS)):
+        theirs = best_choice(rows, config, name) if name != base else None
+        if theirs is None:
+            continue
+        pairs = [(row, ours[row["seed"]]) for row in rows_at(rows, config, name, theirs) if row["seed"] in ours]
+        difference = [a["final_loss"] - b["final_loss"] for a, b in pairs]
+        of_result = [result(a) - result(b) for a, b in pairs]
+        digits = 3 if config.model == "transformer" else 1
+        lower = sum(d > 0 for d in difference)
+        differences = plus_minus(difference, 3, 5), plus_minus(of_result, digits, 5)
+        lines.append([LABELS[name], f"{theirs[0]:g}", *differences, f"{lower} of {len(pairs)}"])
+    what = "validation loss" if config.model == "transformer" else "test accuracy, points"
+    return markdown(["less NLCG", "peak", "training loss", what, "NLCG lower on"], lines)
+
+
+def steps_to(row: dict[str, object], target: float, window: int = 5) -> int | None:
+    """The first step by which the mean of the last few training losses is at most the target."""
+    means = np.convolve(row["loss"], np.ones(window) / window, "valid")
+    below = np.flatnonzero(means <= target)
+    return int(below[0]) + window if len(below) else None
+
+
+def over_batches(rows: Rows, precision: str) -> str:
+    """The transformer at three batches, 120 steps each: training loss at the end, and steps to the target."""
+    middle = dataclasses.replace(rivals.TEXT, precision=precision)
+    configs = [rivals.at_batch(middle, batch) for batch in sorted((middle.batch, *rivals.BATCHES))]
+    lines = []
+    for name in rivals.OF_BATCHES:
+        cells, steps = [], []
+        for config in configs:
+            choice = best_choice(rows, config, name)
+            own = rows_at(rows, config, name, choice)[:3] if choice else []
+            cells.append(f"{plus_minus([row['final_loss'] for row in own], 3, 3)} ({choice[0]:g})" if own else "")
+            found = [steps_to(row, TARGET) for row in own]
+            steps.append(f"{statistics.mean(found):.0f}" if found and None not in found else "")
+        lines.append([LABELS[name], *cells, *steps])
+    tokens = [f"{config.batch * 64:,} characters" for config in configs]
+    return markdown(["", *tokens, *(f"steps to {TARGET:g}: {text}" for text in tokens)], lines)
+
+
+def tables(rows: Rows) -> dict[str, str]:
+    if not rows:
+        return {}
+    precision = rows[0]["precision"]
+    found = {}
+    for title, setting in SETTINGS.items():
+        config = dataclasses.replace(setting, precision=precision)
+        if best_choice(rows, config, "nlcg") is None:
+            continue
+        found[f"{title}, ranking"] = ranking(rows, config, len(rivals.SEEDS) if setting is not rivals.FULL else 3)
+        if setting is not rivals.FULL:
+            found[f"{title}, beta1"] = by_beta(rows, config)
+            found[f"{title}, decay"] = by_decay(rows, config)
+        found[f"{title}, paired"] = paired(rows, config)
+    if best_choice(rows, rivals.at_batch(dataclasses.replace(rivals.TEXT, precision=precision), 96), "nlcg"):
+        found["Batches"] = over_batches(rows, precision)
+    return found
+
+
+def picture(rows: Rows, path: Path) -> None:
+    """Training loss over steps at the best choices."""
+    precision = rows[0]["precision"]
+    configs = {title: dataclasses.replace(setting, precision=precision) for title, setting in SETTINGS.items()}
+    shown = {title: config for title, config in configs.items() if best_choice(rows, config, "nlcg")}
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.2), layout="constrained", squeeze=False)
+    kernel = np.ones(4) / 4
+    for axis, (title, config) in zip(axes[0], shown.items(), strict=True):
+        ends = []
+        for name in rivals.OF_IMAGES:
+            choice = best_choice(rows, config, name)
+            if choice is None:
+                continue
+            own = rows_at(rows, config, name, choice)
+            mean = np.mean([np.convolve(row["loss"], kernel, "valid") for row in own], 0)
+            axis.plot(np.arange(4, 4 + len(mean)), mean, label=LABELS[name], lw=2.2 if name == "nlcg" else 1.2)
+            ends.append(mean[-1])
+        axis.set(xlabel="optimizer steps", title=title, ylim=(min(ends) * 0.97, min(ends) * 1.6))
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("training loss, mean over seeds")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
