@@ -106,6 +106,48 @@ def lbfgs(meter: Meter, history: int) -> None:
     optimizer.step(closure)
 
 
+class Metered(torch.autograd.Function):
+    """The function, for those who ask autograd for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, meter: Meter) -> torch.Tensor:
+        with torch.enable_grad():
+            f, g = meter.both(x.detach().numpy())
+        ctx.g = torch.from_numpy(np.array(g))
+        return torch.tensor(f, dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad[0] * ctx.g, None
+
+
+def pytorch_minimize(meter: Meter) -> None:
+    import torchmin
+
+    options = {"gtol": 0.0, "max_iter": 10**9}
+    x0 = torch.from_numpy(meter.problem.x0.copy())
+    torchmin.minimize(lambda x: Metered.apply(x, meter), x0, method="cg", options=options)
+
+
+def ncg_optimizer(meter: Meter) -> None:
+    """Its default rule, Polak-Ribiere's, with its strong-Wolfe line search."""
+    import ncg_optimizer
+
+    x = torch.nn.Parameter(torch.from_numpy(meter.problem.x0.copy()))
+    optimizer = ncg_optimizer.BASIC([x], eps=0.0, line_search="Strong_Wolfe", max_ls=25)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        f = Metered.apply(x, meter)
+        f.backward(retain_graph=True)
+        return f
+
+    while True:
+        optimizer.step(closure)
+        if not bool(torch.isfinite(x).all()):
+            return
+
+
 def scipys(meter: Meter, method: str) -> None:
     limits = {"gtol": 0.0, "maxiter": 10**9}
     if method == "L-BFGS-B":
@@ -120,6 +162,8 @@ METHODS: dict[str, Callable[[Meter], None]] = {
     "L-BFGS 100": lambda meter: lbfgs(meter, 100),
     "SciPy CG": lambda meter: scipys(meter, "CG"),
     "SciPy L-BFGS-B": lambda meter: scipys(meter, "L-BFGS-B"),
+    "pytorch-minimize CG": pytorch_minimize,
+    "ncg-optimizer": ncg_optimizer,
 }
 
 

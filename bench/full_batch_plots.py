@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-METHODS = ("NLCG", "NLCG, no preconditioner", "L-BFGS 10", "L-BFGS 100", "SciPy L-BFGS-B", "SciPy CG")
-COLORS = dict(zip(METHODS, ("C3", "C1", "C0", "C9", "C2", "C7"), strict=True))
+METHODS = (
+    *("NLCG", "NLCG, no preconditioner", "L-BFGS 10", "L-BFGS 100", "SciPy L-BFGS-B", "SciPy CG"),
+    *("pytorch-minimize CG", "ncg-optimizer"),
+)
+COLORS = dict(zip(METHODS, ("C3", "C1", "C0", "C9", "C2", "C7", "C4", "C5"), strict=True))
 
 
 def geometric_mean(values: list[float]) -> float:
