@@ -15,6 +15,7 @@ import models
 import numpy as np
 import plots
 import pytest
+import rival_tables
 import rivals
 import study
 import text
@@ -350,7 +351,9 @@ def test_rivals_are_tuned_alike(tmp_path: Path) -> None:
         assert len({study.key(config) for config in asked}) == len(asked)
         with (tmp_path / "rivals.jsonl").open("a") as file:
             for config in asked:
-                row = {**dataclasses.asdict(config), "final_loss": loss(config)}
+                end = loss(config) + 0.01 * config.seed
+                row = {**dataclasses.asdict(config), "final_loss": end, "final_accuracy": 50.0}
+                row |= {"loss": [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, end], "test_loss": [9.0, end + 1]}
                 file.write(json.dumps(row) + "\n")
     rows = study.read(tmp_path / "rivals.jsonl")
     for name in rivals.OF_TEXT:
@@ -362,6 +365,18 @@ def test_rivals_are_tuned_alike(tmp_path: Path) -> None:
         k = rivals.BETAS.index(choice[1])
         assert {c[1] for c in losses.found} >= set(rivals.BETAS[k - 1 : k + 2])
     assert rivals.chosen(rows[:50], rivals.TEXT, "nlcg") is None
+    tables = rival_tables.tables(rows)
+    ranked = [line.strip("| ").split(" | ") for line in tables["Transformer, ranking"].splitlines()[2:]]
+    assert len(ranked) == len(rivals.OF_TEXT)
+    (nlcg,) = [line for line in ranked if line[0] == "NLCG"]
+    assert nlcg == ["NLCG", "0.003", "0.7", "0", "1.020 ± 0.016", "0.020 ± 0.016", "+1.10", f"{math.log(10 / 3):+.2f}"]
+    of_adamw = [line for line in tables["Transformer, paired"].splitlines() if line.startswith("| AdamW")]
+    assert of_adamw == ["| AdamW | 0.1 | 0.000 ± 0.000 | 0.000 ± 0.000 | 0 of 5 |"]
+    assert rival_tables.steps_to({"loss": [5, 4, 3, 2, 1]}, 2.5, window=2) == 4
+    assert rival_tables.steps_to({"loss": [5, 4, 3]}, 2.5, window=2) is None
+    rival_tables.picture(rows, tmp_path / "rivals.png")
+    with Image.open(tmp_path / "rivals.png") as image:
+        assert image.size[0] > 400
     assert study.missing("images", tmp_path, "float32")
     assert not study.missing("full32", tmp_path, "float32")  # not before the images
     for part in ("rules", "batches"):

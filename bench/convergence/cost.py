@@ -22,11 +22,13 @@ import models
 import torch
 from fastnlcg import NLCG
 from optimizers import OPTIMIZERS
+from text import LENGTH, Text
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from train import fast_precision
 
 NAMES = (
-    *("nlcg", "nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_none"),
+    *("nlcg", "nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_fr_none"),
     *("sgd", "momentum", "rmsprop", "lars", "lamb", "adamw", "nadamw", "schedule_free", "muon", "soap"),
 )
 BATCHES = (256, 1024, 4096, 16384)
@@ -35,20 +37,19 @@ BATCHES = (256, 1024, 4096, 16384)
 def measure(
     model: str, device: str, rounds: int, micro: int, precision: str, *, compiled: bool = True
 ) -> dict[str, object]:
-    """The row: milliseconds for the gradients of ``micro`` random images and for each optimizer's step, and from them
-    its share of a training step at several batches, in percent."""
+    """The row: milliseconds for the gradients of ``micro`` random images or sequences and for each optimizer's step,
+    and from them its share of a training step at several batches, in percent."""
     torch.manual_seed(0)
-    net = models.make(model, 10).to(device, memory_format=torch.channels_last)
+    classes = Text.classes if model.startswith("transformer") else 10
+    net = models.make(model, classes).to(device, memory_format=torch.channels_last)
     forward = torch.compile(net) if compiled else net
     own = {name: copy.deepcopy(net) for name in NAMES}
     optimizers = {name: OPTIMIZERS[name](its, 1e-3, 0.0, 0.9) for name, its in own.items()}
-    side = 224 if model == "resnet50" else 32
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     gradients, steps = [], {name: [] for name in NAMES}
     for k in range(rounds + 2):  # two to warm up: the compiler, and state
         for name, optimizer in optimizers.items():
-            x = torch.randn(micro, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-            y = torch.randint(10, (micro,), device=device)
+            x, y = samples(model, micro, classes, device)
             net.zero_grad()
             synchronize()
             times = [time.perf_counter()]
@@ -91,10 +92,19 @@ def measure(
     }
 
 
+def samples(model: str, count: int, classes: int, device: str) -> tuple[Tensor, Tensor]:
+    if model.startswith("transformer"):
+        x, y = torch.randint(classes, (2, count, LENGTH), device=device)
+        return x, y
+    side = 224 if model == "resnet50" else 32
+    x = torch.randn(count, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(classes, (count,), device=device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--models", nargs="+", default=["resnet8", "resnet32"])
+    parser.add_argument("--models", nargs="+", default=["resnet8", "resnet32", "transformer"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--micro", type=int, default=256)
@@ -104,7 +114,7 @@ def main() -> None:
     rows = [measure(model, a.device, a.rounds, a.micro, precision) for model in a.models]
     a.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
-        print(f"{row['model']}, {row['gradient_ms']:.0f} ms for the gradients of {row['micro']} images")
+        print(f"{row['model']}, {row['gradient_ms']:.0f} ms for the gradients of {row['micro']} samples")
         for name, ms in row["step_ms"].items():
             shares = ", ".join(f"{share:.2f} % at {batch}" for batch, share in row["share_percent"][name].items())
             print(f"  {name:<16} {ms:.3f} ms, {shares}")

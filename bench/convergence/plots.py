@@ -41,6 +41,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 LABELS = {
+    "nlcg": "NLCG, Adam's diagonal",
     "nlcg_adam": "NLCG, Adam's diagonal",
     "nlcg_adam_08": "NLCG, Adam's diagonal, beta at most 0.8",
     "nlcg_adam_095": "NLCG, Adam's diagonal, beta at most 0.95",
@@ -74,6 +75,7 @@ LABELS = {
     "rmsprop": "RMSProp",
     "sgd": "SGD",
     "lars": "LARS",
+    **{name: rival_tables.LABELS[name] for name in ("nadamw", "schedule_free", "muon", "soap")},
 }
 
 
@@ -379,7 +381,8 @@ def costs(cost: Rows, batches: tuple[str, ...] = ("256", "4096")) -> str:
     """Milliseconds of a step, and its share of a training step, for each network."""
     header, lines = [""], {name: [LABELS[name]] for name in cost[0]["step_ms"]}
     for row in cost:
-        gradients = f"{row['gradient_ms']:.0f} ms for the gradients of {row['micro']} images"
+        what = "sequences" if row["model"] == "transformer" else "images"
+        gradients = f"{row['gradient_ms']:.0f} ms for the gradients of {row['micro']} {what}"
         header += [f"{row['model']} ({gradients}): step, ms", *(f"share at batch {batch}, %" for batch in batches)]
         for name, ms in row["step_ms"].items():
             lines[name] += [f"{ms:.2f}", *(f"{row['share_percent'][name][batch]:.2f}" for batch in batches)]
