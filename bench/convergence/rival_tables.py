@@ -72,8 +72,8 @@ def results(own: Rows, usual: int) -> list[str]:
 
 
 def ranking(rows: Rows, config: Run, usual: int = len(rivals.SEEDS)) -> str:
-    """Every optimizer at its best peak, beta1 and decay, the lowest training loss first; and what a peak three times
-    as small or large costs in training loss, by means of two seeds."""
+    """Every optimizer at its best peak, beta1 and decay, the lowest training loss first; and what a peak
+    lower or higher by sqrt(3) costs in training loss, by means of two seeds."""
     lines = []
     for name in rivals.OF_IMAGES:
         choice = best_choice(rows, config, name)
@@ -89,7 +89,7 @@ def ranking(rows: Rows, config: Run, usual: int = len(rivals.SEEDS)) -> str:
         cells = [LABELS[name], *(f"{x:g}" for x in choice), *results(own, usual), plus_minus(loss, 3, usual), *wide]
         lines.append((statistics.mean(loss), cells))
     what = "validation loss" if config.model == "transformer" else "test accuracy, %"
-    header = ["", "peak", "beta1", "decay", what, "training loss", "at a third", "at three times"]
+    header = ["", "peak", "beta1", "decay", what, "training loss", "a peak lower", "higher"]
     return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 

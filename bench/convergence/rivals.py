@@ -4,7 +4,8 @@ For each setting and optimizer, by training loss, so that the test part has no s
 
     grid       seed 0 at every pair of a peak (factors of 3) and beta1; peaks, then beta1, are added until the best pair
                lies inside
-    seeds      seed 1 at the four best pairs, and at the peaks beside the best of them: bracketed by means of two seeds
+    seeds      seed 1 at the four best pairs; then the peaks beside the best of them, a factor of sqrt(3) away, until
+               the mean of two seeds is lower than on either side: no best falls between two points of its grid
     decay      the best pair again, with weight decay, both seeds
     more       three more seeds at the best of all these
 
@@ -27,6 +28,8 @@ BETAS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 BETAS_AT_FIRST = BETAS[2:5]
 DECAY = 0.1
 PEAKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+BETWEEN = (0.00017, 0.00055, 0.0017, 0.0055, 0.017, 0.055, 0.17, 0.55, 1.7, 5.5)
+FINE = tuple(sorted((*PEAKS, *BETWEEN)))
 # Where each grid starts
 START = {
     "nlcg": (0.003, 0.01),
@@ -98,15 +101,15 @@ class Losses:
         k = BETAS.index(self.ranked(1)[0][1])
         return sorted({*tried, *BETAS[max(k - 1, 0) : k + 2]})
 
-    def edges(self, beta1: float, decay: float = 0.0) -> list[Choice]:
+    def edges(self, beta1: float, decay: float = 0.0, peaks: tuple[float, ...] = PEAKS) -> list[Choice]:
         """What to add beside the best peak that seed 0 has with this beta1: nothing, if it lies inside."""
-        tried = [c for c in self.ranked(1, decay) if c[1] == beta1]
-        return [c for c in beside(tried[0]) if self.mean(c, 1) is None] if tried else []
+        tried = [c for c in self.ranked(1, decay) if c[1] == beta1 and c[0] in peaks]
+        return [c for c in beside(tried[0], peaks) if self.mean(c, 1) is None] if tried else []
 
 
-def beside(choice: Choice) -> list[Choice]:
-    k = PEAKS.index(choice[0])
-    return [(PEAKS[j], *choice[1:]) for j in (k - 1, k + 1) if 0 <= j < len(PEAKS)]
+def beside(choice: Choice, peaks: tuple[float, ...] = FINE) -> list[Choice]:
+    k = peaks.index(choice[0])
+    return [(peaks[j], *choice[1:]) for j in (k - 1, k + 1) if 0 <= j < len(peaks)]
 
 
 def chosen(rows: Rows, config: Run, name: str) -> Choice | None:
@@ -130,13 +133,14 @@ def tuning(rows: Rows, config: Run, names: tuple[str, ...]) -> Iterator[Run]:
             new = [beta1 for beta1 in betas if not any(c[1] == beta1 for c in losses.found)]
             wanted = [((peak, beta1, 0.0), 0) for beta1 in new] or [(c, 0) for b in betas for c in losses.edges(b)]
         if not wanted:
-            best = losses.ranked(1)[:4]
+            best = [c for c in losses.ranked(1) if c[0] in PEAKS][:4]
             wanted = [(c, 1) for c in best if losses.mean(c, 2) is None]
         if not wanted:
             pair = losses.ranked(2)[0]
             wanted = [(c, seed) for c in beside(pair) for seed in (0, 1) if seed not in losses.found.get(c, {})]
+        if not wanted:
             decayed = (*pair[:2], DECAY)
-            wanted += [(decayed, seed) for seed in (0, 1) if seed not in losses.found.get(decayed, {})]
+            wanted = [(decayed, seed) for seed in (0, 1) if seed not in losses.found.get(decayed, {})]
         if not wanted:
             wanted = [(losses.ranked(2, decay=None)[0], seed) for seed in SEEDS[2:]]
         yield from (at(config, name, choice, seed) for choice, seed in wanted)
@@ -156,7 +160,7 @@ def rules(rows: Rows, precision: str) -> Iterator[Run]:
     choice = chosen(rows, config, "nlcg")
     for name in () if choice is None else (f"nlcg_{rule}" for rule in VARIANTS):
         losses = Losses(rows, config, name)
-        wanted = [(choice, 0)] if losses.mean(choice, 1) is None else [(c, 0) for c in losses.edges(*choice[1:])]
+        wanted = [(choice, 0)] if losses.mean(choice, 1) is None else [(c, 0) for c in losses.edges(*choice[1:], FINE)]
         wanted = wanted or [(losses.ranked(1, decay=None)[0], seed) for seed in SEEDS[1:]]
         yield from (at(config, name, c, seed) for c, seed in wanted)
 
@@ -172,7 +176,7 @@ def batches(rows: Rows, precision: str) -> Iterator[Run]:
                 continue
             losses = Losses(rows, config, name)
             wanted = [choice] if losses.mean(choice, 1) is None else []
-            wanted = wanted or losses.edges(*choice[1:])
+            wanted = wanted or losses.edges(*choice[1:], FINE)
             runs = [(c, 0) for c in wanted] or [(losses.ranked(1, decay=None)[0], seed) for seed in (1, 2)]
             yield from (at(config, name, c, seed) for c, seed in runs)
 
