@@ -130,11 +130,13 @@ def pytorch_minimize(meter: Meter) -> None:
 
 
 def ncg_optimizer(meter: Meter) -> None:
-    """Its default rule, Polak-Ribiere's, with its strong-Wolfe line search."""
+    """Hestenes and Stiefel's rule, with its strong-Wolfe line search. Its default, Polak-Ribiere's, divides by |g|, not
+    by |g|^2 (0.2.2), and gets nowhere.
+    """
     import ncg_optimizer
 
     x = torch.nn.Parameter(torch.from_numpy(meter.problem.x0.copy()))
-    optimizer = ncg_optimizer.BASIC([x], eps=0.0, line_search="Strong_Wolfe", max_ls=25)
+    optimizer = ncg_optimizer.BASIC([x], eps=0.0, method="HS", line_search="Strong_Wolfe", max_ls=25)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
