@@ -94,14 +94,15 @@ def ranking(rows: Rows, config: Run, usual: int = len(rivals.SEEDS)) -> str:
 
 
 def by_beta(rows: Rows, config: Run) -> str:
-    """Training loss of seed 0 at the best peak of each beta1."""
+    """Training loss of seed 0 at the best peak of each beta1; of the grid of factors of 3, where all had the same
+    chance."""
     lines = []
     of_names = {name: Losses(rows, config, name) for name in rivals.OF_IMAGES}
     betas = [b for b in rivals.BETAS if any(c[1] == b for losses in of_names.values() for c in losses.ranked(1))]
     for name, losses in of_names.items():
         cells = []
         for beta1 in betas:
-            tried = [c for c in losses.ranked(1) if c[1] == beta1]
+            tried = [c for c in losses.ranked(1) if c[1] == beta1 and c[0] in rivals.PEAKS]
             cells.append(f"{losses.mean(tried[0], 1):.3f} ({tried[0][0]:g})" if tried else "")
         if any(cells):
             lines.append([LABELS[name], *cells])
