@@ -376,6 +376,7 @@ def test_rivals_are_tuned_alike(tmp_path: Path) -> None:
         "0",
         "1.020 ± 0.016",
         "0.020 ± 0.016",
+        "0.030",
         f"{math.log(3 / 1.7):+.2f}",
         f"{math.log(5.5 / 3):+.2f}",
     ]

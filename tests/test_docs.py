@@ -14,6 +14,7 @@ import full_batch_plots
 import hard
 import plots
 import pytest
+import rival_tables
 import step_table
 import study
 import torch
@@ -27,20 +28,22 @@ COSTS = (ROOT / "docs" / "costs.md").read_text()
 
 def test_the_study() -> None:
     folder = RESULTS / "convergence"
-    paper, tuned, cost = (study.read(folder / f"{name}.jsonl") for name in ("paper", "tuned", "cost"))
-    tables = plots.tuned_tables(tuned)
+    names = ("rivals", "paper", "tuned", "cost")
+    of_rivals, paper, tuned, cost = (study.read(folder / f"{name}.jsonl") for name in names)
+    tables = plots.tuned_tables(tuned) | rival_tables.tables(of_rivals)
     text = (ROOT / "docs" / "study.md").read_text()
     for name, table in (tables | plots.paper_tables(paper) | {"Cost": plots.costs(cost)}).items():
         assert table in text, name
-    assert tables["Full setting, batch 4096"] in README
+    assert tables["Transformer, ranking"] in README
     assert tables["Parameters in bfloat16"] in (ROOT / "docs" / "distributed.md").read_text()
-    names = {field.name for field in dataclasses.fields(Run)}
-    for rows in (paper, tuned):
-        assert all(names <= set(row) for row in rows)
-        configurations = [tuple(row[name] for name in sorted(names)) for row in rows]
+    fields = {field.name for field in dataclasses.fields(Run)}
+    for rows in (of_rivals, paper, tuned):
+        assert all(fields <= set(row) for row in rows)
+        configurations = [tuple(row[name] for name in sorted(fields)) for row in rows]
         assert len(set(configurations)) == len(rows)
     assert {row["schedule"] for row in paper} == {"paper"}
-    assert {row["schedule"] for row in tuned} == {"cosine"}
+    assert {row["schedule"] for row in of_rivals + tuned} == {"cosine"}
+    assert {row["precision"] for row in of_rivals} == {"float32"}
 
 
 def test_the_step_times() -> None:
