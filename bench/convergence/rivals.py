@@ -54,7 +54,7 @@ TEXT = Run(
     micro=96,
     clip=1.0,
 )
-IMAGES = Run("", 2048, schedule="cosine", side=16, train_images=8192)
+IMAGES = Run("", 1024, schedule="cosine", side=16, train_images=8192, epochs=12)  # 96 steps, as FULL
 FULL = Run("", 4096, schedule="cosine")
 OF_TEXT = ("nlcg", "nlcg_constant", "adamw", "nadamw", "muon", "soap", "schedule_free", "lamb")
 OF_IMAGES = (*OF_TEXT, "momentum", "nlcg_none")
