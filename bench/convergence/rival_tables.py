@@ -34,6 +34,7 @@ LABELS = {
     "nlcg_smoothed": "rz smoothed",
 }
 SETTINGS = {"Transformer": rivals.TEXT, "Small images": rivals.IMAGES, "Images": rivals.FULL}
+RULES = tuple(f"nlcg_{rule}" for rule in rivals.VARIANTS)
 TARGET = 2.3
 """nats a character: a training loss that every batch reaches with every optimizer"""
 
@@ -126,13 +127,13 @@ def by_decay(rows: Rows, config: Run) -> str:
     return markdown(["", "training loss", f"with {rivals.DECAY:g}", what, f"with {rivals.DECAY:g}"], lines)
 
 
-def paired(rows: Rows, config: Run, base: str = "nlcg") -> str:
+def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.OF_IMAGES, base: str = "nlcg") -> str:
     """Differences to NLCG seed by seed (the same data and the same network at the start), mean and standard deviation,
-    and on how many seeds NLCG's training loss is the lower."""
+    and on how many seeds NLCG's training loss is the lower. Nothing, if none of the names has rows."""
     choice = best_choice(rows, config, base)
     ours = {row["seed"]: row for row in rows_at(rows, config, base, choice)}
     lines = []
-    for name in (*rivals.OF_IMAGES, *(f"nlcg_{rule}" for rule in rivals.VARIANTS)):
+    for name in names:
         theirs = best_choice(rows, config, name) if name != base else None
         if theirs is None:
             continue
@@ -144,7 +145,7 @@ def paired(rows: Rows, config: Run, base: str = "nlcg") -> str:
         differences = plus_minus(difference, 3, 5), plus_minus(of_result, digits, 5)
         lines.append([LABELS[name], f"{theirs[0]:g}", *differences, f"{lower} of {len(pairs)}"])
     what = "validation loss" if config.model == "transformer" else "test accuracy, points"
-    return markdown(["less NLCG", "peak", "training loss", what, "NLCG lower on"], lines)
+    return markdown(["less NLCG", "peak", "training loss", what, "NLCG lower on"], lines) if lines else ""
 
 
 def steps_to(row: dict[str, object], target: float, window: int = 5) -> int | None:
@@ -186,6 +187,8 @@ def tables(rows: Rows) -> dict[str, str]:
             found[f"{title}, beta1"] = by_beta(rows, config)
             found[f"{title}, decay"] = by_decay(rows, config)
         found[f"{title}, paired"] = paired(rows, config)
+        if rules := paired(rows, config, RULES):
+            found[f"{title}, rules"] = rules
     if best_choice(rows, rivals.at_batch(dataclasses.replace(rivals.TEXT, precision=precision), 96), "nlcg"):
         found["Batches"] = over_batches(rows, precision)
     return found
