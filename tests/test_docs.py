@@ -66,6 +66,8 @@ def test_full_batch() -> None:
     rows = full_batch.rows(RESULTS / "full_batch")
     for name, table in full_batch_plots.TABLES.items():
         assert table(rows) in text, name
+    hessians = full_batch.rows(RESULTS / "full_batch", "hessians.jsonl")
+    assert full_batch_plots.scale_table(rows, hessians) in text
     timed = json.loads((RESULTS / "full_batch" / "time.json").read_text())["rows"]
     assert full_batch_plots.time_table(timed) in text
     runs = json.loads((RESULTS / "digits.json").read_text())["full_batch"]
