@@ -12,12 +12,14 @@ import demo
 import full_batch
 import full_batch_plots
 import hard
+import numpy as np
 import plots
 import pytest
 import rival_tables
 import step_table
 import study
 import torch
+from full_batch_problems import Problem
 from train import Run
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +76,15 @@ def test_full_batch() -> None:
     assert "\n".join("    " + line for line in demo.full_batch_table(runs).splitlines()) in README
     keys = [(row["suite"], row["problem"], row["seed"], row["method"]) for row in rows]
     assert len(set(keys)) == len(keys)
+
+
+def test_hessian_by_differences_and_its_condition() -> None:
+    diagonal, x = np.array([1.0, 100.0, 1e6]), np.array([0.3, -0.2, 2.0])
+    problem = Problem("", "", x, lambda x: 0.0, lambda x: (0.0, diagonal * np.sin(x)))
+    np.testing.assert_allclose(full_batch.hessian(problem, x), np.diag(diagonal * np.cos(x)), rtol=1e-8, atol=1e-12)
+    assert full_batch.condition(np.diag([1.0, 100.0, 1e6])) == pytest.approx(1e6)
+    assert full_batch.condition(np.diag([-1.0, 1.0])) is None
+    assert full_batch.condition(np.ones((2, 2))) is None
 
 
 def test_the_models_predictions() -> None:
