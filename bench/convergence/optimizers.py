@@ -79,7 +79,6 @@ VARIANTS = ("late", "plain", "per_tensor", "dai_yuan", "smoothed")
 OPTIMIZERS: dict[str, Maker] = {
     "nlcg": capped(),
     "nlcg_constant": capped(update="heavy_ball"),
-    "nlcg_none": capped(preconditioner=None),
     **{f"nlcg_{rule}": variant(rule) for rule in VARIANTS},
     "adamw": peer(torch.optim.AdamW),
     # Without torch's schedule of the momentum, which halves beta1 in short trainings: that of Dahl et al. (2306.07179).

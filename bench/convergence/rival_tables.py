@@ -25,8 +25,6 @@ LABELS = {
     "soap": "SOAP",
     "schedule_free": "Schedule-Free AdamW",
     "lamb": "LAMB",
-    "momentum": "Momentum",
-    "nlcg_none": "NLCG, no preconditioner",
     "nlcg_late": "beta of the step before",
     "nlcg_plain": "plain gradient norms",
     "nlcg_per_tensor": "a beta for each tensor",
@@ -76,7 +74,7 @@ def ranking(rows: Rows, config: Run, usual: int = len(rivals.SEEDS)) -> str:
     """Every optimizer at its best peak, beta1 and decay, the lowest training loss first; the training loss of
     the seeds that had no say in the choice; and what a peak lower or higher by sqrt(3) costs, by means of two seeds."""
     lines = []
-    for name in rivals.OF_IMAGES:
+    for name in rivals.NAMES:
         choice = best_choice(rows, config, name)
         if choice is None:
             continue
@@ -100,7 +98,7 @@ def by_beta(rows: Rows, config: Run) -> str:
     """Training loss of seed 0 at the best peak of each beta1; of the grid of factors of 3, where all had the same
     chance."""
     lines = []
-    of_names = {name: Losses(rows, config, name) for name in rivals.OF_IMAGES}
+    of_names = {name: Losses(rows, config, name) for name in rivals.NAMES}
     betas = [b for b in rivals.BETAS if any(c[1] == b for losses in of_names.values() for c in losses.ranked(1))]
     for name, losses in of_names.items():
         cells = []
@@ -115,7 +113,7 @@ def by_beta(rows: Rows, config: Run) -> str:
 def by_decay(rows: Rows, config: Run) -> str:
     """What a decay of 0.1 does at the best pair of peak and beta1; means of two seeds."""
     lines = []
-    for name in rivals.OF_IMAGES:
+    for name in rivals.NAMES:
         losses = Losses(rows, config, name)
         for choice in losses.ranked(2, rivals.DECAY)[:1]:
             plain, decayed = (rows_at(rows, config, name, (*choice[:2], decay))[:2] for decay in (0.0, rivals.DECAY))
@@ -127,7 +125,7 @@ def by_decay(rows: Rows, config: Run) -> str:
     return markdown(["", "training loss", f"with {rivals.DECAY:g}", what, f"with {rivals.DECAY:g}"], lines)
 
 
-def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.OF_IMAGES, base: str = "nlcg") -> str:
+def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, base: str = "nlcg") -> str:
     """Differences to NLCG seed by seed (the same data and the same network at the start), mean and standard deviation,
     and on how many seeds NLCG's training loss is the lower. Nothing, if none of the names has rows."""
     choice = best_choice(rows, config, base)
@@ -203,7 +201,7 @@ def picture(rows: Rows, path: Path) -> None:
     kernel = np.ones(4) / 4
     for axis, (title, config) in zip(axes[0], shown.items(), strict=True):
         ends = []
-        for name in rivals.OF_IMAGES:
+        for name in rivals.NAMES:
             choice = best_choice(rows, config, name)
             if choice is None:
                 continue

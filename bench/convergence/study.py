@@ -5,7 +5,7 @@
 
 Three parts, each with its file of rows: rivals.jsonl, tuned.jsonl, paper.jsonl. In the order in which they are run:
 
-rivals: NLCG beside eight others, tuned alike (rivals.py), in float32
+rivals: NLCG beside seven others, tuned alike (rivals.py), in float32
 
     text, images, rules, batches, full32
 
