@@ -153,22 +153,34 @@ def steps_to(row: dict[str, object], target: float, window: int = 5) -> int | No
     return int(below[0]) + window if len(below) else None
 
 
-def over_batches(rows: Rows, precision: str) -> str:
-    """The transformer at three batches, 120 steps each: training loss at the end, and steps to the target."""
+def three_seeds(rows: Rows, config: Run, name: str) -> Rows:
+    choice = best_choice(rows, config, name)
+    return rows_at(rows, config, name, choice)[:3] if choice else []
+
+
+def over_batches(rows: Rows, precision: str) -> dict[str, str]:
+    """The transformer at three batches, 120 steps and three seeds each: training loss at the end, its differences to
+    NLCG's seed by seed, and steps to the target."""
     middle = dataclasses.replace(rivals.TEXT, precision=precision)
     configs = [rivals.at_batch(middle, batch) for batch in sorted((middle.batch, *rivals.BATCHES))]
-    lines = []
-    for name in rivals.OF_BATCHES:
-        cells, steps = [], []
-        for config in configs:
-            choice = best_choice(rows, config, name)
-            own = rows_at(rows, config, name, choice)[:3] if choice else []
-            cells.append(f"{plus_minus([row['final_loss'] for row in own], 3, 3)} ({choice[0]:g})" if own else "")
-            found = [steps_to(row, TARGET) for row in own]
-            steps.append(f"{statistics.mean(found):.0f}" if found and None not in found else "")
-        lines.append([LABELS[name], *cells, *steps])
-    tokens = [f"{config.batch * 64:,} characters" for config in configs]
-    return markdown(["", *tokens, *(f"steps to {TARGET:g}: {text}" for text in tokens)], lines)
+    ends, differences, steps = ([[LABELS[name]] for name in rivals.OF_BATCHES] for _ in range(3))
+    for config in configs:
+        of_names = [three_seeds(rows, config, name) for name in rivals.OF_BATCHES]
+        for k, own in enumerate(of_names):
+            loss = plus_minus([row["final_loss"] for row in own], 3, 3) if own else ""
+            ends[k].append(f"{loss} ({own[0]['peak']:g})" if own else "")
+            less = [a["final_loss"] - b["final_loss"] for a, b in zip(own, of_names[0], strict=False)]
+            differences[k].append(
+                f"{plus_minus(less, 3, 3)}, {sum(x > 0 for x in less)} of {len(less)}" if less else ""
+            )
+            took = [steps_to(row, TARGET) for row in own]
+            steps[k].append(f"{statistics.mean(took):.0f}" if took and None not in took else "")
+    header = [f"{config.batch * 64:,} characters" for config in configs]
+    return {
+        "Batches": markdown(["", *header], ends),
+        "Batches, paired": markdown(["less NLCG, NLCG lower on", *header], differences[1:]),
+        "Batches, steps": markdown([f"steps to {TARGET:g}", *header], steps),
+    }
 
 
 def tables(rows: Rows) -> dict[str, str]:
@@ -188,7 +200,7 @@ def tables(rows: Rows) -> dict[str, str]:
         if rules := paired(rows, config, RULES):
             found[f"{title}, rules"] = rules
     if best_choice(rows, rivals.at_batch(dataclasses.replace(rivals.TEXT, precision=precision), 96), "nlcg"):
-        found["Batches"] = over_batches(rows, precision)
+        found |= over_batches(rows, precision)
     return found
 
 
