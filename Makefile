@@ -40,7 +40,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 test: .venv/emulation
 	$(PYTEST) -q -m "not thorough"
 
-test-all: test .venv/docs
+test-all: test docs
 	$(PYTEST) -q -m thorough
 
 # The library of the aarch64 processor is linked in: none of its system is needed.

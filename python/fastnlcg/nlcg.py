@@ -104,7 +104,7 @@ class NLCG(torch.optim.Optimizer):
         beta2: the decay of ``"adam"``'s v, in [0, 1).
         beta_max: upper bound of beta, in [0, 1]; None: the preconditioner's default.
         nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; nor does one whose
-            gradient is finite, but too large for the float32 state (with ``"adam"`` |g| above 1.8e19). ``"propagate"``:
+            gradient is finite, but too large for the float32 state (with ``"adam"`` above 1.8e19). ``"propagate"``:
             as torch's own optimizers.
         max_grad_norm: clip the gradient to this norm, as ``torch.nn.utils.clip_grad_norm_`` before the step would: over
             all groups and ranks, after AMP's unscaling, before weight decay; ``p.grad`` stays as it is. The first pass

@@ -35,7 +35,7 @@ class HagerZhang:
     Args:
         delta: of the sufficient decrease, in (0, 1/2).
         sigma: of the curvature condition, in [delta, 1): the smaller, the more exact the search.
-        epsilon: what counts as rounding in f, relative to a running mean of |f|: within it the approximate Wolfe
+        epsilon: what counts as rounding in f, relative to a running mean of ``|f|``: within it the approximate Wolfe
             conditions look at slopes alone.
         theta: where an interval is cut that has its minimum in the first part, in (0, 1).
         gamma: how much shorter an interval must become in one round, in (0, 1).
