@@ -36,7 +36,7 @@ def test_the_study() -> None:
     text = (ROOT / "docs" / "study.md").read_text()
     for name, table in (tables | plots.paper_tables(paper) | {"Cost": plots.costs(cost)}).items():
         assert table in text, name
-    assert tables["Transformer, ranking"] in README
+    assert tables["Settings"] in README
     assert tables["Parameters in bfloat16"] in (ROOT / "docs" / "distributed.md").read_text()
     fields = {field.name for field in dataclasses.fields(Run)}
     for rows in (of_rivals, paper, tuned):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 
@@ -33,6 +34,7 @@ LABELS = {
 }
 SETTINGS = {"Transformer": rivals.TEXT, "Small images": rivals.IMAGES, "Images": rivals.FULL}
 RULES = tuple(f"nlcg_{rule}" for rule in rivals.VARIANTS)
+WHAT = ("test accuracy, %", "validation loss")
 TARGET = 2.3
 """nats a character: a training loss that every batch reaches with every optimizer"""
 
@@ -70,9 +72,11 @@ def results(own: Rows, usual: int) -> list[str]:
     return [plus_minus([result(row) for row in own], 3 if text else 1, usual)]
 
 
-def ranking(rows: Rows, config: Run, usual: int = len(rivals.SEEDS)) -> str:
-    """Every optimizer at its best peak, beta1 and decay, the lowest training loss first; the training loss of
-    the seeds that had no say in the choice; and what a peak lower or higher by sqrt(3) costs, by means of two seeds."""
+def ranking(rows: Rows, config: Run, tuned: bool = True) -> str:
+    """Every optimizer at its best peak, beta1 and decay, the lowest training loss first. Where the choice was made in
+    this setting: the training loss of the seeds that had no say in it, and what a peak lower or higher by sqrt(3)
+    costs, by means of two seeds."""
+    usual = len(rivals.SEEDS) if tuned else 3
     lines = []
     for name in rivals.NAMES:
         choice = best_choice(rows, config, name)
@@ -86,11 +90,31 @@ def ranking(rows: Rows, config: Run, usual: int = len(rivals.SEEDS)) -> str:
         wide = [f"{x - at_pair:+.2f}" if x is not None and at_pair is not None else "" for x in near]
         loss = [row["final_loss"] for row in own]
         others = [row["final_loss"] for row in own if row["seed"] > 1]
-        last = [f"{statistics.mean(others):.3f}" if others else "", *wide]
+        last = [f"{statistics.mean(others):.3f}" if others else "", *wide] if tuned else []
         cells = [LABELS[name], *(f"{x:g}" for x in choice), *results(own, usual), plus_minus(loss, 3, usual), *last]
         lines.append((statistics.mean(loss), cells))
-    what = "validation loss" if config.model == "transformer" else "test accuracy, %"
-    header = ["", "peak", "beta1", "decay", what, "training loss", "of seeds 2 to 4", "a peak lower", "higher"]
+    what = WHAT[config.model == "transformer"]
+    last = ["of seeds 2 to 4", "a peak lower", "higher"] if tuned else []
+    header = ["", "peak", "beta1", "decay", what, "training loss", *last]
+    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+def settings(rows: Rows) -> str:
+    """Every optimizer at its best in every setting: the result and the training loss; that of the README."""
+    configs = [dataclasses.replace(config, precision=rows[0]["precision"]) for config in SETTINGS.values()]
+    header, lines = [""], []
+    for title, config in zip(SETTINGS, configs, strict=True):
+        header += [f"{title.lower()}: {WHAT[config.model == 'transformer']}", "training loss"]
+    for name in rivals.NAMES:
+        cells, order = [LABELS[name]], math.inf
+        for config in configs:
+            choice = best_choice(rows, config, name)
+            own = rows_at(rows, config, name, choice) if choice else []
+            usual = 3 if config.side == rivals.FULL.side and config.model == rivals.FULL.model else len(rivals.SEEDS)
+            losses = [row["final_loss"] for row in own]
+            order = min(order, statistics.mean(losses)) if config is configs[0] else order
+            cells += [*results(own, usual), plus_minus(losses, 3, usual)] if own else ["", ""]
+        lines.append((order, cells))
     return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
@@ -121,18 +145,18 @@ def by_decay(rows: Rows, config: Run) -> str:
             cells = [f"{statistics.mean(map(result, own)):.{digits}f}" for own in (plain, decayed)]
             losses_of = [f"{statistics.mean(row['final_loss'] for row in own):.3f}" for own in (plain, decayed)]
             lines.append([LABELS[name], *losses_of, *cells])
-    what = "validation loss" if config.model == "transformer" else "test accuracy, %"
+    what = WHAT[config.model == "transformer"]
     return markdown(["", "training loss", f"with {rivals.DECAY:g}", what, f"with {rivals.DECAY:g}"], lines)
 
 
-def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, base: str = "nlcg") -> str:
+def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, usual: int = len(rivals.SEEDS)) -> str:
     """Differences to NLCG seed by seed (the same data and the same network at the start), mean and standard deviation,
     and on how many seeds NLCG's training loss is the lower. Nothing, if none of the names has rows."""
-    choice = best_choice(rows, config, base)
-    ours = {row["seed"]: row for row in rows_at(rows, config, base, choice)}
+    choice = best_choice(rows, config, "nlcg")
+    ours = {row["seed"]: row for row in rows_at(rows, config, "nlcg", choice)}
     lines = []
     for name in names:
-        theirs = best_choice(rows, config, name) if name != base else None
+        theirs = best_choice(rows, config, name) if name != "nlcg" else None
         if theirs is None:
             continue
         pairs = [(row, ours[row["seed"]]) for row in rows_at(rows, config, name, theirs) if row["seed"] in ours]
@@ -140,7 +164,7 @@ def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, base:
         of_result = [result(a) - result(b) for a, b in pairs]
         digits = 3 if config.model == "transformer" else 1
         lower = sum(d > 0 for d in difference)
-        differences = plus_minus(difference, 3, 5), plus_minus(of_result, digits, 5)
+        differences = plus_minus(difference, 3, usual), plus_minus(of_result, digits, usual)
         lines.append([LABELS[name], f"{theirs[0]:g}", *differences, f"{lower} of {len(pairs)}"])
     what = "validation loss" if config.model == "transformer" else "test accuracy, points"
     return markdown(["less NLCG", "peak", "training loss", what, "NLCG lower on"], lines) if lines else ""
@@ -192,13 +216,16 @@ def tables(rows: Rows) -> dict[str, str]:
         config = dataclasses.replace(setting, precision=precision)
         if best_choice(rows, config, "nlcg") is None:
             continue
-        found[f"{title}, ranking"] = ranking(rows, config, len(rivals.SEEDS) if setting is not rivals.FULL else 3)
-        if setting is not rivals.FULL:
+        tuned = setting is not rivals.FULL
+        found[f"{title}, ranking"] = ranking(rows, config, tuned)
+        if tuned:
             found[f"{title}, beta1"] = by_beta(rows, config)
             found[f"{title}, decay"] = by_decay(rows, config)
-        found[f"{title}, paired"] = paired(rows, config)
+        found[f"{title}, paired"] = paired(rows, config, usual=len(rivals.SEEDS) if tuned else 3)
         if rules := paired(rows, config, RULES):
             found[f"{title}, rules"] = rules
+    if f"{title}, ranking" in found:  # the last
+        found["Settings"] = settings(rows)
     if best_choice(rows, rivals.at_batch(dataclasses.replace(rivals.TEXT, precision=precision), 96), "nlcg"):
         found |= over_batches(rows, precision)
     return found
@@ -219,9 +246,10 @@ def picture(rows: Rows, path: Path) -> None:
                 continue
             own = rows_at(rows, config, name, choice)
             mean = np.mean([np.convolve(row["loss"], kernel, "valid") for row in own], 0)
-            axis.plot(np.arange(4, 4 + len(mean)), mean, label=LABELS[name], lw=2.2 if name == "nlcg" else 1.2)
+            width, color = 2.2 if name == "nlcg" else 1.2, f"C{rivals.NAMES.index(name)}"
+            axis.plot(np.arange(4, 4 + len(mean)), mean, label=LABELS[name], lw=width, color=color)
             ends.append(mean[-1])
-        axis.set(xlabel="optimizer steps", title=title, ylim=(min(ends) * 0.97, min(ends) * 1.6))
+        axis.set(xlabel="optimizer steps", title=title, ylim=(min(ends) * 0.97, max(ends) * 1.3))
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("training loss, mean over seeds")
