@@ -43,6 +43,15 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
+def tuned(config: Run) -> bool:
+    """Images of full size have the choices of the small ones, and three seeds."""
+    return config.batch != rivals.FULL.batch
+
+
+def usual_seeds(config: Run) -> int:
+    return len(rivals.SEEDS if tuned(config) else rivals.SEEDS_OF_FULL)
+
+
 def rows_at(rows: Rows, config: Run, name: str, choice: Choice) -> Rows:
     """By seed."""
     wanted = dataclasses.asdict(rivals.at(config, name, choice, 0))
@@ -72,11 +81,11 @@ def results(own: Rows, usual: int) -> list[str]:
     return [plus_minus([result(row) for row in own], 3 if text else 1, usual)]
 
 
-def ranking(rows: Rows, config: Run, tuned: bool = True) -> str:
+def ranking(rows: Rows, config: Run) -> str:
     """Every optimizer at its best peak, beta1 and decay, the lowest training loss first. Where the choice was made in
     this setting: the training loss of the seeds that had no say in it, and what a peak lower or higher by sqrt(3)
     costs, by means of two seeds."""
-    usual = len(rivals.SEEDS) if tuned else 3
+    usual = usual_seeds(config)
     lines = []
     for name in rivals.NAMES:
         choice = best_choice(rows, config, name)
@@ -90,11 +99,11 @@ def ranking(rows: Rows, config: Run, tuned: bool = True) -> str:
         wide = [f"{x - at_pair:+.2f}" if x is not None and at_pair is not None else "" for x in near]
         loss = [row["final_loss"] for row in own]
         others = [row["final_loss"] for row in own if row["seed"] > 1]
-        last = [f"{statistics.mean(others):.3f}" if others else "", *wide] if tuned else []
+        last = [f"{statistics.mean(others):.3f}" if others else "", *wide] if tuned(config) else []
         cells = [LABELS[name], *(f"{x:g}" for x in choice), *results(own, usual), plus_minus(loss, 3, usual), *last]
         lines.append((statistics.mean(loss), cells))
     what = WHAT[config.model == "transformer"]
-    last = ["of seeds 2 to 4", "a peak lower", "higher"] if tuned else []
+    last = ["of seeds 2 to 4", "a peak lower", "higher"] if tuned(config) else []
     header = ["", "peak", "beta1", "decay", what, "training loss", *last]
     return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
@@ -110,7 +119,7 @@ def settings(rows: Rows) -> str:
         for config in configs:
             choice = best_choice(rows, config, name)
             own = rows_at(rows, config, name, choice) if choice else []
-            usual = 3 if config.side == rivals.FULL.side and config.model == rivals.FULL.model else len(rivals.SEEDS)
+            usual = usual_seeds(config)
             losses = [row["final_loss"] for row in own]
             order = min(order, statistics.mean(losses)) if config is configs[0] else order
             cells += [*results(own, usual), plus_minus(losses, 3, usual)] if own else ["", ""]
@@ -149,7 +158,7 @@ def by_decay(rows: Rows, config: Run) -> str:
     return markdown(["", "training loss", f"with {rivals.DECAY:g}", what, f"with {rivals.DECAY:g}"], lines)
 
 
-def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, usual: int = len(rivals.SEEDS)) -> str:
+def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES) -> str:
     """Differences to NLCG seed by seed (the same data and the same network at the start), mean and standard deviation,
     and on how many seeds NLCG's training loss is the lower. Nothing, if none of the names has rows."""
     choice = best_choice(rows, config, "nlcg")
@@ -164,6 +173,7 @@ def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, usual
         of_result = [result(a) - result(b) for a, b in pairs]
         digits = 3 if config.model == "transformer" else 1
         lower = sum(d > 0 for d in difference)
+        usual = usual_seeds(config)
         differences = plus_minus(difference, 3, usual), plus_minus(of_result, digits, usual)
         lines.append([LABELS[name], f"{theirs[0]:g}", *differences, f"{lower} of {len(pairs)}"])
     what = "validation loss" if config.model == "transformer" else "test accuracy, points"
@@ -216,15 +226,14 @@ def tables(rows: Rows) -> dict[str, str]:
         config = dataclasses.replace(setting, precision=precision)
         if best_choice(rows, config, "nlcg") is None:
             continue
-        tuned = setting is not rivals.FULL
-        found[f"{title}, ranking"] = ranking(rows, config, tuned)
-        if tuned:
+        found[f"{title}, ranking"] = ranking(rows, config)
+        if tuned(config):
             found[f"{title}, beta1"] = by_beta(rows, config)
             found[f"{title}, decay"] = by_decay(rows, config)
-        found[f"{title}, paired"] = paired(rows, config, usual=len(rivals.SEEDS) if tuned else 3)
+        found[f"{title}, paired"] = paired(rows, config)
         if rules := paired(rows, config, RULES):
             found[f"{title}, rules"] = rules
-    if f"{title}, ranking" in found:  # the last
+    if all(f"{title}, ranking" in found for title in SETTINGS):
         found["Settings"] = settings(rows)
     if best_choice(rows, rivals.at_batch(dataclasses.replace(rivals.TEXT, precision=precision), 96), "nlcg"):
         found |= over_batches(rows, precision)

@@ -25,6 +25,7 @@ from train import Run
 
 Rows = list[dict[str, object]]
 SEEDS = (0, 1, 2, 3, 4)
+SEEDS_OF_FULL = SEEDS[:3]
 BETAS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 BETAS_AT_FIRST = BETAS[2:5]
 DECAY = 0.1
@@ -192,7 +193,7 @@ def full(rows: Rows, precision: str) -> Iterator[Run]:
     """With what was chosen on the small images; three seeds."""
     small, config = (dataclasses.replace(c, precision=precision) for c in (IMAGES, FULL))
     choices = {name: choice for name in OF_FULL if (choice := chosen(rows, small, name)) is not None}
-    yield from (at(config, name, choice, seed) for seed in SEEDS[:3] for name, choice in choices.items())
+    yield from (at(config, name, choice, seed) for seed in SEEDS_OF_FULL for name, choice in choices.items())
 
 
 PARTS = {"text": text, "rules": rules, "batches": batches, "images": images, "full32": full}
