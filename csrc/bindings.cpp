@@ -132,7 +132,8 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
           },
           "at"_a, "kind"_a, "threads"_a, "alpha"_a = 0.0, "first"_a = false, "preconditioned"_a = true,
           "update"_a = false, "scale"_a = 1.0, "ys"_a = 0.0, "shs"_a = 0.0, "beta"_a = 0.0)
-      .def("bind", &NativeStep::bind, "p"_a, "g"_a, "grad_prev"_a, "direction"_a, "diagonal"_a, "steps"_a = 0.0)
+      .def("bind", &NativeStep::bind, "p"_a, "g"_a, "grad_prev"_a, "direction"_a, "diagonal"_a, "origin"_a = nullptr,
+           "steps"_a = 0.0)
       .def("flat_step", &NativeStep::flat_step, "scalars"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "loss"_a,
            "threads"_a)
       .def("update_curvature", &NativeStep::update_curvature, "alpha_prev"_a, "threads"_a)

@@ -65,6 +65,7 @@ std::string missing_in(unsigned needed, const Segment& segment) {
   if ((needed & kGradPrev) && segment.grad_prev == nullptr) return "grad_prev";
   if ((needed & kD) && segment.direction == nullptr) return "direction";
   if ((needed & kDiagonal) && segment.diagonal == nullptr) return "the preconditioner's diagonal";
+  if ((needed & kOrigin) && segment.origin == nullptr) return "origin";
   return "";
 }
 
@@ -117,7 +118,7 @@ void NativeStep::lay_out(std::int64_t n, const std::vector<TableRow>& table, int
     throw invalid_argument("n is " + std::to_string(n) + ", expected 0 <= n <= 2^" + (on_device() ? "40" : "60"));
   }
   if (groups < 0) throw invalid_argument(std::to_string(groups) + " groups");
-  if (keys.size() != 4) throw invalid_argument("four keys, of grad_prev, direction, diagonal and steps");
+  if (keys.size() != 5) throw invalid_argument("five keys, of grad_prev, direction, diagonal, origin and steps");
   const TensorReader reader(exchange.ptr(), tensor_type.ptr(), device_);
   std::vector<Segment> segments;
   std::vector<Layout> layouts;
@@ -244,8 +245,9 @@ bool NativeStep::follow_state(const Tensors& at, std::size_t i) {
   PyObject* const entry = item(at.entries, i);
   if (!PyDict_Check(entry)) return false;
   Segment& segment = segments_[i];
-  void** const addresses[] = {&segment.grad_prev, &segment.direction, &segment.diagonal};
-  for (std::size_t k = 0; k < 4; ++k) {
+  void** const addresses[] = {&segment.grad_prev, &segment.direction, &segment.diagonal, &segment.origin};
+  constexpr std::size_t kSteps = std::size(addresses);
+  for (std::size_t k = 0; k <= kSteps; ++k) {
     if (!keys_[k]) continue;
     PyObject* const tensor = PyDict_GetItemWithError(entry, keys_[k].ptr());
     if (tensor == nullptr) {
@@ -253,14 +255,14 @@ bool NativeStep::follow_state(const Tensors& at, std::size_t i) {
       return false;
     }
     if (!reader_->is_plain(tensor)) return false;
-    void* const found = k == 3 ? reader_->address(tensor, DType::f64, number_)
-                               : reader_->address(tensor, step_.state_dtype, layouts_[i]);
+    void* const found = k == kSteps ? reader_->address(tensor, DType::f64, number_)
+                                    : reader_->address(tensor, step_.state_dtype, layouts_[i]);
     if (found == nullptr) return false;
-    if (found != (k == 3 ? segment.steps : *addresses[k])) {
+    if (found != (k == kSteps ? segment.steps : *addresses[k])) {
       if (!is_as_it_looks(tensor)) return false;
       overlaps_checked_ = false;
     }
-    if (k == 3) {
+    if (k == kSteps) {
       segment.steps = static_cast<double*>(found);
     } else {
       *addresses[k] = found;
@@ -290,8 +292,10 @@ bool NativeStep::follow(const Tensors& at, Reads reads) {
   live_.reserve(6 * n + 1 + groups_.size());
   for (std::size_t i = 0; i < n; ++i) {
     Segment& segment = segments_[i];
-    segment.g = nullptr;
-    if (!with_parameters) segment.p = nullptr;  // it may have been freed since the last step
+    // They may have been freed since the last step. A trial does not read g, and leaves the address as it was, so that a
+    // GPU's table of segments need not be written before and after it.
+    if (reads != Reads::parameters) segment.g = nullptr;
+    if (!with_parameters) segment.p = nullptr;
     if (with_parameters) {
       PyObject* const p = item(at.params, i);
       void* const p_found = reader_->address(p, segment.dtype, layouts_[i]);
@@ -347,6 +351,7 @@ void NativeStep::check_overlaps() {
     add(segment.grad_prev, state_size, "state of parameter");
     add(segment.direction, state_size, "state of parameter");
     add(segment.diagonal, state_size, "state of parameter");
+    add(segment.origin, state_size, "state of parameter");
   }
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   for (std::size_t k = 1; k < spans.size(); ++k) {
@@ -467,8 +472,9 @@ std::optional<std::vector<double>> NativeStep::descend(const std::optional<Tenso
     throw invalid_argument("the pass needs " + missing);
   }
   if (trial && segments_[0].p == nullptr) throw invalid_argument("the pass needs p");
+  if (!trial && segments_[0].g == nullptr) throw invalid_argument("the pass needs g");
   if (!at) {
-    for (const BufferPtr& buffer : {p_, grad_prev_, direction_, diagonal_}) {
+    for (const BufferPtr& buffer : {p_, grad_prev_, direction_, diagonal_, origin_}) {
       if (buffer && buffer->readonly()) throw invalid_argument("a buffer of the pass is read-only");
     }
   }
@@ -493,14 +499,19 @@ void NativeStep::check_buffer(const char* name, const Buffer& buffer, const std:
 }
 
 void NativeStep::bind(const BufferPtr& p, const BufferPtr& g, const BufferPtr& grad_prev, const BufferPtr& direction,
-                      const BufferPtr& diagonal, double steps) {
+                      const BufferPtr& diagonal, const BufferPtr& origin, double steps) {
   const StepGuard busy(*this);
-  if (!g) throw invalid_argument("a gradient is needed");
+  const BufferPtr& given = g ? g : p;
+  if (!given) throw invalid_argument("p or g is needed");
   if (!(steps >= 0.0 && steps <= 9007199254740992.0)) throw invalid_argument("steps out of range");
-  const std::int64_t n = g->size();
+  const std::int64_t n = given->size();
   if (n > std::int64_t{1} << 60) throw invalid_argument("n is " + std::to_string(n) + ", expected 0 <= n <= 2^60");
-  const DType dtype = dtype_from(g->dtype());
-  if ((dtype == DType::f64) != (step_.state_dtype == DType::f64)) throw py::type_error("dtype of g and state");
+  const DType dtype = dtype_from(given->dtype());
+  if ((dtype == DType::f64) != (step_.state_dtype == DType::f64)) {
+    throw py::type_error("p and g are " + given->dtype() + ", the state is " +
+                         kDTypeNames[static_cast<int>(step_.state_dtype)] +
+                         "; float64 needs float64 state, and no other");
+  }
   const auto address = [&](const char* name, const BufferPtr& buffer, const std::string& expected, bool written) {
     if (!buffer) return static_cast<void*>(nullptr);
     check_buffer(name, *buffer, expected);
@@ -513,16 +524,18 @@ void NativeStep::bind(const BufferPtr& p, const BufferPtr& g, const BufferPtr& g
   };
   const std::string state = kDTypeNames[static_cast<int>(step_.state_dtype)];
   Segment segment = {};
-  segment.p = address("p", p, g->dtype(), true);
-  segment.g = address("g", g, g->dtype(), false);
+  segment.p = address("p", p, given->dtype(), true);
+  segment.g = address("g", g, given->dtype(), false);
   segment.grad_prev = address("grad_prev", grad_prev, state, false);
   segment.direction = address("direction", direction, state, false);
   segment.diagonal = address("diagonal", diagonal, state, false);
+  segment.origin = address("origin", origin, state, false);
   segment.steps = &own_steps_;
   segment.n = n;
   segment.dtype = dtype;
   own_steps_ = steps;
   p_ = p, g_ = g, grad_prev_ = grad_prev, direction_ = direction, diagonal_ = diagonal;
+  origin_ = origin;
   segments_.clear();
   if (n > 0) segments_.push_back(segment);
   layouts_.clear();
@@ -573,6 +586,7 @@ bool NativeStep::flat_step(const BufferPtr& scalars, double lr, double weight_de
   const StepGuard busy(*this);
   prepare_part(0, 0, weight_decay, threads);
   need(p_, "p", true);
+  need(g_, "g", false);
   for (const auto& [buffer, name] :
        {std::pair{&grad_prev_, "grad_prev"}, {&direction_, "direction"}, {&diagonal_, "diagonal"}}) {
     if (*buffer) need(*buffer, name, true);
@@ -605,6 +619,7 @@ bool NativeStep::flat_step(const BufferPtr& scalars, double lr, double weight_de
 std::tuple<double, double, bool> NativeStep::update_curvature(double alpha_prev, int threads) {
   const StepGuard busy(*this);
   prepare_part(0, alpha_prev, 0, threads);
+  need(g_, "g", false);
   need(grad_prev_, "grad_prev", false);
   need(direction_, "direction", false);
   need(diagonal_, "diagonal", true);
@@ -620,6 +635,7 @@ std::tuple<double, double, bool> NativeStep::update_curvature(double alpha_prev,
 std::pair<double, double> NativeStep::preconditioned_dots(int threads) {
   const StepGuard busy(*this);
   prepare_part(0, 0, 0, threads);
+  need(g_, "g", false);
   if (step_.options.preconditioner != Preconditioner::none) need(diagonal_, "diagonal", false);
   double rz = 0, rz_mid = 0;
   if (!segments_.empty()) {
@@ -632,6 +648,7 @@ std::pair<double, double> NativeStep::preconditioned_dots(int threads) {
 void NativeStep::update_direction(double alpha, double weight_decay, double beta, int threads) {
   const StepGuard busy(*this);
   prepare_part(alpha, 0, weight_decay, threads);
+  need(g_, "g", false);
   need(direction_, "direction", true);
   if (grad_prev_) need(grad_prev_, "grad_prev", true);
   const bool adam = step_.options.preconditioner == Preconditioner::adam;

@@ -43,7 +43,7 @@ class NativeStep {
   using TableRow = std::tuple<std::int64_t, int, std::uint32_t, std::string, std::vector<std::int64_t>,
                               std::vector<std::int64_t>, std::tuple<std::int64_t, std::int64_t, std::int64_t>>;
   // The segments over a flat index of n elements, and the workspace of a GPU. `keys`: of a state entry, in the order
-  // grad_prev, direction, diagonal, steps; "" for none.
+  // grad_prev, direction, diagonal, origin, steps; "" for none.
   void lay_out(std::int64_t n, const std::vector<TableRow>& table, int groups, const std::vector<std::string>& keys,
                const py::capsule& exchange, const py::object& tensor_type, const BufferPtr& workspace);
 
@@ -87,9 +87,10 @@ class NativeStep {
 
   // ---- flat buffers ----
 
-  // One segment over these buffers, which the object holds: what the parts and flat_step() work on. Null: absent.
+  // One segment over these buffers, which the object holds: what the parts and flat_step() work on. Null: absent; p or g
+  // must be given.
   void bind(const BufferPtr& p, const BufferPtr& g, const BufferPtr& grad_prev, const BufferPtr& direction,
-            const BufferPtr& diagonal, double steps);
+            const BufferPtr& diagonal, const BufferPtr& origin, double steps);
   // A step; `scalars` has NLCG_SCALARS, alpha_prev and the updates of the diagonal, in this order, and is written.
   bool flat_step(const BufferPtr& scalars, double lr, double weight_decay, bool maximize, double loss, int threads);
   std::tuple<double, double, bool> update_curvature(double alpha_prev, int threads);
@@ -145,7 +146,7 @@ class NativeStep {
   py::object tensor_type_;
   std::vector<py::object> keys_;  // of an entry, interned; null where the options have no use for one
   Layout number_, scalars_layout_;
-  BufferPtr workspace_, p_, g_, grad_prev_, direction_, diagonal_;
+  BufferPtr workspace_, p_, g_, grad_prev_, direction_, diagonal_, origin_;
   BufferPtr mine_, all_, owned_;
   py::object gather_;
   bool laid_out_ = false, bound_ = false;

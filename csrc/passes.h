@@ -29,7 +29,7 @@
 // kBackward (it walks from the end, to find in the cache what the pass before read last); kFirstPass (of its step);
 // kOpens (the first, or its repetition: `from_plan` may use the options alone); kOptional (it runs where the plan says
 // `again`); kResident (the stream beside g that a pass which opens may leave on chip for the others); kL2 (weight decay is part of the gradient); kBiasCorrected (it asks for at.inv_sqrt_bias()); kOwnAlpha (it writes p
-// whatever the group's alpha is).
+// whatever the group's alpha is); kUsesOrigin (it reads or writes the origin of a line search).
 #pragma once
 
 #include "nlcg_math.h"
@@ -37,13 +37,13 @@
 namespace fastnlcg {
 
 // The streams of a step, as bits.
-enum Streams : unsigned { kP = 1, kGradPrev = 2, kD = 4, kDiagonal = 8 };
+enum Streams : unsigned { kP = 1, kGradPrev = 2, kD = 4, kDiagonal = 8, kOrigin = 16 };
 
 // What most passes are.
 struct Pass {
   static constexpr bool kReadsGradient = true, kFormsLargest = false, kBackward = false;
   static constexpr bool kFirstPass = false, kOpens = false, kOptional = false;
-  static constexpr bool kL2 = true, kBiasCorrected = false, kOwnAlpha = false;
+  static constexpr bool kL2 = true, kBiasCorrected = false, kOwnAlpha = false, kUsesOrigin = false;
   static constexpr unsigned kResident = 0;
   NLCG_HD unsigned sums() const { return ~0u; }
 };

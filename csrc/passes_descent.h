@@ -7,8 +7,7 @@
 //     Curvature     reads g, g_prev, d, h     writes h; sum(g w), sum(y w), sum(y y/h)  20
 //     NewDirection  reads g, d, h             writes d, g_prev; sum(g d), sum(d h d)    20
 //
-// per float32 element; 4 or 8 less without a preconditioner. The origin of a search is a stream of the state. No pass needs
-// it beside g_prev, and it comes in that stream's place.
+// per float32 element; 4 or 8 less without a preconditioner. A trial needs no gradient.
 #pragma once
 
 #include "passes.h"
@@ -18,16 +17,16 @@ namespace fastnlcg {
 template <class T>
 struct Trial : Pass {
   static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = false, kL2 = false, kOwnAlpha = true;
+  static constexpr bool kReadsGradient = false, kL2 = false, kOwnAlpha = true, kUsesOrigin = true;
   T alpha;
   bool first, moves;  // alpha 0 gives the origin back, whatever d holds
-  NLCG_HD unsigned reads() const { return (first ? kP : kGradPrev) | kD; }
-  NLCG_HD unsigned writes() const { return kP | (first ? kGradPrev : 0u); }
+  NLCG_HD unsigned reads() const { return (first ? kP : kOrigin) | kD; }
+  NLCG_HD unsigned writes() const { return kP | (first ? kOrigin : 0u); }
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
-    const T origin = first ? at.p() : at.grad_prev();
-    if (first) at.set_grad_prev(origin);
+    const T origin = first ? at.p() : at.origin();
+    if (first) at.set_origin(origin);
     at.set_p(moves ? moved(origin, scaled_direction(alpha, at.d())) : origin);
   }
 };
@@ -131,7 +130,7 @@ inline unsigned state_of(const Descent& x) {
   const unsigned diagonal = x.preconditioned ? kDiagonal : 0u;
   switch (x.kind) {
     case Descent::Kind::trial:
-      return kGradPrev | kD;
+      return kOrigin | kD;
     case Descent::Kind::slope:
       return kD;
     default:

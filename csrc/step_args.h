@@ -49,6 +49,7 @@ struct Segment {
   void* grad_prev;  // state, in the state's type and the memory order of p. Null where the options have no use for it
   void* direction;  //
   void* diagonal;   // the preconditioner's own: h of bfgs, v of adam
+  void* origin;     // full batch: the point that a line search starts from
   double* steps;    // how often this parameter has moved
   std::int64_t offset;  // of its first element in the flat index
   std::int64_t n;

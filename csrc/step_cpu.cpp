@@ -29,6 +29,7 @@ struct Buffers {
   S* grad_prev;
   S* d;
   S* diagonal;
+  S* origin;
 };
 
 // What is one number in a segment, and its value there.
@@ -67,7 +68,7 @@ struct Sums {
 // What does not change from vector to vector.
 struct Flags {
   Rounding rounding;  // of the segment
-  bool streaming;     // g_prev is written but not read here: where it cannot stay in the cache, go around it
+  bool streaming;     // g_prev, or the origin, is written but not read here: if the cache is too small, go around it
 };
 
 // The vector at element `i` of the stream, vector `k` of its block.
@@ -91,6 +92,7 @@ struct At {
   NLCG_INLINE Vector<S> grad_prev() const { return load(stream.grad_prev + i); }
   NLCG_INLINE Vector<S> d() const { return load(stream.d + i); }
   NLCG_INLINE Vector<S> diagonal() const { return load(stream.diagonal + i); }
+  NLCG_INLINE Vector<S> origin() const { return load(stream.origin + i); }
   NLCG_INLINE Vector<S> alpha() const { return segment.number[kAlpha][k]; }
   NLCG_INLINE Vector<S> alpha_prev() const { return segment.number[kAlphaPrev][k]; }
   NLCG_INLINE Vector<S> decay_factor() const { return segment.number[kDecayFactor][k]; }
@@ -98,15 +100,10 @@ struct At {
   NLCG_INLINE Vector<S> inv_sqrt_bias_prev() const { return segment.number[kInvSqrtBiasPrev][k]; }
   NLCG_INLINE bool moves() const { return segment.moves; }
   NLCG_INLINE void set_p(Vector<S> p) { store_rounded(stream.p + i, p, flags.rounding, stream.local + i); }
-  NLCG_INLINE void set_grad_prev(Vector<S> g) {
-    if (flags.streaming) {
-      store_streaming(stream.grad_prev + i, g);
-    } else {
-      store(stream.grad_prev + i, g);
-    }
-  }
+  NLCG_INLINE void set_grad_prev(Vector<S> g) { store_once(stream.grad_prev + i, g); }
   NLCG_INLINE void set_d(Vector<S> d) { store(stream.d + i, d); }
   NLCG_INLINE void set_diagonal(Vector<S> x) { store(stream.diagonal + i, x); }
+  NLCG_INLINE void set_origin(Vector<S> x) { store_once(stream.origin + i, x); }
 
   NLCG_INLINE auto wide(Vector<S> x) const { return widen(x); }
   NLCG_INLINE auto wide_grad_prev() const { return load_wide(stream.grad_prev + i); }
@@ -116,6 +113,15 @@ struct At {
     sums.sum[j].add_product(k, a, b);
   }
   NLCG_INLINE void largest(Vector<S> size) { sums.largest[k] = size > sums.largest[k] ? size : sums.largest[k]; }
+
+ private:
+  NLCG_INLINE void store_once(S* to, Vector<S> x) const {
+    if (flags.streaming) {
+      store_streaming(to, x);
+    } else {
+      store(to, x);
+    }
+  }
 };
 
 // ---- from segments to blocks -------------------------------------------------------------------------------------
@@ -166,7 +172,8 @@ Buffers<S, P> stream_at(const Segment& segment, std::int64_t position) {
           segment.g ? static_cast<const P*>(segment.g) + local : nullptr,
           state(segment.grad_prev),
           state(segment.direction),
-          state(segment.diagonal)};
+          state(segment.diagonal),
+          state(segment.origin)};
 }
 
 Rounding rounding_in(const Step& step, const Segment& segment) {
@@ -177,7 +184,7 @@ Rounding rounding_in(const Step& step, const Segment& segment) {
 // One block on the stack. Lanes without a segment hold g = d = 0, h or v = 1: they add zeros and are not scattered.
 template <class S>
 struct alignas(kVectorBytes) Staged {
-  S p[kBlock], g[kBlock], grad_prev[kBlock], d[kBlock], diagonal[kBlock];
+  S p[kBlock], g[kBlock], grad_prev[kBlock], d[kBlock], diagonal[kBlock], origin[kBlock];
   S number[kNumbers][kBlock];
 };
 
@@ -209,6 +216,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
       if (from.grad_prev) block.grad_prev[lane] = *from.grad_prev;
       if (from.d) block.d[lane] = *from.d;
       if (from.diagonal) block.diagonal[lane] = *from.diagonal;
+      if (Pass::kUsesOrigin) block.origin[lane] = *from.origin;
     });
     if (known != &segment) numbers_of<S, Pass>(step, *(known = &segment), x);
     for (int j = 0; j < kNumbers; ++j) block.number[j][lane] = static_cast<S>(x[j]);
@@ -218,8 +226,8 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   });
   static_assert(sizeof(lanes.number) == sizeof(block.number));
   __builtin_memcpy(lanes.number, block.number, sizeof(block.number));
-  run_blocks(pass, Buffers<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal}, kBlock, lanes, sums,
-             Flags{});
+  run_blocks(pass, Buffers<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin}, kBlock,
+             lanes, sums, Flags{});
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
@@ -230,6 +238,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
         assign_rounded(*to.p, block.p[lane], rounding_in(step, segment), to.local);
       }
       if (writes & kDiagonal) *to.diagonal = block.diagonal[lane];
+      if (writes & kOrigin) *to.origin = block.origin[lane];
     });
   });
 }
@@ -237,11 +246,13 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
 // 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
 constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
 
-// Whether a pass that writes g_prev and does not read it stores it around the cache.
-template <class Pass>
-bool uses_nontemporal_stores(const Step& step, const Pass& pass, const void* grad_prev) {
-  const bool aligned = reinterpret_cast<std::uintptr_t>(grad_prev) % kVectorBytes == 0;
-  return aligned && (pass.writes() & ~pass.reads() & kGradPrev) && step.n >= kStreamingElements;
+// Whether a pass that writes g_prev, or the origin, and does not read it stores it around the cache.
+template <class Pass, class S, class P>
+bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Buffers<S, P>& at) {
+  const void* const once = Pass::kUsesOrigin ? at.origin : at.grad_prev;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(once) % kVectorBytes == 0;
+  const unsigned bit = Pass::kUsesOrigin ? kOrigin : kGradPrev;
+  return aligned && (pass.writes() & ~pass.reads() & bit) && step.n >= kStreamingElements;
 }
 
 // The same for a block of which one segment alone has the first `count` lanes: the end of a parameter.
@@ -250,7 +261,7 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
              Sums<S, K>& sums) {
   with_element_type<S>(segment.dtype, [&](auto element) {
     const auto at = stream_at<decltype(element), S>(segment, position);
-    S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock];
+    S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock], origin[kBlock] = {};
     for (S& x : diagonal) x = S{1};
     const unsigned reads = pass.reads(), writes = pass.writes();
     const SegmentLanes<S> lanes = lanes_of<S, Pass>(step, segment);
@@ -262,10 +273,12 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     if (reads & kGradPrev) __builtin_memcpy(grad_prev, at.grad_prev, bytes);
     if (reads & kD) __builtin_memcpy(d, at.d, bytes);
     if (reads & kDiagonal) __builtin_memcpy(diagonal, at.diagonal, bytes);
-    run_blocks(pass, Buffers<S, S>{0, p, g, grad_prev, d, diagonal}, kBlock, lanes, sums, Flags{});
+    if (reads & kOrigin) __builtin_memcpy(origin, at.origin, bytes);
+    run_blocks(pass, Buffers<S, S>{0, p, g, grad_prev, d, diagonal, origin}, kBlock, lanes, sums, Flags{});
     if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
     if (writes & kD) __builtin_memcpy(at.d, d, bytes);
     if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
+    if (writes & kOrigin) __builtin_memcpy(at.origin, origin, bytes);
     if ((writes & kP) && (Pass::kOwnAlpha || lanes.moves)) {
       const Rounding rounding = rounding_in(step, segment);
       for (int lane = 0; lane < count; ++lane) assign_rounded(at.p[lane], p[lane], rounding, at.local + lane);
@@ -302,7 +315,7 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
     if (segment.offset <= position && whole > 0) {
       with_element_type<S>(segment.dtype, [&](auto element) {
         const auto at = stream_at<decltype(element), S>(segment, position);
-        const Flags flags = {rounding_in(step, segment), uses_nontemporal_stores(step, pass, at.grad_prev)};
+        const Flags flags = {rounding_in(step, segment), uses_nontemporal_stores(step, pass, at)};
         run_blocks(pass, at, whole, lanes_of<S, Pass>(step, segment), sums, flags);
       });
       position += whole;

@@ -204,7 +204,8 @@ __device__ __forceinline__ bool takes_quads(const Segment& segment, std::int64_t
 template <class S>
 __device__ __forceinline__ bool state_takes_quads(const Segment& segment) {
   const auto bits = [](const void* at) { return reinterpret_cast<std::uintptr_t>(at); };
-  return ((bits(segment.grad_prev) | bits(segment.direction) | bits(segment.diagonal)) & 15) == 0 &&
+  return ((bits(segment.grad_prev) | bits(segment.direction) | bits(segment.diagonal) | bits(segment.origin)) & 15) ==
+             0 &&
          segment.offset % kQuad == 0;
 }
 
@@ -243,7 +244,7 @@ struct SegmentNumbers : GroupNumbers<S> {
 
 template <class S, int K>
 struct At {
-  S p_, g_, undecayed_, grad_prev_, d_, diagonal_;
+  S p_, g_, undecayed_, grad_prev_, d_, diagonal_, origin_;
   const SegmentNumbers<S>& segment;
   ThreadSums<S, K>& sums;
 
@@ -253,6 +254,7 @@ struct At {
   __device__ __forceinline__ S grad_prev() const { return grad_prev_; }
   __device__ __forceinline__ S d() const { return d_; }
   __device__ __forceinline__ S diagonal() const { return diagonal_; }
+  __device__ __forceinline__ S origin() const { return origin_; }
   __device__ __forceinline__ S alpha() const { return segment.alpha; }
   __device__ __forceinline__ S alpha_prev() const { return segment.alpha_prev; }
   __device__ __forceinline__ S decay_factor() const { return segment.decay_factor; }
@@ -263,6 +265,7 @@ struct At {
   __device__ __forceinline__ void set_grad_prev(S g) { grad_prev_ = g; }
   __device__ __forceinline__ void set_d(S d) { d_ = d; }
   __device__ __forceinline__ void set_diagonal(S x) { diagonal_ = x; }
+  __device__ __forceinline__ void set_origin(S x) { origin_ = x; }
 
   __device__ __forceinline__ double wide(S x) const { return static_cast<double>(x); }
   __device__ __forceinline__ double wide_grad_prev() const { return wide(grad_prev_); }
@@ -352,10 +355,11 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
   S* const d_at = stream<S>(here.direction, in_segment);
   S* const diagonal_at = stream<S>(here.diagonal, in_segment);
   S* const grad_prev_at = stream<S>(here.grad_prev, in_segment);
+  S* const origin_at = stream<S>(here.origin, in_segment);
   const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kL2 && numbers.weight_decay != S{0});
   const int local = static_cast<int>(position % kTile);
 
-  Raw<S> d_raw[Q] = {}, diagonal_raw[Q] = {}, grad_prev_raw[Q] = {}, g_loaded[Q] = {};
+  Raw<S> d_raw[Q] = {}, diagonal_raw[Q] = {}, grad_prev_raw[Q] = {}, origin_raw[Q] = {}, g_loaded[Q] = {};
   Raw<E, kWide> g_raw[Q] = {}, p_raw[Q] = {};
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
@@ -363,6 +367,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
     load_quad(d_raw[q], d_at + q * kApart, reads & kD);
     load_quad(diagonal_raw[q], diagonal_at + q * kApart, reads & kDiagonal);
     load_quad(grad_prev_raw[q], grad_prev_at + q * kApart, reads & kGradPrev);
+    if constexpr (Pass::kUsesOrigin) load_quad(origin_raw[q], origin_at + q * kApart, reads & kOrigin);
     load_quad(g_raw[q], g_at + q * kApart, kReadsGradient);
   }
   if constexpr (kLoaded) {
@@ -375,8 +380,9 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
   }
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
-    S p[kQuad], g[kQuad], undecayed[kQuad] = {}, grad_prev[kQuad], d[kQuad], diagonal[kQuad];
+    S p[kQuad], g[kQuad], undecayed[kQuad] = {}, grad_prev[kQuad], d[kQuad], diagonal[kQuad], origin[kQuad];
     p_raw[q].decode(p), grad_prev_raw[q].decode(grad_prev), d_raw[q].decode(d), diagonal_raw[q].decode(diagonal);
+    origin_raw[q].decode(origin);
     if constexpr (kLoaded) {
       g_loaded[q].decode(g);
     } else {
@@ -394,13 +400,14 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
     }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
-      At<S, K> at{p[l], g[l], undecayed[l], grad_prev[l], d[l], diagonal[l], numbers, sums};
+      At<S, K> at{p[l], g[l], undecayed[l], grad_prev[l], d[l], diagonal[l], origin[l], numbers, sums};
       pass(at);
-      p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_;
+      p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_, origin[l] = at.origin_;
     }
     if (writes & kDiagonal) store_quad(diagonal_at + q * kApart, diagonal);
     if (writes & kGradPrev) store_quad(grad_prev_at + q * kApart, grad_prev);
     if (writes & kD) store_quad(d_at + q * kApart, d);
+    if (writes & kOrigin) store_quad(origin_at + q * kApart, origin);
     if ((writes & kP) && (Pass::kOwnAlpha || numbers.moves())) {
       store_rounded_quad<kWide>(p_at + q * kApart, p, launch.rounding(here), in_segment + q * kApart);
     }
@@ -434,6 +441,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
               reads & kGradPrev ? *stream<S>(segment.grad_prev, in_segment) : S{},
               reads & kD ? *stream<S>(segment.direction, in_segment) : S{},
               reads & kDiagonal ? *stream<S>(segment.diagonal, in_segment) : S{},
+              reads & kOrigin ? *stream<S>(segment.origin, in_segment) : S{},
               numbers,
               sums};
   if (Pass::kOpens && Pass::kResident != 0 && resides) {
@@ -444,6 +452,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
   if (writes & kDiagonal) *stream<S>(segment.diagonal, in_segment) = at.diagonal_;
   if (writes & kGradPrev) *stream<S>(segment.grad_prev, in_segment) = at.grad_prev_;
   if (writes & kD) *stream<S>(segment.direction, in_segment) = at.d_;
+  if (writes & kOrigin) *stream<S>(segment.origin, in_segment) = at.origin_;
   if ((writes & kP) && (Pass::kOwnAlpha || numbers.moves())) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, launch.rounding(segment),

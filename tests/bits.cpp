@@ -79,6 +79,7 @@ std::uint64_t run(const Case& c) {
     segment.grad_prev = &grad_prev[static_cast<std::size_t>(segment.offset)];
     segment.direction = &d[static_cast<std::size_t>(segment.offset)];
     segment.diagonal = &diagonal[static_cast<std::size_t>(segment.offset)];
+    segment.origin = segment.grad_prev;  // as when the digests were made: no pass uses both
   }
   std::vector<Group> groups = {{0.01, 0, 0, 1, &alpha_prev[0]}, {0.02, 0, 0.1, -1, &alpha_prev[1]}};
   Scalars scalars = {};

@@ -233,16 +233,16 @@ def load_state(choose: Choices) -> None:
 def call_core(choose: Choices) -> None:
     """Calls of the native step in orders, and with tensors, that the Python side never makes."""
     n = choose.of([8, 40, 0])
-    keep = {name: np.ones(max(n, 1) + 8, np.float32) for name in ("g_prev", "d", "diagonal", "p", "g")}
+    keep = {name: np.ones(max(n, 1) + 8, np.float32) for name in ("g_prev", "d", "diagonal", "origin", "p", "g")}
     views = {name: x[:n] for name, x in keep.items()}
     whole = {name: torch.from_numpy(x) for name, x in views.items()}
     step = _native.Step(choose.of(["float32", "float32", "float64"]))
     keys = choose.of(
         [
-            ["grad_prev", "direction", "hessian_diag", "step"],
-            ["grad_prev", "direction", "hessian_diag", ""],
-            ["", "direction", "", "step"],
-            ["", "", "", ""],
+            ["grad_prev", "direction", "hessian_diag", "", "step"],
+            ["grad_prev", "direction", "hessian_diag", "origin", ""],
+            ["", "direction", "", "", "step"],
+            ["", "", "", "", ""],
             [],
         ]
     )
@@ -254,6 +254,7 @@ def call_core(choose: Choices) -> None:
     def tensors() -> Any:
         many = choose.of([1, 1, 0, 2])
         entry = {"direction": tensor("d"), "grad_prev": tensor("g_prev"), "hessian_diag": tensor("diagonal")}
+        entry["origin"] = tensor("origin")
         entry["step"] = choose.of([torch.zeros((), dtype=torch.float64), torch.zeros(()), None])
         p = [choose.of([whole["p"], whole["p"], torch.zeros(3), None])] * many
         held = choose.of([None, {whole["p"]: entry}, {}])
@@ -286,7 +287,8 @@ def call_core(choose: Choices) -> None:
                 choose.of([step.state_norms, step.last_move])(tensors(), 1)
             elif what == 5:
                 some_of = [
-                    choose.of([_native.Buffer(views[name]), None]) for name in ("p", "g", "g_prev", "d", "diagonal")
+                    choose.of([_native.Buffer(views[name]), None])
+                    for name in ("p", "g", "g_prev", "d", "diagonal", "origin")
                 ]
                 step.bind(*some_of, choose.of([0.0, 3.0, -1.0, float("nan")]))
             elif what == 6:

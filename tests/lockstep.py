@@ -102,7 +102,7 @@ class Lockstep:
         self.active = [i for i in active if self.cuts[i].n]
         self.set = float(sum(1 << i for i, cut in enumerate(self.cuts) if cut.n and i not in self.active) % (1 << 52))
         row = lambda i: (self.begin[i], self.cuts[i].group, i, self.cuts[i].dtype, (self.cuts[i].n,), (1,), (0, 0, 0))  # noqa: E731
-        keys = ["grad_prev" if "grad_prev" in self.state else "", "direction", self.diagonal_key, "step"]
+        keys = ["grad_prev" if "grad_prev" in self.state else "", "direction", self.diagonal_key, "", "step"]
         workspace = self.backend.workspace(self.n, len(self.active), len(self.lr))
         table = [row(i) for i in self.active]
         self.native.lay_out(self.n, table, len(self.lr), keys, layout.EXCHANGE, Tensor, workspace)

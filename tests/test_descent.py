@@ -380,8 +380,17 @@ def test_a_pass_refuses_what_would_write_elsewhere() -> None:
         step.descend(None, "jump", 1)
     with pytest.raises(ValueError, match="needs the preconditioner's diagonal"):
         step.descend(None, "curvature", 1)
+    with pytest.raises(ValueError, match="needs origin"):
+        step.descend(None, "trial", 1)
+    step.bind(None, buffers[0], None, buffers[1], None, buffers[2])
     with pytest.raises(ValueError, match="needs p"):
         step.descend(None, "trial", 1)
+    step.bind(buffers[0], None, buffers[3], buffers[1], None, buffers[2])
+    step.descend(None, "trial", 1)  # needs no gradient
+    with pytest.raises(ValueError, match="needs g"):
+        step.descend(None, "slope", 1)
+    with pytest.raises(ValueError, match="p or g is needed"):
+        step.bind(None, None, buffers[0], buffers[1], None)
     with pytest.raises(ValueError, match=r"lay_out\(\) first"):
         step.descend(_native.Tensors([], None, [], [], None, [], None, []), "slope", 1)
     fixed = np.zeros(8, np.float32)

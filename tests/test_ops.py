@@ -357,7 +357,7 @@ def test_42_native_lengths_are_checked_again() -> None:
     from fastnlcg.layout import EXCHANGE
 
     step = _native.Step("float32")
-    keys, place = ["", "direction", "", "step"], (0, 0, 0)
+    keys, place = ["", "direction", "", "", "step"], (0, 0, 0)
 
     def lay_out(n: int, *rows: Any, groups: int = 1) -> None:
         step.lay_out(n, rows, groups, keys, EXCHANGE, torch.Tensor)
@@ -516,13 +516,13 @@ def test_a_step_over_tensors_and_the_parts_share_no_addresses() -> None:
 
     g, *state = (_native.Buffer(np.ones(8, np.float32)) for _ in range(4))
     step = _native.Step("float32")
-    step.lay_out(8, [], 0, ["", "direction", "", "step"], EXCHANGE, torch.Tensor)
+    step.lay_out(8, [], 0, ["", "direction", "", "", "step"], EXCHANGE, torch.Tensor)
     step.bind(None, g, *state)
     step.update_curvature(0.1, 1)
     nothing = _native.Tensors([], None, [], [], None, [], torch.zeros(3), [])
     with pytest.raises(ValueError, match=r"lay_out\(\) first"):
         step.step(nothing, [], [], [], 0.0, math.nan, 1)
-    step.lay_out(8, [], 0, ["", "direction", "", "step"], EXCHANGE, torch.Tensor)
+    step.lay_out(8, [], 0, ["", "direction", "", "", "step"], EXCHANGE, torch.Tensor)
     with pytest.raises(ValueError, match=r"bind\(\) first"):
         step.update_curvature(0.1, 1)
 

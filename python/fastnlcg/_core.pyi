@@ -121,6 +121,7 @@ class Step:
         grad_prev: Buffer | None,
         direction: Buffer | None,
         diagonal: Buffer | None,
+        origin: Buffer | None = None,
         steps: float = 0.0,
     ) -> None: ...
     def flat_step(

@@ -444,10 +444,9 @@ class _Table:
             for (i, offset), p in zip(placed, here, strict=True)
         ]
         diagonal = "" if options.preconditioner is None else "hessian_diag"
-        self.passes = self._native(n, rows, ["grad_prev", "direction", diagonal, ""])
-        self.trial = self._native(n, rows, ["origin", "direction", "", ""])
+        self.native = self._make_native(n, rows, ["grad_prev", "direction", diagonal, "origin", ""])
         if ranks is not None:
-            ranks.connect(self.passes, owned, self.device)
+            ranks.connect(self.native, owned, self.device)
         digest = hashlib.blake2b(everything.encode(), digest_size=6).digest()
         self.digest, self.moment = float(int.from_bytes(digest, "little")), -1.0
         scalars = groups.new_scalars().to(self.device)
@@ -462,7 +461,7 @@ class _Table:
         self.at = _native.Tensors(self.stepped, None, *fixed)
         self._fixed = fixed
 
-    def _native(self, n: int, rows: list[Any], keys: list[str]) -> _native.Step:
+    def _make_native(self, n: int, rows: list[Any], keys: list[str]) -> _native.Step:
         dtype, workspace = self.dtype, None
         if self.on_gpu:
             stream = _native.current_stream(str(self.device))
@@ -483,15 +482,14 @@ class _Table:
     def run(self, kind: str, **numbers: Any) -> list[float]:
         """One pass."""
         trial = kind == "trial"
-        native = self.trial if trial else self.passes
         if self.on_gpu:
-            native.stream = _native.current_stream(str(self.device))
+            self.native.stream = _native.current_stream(str(self.device))
         numbers["preconditioned"] = self.options.preconditioner is not None
         threads = _native.num_threads()
-        sums = native.descend(self.at, kind, threads, **numbers) if trial or self.plain else None
+        sums = self.native.descend(self.at, kind, threads, **numbers) if trial or self.plain else None
         if sums is None:
             at = self.at if trial else _native.Tensors(self.stepped, self._gradients(), *self._fixed)
-            sums = native.descend(at, kind, threads, **numbers)
+            sums = self.native.descend(at, kind, threads, **numbers)
         if sums is None:
             raise RuntimeError("a parameter or a tensor of the state was replaced, moved or resized during a step")
         return sums

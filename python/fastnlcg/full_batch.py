@@ -66,18 +66,16 @@ class _Flat:
         self.forget()
         dtype = str(x.dtype).removeprefix("torch.")
         stream = _native.current_stream(device, x) if device != "cpu" else 0
-        self._step, self._trial = (_native.Step(dtype, device, stream) for _ in range(2))
+        self._step = _native.Step(dtype, device, stream)
         buffer = _native.Buffer
-        d, h = buffer(self.d), None if self.h is None else buffer(self.h)
-        self._fixed = buffer(self.g_prev), d, h
-        self._trial.bind(buffer(x), d, buffer(self.origin), d, None)
+        self._p, h = buffer(x), None if self.h is None else buffer(self.h)
+        self._state = buffer(self.g_prev), buffer(self.d), h, buffer(self.origin)
 
     def set_gradient(self, g: Any) -> None:
-        self._step.bind(None, _native.Buffer(g), *self._fixed)
+        self._step.bind(self._p, _native.Buffer(g), *self._state)
 
     def _run(self, kind: str, **numbers: Any) -> list[float]:
-        step = self._trial if kind == "trial" else self._step
-        sums = step.descend(None, kind, self.threads, preconditioned=self.preconditioned, **numbers)
+        sums = self._step.descend(None, kind, self.threads, preconditioned=self.preconditioned, **numbers)
         assert sums is not None
         return sums
 

@@ -332,6 +332,7 @@ class Layout:
             "grad_prev" if self.options.keeps_gradient else "",
             "direction",
             self.options.kind.diagonal or "",
+            "",
             "step",
         ]
         workspace = None if self._workspace is None else _native.Buffer(self._workspace)

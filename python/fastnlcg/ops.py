@@ -402,7 +402,7 @@ def _step(
     diagonal = next((view[name] for name in ("h", "v", "diagonal") if name in view), None)
     step = _native.Step(view.state_dtype, view.device, stream)
     step.set_options(options.native())
-    step.bind(view.get("p"), view["g"], view.get("g_prev"), view.get("d"), diagonal, float(updates))
+    step.bind(view.get("p"), view["g"], view.get("g_prev"), view.get("d"), diagonal, steps=float(updates))
     return step
 
 

@@ -25,6 +25,7 @@ std::uint64_t run(Preconditioner preconditioner, CudaStep::Form form, int reside
                         &grad_prev[at],
                         &d[at],
                         &diagonal[at],
+                        nullptr,
                         &steps_of[k],
                         at,
                         cuts[k + 1] - at,
