@@ -1,4 +1,4 @@
-// The Python module: a table of contents. With native_step.{h,cpp} the only file that knows pybind11.
+// The Python module: a table of contents. Besides native_step, tensor_table and flat_step no file knows pybind11.
 #include <pybind11/stl.h>
 
 #ifdef _OPENMP
@@ -8,8 +8,9 @@
 #include <algorithm>
 #include <iterator>
 
-#include "native_step.h"
+#include "flat_step.h"
 #include "step_cpu.h"
+#include "tensor_table.h"
 
 PYBIND11_MODULE(FASTNLCG_MODULE, m) {
   using namespace fastnlcg;
@@ -98,54 +99,94 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def_property_readonly("contiguous", &Buffer::contiguous)
       .def("advise_huge_pages", &Buffer::advise_huge_pages);
 
-  using Number = NativeStep::Number;
-  py::class_<NativeStep>(m, "Step", py::module_local())
-      .def(py::init<const std::string&, const std::string&, std::uintptr_t>(), "state_dtype"_a, "device"_a = "cpu",
-           "stream"_a = 0)
+  // The steps, and what they are given.
+  py::class_<DeviceScalar>(m, "DeviceScalar", py::module_local())
+      .def(py::init([](std::uintptr_t address, const std::string& dtype) {
+             if (address == 0) throw std::invalid_argument("address is 0, expected that of a scalar on the device");
+             return DeviceScalar{reinterpret_cast<const void*>(address), dtype_named(dtype)};
+           }),
+           py::kw_only(), "address"_a, "dtype"_a);
+  using Extents = std::vector<std::int64_t>;
+  py::class_<SegmentSpec>(m, "SegmentSpec", py::module_local())
+      .def(py::init([](std::int64_t offset, int group, std::uint32_t index, const std::string& dtype, Extents shape,
+                       Extents strides, std::int64_t begin, std::int64_t run, std::int64_t skip) {
+             return SegmentSpec{
+                 offset, group, dtype_named(dtype), {std::move(shape), std::move(strides)}, {begin, run, skip, index}};
+           }),
+           py::kw_only(), "offset"_a, "group"_a, "index"_a, "dtype"_a, "shape"_a, "strides"_a, "begin"_a = 0,
+           "run"_a = 0, "skip"_a = 0);
+  using Key = std::optional<std::string>;
+  py::class_<StateKeys>(m, "StateKeys", py::module_local())
+      .def(py::init<Key, Key, Key, Key, Key>(), py::kw_only(), "grad_prev"_a = py::none(), "direction"_a = py::none(),
+           "diagonal"_a = py::none(), "origin"_a = py::none(), "steps"_a = py::none());
+  py::class_<Tensors>(m, "Tensors", py::module_local())
+      .def(py::init<py::list, py::object, py::list, py::list, py::object, py::list, py::object, py::list>(),
+           py::kw_only(), "params"_a = py::list(), "gradients"_a = py::none(), "entries"_a = py::list(),
+           "inactive_params"_a = py::list(), "state"_a = py::none(), "expected_state"_a = py::list(),
+           "scalars"_a = py::none(), "alpha_prev"_a = py::list());
+
+  py::class_<Descent>(m, "DescentPass", py::module_local())
+      .def(py::init([](const std::string& kind, double alpha, bool first, bool preconditioned, bool update,
+                       double scale, double ys, double shs, double beta) {
+             const auto found = std::find(std::begin(kDescentNames), std::end(kDescentNames), kind);
+             if (found == std::end(kDescentNames)) throw std::invalid_argument("unknown pass '" + kind + "'");
+             const auto value = static_cast<Descent::Kind>(found - std::begin(kDescentNames));
+             return Descent{value, alpha, first, preconditioned, update, scale, ys, shs, beta};
+           }),
+           "kind"_a, py::kw_only(), "alpha"_a = 0.0, "first"_a = false, "preconditioned"_a = true, "update"_a = false,
+           "scale"_a = 1.0, "ys"_a = 0.0, "shs"_a = 0.0, "beta"_a = 0.0);
+
+  py::class_<NativeStep>(m, "NativeStep", py::module_local())
       .def("set_options", &NativeStep::set_options, "options"_a)
-      .def("lay_out", &NativeStep::lay_out, "n"_a, "table"_a, "groups"_a, "keys"_a, "exchange"_a, "tensor_type"_a,
+      .def("set_launch", &NativeStep::set_launch, "form"_a, "blocks"_a = 0, "resident_tiles"_a = -1)
+      .def_property_readonly("launches", &NativeStep::launches)
+      .def_property("stream", &NativeStep::stream, &NativeStep::set_stream);
+  const auto with_device = py::init<const std::string&, const std::string&, std::uintptr_t>();
+  py::class_<TensorTable, NativeStep>(m, "TensorTable", py::module_local())
+      .def(with_device, "state_dtype"_a, "device"_a = "cpu", "stream"_a = 0)
+      .def("lay_out", &TensorTable::lay_out, "n"_a, "segments"_a, "groups"_a, "keys"_a, "dlpack_api"_a, "tensor_type"_a,
            "workspace"_a = nullptr)
-      .def("set_exchange", &NativeStep::set_exchange, "mine"_a, "all"_a, "owned"_a, "elements"_a, "every_decision"_a,
+      .def("set_exchange", &TensorTable::set_exchange, "mine"_a, "all"_a, "owned"_a, "elements"_a, "every_decision"_a,
            "gather"_a)
       .def(
           "step",
-          [](NativeStep& self, const NativeStep::Tensors& at, std::vector<double> lr, std::vector<double> weight_decay,
-             std::vector<bool> maximize, double active_set, double loss, int threads, std::vector<Number> lr_on_device,
-             Number loss_on_device, Number grad_scale, Number found_inf) {
-            return self.step(at, {std::move(lr), std::move(weight_decay), std::move(maximize), active_set, loss,
-                                  threads, std::move(lr_on_device), loss_on_device, grad_scale, found_inf});
+          [](TensorTable& self, const Tensors& at, std::vector<double> lr, std::vector<double> weight_decay,
+             std::vector<bool> maximize, double active_set, double loss, int threads,
+             const std::vector<std::optional<DeviceScalar>>& lr_on_device,
+             const std::optional<DeviceScalar>& loss_on_device, const std::optional<DeviceScalar>& grad_scale,
+             const std::optional<DeviceScalar>& found_inf) {
+            StepInputs in{
+                std::move(lr), std::move(weight_decay), std::move(maximize), active_set, loss, threads, {}, {}, {}, {}};
+            for (const auto& rate : lr_on_device) in.lr_on_device.push_back(rate.value_or(DeviceScalar{}));
+            in.loss_on_device = loss_on_device.value_or(DeviceScalar{});
+            in.grad_scale = grad_scale.value_or(DeviceScalar{});
+            in.found_inf = found_inf.value_or(DeviceScalar{});
+            return self.step(at, in);
           },
           "at"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "active_set"_a, "loss"_a, "threads"_a,
-          "lr_on_device"_a = std::vector<Number>{}, "loss_on_device"_a = py::none(), "grad_scale"_a = py::none(),
-          "found_inf"_a = py::none())
-      .def("state_norms", &NativeStep::state_norms, "at"_a, "threads"_a)
-      .def("last_move", &NativeStep::last_move, "at"_a, "threads"_a)
-      .def(
-          "descend",
-          [](NativeStep& self, const std::optional<NativeStep::Tensors>& at, const std::string& kind, int threads,
-             double alpha, bool first, bool preconditioned, bool update, double scale, double ys, double shs,
-             double beta) {
-            const auto found = std::find(std::begin(kDescentNames), std::end(kDescentNames), kind);
-            if (found == std::end(kDescentNames)) throw std::invalid_argument("no pass '" + kind + "'");
-            const auto number = static_cast<Descent::Kind>(found - std::begin(kDescentNames));
-            return self.descend(at, {number, alpha, first, preconditioned, update, scale, ys, shs, beta}, threads);
-          },
-          "at"_a, "kind"_a, "threads"_a, "alpha"_a = 0.0, "first"_a = false, "preconditioned"_a = true,
-          "update"_a = false, "scale"_a = 1.0, "ys"_a = 0.0, "shs"_a = 0.0, "beta"_a = 0.0)
-      .def("bind", &NativeStep::bind, "p"_a, "g"_a, "grad_prev"_a, "direction"_a, "diagonal"_a, "origin"_a = nullptr,
-           "steps"_a = 0.0)
-      .def("flat_step", &NativeStep::flat_step, "scalars"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "loss"_a,
-           "threads"_a)
-      .def("update_curvature", &NativeStep::update_curvature, "alpha_prev"_a, "threads"_a)
-      .def("preconditioned_dots", &NativeStep::preconditioned_dots, "threads"_a)
-      .def("update_direction", &NativeStep::update_direction, "alpha"_a, "weight_decay"_a, "beta"_a, "threads"_a)
-      .def("set_launch", &NativeStep::set_launch, "form"_a, "blocks"_a = 0, "resident_tiles"_a = -1)
-      .def_property_readonly("launches", &NativeStep::launches)
-      .def_property_readonly("digest", &NativeStep::digest)
-      .def_property("stream", &NativeStep::stream, &NativeStep::set_stream)
-      .def("join_stream", &NativeStep::join_stream);
+          "lr_on_device"_a = std::vector<std::optional<DeviceScalar>>{}, "loss_on_device"_a = py::none(),
+          "grad_scale"_a = py::none(), "found_inf"_a = py::none())
+      .def("state_norms", &TensorTable::state_norms, "at"_a, "threads"_a)
+      .def("last_move", &TensorTable::last_move, "at"_a, "threads"_a)
+      .def("descend", &TensorTable::descend, "at"_a, "pass_"_a, "threads"_a)
+      .def_property_readonly("digest", &TensorTable::digest)
+      .def("join_stream", &TensorTable::join_stream);
 
-  py::class_<NativeStep::Tensors>(m, "Tensors", py::module_local())
-      .def(py::init<py::list, py::object, py::list, py::list, py::object, py::object, py::object, py::list>(),
-           "params"_a, "gradients"_a, "entries"_a, "resting"_a, "state"_a, "held"_a, "scalars"_a, "alpha_prev"_a);
+  py::class_<FlatStep, NativeStep>(m, "FlatStep", py::module_local())
+      .def(with_device, "state_dtype"_a, "device"_a = "cpu", "stream"_a = 0)
+      .def(
+          "bind",
+          [](FlatStep& self, BufferPtr p, BufferPtr g, BufferPtr grad_prev, BufferPtr direction, BufferPtr diagonal,
+             BufferPtr origin, double steps) {
+            self.bind({std::move(p), std::move(g), std::move(grad_prev), std::move(direction), std::move(diagonal),
+                       std::move(origin)},
+                      steps);
+          },
+          py::kw_only(), "p"_a = nullptr, "g"_a = nullptr, "grad_prev"_a = nullptr, "direction"_a = nullptr,
+          "diagonal"_a = nullptr, "origin"_a = nullptr, "steps"_a = 0.0)
+      .def("step", &FlatStep::step, "scalars"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "loss"_a, "threads"_a)
+      .def("update_curvature", &FlatStep::update_curvature, "alpha_prev"_a, "threads"_a)
+      .def("preconditioned_dots", &FlatStep::preconditioned_dots, "threads"_a)
+      .def("update_direction", &FlatStep::update_direction, "alpha"_a, "weight_decay"_a, "beta"_a, "threads"_a)
+      .def("descend", &FlatStep::descend, "pass_"_a, "threads"_a);
 }

@@ -28,10 +28,11 @@ CudaStatus cuda_status();
 // The device that holds this memory.
 int cuda_device_of(const void* memory);
 
-// A number in device memory; a null address: not given.
-struct DeviceNumber {
+// A scalar in device memory; a null address: not given.
+struct DeviceScalar {
   const void* address = nullptr;
   DType dtype = DType::f32;
+  NLCG_HD explicit operator bool() const { return address != nullptr; }
 };
 
 // What a step on a device needs beside its Step.
@@ -41,10 +42,10 @@ struct CudaStep {
   double* workspace = nullptr;  // workspace_doubles(...) of them, zeroed, 16-byte aligned
   std::int64_t max_segments = 0;
 
-  std::vector<DeviceNumber> lr;  // per group: instead of Group::lr, where given
-  DeviceNumber loss;             // instead of Step::loss
-  DeviceNumber grad_scale;       // float32: gradients are divided by it
-  DeviceNumber found_inf;        // float32: where it is not 0 the step changes nothing at all
+  std::vector<DeviceScalar> lr;  // per group: instead of Group::lr, where given
+  DeviceScalar loss;             // instead of Step::loss
+  DeviceScalar grad_scale;       // float32: gradients are divided by it
+  DeviceScalar found_inf;        // float32: where it is not 0 the step changes nothing at all
 
   // How it runs. The bits do not depend on any of this.
   enum class Form : std::int32_t { automatic, one_launch, separate_launches };

@@ -31,8 +31,8 @@ Owned called(PyObject* object, const char* method) {
 
 }  // namespace
 
-TensorReader::TensorReader(PyObject* exchange, PyObject* type, int device)
-    : api_(static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"))),
+TensorReader::TensorReader(PyObject* dlpack_api, PyObject* type, int device)
+    : api_(static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(dlpack_api, "dlpack_exchange_api"))),
       type_(type),
       device_(device) {
   if (api_ == nullptr) throw PythonError{};
@@ -41,7 +41,7 @@ TensorReader::TensorReader(PyObject* exchange, PyObject* type, int device)
   }
 }
 
-void* TensorReader::address(PyObject* tensor, DType dtype, const Layout& layout) const {
+void* TensorReader::address(PyObject* tensor, DType dtype, const TensorShape& expected) const {
   DLTensor view;
   if (api_->dltensor_from_py_object_no_sync(tensor, &view) != 0) {
     PyErr_Clear();  // sparse, say: the caller looks closer and words the error
@@ -52,11 +52,11 @@ void* TensorReader::address(PyObject* tensor, DType dtype, const Layout& layout)
   const bool here = device_ < 0 ? view.device.device_type == kCpu
                                 : view.device.device_type == kDeviceMemory &&
                                       (kDeviceMemory == kCpu || view.device.device_id == device_);
-  if (!here || view.data == nullptr || view.ndim != static_cast<std::int32_t>(layout.shape.size())) return nullptr;
+  if (!here || view.data == nullptr || view.ndim != static_cast<std::int32_t>(expected.shape.size())) return nullptr;
   if (view.strides == nullptr && view.ndim > 0) return nullptr;
-  for (std::size_t k = 0; k < layout.shape.size(); ++k) {
-    if (view.shape[k] != layout.shape[k]) return nullptr;
-    if (view.shape[k] != 1 && view.strides[k] != layout.strides[k]) return nullptr;
+  for (std::size_t k = 0; k < expected.shape.size(); ++k) {
+    if (view.shape[k] != expected.shape[k]) return nullptr;
+    if (view.shape[k] != 1 && view.strides[k] != expected.strides[k]) return nullptr;
   }
   return static_cast<char*>(view.data) + view.byte_offset;
 }

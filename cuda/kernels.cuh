@@ -74,7 +74,7 @@ __device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], 
   block_totals<K, kMax>(x, largest, wanted, totals, 0);
 }
 
-__device__ double number(DeviceNumber x) {
+__device__ double number(DeviceScalar x) {
   switch (x.dtype) {
     case DType::f64:
       return *static_cast<const double*>(x.address);

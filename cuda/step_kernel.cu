@@ -340,7 +340,7 @@ void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, A
   std::vector<GroupInput> inputs(static_cast<std::size_t>(step.n_groups));
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     inputs[i] = {step.groups[i].lr, step.groups[i].weight_decay, step.groups[i].sign, step.groups[i].alpha_prev,
-                 i < cuda.lr.size() ? cuda.lr[i] : DeviceNumber{}};
+                 i < cuda.lr.size() ? cuda.lr[i] : DeviceScalar{}};
   }
   if (step.n_groups <= kInlineGroups) {
     std::copy(inputs.begin(), inputs.end(), a.groups);

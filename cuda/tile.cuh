@@ -27,7 +27,7 @@ namespace {
 struct GroupInput {
   double lr, weight_decay, sign;
   double* alpha_prev;
-  DeviceNumber lr_on_device;
+  DeviceScalar lr_on_device;
 };
 constexpr int kInlineGroups = 16;  // more of them lie in a table
 
@@ -49,7 +49,7 @@ struct Arguments {
   int tiles, chunks, tiles_per_chunk;
   Options options;
   double active_set, loss, digest;
-  DeviceNumber loss_on_device, grad_scale, found_inf;
+  DeviceScalar loss_on_device, grad_scale, found_inf;
   const GroupInput* group_table;  // null: they are in `groups`
   GroupInput groups[kInlineGroups];
   std::int64_t n_groups;

@@ -35,19 +35,29 @@ class Backend:
     def step(self, state_dtype: str) -> Any:
         """A native side that runs here."""
         return (
-            _native.Step(state_dtype, "cuda:0", _native.current_stream("cuda:0"))
+            _native.TensorTable(state_dtype, "cuda:0", _native.current_stream("cuda:0"))
             if self.on_gpu
-            else _native.Step(state_dtype)
+            else _native.TensorTable(state_dtype)
         )
 
     def workspace(self, n: int, segments: int, groups: int) -> Any:
-        """What ``Step.lay_out`` takes for such a state."""
+        """What ``TensorTable.lay_out`` takes for such a state."""
         if not self.on_gpu:
             return None
         doubles = _native.workspace_doubles(n, segments, groups)
         return _native.Buffer(torch.zeros(doubles, dtype=torch.float64, device=self.device))
 
 
+NATIVE_CLASSES = (
+    "Buffer",
+    "DescentPass",
+    "DeviceScalar",
+    "FlatStep",
+    "SegmentSpec",
+    "StateKeys",
+    "TensorTable",
+    "Tensors",
+)
 current = Backend("cpu")
 
 
@@ -58,7 +68,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
         from fastnlcg import _emulated
 
         backend = Backend(name, on_gpu=True)
-        for key in ("Buffer", "Step", "Tensors", "RanksDisagree", "workspace_doubles", "cuda_status"):
+        for key in (*NATIVE_CLASSES, "RanksDisagree", "workspace_doubles", "cuda_status"):
             monkeypatch.setattr(_native, key, getattr(_emulated, key))
         monkeypatch.setattr(_native, "cuda_unavailable_reason", lambda: "")
         monkeypatch.setattr(_native, "current_stream", lambda device, *arrays: 0)

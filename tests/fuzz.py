@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastnlcg import NLCG, OnlineLineSearch, _native, ops
-from fastnlcg.layout import EXCHANGE
+from fastnlcg.layout import DLPACK_API
 from fastnlcg.options import Options
 from torch import nn
 
@@ -236,16 +236,10 @@ def call_core(choose: Choices) -> None:
     keep = {name: np.ones(max(n, 1) + 8, np.float32) for name in ("g_prev", "d", "diagonal", "origin", "p", "g")}
     views = {name: x[:n] for name, x in keep.items()}
     whole = {name: torch.from_numpy(x) for name, x in views.items()}
-    step = _native.Step(choose.of(["float32", "float32", "float64"]))
-    keys = choose.of(
-        [
-            ["grad_prev", "direction", "hessian_diag", "", "step"],
-            ["grad_prev", "direction", "hessian_diag", "origin", ""],
-            ["", "direction", "", "", "step"],
-            ["", "", "", "", ""],
-            [],
-        ]
-    )
+    dtype = choose.of(["float32", "float32", "float64"])
+    table, flat = _native.TensorTable(dtype), _native.FlatStep(dtype)
+    in_entry = {"direction": "direction", "grad_prev": "grad_prev", "diagonal": "hessian_diag", "origin": "origin"}
+    keys = _native.StateKeys(**{slot: key for slot, key in (in_entry | {"steps": "step"}).items() if choose.below(4)})
     wrong = [None, 3, torch.zeros(5), torch.ones(n, dtype=torch.float64), torch.zeros(4).to_sparse(), "x"]
 
     def tensor(name: str) -> Any:
@@ -261,51 +255,61 @@ def call_core(choose: Choices) -> None:
         scalars = choose.of([torch.zeros(len(_native.SCALARS), dtype=torch.float64), torch.zeros(3), torch.ones(())])
         alpha = [choose.of([torch.zeros((), dtype=torch.float64), torch.zeros(2)])] * choose.of([1, 1, 2, 0])
         gradients = choose.of([[tensor("g")] * many, None, [None], 7])
-        return _native.Tensors(p, gradients, choose.of([[entry] * many, [None] * many]), [], held, [], scalars, alpha)
+        return _native.Tensors(
+            params=p,
+            gradients=gradients,
+            entries=choose.of([[entry] * many, [None] * many]),
+            state=held,
+            scalars=scalars,
+            alpha_prev=alpha,
+        )
 
-    segment = (0, 0, 0, "float32", (n,), (1,), (0, 0, 0))
+    right = {"offset": 0, "group": 0, "index": 0, "dtype": "float32", "shape": (n,), "strides": (1,)}
     for _ in range(12):
         what = choose.below(9)
         try:
             if what == 0:
                 kind = choose.of(["adam", "bfgs", None])
-                step.set_options(choose.of([Options(preconditioner=kind).native(), {}, {"eps": "x"}]))
+                options = choose.of([Options(preconditioner=kind).native(), {}, {"eps": "x"}])
+                choose.of([table, flat]).set_options(options)
             elif what == 1:
-                odd = (choose.of([0, 4, -1, 2**62]), choose.of([0, 5, -1]), 9, "float32", (4,), (1,), (0, -1, 3))
-                table = choose.of(
-                    [[segment], [segment], [], [odd], [segment, segment], [(*segment[:3], "f9", *segment[4:])]]
-                )
-                step.lay_out(
-                    choose.of([n, 0, -1, 2**62]), table, choose.of([1, 1, 2, -1]), keys, EXCHANGE, torch.Tensor
-                )
+                segment = _native.SegmentSpec(**right)
+                odd = {"offset": choose.of([0, 4, -1, 2**62]), "group": choose.of([0, 5, -1]), "shape": (4,), "run": -1}
+                segments = choose.of([[segment], [segment], [], [odd], [segment, segment], [{"dtype": "f9"}]])
+                segments = [_native.SegmentSpec(**(right | s)) if isinstance(s, dict) else s for s in segments]
+                groups = choose.of([1, 1, 2, -1])
+                table.lay_out(choose.of([n, 0, -1, 2**62]), segments, groups, keys, DLPACK_API, torch.Tensor)
             elif what in (2, 3):
                 groups = choose.of([1, 1, 2, 0])
-                step.step(
+                table.step(
                     tensors(), [0.1] * groups, [0.0] * groups, [False] * groups, 0.0, 0.5, choose.of([1, 2, 0, -5])
                 )
             elif what == 4:
-                choose.of([step.state_norms, step.last_move])(tensors(), 1)
+                choose.of([table.state_norms, table.last_move])(tensors(), 1)
             elif what == 5:
-                some_of = [
-                    choose.of([_native.Buffer(views[name]), None])
-                    for name in ("p", "g", "g_prev", "d", "diagonal", "origin")
-                ]
-                step.bind(*some_of, choose.of([0.0, 3.0, -1.0, float("nan")]))
+                names = {"p": "p", "g": "g", "grad_prev": "g_prev", "direction": "d", "diagonal": "diagonal"}
+                names["origin"] = "origin"
+                some_of = {slot: _native.Buffer(views[name]) for slot, name in names.items() if choose.below(3)}
+                flat.bind(**some_of, steps=choose.of([0.0, 3.0, -1.0, float("nan")]))
             elif what == 6:
-                step.set_launch(choose.of(["one", "automatic", "x"]), choose.below(3), -1)
+                choose.of([table, flat]).set_launch(choose.of(["one", "automatic", "x"]), choose.below(3), -1)
             elif what == 7:
                 kind = choose.of(["trial", "slope", "curvature", "direction", "x"])
                 flags = {name: choose.of([True, False]) for name in ("first", "preconditioned", "update")}
                 numbers = {name: choose.of([0.5, 0.0, -1.0, float("nan")]) for name in ("alpha", "ys", "shs", "beta")}
-                step.descend(choose.of([None, tensors()]), kind, choose.of([1, 2, -5]), **flags, **numbers)
+                pass_, threads = _native.DescentPass(kind, **flags, **numbers), choose.of([1, 2, -5])
+                if choose.of([True, False]):
+                    flat.descend(pass_, threads)
+                else:
+                    table.descend(tensors(), pass_, threads)
             else:
                 scalars = _native.Buffer(np.zeros(choose.of([len(_native.SCALARS) + 2, 3])))
                 choose.of(
                     [
-                        lambda: step.update_curvature(0.1, 1),
-                        lambda: step.preconditioned_dots(1),
-                        lambda: step.update_direction(0.1, 0.0, 0.5, 1),
-                        lambda s=scalars: step.flat_step(s, 0.1, 0.0, False, 0.5, 1),
+                        lambda: flat.update_curvature(0.1, 1),
+                        lambda: flat.preconditioned_dots(1),
+                        lambda: flat.update_direction(0.1, 0.0, 0.5, 1),
+                        lambda s=scalars: flat.step(s, 0.1, 0.0, False, 0.5, 1),
                     ]
                 )()
         except REFUSALS:

@@ -101,11 +101,25 @@ class Lockstep:
         """From now on only these parameters have gradients."""
         self.active = [i for i in active if self.cuts[i].n]
         self.set = float(sum(1 << i for i, cut in enumerate(self.cuts) if cut.n and i not in self.active) % (1 << 52))
-        row = lambda i: (self.begin[i], self.cuts[i].group, i, self.cuts[i].dtype, (self.cuts[i].n,), (1,), (0, 0, 0))  # noqa: E731
-        keys = ["grad_prev" if "grad_prev" in self.state else "", "direction", self.diagonal_key, "", "step"]
+        keys = _native.StateKeys(
+            grad_prev="grad_prev" if "grad_prev" in self.state else None,
+            direction="direction",
+            diagonal=self.diagonal_key or None,
+            steps="step",
+        )
         workspace = self.backend.workspace(self.n, len(self.active), len(self.lr))
-        table = [row(i) for i in self.active]
-        self.native.lay_out(self.n, table, len(self.lr), keys, layout.EXCHANGE, Tensor, workspace)
+        segments = [
+            _native.SegmentSpec(
+                offset=self.begin[i],
+                group=self.cuts[i].group,
+                index=i,
+                dtype=self.cuts[i].dtype,
+                shape=(self.cuts[i].n,),
+                strides=(1,),
+            )
+            for i in self.active
+        ]
+        self.native.lay_out(self.n, segments, len(self.lr), keys, layout.DLPACK_API, Tensor, workspace)
 
     def tensors(self) -> object:
         """What the native side reads addresses of."""
@@ -117,7 +131,9 @@ class Lockstep:
             for i in self.active
         ]
         p, g = [self.p[i] for i in self.active], [self.g[i] for i in self.active]
-        return _native.Tensors(p, g, entries, [], None, [], self.numbers, list(self.alpha_prev))
+        return _native.Tensors(
+            params=p, gradients=g, entries=entries, scalars=self.numbers, alpha_prev=list(self.alpha_prev)
+        )
 
     def flat(self, tensors: list[Tensor]) -> np.ndarray:
         return torch.cat([t.double() for t in tensors]).cpu().numpy() if tensors else np.zeros(0)

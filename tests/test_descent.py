@@ -371,33 +371,34 @@ _SEEN: dict[str, Any] = {}
 
 
 def test_a_pass_refuses_what_would_write_elsewhere() -> None:
-    step = _native.Step("float32")
+    step = _native.FlatStep("float32")
+    named = _native.DescentPass
     with pytest.raises(ValueError, match=r"bind\(\) first"):
-        step.descend(None, "slope", 1)
-    buffers = [_native.Buffer(np.zeros(8, np.float32)) for _ in range(4)]
-    step.bind(None, buffers[0], buffers[1], buffers[2], None)
-    with pytest.raises(ValueError, match="no pass 'jump'"):
-        step.descend(None, "jump", 1)
-    with pytest.raises(ValueError, match="needs the preconditioner's diagonal"):
-        step.descend(None, "curvature", 1)
-    with pytest.raises(ValueError, match="needs origin"):
-        step.descend(None, "trial", 1)
-    step.bind(None, buffers[0], None, buffers[1], None, buffers[2])
-    with pytest.raises(ValueError, match="needs p"):
-        step.descend(None, "trial", 1)
-    step.bind(buffers[0], None, buffers[3], buffers[1], None, buffers[2])
-    step.descend(None, "trial", 1)  # needs no gradient
-    with pytest.raises(ValueError, match="needs g"):
-        step.descend(None, "slope", 1)
+        step.descend(named("slope"), 1)
+    x, g, g_prev, d = (_native.Buffer(np.zeros(8, np.float32)) for _ in range(4))
+    step.bind(g=g, grad_prev=g_prev, direction=d)
+    with pytest.raises(ValueError, match="unknown pass 'jump'"):
+        step.descend(named("jump"), 1)
+    with pytest.raises(ValueError, match="'curvature' needs the preconditioner's diagonal"):
+        step.descend(named("curvature"), 1)
+    with pytest.raises(ValueError, match="'trial' needs origin"):
+        step.descend(named("trial"), 1)
+    step.bind(g=g, direction=d, origin=g_prev)
+    with pytest.raises(ValueError, match="'trial' needs p"):
+        step.descend(named("trial"), 1)
     with pytest.raises(ValueError, match="p or g is needed"):
-        step.bind(None, None, buffers[0], buffers[1], None)
-    with pytest.raises(ValueError, match=r"lay_out\(\) first"):
-        step.descend(_native.Tensors([], None, [], [], None, [], None, []), "slope", 1)
+        step.bind(direction=d)
     fixed = np.zeros(8, np.float32)
     fixed.flags.writeable = False
-    step.bind(None, buffers[0], buffers[1], _native.Buffer(fixed), None)
-    with pytest.raises(ValueError, match="read-only"):
-        step.descend(None, "direction", 1, preconditioned=False)
+    step.bind(g=g, grad_prev=g_prev, direction=_native.Buffer(fixed))
+    with pytest.raises(ValueError, match="direction is read-only"):
+        step.descend(named("direction", preconditioned=False), 1)
+    with pytest.raises(ValueError, match=r"lay_out\(\) first"):
+        _native.TensorTable("float32").descend(_native.Tensors(), named("slope"), 1)
+    step.bind(p=x, direction=d, origin=g_prev)
+    step.descend(named("trial"), 1)
+    with pytest.raises(ValueError, match="'slope' needs g"):  # a trial does not
+        step.descend(named("slope"), 1)
 
 
 # ---- minimize --------------------------------------------------------------------------------------------------------

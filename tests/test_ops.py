@@ -354,35 +354,42 @@ def test_40_dlpack_fields_are_honoured_and_the_deleter_called_once() -> None:
 
 def test_42_native_lengths_are_checked_again() -> None:
     import torch
-    from fastnlcg.layout import EXCHANGE
+    from fastnlcg.layout import DLPACK_API
 
-    step = _native.Step("float32")
-    keys, place = ["", "direction", "", "", "step"], (0, 0, 0)
+    step = _native.TensorTable("float32")
+    keys = _native.StateKeys(direction="direction", steps="step")
 
-    def lay_out(n: int, *rows: Any, groups: int = 1) -> None:
-        step.lay_out(n, rows, groups, keys, EXCHANGE, torch.Tensor)
+    def lay_out(n: int, *segments: Any, groups: int = 1) -> None:
+        step.lay_out(n, segments, groups, keys, DLPACK_API, torch.Tensor)
 
     for n in (-1, 2**62):
         with pytest.raises(ValueError, match="n is"):
             lay_out(n)
-    for row in (
-        (5, 0, 0, "float32", (6,), (1,), place),
-        (-1, 0, 0, "float32", (3,), (1,), place),
-        (0, 1, 0, "float32", (3,), (1,), place),
-        (0, 0, 0, "float32", (3,), (1,), (0, -1, 0)),
-        (0, 0, 0, "float32", (2**40, 2**40), (1, 1), place),
-        (0, 0, 0, "float32", (3, 3), (1,), place),
+    right = {"offset": 0, "group": 0, "index": 0, "dtype": "float32", "shape": (3,), "strides": (1,)}
+    for wrong in (
+        {"offset": 5, "shape": (6,)},
+        {"offset": -1},
+        {"group": 1},
+        {"run": -1},
+        {"shape": (2**40, 2**40), "strides": (1, 1)},
+        {"shape": (3, 3)},
+        {"shape": (-1,)},
+        {"shape": (0,)},
     ):
         with pytest.raises(ValueError, match="segment 0"):
-            lay_out(10, row)
-    with pytest.raises(ValueError, match="groups"):
+            lay_out(10, _native.SegmentSpec(**(right | wrong)))
+    with pytest.raises(ValueError, match="segment 1"):
+        lay_out(10, _native.SegmentSpec(**right), _native.SegmentSpec(**right))
+    with pytest.raises(TypeError, match="segment 0 is float64 but the state is float32"):
+        lay_out(10, _native.SegmentSpec(**(right | {"dtype": "float64"})))
+    with pytest.raises(ValueError, match="groups is -1"):
         lay_out(10, groups=-1)
-    nothing = _native.Tensors([], None, [], [], None, [], torch.zeros(3), [])
-    for call in (lambda: step.step(nothing, [], [], [], 0.0, math.nan, 1), lambda: step.state_norms(nothing, 1)):
+    nothing, unlaid = _native.Tensors(scalars=torch.zeros(3)), _native.TensorTable("float32")
+    for call in (lambda: unlaid.step(nothing, [], [], [], 0.0, math.nan, 1), lambda: unlaid.state_norms(nothing, 1)):
         with pytest.raises(ValueError, match=r"lay_out\(\) first"):
             call()
     with pytest.raises(ValueError, match=r"bind\(\) first"):
-        step.preconditioned_dots(1)
+        _native.FlatStep("float32").preconditioned_dots(1)
 
 
 def test_44_the_owner_is_held() -> None:
@@ -507,24 +514,6 @@ def test_a_raising_bool_is_passed_on() -> None:
 
 
 # ---- what the fuzzer found -------------------------------------------------------------------------------------------
-
-
-def test_a_step_over_tensors_and_the_parts_share_no_addresses() -> None:
-    """Through raw _core only: what binds buffers forgets the table, and the other way round."""
-    import torch
-    from fastnlcg.layout import EXCHANGE
-
-    g, *state = (_native.Buffer(np.ones(8, np.float32)) for _ in range(4))
-    step = _native.Step("float32")
-    step.lay_out(8, [], 0, ["", "direction", "", "", "step"], EXCHANGE, torch.Tensor)
-    step.bind(None, g, *state)
-    step.update_curvature(0.1, 1)
-    nothing = _native.Tensors([], None, [], [], None, [], torch.zeros(3), [])
-    with pytest.raises(ValueError, match=r"lay_out\(\) first"):
-        step.step(nothing, [], [], [], 0.0, math.nan, 1)
-    step.lay_out(8, [], 0, ["", "direction", "", "", "step"], EXCHANGE, torch.Tensor)
-    with pytest.raises(ValueError, match=r"bind\(\) first"):
-        step.update_curvature(0.1, 1)
 
 
 def test_both_sums_of_the_curvature_condition_are_looked_at() -> None:

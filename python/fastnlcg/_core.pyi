@@ -47,31 +47,80 @@ class Buffer:
     def contiguous(self) -> bool: ...
     def advise_huge_pages(self) -> None: ...
 
+class DeviceScalar:
+    def __init__(self, *, address: int, dtype: str) -> None: ...
+
+class SegmentSpec:
+    def __init__(
+        self,
+        *,
+        offset: int,
+        group: int,
+        index: int,
+        dtype: str,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        begin: int = 0,
+        run: int = 0,
+        skip: int = 0,
+    ) -> None: ...
+
+class StateKeys:
+    def __init__(
+        self,
+        *,
+        grad_prev: str | None = None,
+        direction: str | None = None,
+        diagonal: str | None = None,
+        origin: str | None = None,
+        steps: str | None = None,
+    ) -> None: ...
+
 class Tensors:
     def __init__(
         self,
-        params: list[Any],
-        gradients: list[Any] | None,
-        entries: list[Any],
-        resting: list[Any],
-        state: object,
-        held: list[Any],
-        scalars: object,
-        alpha_prev: list[Any],
+        *,
+        params: list[Any] = ...,
+        gradients: list[Any] | None = None,
+        entries: list[Any] = ...,
+        inactive_params: list[Any] = ...,
+        state: object = None,
+        expected_state: list[Any] = ...,
+        scalars: object = None,
+        alpha_prev: list[Any] = ...,
     ) -> None: ...
 
-_Row = tuple[int, int, int, str, Sequence[int], Sequence[int], tuple[int, int, int]]
+class DescentPass:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        alpha: float = 0.0,
+        first: bool = False,
+        preconditioned: bool = True,
+        update: bool = False,
+        scale: float = 1.0,
+        ys: float = 0.0,
+        shs: float = 0.0,
+        beta: float = 0.0,
+    ) -> None: ...
 
-class Step:
-    def __init__(self, state_dtype: str, device: str = "cpu", stream: int = 0) -> None: ...
+class NativeStep:
     def set_options(self, options: Mapping[str, Any]) -> None: ...
+    def set_launch(self, form: str, blocks: int = 0, resident_tiles: int = -1) -> None: ...
+    @property
+    def launches(self) -> int: ...
+    stream: int
+
+class TensorTable(NativeStep):
+    def __init__(self, state_dtype: str, device: str = "cpu", stream: int = 0) -> None: ...
     def lay_out(
         self,
         n: int,
-        table: Sequence[_Row],
+        segments: Sequence[SegmentSpec],
         groups: int,
-        keys: Sequence[str],
-        exchange: object,
+        keys: StateKeys,
+        dlpack_api: object,
         tensor_type: object,
         workspace: Buffer | None = None,
     ) -> None: ...
@@ -93,47 +142,35 @@ class Step:
         active_set: float,
         loss: float,
         threads: int,
-        lr_on_device: Sequence[tuple[int, str] | None] = ...,
-        loss_on_device: tuple[int, str] | None = None,
-        grad_scale: tuple[int, str] | None = None,
-        found_inf: tuple[int, str] | None = None,
+        lr_on_device: Sequence[DeviceScalar | None] = ...,
+        loss_on_device: DeviceScalar | None = None,
+        grad_scale: DeviceScalar | None = None,
+        found_inf: DeviceScalar | None = None,
     ) -> bool | None: ...
     def state_norms(self, at: Tensors, threads: int) -> tuple[float, float, float] | None: ...
     def last_move(self, at: Tensors, threads: int) -> bool: ...
-    def descend(
-        self,
-        at: Tensors | None,
-        kind: str,
-        threads: int,
-        alpha: float = 0.0,
-        first: bool = False,
-        preconditioned: bool = True,
-        update: bool = False,
-        scale: float = 1.0,
-        ys: float = 0.0,
-        shs: float = 0.0,
-        beta: float = 0.0,
-    ) -> list[float] | None: ...
+    def descend(self, at: Tensors, pass_: DescentPass, threads: int) -> list[float] | None: ...
+    @property
+    def digest(self) -> float: ...
+    def join_stream(self) -> None: ...
+
+class FlatStep(NativeStep):
+    def __init__(self, state_dtype: str, device: str = "cpu", stream: int = 0) -> None: ...
     def bind(
         self,
-        p: Buffer | None,
-        g: Buffer | None,
-        grad_prev: Buffer | None,
-        direction: Buffer | None,
-        diagonal: Buffer | None,
+        *,
+        p: Buffer | None = None,
+        g: Buffer | None = None,
+        grad_prev: Buffer | None = None,
+        direction: Buffer | None = None,
+        diagonal: Buffer | None = None,
         origin: Buffer | None = None,
         steps: float = 0.0,
     ) -> None: ...
-    def flat_step(
+    def step(
         self, scalars: Buffer, lr: float, weight_decay: float, maximize: bool, loss: float, threads: int
     ) -> bool: ...
     def update_curvature(self, alpha_prev: float, threads: int) -> tuple[float, float, bool]: ...
     def preconditioned_dots(self, threads: int) -> tuple[float, float]: ...
     def update_direction(self, alpha: float, weight_decay: float, beta: float, threads: int) -> None: ...
-    def set_launch(self, form: str, blocks: int = 0, resident_tiles: int = -1) -> None: ...
-    @property
-    def launches(self) -> int: ...
-    @property
-    def digest(self) -> float: ...
-    stream: int
-    def join_stream(self) -> None: ...
+    def descend(self, pass_: DescentPass, threads: int) -> list[float]: ...

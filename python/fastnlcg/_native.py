@@ -15,13 +15,28 @@ from numbers import Real
 from typing import Any
 
 from fastnlcg import _core
-from fastnlcg._core import Buffer, RanksDisagree, Step, Tensors
+from fastnlcg._core import (
+    Buffer,
+    DescentPass,
+    DeviceScalar,
+    FlatStep,
+    RanksDisagree,
+    SegmentSpec,
+    StateKeys,
+    Tensors,
+    TensorTable,
+)
 
 __all__ = [
     "SCALARS",
     "Buffer",
+    "DescentPass",
+    "DeviceScalar",
+    "FlatStep",
     "RanksDisagree",
-    "Step",
+    "SegmentSpec",
+    "StateKeys",
+    "TensorTable",
     "Tensors",
     "buffers",
     "capturing",

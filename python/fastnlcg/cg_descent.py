@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable without imp
 from fastnlcg import _native, distributed, groups
 from fastnlcg.descent import Course, Descent, DescentOptions, OutOfBudget, Sums, check_count, check_positive
 from fastnlcg.distributed import as_like, is_sharded, memory, shard_like
-from fastnlcg.layout import EXCHANGE, places
+from fastnlcg.layout import DLPACK_API, places
 from fastnlcg.parameters import (
     DTYPES,
     check_mixture,
@@ -440,11 +440,12 @@ class _Table:
         self.device = first.device if first is not None else distributed.device_of(ranks, params, torch.device("cpu"))
         self.on_gpu = _native.on_gpu(self.device)
         rows = [
-            (offset, 0, i, self.dtype, p.shape, dense_strides(p), (0, 0, 0))
+            _native.SegmentSpec(
+                offset=offset, group=0, index=i, dtype=self.dtype, shape=p.shape, strides=dense_strides(p)
+            )
             for (i, offset), p in zip(placed, here, strict=True)
         ]
-        diagonal = "" if options.preconditioner is None else "hessian_diag"
-        self.native = self._make_native(n, rows, ["grad_prev", "direction", diagonal, "origin", ""])
+        self.native = self._make_native(n, rows)
         if ranks is not None:
             ranks.connect(self.native, owned, self.device)
         digest = hashlib.blake2b(everything.encode(), digest_size=6).digest()
@@ -457,20 +458,28 @@ class _Table:
             local = [
                 {key: memory(value) for key, value in entry.items() if isinstance(value, Tensor)} for entry in local
             ]
-        fixed: Any = (local, [], state, held, scalars, [alpha])
-        self.at = _native.Tensors(self.stepped, None, *fixed)
-        self._fixed = fixed
+        self._fixed: Any = {
+            "params": self.stepped,
+            "entries": local,
+            "state": state,
+            "expected_state": held,
+            "scalars": scalars,
+            "alpha_prev": [alpha],
+        }
+        self.at = _native.Tensors(**self._fixed)
 
-    def _make_native(self, n: int, rows: list[Any], keys: list[str]) -> _native.Step:
+    def _make_native(self, n: int, segments: list[_native.SegmentSpec]) -> _native.TensorTable:
         dtype, workspace = self.dtype, None
+        diagonal = None if self.options.preconditioner is None else "hessian_diag"
+        keys = _native.StateKeys(grad_prev="grad_prev", direction="direction", diagonal=diagonal, origin="origin")
         if self.on_gpu:
             stream = _native.current_stream(str(self.device))
-            native = _native.Step(dtype, f"cuda:{self.device.index or 0}", stream)
-            doubles = _native.workspace_doubles(n, len(rows), 1)
+            native = _native.TensorTable(dtype, f"cuda:{self.device.index or 0}", stream)
+            doubles = _native.workspace_doubles(n, len(segments), 1)
             workspace = _native.Buffer(torch.zeros(doubles, dtype=torch.float64, device=self.device))
         else:
-            native = _native.Step(dtype)
-        native.lay_out(n, rows, 1, keys, EXCHANGE, Tensor, workspace)
+            native = _native.TensorTable(dtype)
+        native.lay_out(n, segments, 1, keys, DLPACK_API, Tensor, workspace)
         return native
 
     def covers(self, params: list[Tensor]) -> bool:
@@ -484,12 +493,12 @@ class _Table:
         trial = kind == "trial"
         if self.on_gpu:
             self.native.stream = _native.current_stream(str(self.device))
-        numbers["preconditioned"] = self.options.preconditioner is not None
+        pass_ = _native.DescentPass(kind, preconditioned=self.options.preconditioner is not None, **numbers)
         threads = _native.num_threads()
-        sums = self.native.descend(self.at, kind, threads, **numbers) if trial or self.plain else None
+        sums = self.native.descend(self.at, pass_, threads) if trial or self.plain else None
         if sums is None:
-            at = self.at if trial else _native.Tensors(self.stepped, self._gradients(), *self._fixed)
-            sums = self.native.descend(at, kind, threads, **numbers)
+            at = self.at if trial else _native.Tensors(gradients=self._gradients(), **self._fixed)
+            sums = self.native.descend(at, pass_, threads)
         if sums is None:
             raise RuntimeError("a parameter or a tensor of the state was replaced, moved or resized during a step")
         return sums

@@ -124,7 +124,7 @@ class Ranks:
         self.mine = torch.zeros(k, dtype=torch.float64, device=device)
         self.rows = torch.zeros(len(self.owned) * k, dtype=torch.float64, device=device)
 
-    def connect(self, native: _native.Step, elements: int, device: torch.device) -> None:
+    def connect(self, native: _native.TensorTable, elements: int, device: torch.device) -> None:
         """Lets the native side exchange rows with the other ranks. ``elements``: of its index, that are owned."""
         self.prepare(device)
         owned = torch.tensor(self.owned, dtype=torch.float64, device=device)

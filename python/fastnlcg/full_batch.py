@@ -66,18 +66,19 @@ class _Flat:
         self.forget()
         dtype = str(x.dtype).removeprefix("torch.")
         stream = _native.current_stream(device, x) if device != "cpu" else 0
-        self._step = _native.Step(dtype, device, stream)
-        buffer = _native.Buffer
-        self._p, h = buffer(x), None if self.h is None else buffer(self.h)
-        self._state = buffer(self.g_prev), buffer(self.d), h, buffer(self.origin)
+        self._step = _native.FlatStep(dtype, device, stream)
+        arrays = {"p": x, "grad_prev": self.g_prev, "direction": self.d, "diagonal": self.h, "origin": self.origin}
+        self._buffers: dict[str, Any] = {
+            name: _native.Buffer(array) for name, array in arrays.items() if array is not None
+        }
 
     def set_gradient(self, g: Any) -> None:
-        self._step.bind(self._p, _native.Buffer(g), *self._state)
+        self._step.bind(g=_native.Buffer(g), **self._buffers)
 
     def _run(self, kind: str, **numbers: Any) -> list[float]:
-        sums = self._step.descend(None, kind, self.threads, preconditioned=self.preconditioned, **numbers)
-        assert sums is not None
-        return sums
+        return self._step.descend(
+            _native.DescentPass(kind, preconditioned=self.preconditioned, **numbers), self.threads
+        )
 
     def trial(self, alpha: float, *, first: bool) -> None:
         self._run("trial", alpha=alpha, first=first)

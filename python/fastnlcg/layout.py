@@ -38,7 +38,7 @@ from fastnlcg.parameters import (
     usable_gradient,
 )
 
-EXCHANGE: Any = Tensor.__dlpack_c_exchange_api__  # torch >= 2.10
+DLPACK_API: Any = Tensor.__dlpack_c_exchange_api__  # torch >= 2.10
 _HUGE = 1 << 22  # bytes of state from which huge pages are asked for
 
 Groups = list[dict[str, Any]]
@@ -61,7 +61,7 @@ class Layout:
     def __init__(self, process_group: Any, average_loss: bool | None) -> None:
         self.process_group, self.average_loss = process_group, average_loss
         self.options: Options | None = None
-        self.native: _native.Step | None = None
+        self.native: _native.TensorTable | None = None
         self.ranks: distributed.Ranks | None = None
         self.device = torch.device("cpu")
         self.params: list[Tensor] = []
@@ -170,16 +170,30 @@ class Layout:
             objects = [state, param_groups[0]["scalars"], *numbers]
             if self._at is None or not all(map(is_, self._at[1], objects)):
                 at = _native.Tensors(
-                    *(self._active_params, None, self._entries, self._inactive),
-                    *(state, self._held, objects[1], numbers),
+                    params=self._active_params,
+                    entries=self._entries,
+                    inactive_params=self._inactive,
+                    state=state,
+                    expected_state=self._held,
+                    scalars=objects[1],
+                    alpha_prev=numbers,
                 )
                 self._at = at, objects
             return self._at[0]
         self._at = None
         if any(self.params[i].grad is None for i in self.active):
-            return _native.Tensors([], None, [], [], None, [], None, [])  # does not fit
-        tensors = self._prepared()
-        return _native.Tensors(*tensors, self._inactive, state, self._held, param_groups[0]["scalars"], numbers)
+            return _native.Tensors()  # does not fit
+        params, gradients, entries = self._prepared()
+        return _native.Tensors(
+            params=params,
+            gradients=gradients,
+            entries=entries,
+            inactive_params=self._inactive,
+            state=state,
+            expected_state=self._held,
+            scalars=param_groups[0]["scalars"],
+            alpha_prev=numbers,
+        )
 
     def _prepared(self) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
         """This rank's memory of parameters, gradients and state, with copies where memory has gaps."""
@@ -216,7 +230,7 @@ class Layout:
 
     def _on_gpu(
         self,
-        native: _native.Step,
+        native: _native.TensorTable,
         at: Any,
         lr: list[float | Tensor],
         weight_decay: list[float],
@@ -241,10 +255,10 @@ class Layout:
             self.active_set,
             math.nan if isinstance(loss, Tensor) else loss,
             1,
-            lr_on_device=[_number(rate) for rate in lr],
-            loss_on_device=_number(loss),
-            grad_scale=_number(self._amp[0]),
-            found_inf=_number(self._amp[1]),
+            lr_on_device=[_device_scalar(rate) for rate in lr],
+            loss_on_device=_device_scalar(loss),
+            grad_scale=_device_scalar(self._amp[0]),
+            found_inf=_device_scalar(self._amp[1]),
         )
 
     # ---- ranks that disagree ---------------------------------------------------------------------------------------
@@ -320,23 +334,34 @@ class Layout:
         assert self.native is not None
         offset_of = dict(zip(stateful, offsets, strict=True))
         group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
-        rows = []
+        segments = []
         for i in active:
             here = memory(params[i])
             shape, strides = ((1,), (1,)) if here.numel() == 0 else (here.shape, dense_strides(here))
-            place = (
+            begin, run, skip = (
                 distributed.place_of(params[i], self.process_group) if self.options.stochastic_rounding else (0, 0, 0)
             )
-            rows.append((offset_of[i], group_of[i], i, DTYPES[here.dtype], shape, strides, place))
-        keys = [
-            "grad_prev" if self.options.keeps_gradient else "",
-            "direction",
-            self.options.kind.diagonal or "",
-            "",
-            "step",
-        ]
+            segments.append(
+                _native.SegmentSpec(
+                    offset=offset_of[i],
+                    group=group_of[i],
+                    index=i,
+                    dtype=DTYPES[here.dtype],
+                    shape=shape,
+                    strides=strides,
+                    begin=begin,
+                    run=run,
+                    skip=skip,
+                )
+            )
+        keys = _native.StateKeys(
+            grad_prev="grad_prev" if self.options.keeps_gradient else None,
+            direction="direction",
+            diagonal=self.options.kind.diagonal,
+            steps="step",
+        )
         workspace = None if self._workspace is None else _native.Buffer(self._workspace)
-        self.native.lay_out(n, rows, len(param_groups), keys, EXCHANGE, Tensor, workspace)
+        self.native.lay_out(n, segments, len(param_groups), keys, DLPACK_API, Tensor, workspace)
         if ranks is not None:
             ranks.connect(self.native, owned, device)
         self.ranks, self.device, self.params, self.groups = ranks, device, params, list(param_groups)
@@ -369,9 +394,9 @@ class Layout:
         if self.native is None or self.device != device or self._dtype != dtype:
             if on_gpu:
                 stream = _native.current_stream(str(device))
-                self.native = _native.Step(DTYPES[dtype], f"cuda:{device.index or 0}", stream)
+                self.native = _native.TensorTable(DTYPES[dtype], f"cuda:{device.index or 0}", stream)
             else:
-                self.native = _native.Step(DTYPES[dtype])
+                self.native = _native.TensorTable(DTYPES[dtype])
             self._workspace = None
         self._dtype = dtype
         self.native.set_options(self.options.native())
@@ -460,7 +485,7 @@ class Layout:
 
     def look_at(self, scalars: Tensor, alpha_prev: list[Tensor]) -> Any:
         """What the native side reads of the state alone."""
-        return _native.Tensors([], None, self._local_entries(), [], None, [], scalars, alpha_prev)
+        return _native.Tensors(entries=self._local_entries(), scalars=scalars, alpha_prev=alpha_prev)
 
     def state_norms(self, param_groups: Groups, state: State) -> tuple[float, float, float]:
         """|g_prev|^2, |d|^2, g_prev . d over the parameters of the last step; after a load, over all."""
@@ -499,9 +524,9 @@ def _float32_on(device: torch.device, x: float | Tensor | None) -> Tensor | None
     return torch.as_tensor(x).detach().to(device, torch.float32, non_blocking=True)
 
 
-def _number(x: float | Tensor | None) -> tuple[int, str] | None:
-    """Address and type of a number on the device; None for one that is not."""
-    return (x.data_ptr(), DTYPES[x.dtype]) if isinstance(x, Tensor) else None
+def _device_scalar(x: float | Tensor | None) -> _native.DeviceScalar | None:
+    """What the kernels read a tensor of one element through; None for a number of the host."""
+    return _native.DeviceScalar(address=x.data_ptr(), dtype=DTYPES[x.dtype]) if isinstance(x, Tensor) else None
 
 
 def name_of(active: Sequence[int], everything: Sequence[int]) -> float:

@@ -385,7 +385,7 @@ def nlcg_step(
     view = _native.buffers({"g": g, "p": p}, state, ("p", *state), ("g_prev", "diagonal"))
     step = _step(view, stream, chosen, g, p)
     numbers = _native.Buffer(scalars._values)
-    moved = step.flat_step(numbers, lr, weight_decay, chosen.maximize, loss_value, threads)
+    moved = step.step(numbers, lr, weight_decay, chosen.maximize, loss_value, threads)
     if moved:
         _native.mark_written(p, g_prev, d, diagonal)
     return moved
@@ -393,16 +393,23 @@ def nlcg_step(
 
 def _step(
     view: _native.Views, stream: int | None, options: Options, *arrays: object, updates: float = 0.0
-) -> _native.Step:
+) -> _native.FlatStep:
     """The native side of one call over these buffers."""
     if stream is None:
         stream = 0 if view.device == "cpu" else _native.current_stream(view.device, *arrays)
     elif isinstance(stream, bool) or not isinstance(stream, int):
         raise TypeError(f"stream must be an int, a cudaStream_t, got {stream!r}")
     diagonal = next((view[name] for name in ("h", "v", "diagonal") if name in view), None)
-    step = _native.Step(view.state_dtype, view.device, stream)
+    step = _native.FlatStep(view.state_dtype, view.device, stream)
     step.set_options(options.native())
-    step.bind(view.get("p"), view["g"], view.get("g_prev"), view.get("d"), diagonal, steps=float(updates))
+    step.bind(
+        p=view.get("p"),
+        g=view["g"],
+        grad_prev=view.get("g_prev"),
+        direction=view.get("d"),
+        diagonal=diagonal,
+        steps=float(updates),
+    )
     return step
 
 

@@ -1,0 +1,155 @@
+#include "flat_step.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "passes.h"
+
+namespace fastnlcg {
+namespace {
+
+std::invalid_argument invalid_argument(const std::string& message) { return std::invalid_argument(message); }
+
+void need(const BufferPtr& buffer, const char* name, bool written) {
+  if (!buffer) throw invalid_argument(std::string(name) + " is needed");
+  if (written && buffer->readonly()) throw invalid_argument(std::string(name) + " is read-only");
+}
+void check_writable(const BufferPtr& buffer, const char* name) {
+  if (buffer) need(buffer, name, true);
+}
+
+void check_count(const char* name, double count) {
+  constexpr double kLargestCount = 9007199254740992.0;  // every whole number up to here is a double
+  if (!(count >= 0.0 && count <= kLargestCount)) {
+    throw invalid_argument(std::string(name) + " is " + std::to_string(count) + ", expected 0 to 2^53");
+  }
+}
+
+}  // namespace
+
+void FlatStep::bind(const Buffers& given, double steps) {
+  const StepGuard busy(*this);
+  const BufferPtr& first = given.g ? given.g : given.p;
+  if (!first) throw invalid_argument("p or g is needed");
+  check_count("steps", steps);
+  const std::int64_t n = first->size();
+  if (n > std::int64_t{1} << 60) throw invalid_argument("n is " + std::to_string(n) + ", expected 0 <= n <= 2^60");
+  const DType dtype = dtype_named(first->dtype());
+  check_state_dtype(given.g ? "g" : "p", dtype);
+  const auto address = [&](const char* name, const BufferPtr& buffer, const std::string& expected) {
+    if (!buffer) return static_cast<void*>(nullptr);
+    check_buffer(name, *buffer, expected);
+    if (buffer->size() != n) {
+      throw invalid_argument(std::string(name) + " has " + std::to_string(buffer->size()) + " elements, expected " +
+                             std::to_string(n));
+    }
+    return buffer->data();
+  };
+  const std::string state = kDTypeNames[static_cast<int>(step_.state_dtype)];
+  Segment segment = {};
+  segment.p = address("p", given.p, first->dtype());
+  check_writable(given.p, "p");
+  segment.g = address("g", given.g, first->dtype());
+  segment.grad_prev = address("grad_prev", given.grad_prev, state);
+  segment.direction = address("direction", given.direction, state);
+  segment.diagonal = address("diagonal", given.diagonal, state);
+  segment.origin = address("origin", given.origin, state);
+  segment.steps = &steps_;
+  segment.n = n;
+  segment.dtype = dtype;
+  steps_ = steps;
+  buffers_ = given;
+  cuda_.workspace = nullptr;  // every call on a GPU has one of its own
+  use(n > 0 ? std::vector{segment} : std::vector<Segment>{}, {Group{0, 0, 0, 1, &alpha_prev_}}, n);
+  bound_ = true;
+}
+
+void FlatStep::prepare_part(double alpha, double alpha_prev, double weight_decay, int threads) {
+  if (!bound_) throw invalid_argument("a part needs bind() first");
+  alpha_prev_ = alpha_prev;
+  groups_[0] = {0, alpha, weight_decay, 1, &alpha_prev_};
+  step_.threads = std::max(threads, 1);
+}
+
+bool FlatStep::step(const BufferPtr& scalars, double lr, double weight_decay, bool maximize, double loss, int threads) {
+  const StepGuard busy(*this);
+  prepare_part(0, 0, weight_decay, threads);
+  need(buffers_.p, "p", true);
+  need(buffers_.g, "g", false);
+  check_writable(buffers_.grad_prev, "grad_prev");
+  check_writable(buffers_.direction, "direction");
+  check_writable(buffers_.diagonal, "diagonal");
+  need(scalars, "scalars", true);
+  if (scalars->device() != kHostDevice || scalars->dtype() != "float64" || scalars->size() != kScalars + 2 ||
+      !scalars->contiguous()) {
+    throw invalid_argument("scalars is " + std::to_string(scalars->size()) + " elements of " + scalars->dtype() +
+                           " on " + scalars->device() + ", expected " + std::to_string(kScalars + 2) +
+                           " contiguous float64 on the CPU");
+  }
+  check_state();
+  double* const values = static_cast<double*>(scalars->data());
+  check_count("updates", values[kScalars + 1]);
+  step_.scalars = reinterpret_cast<Scalars*>(values);
+  groups_[0] = {lr, 0, weight_decay, maximize ? -1.0 : 1.0, values + kScalars};
+  step_.active_set = 0.0;
+  step_.loss = loss;
+  if (segments_.empty()) return true;
+  segments_[0].steps = values + kScalars + 1;
+  const double skipped = step_.scalars->skipped_steps;
+  run([&] { cuda_flat_step(step_, cuda_); }, [&](const CpuKernels& cpu) { cpu.step(step_); });
+  return step_.scalars->skipped_steps == skipped;
+}
+
+std::tuple<double, double, bool> FlatStep::update_curvature(double alpha_prev, int threads) {
+  const StepGuard busy(*this);
+  prepare_part(0, alpha_prev, 0, threads);
+  need(buffers_.g, "g", false);
+  need(buffers_.grad_prev, "grad_prev", false);
+  need(buffers_.direction, "direction", false);
+  need(buffers_.diagonal, "diagonal", true);
+  double ys = 0, shs = 0;
+  bool updated = false;
+  if (!segments_.empty()) {
+    run([&] { updated = cuda_update_curvature(step_, cuda_, &ys, &shs); },
+        [&](const CpuKernels& cpu) { updated = cpu.update_curvature(step_, &ys, &shs); });
+  }
+  return {ys, shs, updated};
+}
+
+std::pair<double, double> FlatStep::preconditioned_dots(int threads) {
+  const StepGuard busy(*this);
+  prepare_part(0, 0, 0, threads);
+  need(buffers_.g, "g", false);
+  if (step_.options.preconditioner != Preconditioner::none) need(buffers_.diagonal, "diagonal", false);
+  double rz = 0, rz_mid = 0;
+  if (!segments_.empty()) {
+    run([&] { cuda_preconditioned_dots(step_, cuda_, &rz, &rz_mid); },
+        [&](const CpuKernels& cpu) { cpu.preconditioned_dots(step_, &rz, &rz_mid); });
+  }
+  return {rz, rz_mid};
+}
+
+void FlatStep::update_direction(double alpha, double weight_decay, double beta, int threads) {
+  const StepGuard busy(*this);
+  prepare_part(alpha, 0, weight_decay, threads);
+  need(buffers_.g, "g", false);
+  need(buffers_.direction, "direction", true);
+  check_writable(buffers_.grad_prev, "grad_prev");
+  const bool adam = step_.options.preconditioner == Preconditioner::adam;
+  if (step_.options.preconditioner != Preconditioner::none) need(buffers_.diagonal, "diagonal", adam);
+  if (segments_.empty()) return;
+  run([&] { cuda_update_direction(step_, cuda_, beta); },
+      [&](const CpuKernels& cpu) { cpu.update_direction(step_, beta); });
+}
+
+std::vector<double> FlatStep::descend(const Descent& pass, int threads) {
+  const StepGuard busy(*this);
+  if (!bound_) throw invalid_argument("descend() needs bind() first");
+  check_writable(buffers_.grad_prev, "grad_prev");
+  check_writable(buffers_.direction, "direction");
+  check_writable(buffers_.diagonal, "diagonal");
+  check_writable(buffers_.origin, "origin");
+  return run_descent_pass(pass, threads);
+}
+
+}  // namespace fastnlcg

@@ -1,0 +1,419 @@
+#include "tensor_table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace fastnlcg {
+namespace {
+
+std::invalid_argument invalid_argument(const std::string& message) { return std::invalid_argument(message); }
+
+constexpr std::array<void* Segment::*, 4> kStateArrays = {&Segment::grad_prev, &Segment::direction, &Segment::diagonal,
+                                                          &Segment::origin};
+
+// `list[i]`, borrowed. The caller has checked the length.
+PyObject* item(const py::list& list, std::size_t i) { return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)); }
+
+PyObject* attribute(PyObject* object, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(object, name);
+  if (value == nullptr) throw py::error_already_set();
+  return value;
+}
+
+py::object interned(const std::optional<std::string>& key) {
+  return key ? py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key->c_str())) : py::object();
+}
+
+// At the end of a call, however it ends.
+struct DropLive {
+  std::vector<py::object>& live;
+  ~DropLive() { live.clear(); }
+};
+
+// The segment of a row of the table, which begins at or behind `end`.
+Segment segment_of(const SegmentSpec& spec, const std::string& name, std::int64_t n, int groups, std::int64_t end) {
+  std::int64_t size = 1;
+  for (const std::int64_t extent : spec.shape.shape) {
+    if (extent < 0 || __builtin_mul_overflow(size, extent, &size)) {
+      throw invalid_argument(name + ": a dimension is negative, or the number of elements exceeds 64 bits");
+    }
+  }
+  if (spec.shape.strides.size() != spec.shape.shape.size()) {
+    throw invalid_argument(name + " has " + std::to_string(spec.shape.shape.size()) + " dimensions and " +
+                           std::to_string(spec.shape.strides.size()) + " strides");
+  }
+  if (size <= 0 || spec.offset < end || spec.offset > n || size > n - spec.offset) {
+    throw invalid_argument(name + ": " + std::to_string(size) + " elements at " + std::to_string(spec.offset) +
+                           " are none, overlap the segment before, or exceed the index of " + std::to_string(n));
+  }
+  if (spec.group < 0 || spec.group >= groups) {
+    throw invalid_argument(name + " is in group " + std::to_string(spec.group) + " of " + std::to_string(groups));
+  }
+  if (spec.place.run < 0)
+    throw invalid_argument(name + " has run " + std::to_string(spec.place.run) + ", expected >= 0");
+  Segment segment = {};
+  segment.offset = spec.offset;
+  segment.n = size;
+  segment.place = spec.place;
+  segment.group = spec.group;
+  segment.dtype = spec.dtype;
+  return segment;
+}
+
+// Whether `state` holds exactly the expected entries, in this order. Keys that are strings belong to other code.
+bool holds(const py::object& state, const py::list& expected) {
+  if (state.is_none()) return true;
+  if (!PyDict_Check(state.ptr())) return false;
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  std::size_t i = 0;
+  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
+    if (2 * i + 1 < expected.size() && key == item(expected, 2 * i) && value == item(expected, 2 * i + 1)) {
+      ++i;
+    } else if (!PyUnicode_Check(key)) {
+      return false;
+    }
+  }
+  return 2 * i == expected.size();
+}
+
+}  // namespace
+
+// ---- the table ---------------------------------------------------------------------------------------------------
+
+void TensorTable::lay_out(std::int64_t n, const std::vector<SegmentSpec>& specs, int groups, const StateKeys& keys,
+                          const py::capsule& dlpack_api, const py::object& tensor_type, const BufferPtr& workspace) {
+  const StepGuard busy(*this);
+  if (n < 0 || n > std::int64_t{1} << (on_device() ? 40 : 60)) {
+    throw invalid_argument("n is " + std::to_string(n) + ", expected 0 <= n <= 2^" + (on_device() ? "40" : "60"));
+  }
+  if (groups < 0) throw invalid_argument("groups is " + std::to_string(groups) + ", expected >= 0");
+  if (specs.size() > (std::size_t{1} << 30)) {
+    throw invalid_argument(std::to_string(specs.size()) + " segments, expected at most 2^30");
+  }
+  const TensorReader reader(dlpack_api.ptr(), tensor_type.ptr(), device_);
+  std::vector<Segment> segments;
+  std::vector<TensorShape> shapes;
+  std::int64_t end = 0;
+  for (const SegmentSpec& spec : specs) {
+    const std::string name = "segment " + std::to_string(segments.size());
+    segments.push_back(segment_of(spec, name, n, groups, end));
+    check_state_dtype(name, spec.dtype);
+    shapes.push_back(spec.shape);
+    end = segments.back().offset + segments.back().n;
+  }
+  if (workspace && !on_device()) throw invalid_argument("a workspace was given for the CPU, which needs none");
+  if (on_device()) {
+    if (!workspace) throw invalid_argument("a GPU needs a workspace");
+    check_buffer("workspace", *workspace, "float64");
+    const auto rows = static_cast<std::int64_t>(segments.size());
+    const std::int64_t needed = workspace_doubles(n, rows, groups);
+    if (workspace->size() < needed || workspace->readonly()) {
+      throw invalid_argument("the workspace has " + std::to_string(workspace->size()) +
+                             (workspace->readonly() ? " read-only" : "") + " doubles, expected " +
+                             std::to_string(needed) + " that are writable");
+    }
+    cuda_.workspace = static_cast<double*>(workspace->data());
+    cuda_.max_segments = rows;
+    cuda_.written.clear();
+    cuda_.tables_unknown = false;
+  }
+  use(std::move(segments), std::vector<Group>(static_cast<std::size_t>(groups), Group{0, 0, 0, 1, nullptr}), n);
+  shapes_ = std::move(shapes);
+  workspace_ = workspace;
+  tensor_type_ = tensor_type;
+  array_keys_ = {interned(keys.grad_prev), interned(keys.direction), interned(keys.diagonal), interned(keys.origin)};
+  steps_key_ = interned(keys.steps);
+  overlaps_checked_ = false;
+  reader_ = reader;
+}
+
+void TensorTable::set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& owned,
+                               std::int64_t elements, bool every_decision, py::object gather) {
+  const StepGuard busy(*this);
+  const std::int64_t ranks = owned->size();
+  check_buffer("mine", *mine, "float64");
+  check_buffer("all", *all, "float64");
+  check_buffer("owned", *owned, "float64");
+  if (ranks < 1 || ranks > std::int64_t{1} << 24) {
+    throw invalid_argument("owned has " + std::to_string(ranks) + " ranks, expected 1 to 2^24");
+  }
+  if (mine->size() != kColumns || all->size() != ranks * kColumns) {
+    throw invalid_argument("mine has " + std::to_string(mine->size()) + " doubles and all " +
+                           std::to_string(all->size()) + ", expected " + std::to_string(static_cast<int>(kColumns)) +
+                           " and " + std::to_string(ranks * kColumns));
+  }
+  if (mine->readonly() || all->readonly()) throw invalid_argument("mine or all is read-only");
+  if (elements != step_.n && (elements < 0 || elements > step_.n || elements % chunk_elements(step_.n) != 0)) {
+    throw invalid_argument("elements is " + std::to_string(elements) + ", expected a multiple of " +
+                           std::to_string(chunk_elements(step_.n)) + " up to " + std::to_string(step_.n));
+  }
+  mine_ = mine, all_ = all, owned_ = owned;
+  gather_ = std::move(gather);
+  step_.owned = elements;
+  step_.exchange = RankGather{static_cast<int>(ranks),
+                              every_decision,
+                              static_cast<RankRecord*>(mine->data()),
+                              static_cast<const RankRecord*>(all->data()),
+                              static_cast<const double*>(owned->data()),
+                              [](void* self) {
+                                const py::gil_scoped_acquire acquired;
+                                static_cast<TensorTable*>(self)->gather_();
+                              },
+                              this};
+}
+
+// ---- following the tensors ---------------------------------------------------------------------------------------
+
+bool TensorTable::follow_parameter(const Tensors& at, std::size_t i) {
+  PyObject* const p = item(at.params, i);
+  void* const address = reader_->address(p, segments_[i].dtype, shapes_[i]);
+  if (address == nullptr) return false;
+  if (address != segments_[i].p) {
+    if (!is_as_it_looks(p)) return false;
+    overlaps_checked_ = false;
+  }
+  segments_[i].p = address;
+  return true;
+}
+
+bool TensorTable::follow_gradient(const Tensors& at, std::size_t i) {
+  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+  static PyObject* const is_neg_name = PyUnicode_InternFromString("is_neg");
+  auto g = at.gradients.is_none()
+               ? py::reinterpret_steal<py::object>(attribute(item(at.params, i), grad_name))
+               : py::reinterpret_borrow<py::object>(item(py::reinterpret_borrow<py::list>(at.gradients), i));
+  if (!reader_->is_plain(g.ptr())) return false;
+  segments_[i].g = reader_->address(g.ptr(), segments_[i].dtype, shapes_[i]);
+  if (segments_[i].g == nullptr) return false;
+  const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(g.ptr(), is_neg_name));
+  if (!negated) throw py::error_already_set();
+  if (negated.ptr() != Py_False) return false;
+  live_.push_back(std::move(g));
+  return true;
+}
+
+bool TensorTable::follow_state(PyObject* entry, std::size_t i) {
+  if (!PyDict_Check(entry)) return false;
+  Segment& segment = segments_[i];
+  // The address of the tensor under a key, which was `before` at the last step; null if it does not fit.
+  const auto follow_key = [&](const py::object& key, DType dtype, const TensorShape& shape, const void* before) {
+    PyObject* const tensor = PyDict_GetItemWithError(entry, key.ptr());
+    if (tensor == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (tensor == nullptr || !reader_->is_plain(tensor)) return static_cast<void*>(nullptr);
+    void* const address = reader_->address(tensor, dtype, shape);
+    if (address != nullptr && address != before) {
+      if (!is_as_it_looks(tensor)) return static_cast<void*>(nullptr);
+      overlaps_checked_ = false;
+    }
+    live_.push_back(py::reinterpret_borrow<py::object>(tensor));
+    return address;
+  };
+  for (std::size_t k = 0; k < kStateArrays.size(); ++k) {
+    if (!array_keys_[k]) continue;
+    void*& to = segment.*kStateArrays[k];
+    void* const address = follow_key(array_keys_[k], step_.state_dtype, shapes_[i], to);
+    if (address == nullptr) return false;
+    to = address;
+  }
+  if (steps_key_) {
+    void* const address = follow_key(steps_key_, DType::f64, scalar_shape_, segment.steps);
+    if (address == nullptr) return false;
+    segment.steps = static_cast<double*>(address);
+  }
+  return true;
+}
+
+bool TensorTable::follow_scalars(const Tensors& at) {
+  for (std::size_t k = 0; k < groups_.size(); ++k) {
+    PyObject* const tensor = item(at.alpha_prev, k);
+    groups_[k].alpha_prev = static_cast<double*>(reader_->address(tensor, DType::f64, scalar_shape_));
+    if (groups_[k].alpha_prev == nullptr) return false;
+    live_.push_back(py::reinterpret_borrow<py::object>(tensor));
+  }
+  step_.scalars = static_cast<Scalars*>(reader_->address(at.scalars.ptr(), DType::f64, scalars_shape_));
+  if (step_.scalars == nullptr) return false;
+  live_.push_back(at.scalars);
+  return true;
+}
+
+bool TensorTable::follow(const Tensors& at, Reads reads) {
+  const bool with_parameters = reads != Reads::state, with_gradients = reads == Reads::gradients;
+  live_.clear();
+  const std::size_t n = segments_.size();
+  if (at.entries.size() != n || at.alpha_prev.size() != groups_.size()) return false;
+  if (with_parameters && at.params.size() != n) return false;
+  if (!at.gradients.is_none() && (!py::isinstance<py::list>(at.gradients) || py::len(at.gradients) != n)) return false;
+  if (!holds(at.state, at.expected_state)) return false;
+  if (with_gradients) {
+    static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+    for (const py::handle p : at.inactive_params) {
+      const auto g = py::reinterpret_steal<py::object>(attribute(p.ptr(), grad_name));
+      if (!g.is_none()) return false;
+    }
+  }
+  live_.reserve(6 * n + 1 + groups_.size());
+  for (std::size_t i = 0; i < n; ++i) {
+    // They may have been freed since the last step. A trial does not read g, and leaves the address as it was, so that a
+    // GPU's table of segments need not be written before and after it.
+    if (reads != Reads::parameters) segments_[i].g = nullptr;
+    if (!with_parameters) segments_[i].p = nullptr;
+    if (with_parameters && !follow_parameter(at, i)) return false;
+    if (with_gradients && !follow_gradient(at, i)) return false;
+    if (!follow_state(item(at.entries, i), i)) return false;
+  }
+  if (!follow_scalars(at)) return false;
+  if (with_parameters && !overlaps_checked_) check_overlaps();
+  return true;
+}
+
+// If two parameters shared memory, it would be moved twice, or by half, depending on how the threads run; so would their
+// state. Checked only when an address has changed.
+void TensorTable::check_overlaps() {
+  struct Span {
+    const char* begin;
+    std::int64_t bytes;
+    bool is_parameter;
+    std::uint32_t index;
+  };
+  std::vector<Span> spans;
+  for (const Segment& segment : segments_) {
+    const auto add = [&](const void* at, DType dtype, bool is_parameter) {
+      if (at == nullptr) return;
+      spans.push_back({static_cast<const char*>(at), segment.n * size_of(dtype), is_parameter, segment.place.index});
+    };
+    add(segment.p, segment.dtype, true);
+    for (void* Segment::* const array : kStateArrays) add(segment.*array, step_.state_dtype, false);
+  }
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  const auto words = [](const Span& span) {
+    return (span.is_parameter ? "parameter " : "state of parameter ") + std::to_string(span.index);
+  };
+  for (std::size_t k = 1; k < spans.size(); ++k) {
+    const Span *a = &spans[k - 1], *b = &spans[k];
+    if (a->begin + a->bytes <= b->begin) continue;
+    if (a->index > b->index) std::swap(a, b);
+    const bool advise = a->is_parameter && b->is_parameter;
+    throw invalid_argument(words(*a) + " and " + words(*b) + " share memory" +
+                           (advise ? "; register one Parameter for both" : ""));
+  }
+  overlaps_checked_ = true;
+}
+
+// ---- calls -------------------------------------------------------------------------------------------------------
+
+void TensorTable::check_laid_out(const char* call) const {
+  if (!reader_) throw invalid_argument(std::string(call) + " needs lay_out() first");
+}
+
+void TensorTable::set_groups(const StepInputs& in) {
+  const std::size_t groups = groups_.size();
+  if (in.lr.size() != groups || in.weight_decay.size() != groups || in.maximize.size() != groups) {
+    throw invalid_argument("expected one lr, weight_decay and maximize for each of " + std::to_string(groups) +
+                           " groups");
+  }
+  if (!in.lr_on_device.empty() && in.lr_on_device.size() != groups) {
+    throw invalid_argument("lr_on_device has " + std::to_string(in.lr_on_device.size()) + " entries for " +
+                           std::to_string(groups) + " groups");
+  }
+  for (std::size_t k = 0; k < groups; ++k) {
+    groups_[k].lr = in.lr[k];
+    groups_[k].weight_decay = in.weight_decay[k];
+    groups_[k].sign = in.maximize[k] ? -1.0 : 1.0;
+  }
+}
+
+double TensorTable::digest() const {
+  std::uint64_t hash = 1469598103934665603u;  // FNV-1a, over the bits of doubles
+  const auto add = [&](double x) {
+    std::uint64_t bits;
+    if (x != x) x = 0.0;  // a number on the device, which the host does not know
+    std::memcpy(&bits, &x, sizeof(bits));
+    for (int k = 0; k < 64; k += 8) hash = (hash ^ (bits >> k & 0xff)) * 1099511628211u;
+  };
+  each_option(step_.options, [&](const char*, const auto& value) { add(static_cast<double>(value)); });
+  for (const Group& group : groups_) add(group.lr), add(group.weight_decay), add(group.sign);
+  return static_cast<double>(hash >> 11);
+}
+
+std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
+  const StepGuard busy(*this);
+  check_laid_out("step()");
+  set_groups(in);
+  if (!on_device() && (!in.lr_on_device.empty() || in.loss_on_device || in.grad_scale || in.found_inf)) {
+    throw invalid_argument("lr, loss, grad_scale and found_inf must be host values if parameters are on the CPU");
+  }
+  const DropLive drop{live_};
+  if (!follow(at, Reads::gradients)) return std::nullopt;
+  check_state();
+  if (!segments_.empty() && segments_[0].steps == nullptr) {
+    throw invalid_argument("a step needs the key of a parameter's step count");
+  }
+  step_.active_set = in.active_set;
+  step_.loss = in.loss;
+  step_.threads = std::max(in.threads, 1);
+  if (step_.exchange.ranks > 0) step_.digest = digest();
+  if (on_device()) {
+    if (step_.n_segments == 0 && step_.exchange.ranks == 0) return true;
+    cuda_.lr = in.lr_on_device;
+    cuda_.loss = in.loss_on_device;
+    cuda_.grad_scale = in.grad_scale;
+    cuda_.found_inf = in.found_inf;
+    const py::gil_scoped_release released;
+    cuda_step(step_, cuda_);
+    return true;
+  }
+  const CpuKernels& cpu = cpu_kernels();
+  const double skipped = step_.scalars->skipped_steps;
+  {
+    const py::gil_scoped_release released;
+    cpu.step(step_);
+  }
+  return step_.scalars->skipped_steps == skipped;
+}
+
+std::optional<std::tuple<double, double, double>> TensorTable::state_norms(const Tensors& at, int threads) {
+  const StepGuard busy(*this);
+  check_laid_out("state_norms()");
+  const DropLive drop{live_};
+  if (!follow(at, Reads::state)) return std::nullopt;
+  if (!segments_.empty() && segments_[0].direction == nullptr) throw invalid_argument("state_norms() needs direction");
+  double gg = 0, dd = 0, gd = 0;
+  step_.threads = std::max(threads, 1);
+  if (step_.n_segments > 0) {
+    run([&] { cuda_state_norms(step_, cuda_, &gg, &dd, &gd); },
+        [&](const CpuKernels& cpu) { cpu.state_norms(step_, &gg, &dd, &gd); });
+  }
+  return std::make_tuple(gg, dd, gd);
+}
+
+bool TensorTable::last_move(const Tensors& at, int threads) {
+  const StepGuard busy(*this);
+  check_laid_out("last_move()");
+  const DropLive drop{live_};
+  if (!follow(at, Reads::state)) return false;
+  for (const Segment& segment : segments_) {
+    if (!segment.grad_prev || !segment.direction || !segment.diagonal) {
+      throw invalid_argument("last_move() needs grad_prev, direction and the preconditioner's diagonal");
+    }
+  }
+  step_.threads = std::max(threads, 1);
+  run([&] { cuda_last_move(step_, cuda_); }, [&](const CpuKernels& cpu) { cpu.last_move(step_); });
+  return true;
+}
+
+std::optional<std::vector<double>> TensorTable::descend(const Tensors& at, const Descent& pass, int threads) {
+  const StepGuard busy(*this);
+  check_laid_out("descend()");
+  const DropLive drop{live_};
+  if (!follow(at, pass.kind == Descent::Kind::trial ? Reads::parameters : Reads::gradients)) return std::nullopt;
+  return run_descent_pass(pass, threads);
+}
+
+void TensorTable::join_stream() {
+  const StepGuard busy(*this);
+  if (on_device()) cuda_join_stream(cuda_);
+}
+
+}  // namespace fastnlcg
