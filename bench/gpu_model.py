@@ -69,7 +69,7 @@ SIZES = {"ResNet-32": 466_906, "ResNet-50": 25_557_032, "GPT-2": 124_439_808, "1
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes per float32 parameter with the default options (csrc/passes.h)."""
+    """Bytes per float32 parameter with the default options (csrc/preconditioners.h)."""
 
     name: str
     reads: int

@@ -9,6 +9,7 @@
 #include <iterator>
 
 #include "flat_step.h"
+#include "preconditioners.h"
 #include "step_cpu.h"
 #include "tensor_table.h"
 

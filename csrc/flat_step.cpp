@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "passes.h"
+#include "preconditioners.h"
 
 namespace fastnlcg {
 namespace {
@@ -120,7 +120,10 @@ std::pair<double, double> FlatStep::preconditioned_dots(int threads) {
   const StepGuard busy(*this);
   prepare_part(0, 0, 0, threads);
   need(buffers_.g, "g", false);
-  if (step_.options.preconditioner != Preconditioner::none) need(buffers_.diagonal, "diagonal", false);
+  const unsigned reads = with_preconditioner(step_.options.preconditioner, [&](auto preconditioner) {
+    return preconditioner.dots(step_.options, false, ElementBroadcast<float>{}).reads();
+  });
+  if (reads & kDiagonal) need(buffers_.diagonal, "diagonal", false);
   double rz = 0, rz_mid = 0;
   if (!segments_.empty()) {
     run([&] { cuda_preconditioned_dots(step_, cuda_, &rz, &rz_mid); },
@@ -135,8 +138,12 @@ void FlatStep::update_direction(double alpha, double weight_decay, double beta, 
   need(buffers_.g, "g", false);
   need(buffers_.direction, "direction", true);
   check_writable(buffers_.grad_prev, "grad_prev");
-  const bool adam = step_.options.preconditioner == Preconditioner::adam;
-  if (step_.options.preconditioner != Preconditioner::none) need(buffers_.diagonal, "diagonal", adam);
+  const auto pass = [&](auto preconditioner) {
+    const auto move = preconditioner.move(step_.options, beta, false, false, ElementBroadcast<float>{});
+    return std::pair{move.reads(), move.writes()};
+  };
+  const auto [reads, writes] = with_preconditioner(step_.options.preconditioner, pass);
+  if ((reads | writes) & kDiagonal) need(buffers_.diagonal, "diagonal", (writes & kDiagonal) != 0);
   if (segments_.empty()) return;
   run([&] { cuda_update_direction(step_, cuda_, beta); },
       [&](const CpuKernels& cpu) { cpu.update_direction(step_, beta); });

@@ -1,8 +1,11 @@
 // Blocks of sixteen lanes over the vectors of simd.h: loads, stores and sums. Arithmetic is written with plain operators,
-// so the functions of nlcg_math.h take a vector wherever they take a float. No formula of the method is here.
+// so the functions of elementwise.h take a vector wherever they take a float. No formula of the method is here.
 //
 // Included by step_cpu.cpp only, once per instruction set, in an unnamed namespace, as simd.h says.
 #pragma once
+#ifdef NLCG_ELEMENTWISE
+#error "include lanes.h before elementwise.h: its functions need to see the overloads for vectors"
+#endif
 
 #include <cstdint>
 

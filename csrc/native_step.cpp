@@ -4,7 +4,8 @@
 #include <iterator>
 #include <stdexcept>
 
-#include "passes_descent.h"
+#include "pass_full_batch.h"
+#include "preconditioners.h"
 
 namespace fastnlcg {
 namespace {
@@ -119,7 +120,7 @@ void NativeStep::check_state_dtype(const std::string& what, DType dtype) const {
 void NativeStep::check_state() const {
   if (segments_.empty()) return;
   const unsigned needed = with_preconditioner(
-      step_.options.preconditioner, [&](auto preconditioner) { return preconditioner.state_tensors(step_.options); });
+      step_.options.preconditioner, [&](auto preconditioner) { return preconditioner.state_arrays(step_.options); });
   const std::string missing = missing_array(needed, segments_[0]);
   if (!missing.empty()) throw std::invalid_argument("a step needs " + missing);
 }

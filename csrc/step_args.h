@@ -24,12 +24,11 @@ template <class S>
 constexpr double kLargest = sizeof(S) == sizeof(float) ? kLargestFloat : kLargestDouble;
 
 enum class DType : std::int32_t { f64, f32, bf16, f16 };
-enum class Preconditioner : std::int32_t { none, bfgs, adam };
+enum class Preconditioner : std::int32_t;  // its values are in preconditioners.h
 enum class UpdateRule : std::int32_t { fletcher_reeves, polak_ribiere, heavy_ball };
 
 // Their names in Python, in the same order.
 constexpr const char* kDTypeNames[] = {"float64", "float32", "bfloat16", "float16"};
-constexpr const char* kPreconditionerNames[] = {"none", "bfgs", "adam"};
 constexpr const char* kUpdateRuleNames[] = {"fletcher_reeves", "polak_ribiere", "heavy_ball"};
 
 NLCG_HD constexpr std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
@@ -71,7 +70,7 @@ struct Group {
 
 // Every option of a step, once: type, name, default.
 #define NLCG_OPTIONS(X)                                                                                   \
-  X(Preconditioner, preconditioner, Preconditioner::none)                                                 \
+  X(Preconditioner, preconditioner, Preconditioner{})                                                     \
   X(UpdateRule, update, UpdateRule::fletcher_reeves)                                                      \
   X(double, eps, 1e-8)                                                                                    \
   X(double, curvature_eps, 1e-8)                                                                          \
@@ -173,7 +172,7 @@ struct RankGather {
   void* context = nullptr;
 };
 
-// One pass of the full-batch descent (passes_descent.h), with the host's numbers.
+// One pass of the full-batch descent (pass_full_batch.h), with the host's numbers.
 struct Descent {
   enum class Kind : std::int32_t { trial, slope, curvature, direction };
   Kind kind;

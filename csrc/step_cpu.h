@@ -17,7 +17,7 @@ struct RanksDisagree {};
 struct CpuKernels {
   const char* name;  // of the instruction set
 
-  // The whole step: the passes of its preconditioner over tiles. passes.h counts their bytes.
+  // The whole step: the passes of its preconditioner over tiles. preconditioners.h counts their bytes.
   void (*step)(const Step&);
 
   // The parts, over the same passes; they neither read nor write `scalars`.

@@ -76,9 +76,9 @@ void cuda_forget(CudaStep&);
 
 // What the step's stream does next follows the last work.
 void cuda_join_stream(const CudaStep&);
-// The sums over the last move (passes.h, LastMove) over the step's segments, into its scalars. Waits.
+// The sums over the last move (pass_bfgs.h, LastMove) over the step's segments, into its scalars. Waits.
 void cuda_last_move(const Step&, CudaStep&);
-// One pass of the full-batch descent (passes_descent.h) over the step's segments, in a workspace of its own where it has
+// One pass of the full-batch descent (pass_full_batch.h) over the step's segments, in a workspace of its own where it has
 // none: its sums, and behind them the largest. Waits.
 void cuda_descend(const Step&, CudaStep&, const Descent&, double* sums);
 // |g_prev|^2, |d|^2, g_prev . d over the step's segments. Waits.

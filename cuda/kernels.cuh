@@ -1,4 +1,4 @@
-// The CUDA kernels: the passes of passes.h over tiles. Device code; launches are in step_kernel.cu.
+// The CUDA kernels: lists of passes over tiles. Device code; launches are in step_kernel.cu.
 //
 //     step_pass<S, Pass>           one pass; the last block to finish adds the partial sums and decides what the next pass
 //                                  does
@@ -14,7 +14,7 @@
 // A chunk is one tile of 4096 elements (tile.cuh), for huge states 2^k of them (tiles_per_chunk): one partial sum. A block
 // takes every gridDim-th chunk; every other pass walks backwards, to find in the L2 cache what was read last.
 //
-// The decisions are the CPU's, by the functions of nlcg_math.h, in one thread. Scalars are read at the start of a step and
+// The decisions are the CPU's, by the functions of decisions.h, in one thread. Scalars are read at the start of a step and
 // written at its end: where a sum is not finite, nothing changes.
 #pragma once
 
@@ -100,13 +100,6 @@ __device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const Ra
   return c;
 }
 
-// A number of the scalars, in the state's type.
-template <class S>
-struct Broadcast {
-  using Scalar = S;
-  __host__ __device__ S operator()(double x) const { return static_cast<S>(x); }
-};
-
 // What this rank knows after a pass.
 template <class Pass>
 __device__ __forceinline__ RankRecord row_of(const Arguments& a, const double (&sums)[Pass::kSums], double largest) {
@@ -120,7 +113,7 @@ __device__ __forceinline__ RankRecord row_of(const Arguments& a, const double (&
     contribute(row, *a.scalars, a.active_set, loss, static_cast<double>(a.n_segments), found_inf);
   }
   // The last pass exchanges nothing.
-  sign_row(row, a.scalars->step, Pass::kFirstPass ? 0.0 : Pass::kOptional ? 0.5 : 1.0, a.digest);
+  sign_row(row, a.scalars->step, Pass::kFirstPass ? 0.0 : Pass::kOnlyIfClipped ? 0.5 : 1.0, a.digest);
   return row;
 }
 
@@ -133,8 +126,8 @@ __host__ __device__ __forceinline__ void hand_over(unsigned char (&to)[kPassByte
 }
 template <class S, class Pass>
 __device__ __forceinline__ Pass pass_of(const Arguments& a) {
-  Pass pass = *reinterpret_cast<const Pass*>(Pass::kOpens ? a.first_pass : a.control->next_pass);
-  if constexpr (!Pass::kOpens) pass.assume_constants(Broadcast<S>{});
+  Pass pass = *reinterpret_cast<const Pass*>(Pass::kBuiltFromOptionsAlone ? a.first_pass : a.control->next_pass);
+  if constexpr (!Pass::kBuiltFromOptionsAlone) pass.assume_constants(ElementBroadcast<S>{});
   return pass;
 }
 
@@ -145,7 +138,8 @@ struct NextOf {
   using type = NoPass;
 };
 template <class First, class... Rest>
-struct NextOf<First, Rest...> : std::conditional_t<First::kOptional, NextOf<Rest...>, std::type_identity<First>> {};
+struct NextOf<First, Rest...> : std::conditional_t<First::kOnlyIfClipped, NextOf<Rest...>, std::type_identity<First>> {
+};
 
 // What one thread makes of a pass's sums.
 template <class S, class Pass, class Next>
@@ -160,7 +154,7 @@ __device__ __forceinline__ void decide(const Arguments& a, const RankRecord& row
   c.skip = c.skip || bad_lr || c.nothing_to_do;
   if (c.nothing_to_do) return;
   if constexpr (!std::is_same_v<Next, NoPass>) {
-    hand_over(a.control->next_pass, Next::from_plan(c, a.options, Broadcast<S>{}));
+    hand_over(a.control->next_pass, Next::from_plan(c, a.options, ElementBroadcast<S>{}));
     if (c.skip) count_skip(c, *a.scalars);
   } else {  // nothing is left to be found: what could not be written has been decided before
     *a.scalars = c.next;
@@ -198,7 +192,7 @@ __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& tota
     for (int i = static_cast<int>(threadIdx.x); i < a.n_segments; i += kThreads) {
       double& steps = *a.segments[i].steps;
       steps += 1.0;
-      if (Pass::kBiasCorrected) a.bias[i] = bias_of(a.options.beta2, steps);
+      if (Pass::kUsesStepCounts) a.bias[i] = bias_of(a.options.beta2, steps);
     }
   }
   return true;
@@ -220,13 +214,13 @@ template <class S, class Pass, class Next>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a) || (!Pass::kFirstPass && a.control->plan.skip)) return;
-  if (Pass::kOptional && !a.control->plan.again) return;
+  if (Pass::kOnlyIfClipped && !a.control->plan.again) return;
   pass_and_decide<S, Pass, Next, false>(a, totals);
 }
 
 template <class S, class Pass, class Next>
 __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
-  if (!Pass::kFirstPass && (a.control->plan.skip || (Pass::kOptional && !a.control->plan.again))) return;
+  if (!Pass::kFirstPass && (a.control->plan.skip || (Pass::kOnlyIfClipped && !a.control->plan.again))) return;
   __shared__ RankRecord row;
   const int j = static_cast<int>(threadIdx.x);
   if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.owned, a.exchange.ranks, j);
@@ -244,7 +238,7 @@ __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
 template <class S, class First, class... Rest>
 __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
                                               unsigned meetings) {
-  if (!First::kOptional || a.control->plan.again) {
+  if (!First::kOnlyIfClipped || a.control->plan.again) {
     const bool decided = pass_and_decide<S, First, typename NextOf<Rest...>::type, true>(a, totals);
     if constexpr (sizeof...(Rest) > 0) {
       GridBarrier& barrier = a.control->barrier;

@@ -1,133 +1,20 @@
-// The CUDA step: what a device can hold, the workspace, and the launches of kernels.cuh, one for each pass or one cooperative
-// launch for all, with the same bits.
+// The CUDA step: what a device can hold, and the launches of kernels.cuh, one for each pass or one cooperative launch for all,
+// with the same bits.
 //
-// Contract of step_cuda.h. Not here: checks of arguments (native_step.cpp).
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cstring>
+// Contract of step_cuda.h. Not here: checks of arguments (csrc/native_step.h).
 #include <mutex>
-#include <stdexcept>
-#include <string>
 
-#include "../csrc/passes_descent.h"
+#include "../csrc/pass_diagnostics.h"
+#include "../csrc/pass_full_batch.h"
+#include "../csrc/preconditioners.h"
 #include "kernels.cuh"
+#include "launch.cuh"
+#include "workspace.cuh"
 
 namespace fastnlcg {
 namespace {
 
-// ---- launches ----------------------------------------------------------------------------------------------------
-
-void check(cudaError_t error, const std::string& what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // clears it, so that a later call does not report it again
-  throw std::runtime_error("fastnlcg: " + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-}
-
-// Whether the process has used the device: setting it would create its context, half a gigabyte, and fail where another
-// process has it for itself.
-bool in_use(int device) {
-  using Query = int (*)(int, unsigned*, int*);  // cuDevicePrimaryCtxGetState
-  static const Query query = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found = {};
-    constexpr const char* name = "cuDevicePrimaryCtxGetState";
-#if 0 < CUDART_VERSION && CUDART_VERSION < 12050
-    const cudaError_t error = cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &found);
-#else
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &entry, 7000, cudaEnableDefault, &found);
-#endif
-    if (error != cudaSuccess) cudaGetLastError();
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Query>(entry) : nullptr;
-  }();
-  unsigned flags = 0;
-  int active = 1;
-  return query == nullptr || query(device, &flags, &active) != 0 || active != 0;
-}
-
-// The caller's device again, whatever happens in between; but one that nobody has used stays unused.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_ && in_use(before_)) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-cudaStream_t stream_of(const CudaStep& cuda) { return static_cast<cudaStream_t>(cuda.stream); }
-
-struct Grid {
-  int blocks;
-  int threads = kThreads;
-  std::size_t shared_bytes = 0;
-  bool cooperative = false;
-};
-
-template <class... Parameters>
-cudaError_t try_launch(void (*kernel)(Parameters...), const Grid& grid, const CudaStep& cuda,
-                       const std::type_identity_t<Parameters>&... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = stream_of(cuda);
-  config.attrs = &attribute;
-  config.numAttrs = grid.cooperative ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-void check_launch(cudaError_t error, const char* name, const Grid& grid, const CudaStep& cuda) {
-  check(error, "kernel " + std::string(name) + ", " + std::to_string(grid.blocks) + " blocks of " +
-                   std::to_string(grid.threads) + " threads on device " + std::to_string(cuda.device));
-}
-
-template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const CudaStep& cuda,
-            const std::type_identity_t<Parameters>&... arguments) {
-  check_launch(try_launch(kernel, grid, cuda, arguments...), name, grid, cuda);
-}
-
-bool captures(const CudaStep& cuda) {
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream_of(cuda), &capture), "cudaStreamIsCapturing");
-  return capture != cudaStreamCaptureStatusNone;
-}
-
-// Work of one optimizer shares its barrier and scalars, so two streams must not run it at once: the later one waits for
-// the event behind the last work on the earlier. A graph orders its own; its replays record no event, so who replays on one
-// stream and steps on another has to order the two. Streams are told apart by their ids: a handle may be used again.
-unsigned long long id_of(const CudaStep& cuda) {
-  unsigned long long id = 0;
-  check(cudaStreamGetId(stream_of(cuda), &id), "cudaStreamGetId");
-  return id;
-}
-void follow_last_stream(const CudaStep& cuda) {
-  if (cuda.last_work == nullptr || captures(cuda) || cuda.last_stream == id_of(cuda)) return;
-  check(cudaStreamWaitEvent(stream_of(cuda), static_cast<cudaEvent_t>(cuda.last_work), 0), "cudaStreamWaitEvent");
-}
-void mark_last_work(CudaStep& cuda) {
-  if (captures(cuda)) return;
-  auto event = static_cast<cudaEvent_t>(cuda.last_work);
-  if (event == nullptr) {
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    cuda.last_work = event;
-  }
-  check(cudaEventRecord(event, stream_of(cuda)), "cudaEventRecord");
-  cuda.last_stream = id_of(cuda);
-}
+// ---- limits of a device ------------------------------------------------------------------------------------------
 
 // What fits a device at once, found out once for each preconditioner and type.
 constexpr int kMostPasses = 4;
@@ -189,11 +76,11 @@ constexpr int number_of_passes(PassList<P...>) {
 }
 template <class S, template <class> class First, template <class> class... Rest>
 void put_first_pass(Arguments& a, PassList<First, Rest...>) {
-  hand_over(a.first_pass, First<S>::from_plan(StepPlan{}, a.options, Broadcast<S>{}));
+  hand_over(a.first_pass, First<S>::from_plan(StepPlan{}, a.options, ElementBroadcast<S>{}));
 }
 template <class S, template <class> class First, template <class> class... Rest>
 constexpr bool keeps_tiles(PassList<First, Rest...>) {
-  return First<S>::kResident != 0;
+  return First<S>::kKeptInSharedMemory != 0;
 }
 
 template <class S, class Preconditioner>
@@ -231,124 +118,7 @@ const Limits& limits(int device) {
   return l;
 }
 
-// Workspace layout, in doubles; each region starts on a cache line.
-struct Workspace {
-  std::int64_t control, alpha, group_table, segments, bias, of_flat, tile_index, partials, end;
-
-  Workspace(std::int64_t n, std::int64_t max_segments, std::int64_t groups) {
-    const std::int64_t chunks = (tiles_of(n) + tiles_per_chunk(tiles_of(n)) - 1) / tiles_per_chunk(tiles_of(n));
-    std::int64_t next = 0;
-    const auto take = [&](std::int64_t bytes) {
-      const std::int64_t begin = next;
-      next += (bytes + 127) / 128 * 16;
-      return begin;
-    };
-    control = take(sizeof(Control));
-    alpha = take(groups * 8);
-    group_table = take(groups * static_cast<std::int64_t>(sizeof(GroupInput)));
-    segments = take(max_segments * static_cast<std::int64_t>(sizeof(Segment)));
-    bias = take(max_segments * static_cast<std::int64_t>(sizeof(Bias)));
-    of_flat = take((kScalars + 2) * 8);  // scalars, alpha_prev and steps of a flat buffer
-    tile_index = take(tiles_of(n) <= kInlineTiles ? 0 : (tiles_of(n) + 1) * 4);
-    partials = take(kMaxSums * chunks * 8);
-    end = next;
-  }
-};
-
-template <int kBytes, class Row>
-void upload_rows_of(const Row* rows, std::int64_t first, std::int64_t last, Row* to, const CudaStep& cuda) {
-  Rows<Row, kBytes> part;
-  for (; first < last; first += part.count) {
-    part.count = static_cast<int>(std::min<std::int64_t>(last - first, part.kMax));
-    std::copy_n(rows + first, part.count, part.row);
-    launch("upload_rows", upload_rows<Row, kBytes>, {1, 128}, cuda, part, to + first);
-  }
-}
-template <class Row>
-void upload_table(const Row* rows, std::int64_t first, std::int64_t last, double* to, const CudaStep& cuda) {
-  Row* const table = reinterpret_cast<Row*>(to);
-  static const bool large = [] {  // drivers before 530 take 4 KB of arguments, whatever toolkit built this
-    int driver = 0;
-    cudaDriverGetVersion(&driver);
-    return driver == 0 || driver >= 12010;
-  }();
-  if (!large || last - first <= Rows<Row, kSmallRows>::kMax) {
-    upload_rows_of<kSmallRows>(rows, first, last, table, cuda);
-  } else {
-    upload_rows_of<kLargeRows>(rows, first, last, table, cuda);
-  }
-}
-
-// Brings the device's table of segments up to date, where it is not. A captured step writes all of it at every replay,
-// so from then on nobody knows what it holds.
-void write_segments(const Step& step, CudaStep& cuda, const Workspace& at) {
-  if (captures(cuda)) cuda.tables_unknown = true;
-  std::int64_t first = 0, last = step.n_segments;
-  bool same_places = false;
-  if (!cuda.tables_unknown && static_cast<std::int64_t>(cuda.written.size()) == step.n_segments) {
-    same_places = std::equal(cuda.written.begin(), cuda.written.end(), step.segments,
-                             [](const Segment& a, const Segment& b) { return a.offset == b.offset && a.n == b.n; });
-    while (first < last && cuda.written[static_cast<std::size_t>(first)] == step.segments[first]) ++first;
-    while (first < last && cuda.written[static_cast<std::size_t>(last - 1)] == step.segments[last - 1]) --last;
-  }
-  cuda.written.clear();  // a launch may fail
-  upload_table(step.segments, first, last, cuda.workspace + at.segments, cuda);
-  const std::int64_t tiles = tiles_of(step.n);
-  if (!same_places && tiles > kInlineTiles) {
-    const auto* segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
-    launch("index_tiles", index_tiles, {static_cast<int>(tiles / kThreads + 1)}, cuda, segments,
-           static_cast<int>(step.n_segments), static_cast<int>(tiles),
-           reinterpret_cast<int*>(cuda.workspace + at.tile_index));
-  }
-  cuda.written.assign(step.segments, step.segments + step.n_segments);
-}
-
-Arguments arguments_of(const Step& step, const CudaStep& cuda, const Workspace& at) {
-  Arguments a = {};
-  const std::int64_t tiles = tiles_of(step.n);
-  a.segments = reinterpret_cast<const Segment*>(cuda.workspace + at.segments);
-  a.n_segments = static_cast<int>(step.n_segments);
-  a.n = step.n;
-  a.tiles = static_cast<int>(tiles);
-  a.tiles_per_chunk = static_cast<int>(tiles_per_chunk(tiles));
-  a.chunks = static_cast<int>((tiles + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
-  a.options = step.options;
-  a.active_set = step.active_set;
-  a.loss = step.loss;
-  a.digest = step.digest;
-  a.loss_on_device = cuda.loss;
-  a.grad_scale = cuda.grad_scale;
-  a.found_inf = cuda.found_inf;
-  a.n_groups = step.n_groups;
-  a.scalars = step.scalars;
-  a.alpha = cuda.workspace + at.alpha;
-  a.control = reinterpret_cast<Control*>(cuda.workspace + at.control);
-  a.partials = cuda.workspace + at.partials;
-  a.owned_chunks = static_cast<int>((tiles_of(step.owned) + a.tiles_per_chunk - 1) / a.tiles_per_chunk);
-  a.exchange = step.exchange;
-  a.bias = reinterpret_cast<Bias*>(cuda.workspace + at.bias);
-  const bool indexed = tiles > kInlineTiles;
-  if (indexed) a.tile_index = reinterpret_cast<const int*>(cuda.workspace + at.tile_index);
-  for (std::int64_t tile = 0, s = 0; !indexed && tile <= tiles; ++tile) {
-    while (s < step.n_segments && step.segments[s].offset + step.segments[s].n <= tile * kTile) ++s;
-    a.first_segment[tile] = static_cast<int>(s);
-  }
-  return a;
-}
-
-void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, Arguments& a) {
-  std::vector<GroupInput> inputs(static_cast<std::size_t>(step.n_groups));
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    inputs[i] = {step.groups[i].lr, step.groups[i].weight_decay, step.groups[i].sign, step.groups[i].alpha_prev,
-                 i < cuda.lr.size() ? cuda.lr[i] : DeviceScalar{}};
-  }
-  if (step.n_groups <= kInlineGroups) {
-    std::copy(inputs.begin(), inputs.end(), a.groups);
-  } else {
-    upload_table(inputs.data(), 0, step.n_groups, cuda.workspace + at.group_table, cuda);
-    a.group_table = reinterpret_cast<const GroupInput*>(cuda.workspace + at.group_table);
-  }
-}
+// ---- the step ----------------------------------------------------------------------------------------------------
 
 // Up to here one launch is worth its lower occupancy on an H100, as bench/gpu_model.py predicts; not measured.
 constexpr std::int64_t kOneLaunchElements = 16'000'000;
@@ -405,14 +175,6 @@ void step_in(const Step& step, CudaStep& cuda) {
 
 // ---- the parts ---------------------------------------------------------------------------------------------------
 
-void copy_to_host(void* to, const void* from, std::size_t bytes, const CudaStep& cuda) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_of(cuda)), "copy of scalars to the host");
-}
-void copy_to_device(void* to, const void* from, std::size_t bytes, const CudaStep& cuda) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_of(cuda)), "copy of scalars to the device");
-}
-void wait_for(const CudaStep& cuda) { check(cudaStreamSynchronize(stream_of(cuda)), "waiting for the stream"); }
-
 // One pass with the host's numbers; its sums where wanted.
 template <class S, class Pass>
 void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pass, double* sums) {
@@ -429,63 +191,6 @@ void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pa
   wait_for(cuda);
 }
 
-// A workspace for one call over flat buffers, and the step with everything in it on the device.
-class Scratch {
- public:
-  Scratch(const Step& host, CudaStep& cuda) : step(host), cuda_(cuda), host_(host), group_(host.groups[0]) {
-    if (captures(cuda)) {
-      throw std::runtime_error(
-          "fastnlcg.ops cannot be captured into a CUDA graph: its scalars are the host's; NLCG(capturable=True) can");
-    }
-    cuda.max_segments = step.n_segments;
-    const Workspace at(step.n, step.n_segments, step.n_groups);
-    const std::size_t bytes = static_cast<std::size_t>(at.end) * sizeof(double);
-    void* memory = nullptr;
-    check(cudaMallocAsync(&memory, bytes, stream_of(cuda)), "workspace of " + std::to_string(bytes) + " bytes");
-    cuda.workspace = static_cast<double*>(memory);
-    double* const numbers = cuda.workspace + at.of_flat;
-    step.scalars = reinterpret_cast<Scalars*>(numbers);
-    segment_ = host.segments[0];
-    segment_.steps = numbers + kScalars + 1;
-    group_.alpha_prev = numbers + kScalars;
-    step.segments = &segment_;
-    step.groups = &group_;
-    try {
-      check(cudaMemsetAsync(memory, 0, bytes, stream_of(cuda)), "cudaMemsetAsync");
-      copy_to_device(cuda.workspace + at.alpha, &group_.alpha, sizeof(double), cuda);
-      if (host.scalars != nullptr) copy_to_device(step.scalars, host.scalars, sizeof(Scalars), cuda);
-      copy_to_device(group_.alpha_prev, host.groups[0].alpha_prev, sizeof(double), cuda);
-      copy_to_device(segment_.steps, host.segments[0].steps, sizeof(double), cuda);
-    } catch (...) {
-      release();
-      throw;
-    }
-  }
-  // The numbers, back to the host. Waits.
-  void bring_back() const {
-    copy_to_host(host_.scalars, step.scalars, sizeof(Scalars), cuda_);
-    copy_to_host(host_.groups[0].alpha_prev, group_.alpha_prev, sizeof(double), cuda_);
-    copy_to_host(host_.segments[0].steps, segment_.steps, sizeof(double), cuda_);
-    wait_for(cuda_);
-  }
-  ~Scratch() { release(); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  Step step;
-
- private:
-  void release() {
-    cudaFreeAsync(cuda_.workspace, stream_of(cuda_));
-    cuda_.workspace = nullptr;
-    cuda_.written.clear();
-  }
-  CudaStep& cuda_;
-  const Step& host_;
-  Segment segment_;
-  Group group_;
-};
-
 bool has_grad_prev(const Step& step) { return step.n_segments > 0 && step.segments[0].grad_prev != nullptr; }
 
 template <class S>
@@ -496,7 +201,7 @@ bool update_curvature_in(const Step& step, CudaStep& cuda, double* ys, double* s
   *ys = sums[2] - sums[0];
   *shs = sums[1];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  run_part<S>("bfgs_diag_update", scratch.step, cuda, Bfgs::update(*ys, *shs, Broadcast<S>{}), nullptr);
+  run_part<S>("bfgs_diag_update", scratch.step, cuda, Bfgs::update(*ys, *shs, ElementBroadcast<S>{}), nullptr);
   return true;
 }
 
@@ -506,8 +211,8 @@ void preconditioned_dots_in(const Step& step, CudaStep& cuda, double* rz, double
   double sums[kMaxSums];
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     const bool mid = has_grad_prev(step);
-    run_part<S>("preconditioned_dots", scratch.step, cuda, preconditioner.dots(step.options, mid, Broadcast<S>{}),
-                sums);
+    run_part<S>("preconditioned_dots", scratch.step, cuda,
+                preconditioner.dots(step.options, mid, ElementBroadcast<S>{}), sums);
   });
   *rz = sums[0];
   *rz_mid = sums[1];
@@ -518,7 +223,7 @@ void update_direction_in(const Step& step, CudaStep& cuda, double beta) {
   const Scratch scratch(step, cuda);
   const bool move = step.segments[0].p != nullptr, keep_grad = has_grad_prev(step);
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    const auto pass = preconditioner.move(step.options, beta, keep_grad, move, Broadcast<S>{});
+    const auto pass = preconditioner.move(step.options, beta, keep_grad, move, ElementBroadcast<S>{});
     run_part<S>("direction_update", scratch.step, cuda, pass, nullptr);
   });
 }
@@ -543,7 +248,7 @@ void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, do
 
 template <class S>
 void descend_in(const Step& step, CudaStep& cuda, const Descent& numbers, double* sums) {
-  with_descent_pass(numbers, Broadcast<S>{},
+  with_descent_pass(numbers, ElementBroadcast<S>{},
                     [&](const auto& pass) { run_part<S>("descent pass", step, cuda, pass, sums); });
 }
 

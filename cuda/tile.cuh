@@ -1,5 +1,5 @@
 // One tile of the flat index: from segments to elements in registers, through a pass, and back to memory. Loads, a pass
-// of passes.h, stores; tiles are chosen in kernels.cuh.
+// (../csrc/pass.h), stores; tiles are chosen in kernels.cuh.
 //
 // Thread t of 512 takes four consecutive elements at 4 t and four at 2048 + 4 t. How their loads look is decided before the
 // first of them: one 16-byte load a stream (8 bytes for 16-bit types); where a parameter or gradient does not lie on 16
@@ -12,202 +12,12 @@
 // machine code for it.
 #pragma once
 
-#include <type_traits>
-
-#include "../csrc/half.h"
-#include "../csrc/passes.h"
-#include "../csrc/step_cuda.h"
-#include "reduce.cuh"
+#include "../csrc/pass.h"
+#include "arguments.cuh"
+#include "loads.cuh"
 
 namespace fastnlcg {
 namespace {
-
-// ---- what a kernel is given --------------------------------------------------------------------------------------
-
-struct GroupInput {
-  double lr, weight_decay, sign;
-  double* alpha_prev;
-  DeviceScalar lr_on_device;
-};
-constexpr int kInlineGroups = 16;  // more of them lie in a table
-
-constexpr int kInlineTiles = 512;
-constexpr int kPassBytes = 64;  // of a pass with its numbers
-
-// What the blocks share, in device memory.
-struct Control {
-  GridBarrier barrier;
-  StepPlan plan;
-  double sums[kMaxSums];  // of a part
-  alignas(16) unsigned char next_pass[kPassBytes];
-};
-
-struct Arguments {
-  const Segment* segments;
-  int n_segments;
-  std::int64_t n;
-  int tiles, chunks, tiles_per_chunk;
-  Options options;
-  double active_set, loss, digest;
-  DeviceScalar loss_on_device, grad_scale, found_inf;
-  const GroupInput* group_table;  // null: they are in `groups`
-  GroupInput groups[kInlineGroups];
-  std::int64_t n_groups;
-  Scalars* scalars;
-  double* alpha;
-  Control* control;
-  double* partials;                                  // [sum][chunk]
-  int owned_chunks;                                  // whose sums this rank adds
-  RankGather exchange;                               // its memory is the device's
-  Bias* bias;                                        // one a segment: as the step before has left it
-  alignas(16) unsigned char first_pass[kPassBytes];  // of the step, which the options alone decide
-  int resident_tiles;                                // per block
-  // The first segment that ends behind each tile's begin, and one past the last tile. Null: they are in
-  // `first_segment`, which takes no launch to fill.
-  const int* tile_index;
-  int first_segment[kInlineTiles + 1];
-};
-
-__device__ __forceinline__ int first_segment(const Arguments& a, int tile) {
-  return a.tile_index ? a.tile_index[tile] : a.first_segment[tile];
-}
-
-__device__ __forceinline__ const GroupInput* group_inputs(const Arguments& a) {
-  return a.group_table ? a.group_table : a.groups;
-}
-
-constexpr int kQuad = 4;
-static_assert(kTile == 2 * kQuad * kThreads);
-
-// Shared memory of a resident tile: two streams.
-template <class S>
-constexpr int kResidentBytes = 2 * static_cast<int>(kTile * sizeof(S));
-
-#ifdef __CUDACC__
-extern __shared__ __align__(16) unsigned char resident_memory[];
-#endif
-
-template <class S>
-__device__ __forceinline__ S* resident(int smem_offset) {
-  return reinterpret_cast<S*>(resident_memory) + smem_offset;
-}
-
-// ---- loads and stores --------------------------------------------------------------------------------------------
-
-// Four elements as they were loaded: in pieces of 16 bytes (8 of 16-bit types), or each in a register of its own.
-template <int kSize>
-struct Word {
-  static constexpr int kBytes = kSize;  // that are loaded
-  std::conditional_t<kSize == 8, std::uint64_t, std::uint32_t> bits;
-};
-template <class E, bool kWide>
-using Piece = std::conditional_t<!kWide, Word<sizeof(E)>, std::conditional_t<sizeof(E) == 2, uint2, uint4>>;
-
-template <class E, bool kWide = true>
-struct Raw {
-  static constexpr int kBytes = kWide ? sizeof(Piece<E, true>) : sizeof(E);  // of memory in a piece
-  static constexpr int kPieces = kQuad * static_cast<int>(sizeof(E)) / kBytes;
-  Piece<E, kWide> piece[kPieces];
-
-  template <class S>
-  __device__ __forceinline__ void decode(S (&to)[kQuad]) const {
-    E element[kQuad];
-#pragma unroll
-    for (int k = 0; k < kPieces; ++k) {  // memcpy compiles to nothing here
-      __builtin_memcpy(reinterpret_cast<char*>(element) + k * kBytes, &piece[k], kBytes);
-    }
-#pragma unroll
-    for (int l = 0; l < kQuad; ++l) to[l] = value_of(element[l]);
-  }
-};
-
-// load_stream(to, from, on): `to` from global memory where `on`; else it keeps what it holds. In assembly, so that it is
-// one instruction with a predicate. Wide ones leave no trace in the L1 cache, where the tables are to stay; of narrow ones
-// the next finds its line there. "Relaxed" keeps them in order, at no cost.
-#ifdef __CUDACC__
-#define NLCG_LOAD(LOAD, ON, ...)                                                            \
-  asm volatile("{ .reg .pred on; setp.ne.b32 on, " ON ", 0; @on ld.relaxed.cta.global" LOAD \
-               : __VA_ARGS__                                                                \
-               : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(on)))
-__device__ __forceinline__ void load_stream(uint4& to, const void* from, bool on) {
-  NLCG_LOAD(".L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }", "%5", "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w));
-}
-__device__ __forceinline__ void load_stream(uint2& to, const void* from, bool on) {
-  NLCG_LOAD(".L1::no_allocate.v2.u32 {%0, %1}, [%2]; }", "%3", "+r"(to.x), "+r"(to.y));
-}
-__device__ __forceinline__ void load_stream(Word<8>& to, const void* from, bool on) {
-  NLCG_LOAD(".L1::evict_first.u64 %0, [%1]; }", "%2", "+l"(to.bits));
-}
-__device__ __forceinline__ void load_stream(Word<4>& to, const void* from, bool on) {
-  NLCG_LOAD(".L1::evict_first.u32 %0, [%1]; }", "%2", "+r"(to.bits));
-}
-__device__ __forceinline__ void load_stream(Word<2>& to, const void* from, bool on) {
-  NLCG_LOAD(".L1::evict_first.u16 %0, [%1]; }", "%2", "+r"(to.bits));
-}
-#undef NLCG_LOAD
-#endif
-
-template <class E, bool kWide>
-__device__ __forceinline__ void load_quad(Raw<E, kWide>& to, const E* from, bool on) {
-  using R = Raw<E, kWide>;
-#pragma unroll
-  for (int k = 0; k < R::kPieces; ++k) {
-    load_stream(to.piece[k], reinterpret_cast<const char*>(from) + k * R::kBytes, on);
-  }
-}
-
-// The four from `first` of their segment, rounded as parameters are.
-template <bool kWide, class S, class E>
-__device__ __forceinline__ void store_rounded_quad(E* to, const S (&from)[kQuad], const Rounding& rounding,
-                                                   std::int64_t first) {
-  E element[kQuad];
-#pragma unroll
-  for (int l = 0; l < kQuad; ++l) assign_rounded(element[l], from[l], rounding, first + l);
-  if constexpr (kWide) {
-    Raw<E> raw;
-    __builtin_memcpy(raw.piece, element, sizeof(element));
-#pragma unroll
-    for (int k = 0; k < raw.kPieces; ++k) __stwb(reinterpret_cast<Piece<E, true>*>(to) + k, raw.piece[k]);
-  } else {
-#pragma unroll
-    for (int l = 0; l < kQuad; ++l) to[l] = element[l];
-  }
-}
-template <class S>
-__device__ __forceinline__ void store_quad(S* to, const S (&from)[kQuad]) {
-  store_rounded_quad<true>(to, from, Rounding{}, 0);
-}
-
-// The same in shared memory.
-template <class S>
-__device__ __forceinline__ void load_resident(const S* from, Raw<S>& to) {
-#pragma unroll
-  for (int k = 0; k < to.kPieces; ++k) to.piece[k] = reinterpret_cast<const Piece<S, true>*>(from)[k];
-}
-template <class S>
-__device__ __forceinline__ void store_resident(S* to, const S (&from)[kQuad]) {
-  Raw<S> raw;
-  __builtin_memcpy(raw.piece, from, sizeof(from));
-#pragma unroll
-  for (int k = 0; k < raw.kPieces; ++k) reinterpret_cast<Piece<S, true>*>(to)[k] = raw.piece[k];
-}
-
-// Whether p and g take wide loads from an element of their segment on, and from every fourth after it.
-__device__ __forceinline__ bool takes_quads(const Segment& segment, std::int64_t from) {
-  const unsigned size = segment.dtype == DType::f64 ? 8 : segment.dtype == DType::f32 ? 4 : 2;
-  const auto p = reinterpret_cast<std::uintptr_t>(segment.p), g = reinterpret_cast<std::uintptr_t>(segment.g);
-  const auto bytes = static_cast<std::uintptr_t>(from) * size;
-  return (((p + bytes) | (g + bytes)) & ((size == 2 ? 8 : 16) - 1)) == 0;
-}
-
-// The same of its state, which has the state's type.
-template <class S>
-__device__ __forceinline__ bool state_takes_quads(const Segment& segment) {
-  const auto bits = [](const void* at) { return reinterpret_cast<std::uintptr_t>(at); };
-  return ((bits(segment.grad_prev) | bits(segment.direction) | bits(segment.diagonal) | bits(segment.origin)) & 15) ==
-             0 &&
-         segment.offset % kQuad == 0;
-}
 
 // ---- what a pass sees of one element -----------------------------------------------------------------------------
 
@@ -303,7 +113,7 @@ struct BlockContext {
     static_cast<GroupNumbers<S>&>(x) =
         segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group, clip());
     x.inv_sqrt_bias = x.inv_sqrt_bias_prev = S{};
-    if (Pass::kBiasCorrected) {
+    if (Pass::kUsesStepCounts) {
       Bias bias = a.bias[&segment - a.segments];
       const double steps = *segment.steps;
       // Not known in a new workspace, after a load, or after somebody else's step.
@@ -319,7 +129,7 @@ struct BlockContext {
 // The gradient the method sees, from the scaled one.
 template <class Pass, class S>
 __device__ __forceinline__ S gradient(S g, S p, const SegmentNumbers<S>& numbers) {
-  return Pass::kL2 ? decayed_gradient(g, numbers.weight_decay, p) : g;
+  return Pass::kAppliesL2Decay ? decayed_gradient(g, numbers.weight_decay, p) : g;
 }
 
 template <class S>
@@ -341,7 +151,7 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
 }
 
 // Q times four elements, half a tile apart, all in segment `here`; the state on 16 bytes, and where kWide p and g too.
-// `smem_offset` is where a resident tile's g, and behind it the stream of kResident, lie in shared memory, or -1; kLoaded:
+// `smem_offset` is where a resident tile's g, and behind it the stream of kKeptInSharedMemory, lie in shared memory, or -1; kLoaded:
 // they are there, since the first pass.
 template <bool kMayReside, bool kLoaded, bool kWide, int Q, class S, class E, class Pass, int K>
 __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const Pass& pass, const Segment& here, E* p_at,
@@ -349,14 +159,14 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
                                           const SegmentNumbers<S>& numbers, ThreadSums<S, K>& sums) {
   constexpr int kApart = kQuad * kThreads;
   constexpr bool kReadsGradient = Pass::kReadsGradient && !kLoaded;
-  constexpr unsigned kInMemory = kLoaded ? ~Pass::kResident : ~0u;
+  constexpr unsigned kInMemory = kLoaded ? ~Pass::kKeptInSharedMemory : ~0u;
   const unsigned reads = pass.reads() & kInMemory, writes = pass.writes();
   const std::int64_t in_segment = position - here.offset;
   S* const d_at = stream<S>(here.direction, in_segment);
   S* const diagonal_at = stream<S>(here.diagonal, in_segment);
   S* const grad_prev_at = stream<S>(here.grad_prev, in_segment);
   S* const origin_at = stream<S>(here.origin, in_segment);
-  const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kL2 && numbers.weight_decay != S{0});
+  const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kAppliesL2Decay && numbers.weight_decay != S{0});
   const int local = static_cast<int>(position % kTile);
 
   Raw<S> d_raw[Q] = {}, diagonal_raw[Q] = {}, grad_prev_raw[Q] = {}, origin_raw[Q] = {}, g_loaded[Q] = {};
@@ -375,7 +185,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
     for (int q = 0; q < Q; ++q) {
       const S* const from = resident<S>(smem_offset) + local + q * kApart;
       load_resident(from, g_loaded[q]);
-      load_resident(from + kTile, Pass::kResident == kD ? d_raw[q] : diagonal_raw[q]);
+      load_resident(from + kTile, Pass::kKeptInSharedMemory == kD ? d_raw[q] : diagonal_raw[q]);
     }
   }
 #pragma unroll
@@ -393,10 +203,10 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
         g[l] = gradient<Pass>(undecayed[l], p[l], numbers);
       }
     }
-    if (kMayReside && Pass::kOpens && Pass::kResident != 0 && smem_offset >= 0) {
+    if (kMayReside && Pass::kBuiltFromOptionsAlone && Pass::kKeptInSharedMemory != 0 && smem_offset >= 0) {
       S* const to = resident<S>(smem_offset) + local + q * kApart;
       store_resident(to, g);
-      store_resident(to + kTile, Pass::kResident == kD ? d : diagonal);
+      store_resident(to + kTile, Pass::kKeptInSharedMemory == kD ? d : diagonal);
     }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
@@ -408,7 +218,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
     if (writes & kGradPrev) store_quad(grad_prev_at + q * kApart, grad_prev);
     if (writes & kD) store_quad(d_at + q * kApart, d);
     if (writes & kOrigin) store_quad(origin_at + q * kApart, origin);
-    if ((writes & kP) && (Pass::kOwnAlpha || numbers.moves())) {
+    if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || numbers.moves())) {
       store_rounded_quad<kWide>(p_at + q * kApart, p, launch.rounding(here), in_segment + q * kApart);
     }
   }
@@ -422,10 +232,10 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
   const unsigned reads = pass.reads(), writes = pass.writes();
   const std::int64_t in_segment = position - segment.offset;
   const bool resides = kMayReside && smem_offset >= 0;
-  const bool loaded = resides && !Pass::kOpens;
+  const bool loaded = resides && !Pass::kBuiltFromOptionsAlone;
   const int local = static_cast<int>(position % kTile);
   const bool reads_g = pass.kReadsGradient && !loaded;
-  const bool reads_p = (reads & kP) || (reads_g && Pass::kL2 && numbers.weight_decay != S{0});
+  const bool reads_p = (reads & kP) || (reads_g && Pass::kAppliesL2Decay && numbers.weight_decay != S{0});
 
   S p = {}, g = {};
   with_element_type<S>(segment.dtype, [&](auto element) {
@@ -444,16 +254,16 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
               reads & kOrigin ? *stream<S>(segment.origin, in_segment) : S{},
               numbers,
               sums};
-  if (Pass::kOpens && Pass::kResident != 0 && resides) {
+  if (Pass::kBuiltFromOptionsAlone && Pass::kKeptInSharedMemory != 0 && resides) {
     resident<S>(smem_offset)[local] = at.g_;
-    resident<S>(smem_offset)[kTile + local] = Pass::kResident == kD ? at.d_ : at.diagonal_;
+    resident<S>(smem_offset)[kTile + local] = Pass::kKeptInSharedMemory == kD ? at.d_ : at.diagonal_;
   }
   pass(at);
   if (writes & kDiagonal) *stream<S>(segment.diagonal, in_segment) = at.diagonal_;
   if (writes & kGradPrev) *stream<S>(segment.grad_prev, in_segment) = at.grad_prev_;
   if (writes & kD) *stream<S>(segment.direction, in_segment) = at.d_;
   if (writes & kOrigin) *stream<S>(segment.origin, in_segment) = at.origin_;
-  if ((writes & kP) && (Pass::kOwnAlpha || numbers.moves())) {
+  if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || numbers.moves())) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, launch.rounding(segment),
                      in_segment);
@@ -461,19 +271,12 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
   }
 }
 
-// Both quads of a tile at once, where there are registers for it: where the pass reads little, or the kernel has a whole
+// Both quads of a tile at once, if there are registers for them: if the pass reads little, or the kernel has a whole
 // multiprocessor.
 template <class S, class Pass, bool kMayReside>
-constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kOpens || kMayReside) ? 2 : 1;
-// Two would spill here, and here ptxas would wait for some of the loads before the others.
-template <class S>
-constexpr int kQuadsAtOnce<S, AdamDots<S>, false> = 1;
-template <class S>
-constexpr int kQuadsAtOnce<S, WithNorm<AdamDots<S>>, false> = 1;
-template <class S>
-constexpr int kQuadsAtOnce<S, Repeated<AdamDots<S>>, false> = 1;
-template <class S>
-constexpr int kQuadsAtOnce<S, CurvatureAndDots<S>, true> = 1;
+constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kBuiltFromOptionsAlone || kMayReside)
+                                 ? (kMayReside ? Pass::kMostQuadsAtOnceInOneLaunch : Pass::kMostQuadsAtOnce)
+                                 : 1;
 
 template <bool kMayReside, class S, class Pass, int K>
 __device__ __forceinline__ void run_tile(const BlockContext<S>& launch, const Pass& pass, int tile, int smem_offset,
@@ -513,7 +316,7 @@ __device__ __forceinline__ void run_tile(const BlockContext<S>& launch, const Pa
             run(loaded, std::false_type{}, std::integral_constant<int, 1>{});
           }
         };
-        if constexpr (kMayReside && !Pass::kOpens && Pass::kResident != 0) {
+        if constexpr (kMayReside && !Pass::kBuiltFromOptionsAlone && Pass::kKeptInSharedMemory != 0) {
           if (smem_offset >= 0) return run_as(std::true_type{});
         }
         run_as(std::false_type{});

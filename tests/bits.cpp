@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "half.h"
-#include "passes.h"
+#include "preconditioners.h"
 #include "simd.h"
 #include "step_cpu.h"
 

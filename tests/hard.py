@@ -271,37 +271,46 @@ def soak(scale: float) -> dict[str, Any]:
 
 # ---- mutation --------------------------------------------------------------------------------------------------------
 
-MATH, PASSES, HALF, ARGS = "csrc/nlcg_math.h", "csrc/passes.h", "csrc/half.h", "csrc/step_args.h"
+FORMULAS, DECISIONS, ADAM = "csrc/elementwise.h", "csrc/decisions.h", "csrc/pass_adam.h"
+HALF, ARGS = "csrc/half.h", "csrc/step_args.h"
 MUTANTS: dict[str, tuple[str, str, str]] = {
-    "a dropped store: d": (PASSES, "    at.set_diagonal(v);\n    at.set_d(d);\n", "    at.set_diagonal(v);\n"),
-    "a wrong sign: d_new = w + beta d": (MATH, "return beta * d - w;", "return beta * d + w;"),
+    "a dropped store: d": (ADAM, "    at.set_diagonal(v);\n    at.set_d(d);\n", "    at.set_diagonal(v);\n"),
+    "a wrong sign: d_new = w + beta d": (FORMULAS, "return beta * d - w;", "return beta * d + w;"),
     "the new h for the old": (
-        PASSES,
+        ADAM,
         "const T h_old = adam_diagonal(v_old, at.inv_sqrt_bias_prev());",
         "const T h_old = h;",
     ),
     "a float sum": (
-        "csrc/step_cpu.cpp",
+        "csrc/cpu_passes.h",
         "sums[j] += partial[j];",
         "sums[j] = static_cast<float>(sums[j] + partial[j]);",
     ),
     "a lost tail": (ARGS, "n / kTile + (n % kTile != 0)", "n / kTile + (n % kTile > 1)"),
-    "a stale scalar: rz": (MATH, "  c.next.rz = rz_new;\n", ""),
-    "the curvature condition without y s": (MATH, "ys > curvature_eps && shs > curvature_eps", "shs > curvature_eps"),
-    "the curvature condition without s h s": (MATH, "ys > curvature_eps && shs > curvature_eps", "ys > curvature_eps"),
+    "a stale scalar: rz": (DECISIONS, "  c.next.rz = rz_new;\n", ""),
+    "the curvature condition without y s": (
+        DECISIONS,
+        "ys > curvature_eps && shs > curvature_eps",
+        "shs > curvature_eps",
+    ),
+    "the curvature condition without s h s": (
+        DECISIONS,
+        "ys > curvature_eps && shs > curvature_eps",
+        "ys > curvature_eps",
+    ),
     "a NaN in the second sum is not seen": (
-        MATH,
+        DECISIONS,
         "c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));",
         "(void)o;",
     ),
     "bfloat16 rounds ties up": (HALF, "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "(u + 0x8000u) >> 16"),
     "no decoupled weight decay": (
-        MATH,
+        FORMULAS,
         "return p * decay_factor;",
         "return decay_factor == decay_factor ? p : p * decay_factor;",
     ),
     "the step forgets nothing": (
-        MATH,
+        DECISIONS,
         "c.history_valid = now.step != 0.0 && row.column[kChanged] == 0.0;",
         "c.history_valid = now.step != 0.0;",
     ),
@@ -317,7 +326,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "CUDA: a stream not kept on chip": (
         "cuda/tile.cuh",
-        "      store_resident(to + kTile, Pass::kResident == kD ? d : diagonal);\n",
+        "      store_resident(to + kTile, Pass::kKeptInSharedMemory == kD ? d : diagonal);\n",
         "",
     ),
     "Python: one lr for all groups": (

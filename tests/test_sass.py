@@ -69,7 +69,7 @@ def quads(name: str, state: str, resident: bool) -> Iterator[tuple[int, ...]]:
 def pass_of(kernel: Kernel) -> tuple[str, str]:
     """The type of the state, and the pass, or the preconditioner where all passes are in one launch; clipping loads
     nothing else."""
-    _, state, first, *_ = re.findall(r"\w+", re.sub(r"(WithNorm|Repeated|WithClipping)<", "", kernel.name))
+    _, state, first, *_ = re.findall(r"\w+", re.sub(r"(WithNorm|Repeated|Clipped)<", "", kernel.name))
     return state, first
 
 

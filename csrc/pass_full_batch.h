@@ -1,5 +1,5 @@
 // The passes of full-batch descent: conjugate gradients with a line search whose decisions are the host's
-// (python/fastnlcg/descent.py). As passes.h, for the same kernels.
+// (python/fastnlcg/descent.py). They run on the same machinery as those of a step (pass.h).
 //
 //     Trial         reads origin, d           writes p                                  12 bytes
 //                   the first of a search: reads p, d; writes p, origin                 16
@@ -10,14 +10,16 @@
 // per float32 element; 4 or 8 less without a preconditioner. A trial needs no gradient.
 #pragma once
 
-#include "passes.h"
+#include "elementwise.h"
+#include "pass.h"
 
 namespace fastnlcg {
 
 template <class T>
-struct Trial : Pass {
+struct Trial : PassDefaults {
   static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = false, kL2 = false, kOwnAlpha = true, kUsesOrigin = true;
+  static constexpr bool kReadsGradient = false, kAppliesL2Decay = false, kStoresEvenAtZeroAlpha = true,
+                        kUsesOrigin = true;
   T alpha;
   bool first, moves;  // alpha 0 gives the origin back, whatever d holds
   NLCG_HD unsigned reads() const { return (first ? kP : kOrigin) | kD; }
@@ -32,9 +34,9 @@ struct Trial : Pass {
 };
 
 template <class T>
-struct Slope : Pass {
+struct Slope : PassDefaults {
   static constexpr int kSums = 1;
-  static constexpr bool kFormsLargest = true, kL2 = false;
+  static constexpr bool kFormsLargest = true, kAppliesL2Decay = false;
   NLCG_HD unsigned reads() const { return kD; }
   NLCG_HD unsigned writes() const { return 0; }
 
@@ -47,9 +49,9 @@ struct Slope : Pass {
 };
 
 template <class T>
-struct Curvature : Pass {
+struct Curvature : PassDefaults {
   static constexpr int kSums = 3;
-  static constexpr bool kL2 = false;
+  static constexpr bool kAppliesL2Decay = false;
   T scale, rsqrt_ys, rsqrt_shs, bound, epsilon, alpha;
   bool update, preconditioned;
   NLCG_HD unsigned reads() const { return kGradPrev | (update ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
@@ -78,9 +80,9 @@ struct Curvature : Pass {
 };
 
 template <class T>
-struct NewDirection : Pass {
+struct NewDirection : PassDefaults {
   static constexpr int kSums = 2;
-  static constexpr bool kBackward = true, kL2 = false;
+  static constexpr bool kBackward = true, kAppliesL2Decay = false;
   T beta;
   bool keeps, preconditioned;  // !keeps: d = -w, whatever d held
   NLCG_HD unsigned reads() const { return (keeps ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }

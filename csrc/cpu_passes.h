@@ -1,0 +1,176 @@
+// Passes on the CPU: one over all tiles and threads, and a list of passes as a step, each followed by its decision.
+//
+// Included by step_cpu.cpp only, once per instruction set, in an unnamed namespace, as simd.h says.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include <sys/types.h>
+#include <unistd.h>
+
+#include "cpu_tile.h"
+#include "step_cpu.h"
+
+namespace fastnlcg {
+namespace {
+
+// ---- threads -----------------------------------------------------------------------------------------------------
+
+#ifdef _OPENMP
+// libgomp's pool does not survive fork(): a child that enters a parallel region hangs. It computes alone instead, with
+// the same bits.
+const pid_t loaded_by = getpid();  // at load, not at first use: that may be in the child
+bool forked() { return getpid() != loaded_by; }
+#endif
+
+// Every other pass walks backwards, in strips of half a megabyte per stream: it finds in the cache what the pass before
+// read last, and the next, forwards again, what it left. A strip is long enough for the hardware's prefetchers, which
+// like to walk forwards.
+constexpr std::int64_t kStrip = 32;
+
+// The processor's default floating-point mode, and the caller's again: torch.set_flush_denormal() holds for the thread that
+// called it, not for OpenMP's, so under it the bits would depend on the number of threads.
+class DefaultFloatMode {
+ public:
+  DefaultFloatMode() : before_(float_mode()) { set_float_mode(kDefaultFloatMode); }
+  ~DefaultFloatMode() { set_float_mode(before_); }
+  DefaultFloatMode(const DefaultFloatMode&) = delete;
+  DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
+
+ private:
+  FloatMode before_;
+};
+
+// Runs the pass over all tiles and adds up the partial sums in the order of the tiles; behind the sums, the maximum
+// where the pass forms one.
+template <class S, class Pass>
+void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
+  const std::int64_t tiles = tiles_of(step.n);
+  const auto range = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t done = begin; done < end; done += kStrip) {
+      const std::int64_t strip = end - done < kStrip ? end - done : kStrip;
+      const std::int64_t first = Pass::kBackward ? end - (done - begin) - strip : done;
+      for (std::int64_t tile = first; tile < first + strip; ++tile) {
+        run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
+      }
+    }
+  };
+#ifdef _OPENMP
+  // Below four tiles a thread, waking a thread costs more than it brings.
+  const std::int64_t useful = tiles / 4 < step.threads ? tiles / 4 : step.threads;
+  const bool shared = useful > 1 && !forked();
+  if (shared) {
+#pragma omp parallel num_threads(static_cast<int>(useful))
+    {
+      const DefaultFloatMode mode;
+      const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+      range(tiles * thread / threads, tiles * (thread + 1) / threads);
+      finish_streaming();
+    }
+  }
+#else
+  const bool shared = false;
+#endif
+  if (!shared) {
+    range(0, tiles);
+    finish_streaming();
+  }
+  for (double& sum : sums) sum = 0.0;
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    const double* partial = step.partials + tile * kMaxSums;
+    if (tile * kTile < step.owned) {
+      for (int j = 0; j < Pass::kSums; ++j) sums[j] += partial[j];
+    }
+    if constexpr (Pass::kFormsLargest) {
+      double& largest = sums[Pass::kSums];
+      largest = partial[Pass::kSums] > largest ? partial[Pass::kSums] : largest;
+    }
+  }
+}
+
+// A number of the scalars, in all lanes of the state's type.
+template <class S>
+struct Broadcast {
+  using Scalar = S;
+  Vector<S> operator()(double x) const { return broadcast<Vector<S>>(static_cast<S>(x)); }
+};
+
+// ---- the step ----------------------------------------------------------------------------------------------------
+
+// The rows of all ranks as one.
+void gather(const RankGather& exchange, RankRecord& row) {
+  *exchange.mine = row;
+  exchange.gather(exchange.context);
+  if (!ranks_agree(exchange.all, exchange.ranks)) throw RanksDisagree{};
+  for (int j = 0; j < kColumns; ++j) row.column[j] = over_ranks(exchange.all, exchange.owned, exchange.ranks, j);
+}
+
+void form_factors(const Step& step, double clip) {
+  for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].factor = step.groups[i].sign * clip;
+}
+
+// One pass and what follows from it; false where the step ends here.
+template <class S, class Pass, bool kLast>
+bool pass_and_decide(const Step& step, StepPlan& c, int number) {
+  if (Pass::kFirstPass) form_factors(step, 1.0);
+  const Pass pass = Pass::from_plan(c, step.options, Broadcast<S>{});
+  double sums[kMaxSums + 1];
+  reduce<S>(step, pass, sums);
+  RankRecord row = {};
+  for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
+  row.column[kLargestElement] = sums[Pass::kSums];
+  if (Pass::kFirstPass) {
+    contribute(row, *step.scalars, step.active_set, step.loss, static_cast<double>(step.n_segments), 0.0);
+  }
+  // The sums of the last pass are for the next step, whose first pass passes them on.
+  const RankGather& exchange = step.exchange;
+  if (exchange.ranks > 0 && (Pass::kFirstPass || (exchange.every_decision && !kLast))) {
+    sign_row(row, step.scalars->step, number, step.digest);
+    gather(exchange, row);
+  }
+  if (Pass::kFirstPass) {
+    c = begin_step(step.options, *step.scalars, step.active_set, row, exchange.ranks > 0);
+    for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
+  }
+  if (c.nothing_to_do) return false;
+  Pass::update_plan(c, step.options, row.column, row.column[kLargestElement], static_cast<double>(step.n), kLargest<S>);
+  if (Pass::kFirstPass && c.again) form_factors(step, c.clip);
+  return !c.skip;
+}
+
+template <class S, class First, class... Rest>
+bool every_pass(const Step& step, StepPlan& c, int number) {
+  if (!First::kOnlyIfClipped || c.again) {
+    if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c, number)) return false;
+  }
+  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c, number + 1);
+  return true;
+}
+// 1 - beta2^k and the next, for every segment's k.
+void form_bias(const Step& step) {
+  Bias last = bias_of(step.options.beta2, 0.0);
+  for (std::int64_t i = 0; i < step.n_segments; ++i) {
+    const double steps = *step.segments[i].steps;
+    if (last.steps != steps) last = bias_of(step.options.beta2, steps);
+    step.bias[i] = last;
+  }
+}
+
+// A step: every pass of the list, and its decision. If the step is skipped, nothing but a counter has changed.
+template <class S, template <class> class... P>
+void take_step(const Step& step, PassList<P...>) {
+  constexpr bool kAnyUsesStepCounts = (P<Vector<S>>::kUsesStepCounts || ...);
+  if constexpr (kAnyUsesStepCounts) form_bias(step);
+  StepPlan c = {};
+  if (!every_pass<S, P<Vector<S>>...>(step, c, 0)) {
+    if (!c.nothing_to_do) count_skip(c, *step.scalars);
+    return;
+  }
+  *step.scalars = c.next;
+  for (std::int64_t i = 0; i < step.n_groups; ++i) *step.groups[i].alpha_prev = step.groups[i].alpha;
+  for (std::int64_t i = 0; i < step.n_segments; ++i) *step.segments[i].steps += 1.0;
+}
+
+}  // namespace
+}  // namespace fastnlcg

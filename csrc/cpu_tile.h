@@ -1,0 +1,340 @@
+// One tile on the CPU: a fixed range of the flat index, from segments to vectors, through a pass, and back.
+//
+// Runs of whole blocks inside one segment are read and written in place. A block that straddles segments, or the end of one, is
+// gathered into a block on the stack, goes through the same code, and is scattered back. Lanes that no segment covers add
+// zeros. So a sum's bits depend on the flat index alone.
+//
+// Included by step_cpu.cpp only, once per instruction set, in an unnamed namespace, as simd.h says.
+#pragma once
+
+#include <utility>
+
+#include "lanes.h"
+#include "pass.h"
+
+namespace fastnlcg {
+namespace {
+
+// ---- what a pass sees of one vector ------------------------------------------------------------------------------
+
+template <class S, class P>
+struct Buffers {
+  std::int64_t local;  // of the first element in its segment
+  P* p;
+  const P* g;
+  S* grad_prev;
+  S* d;
+  S* diagonal;
+  S* origin;
+};
+
+// What is one number in a segment, and its value there.
+enum Number { kAlpha, kAlphaPrev, kWeightDecay, kDecayFactor, kFactor, kInvSqrtBias, kInvSqrtBiasPrev, kNumbers };
+
+template <class S, class Pass>
+void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers]) {
+  const Group& group = step.groups[segment.group];
+  x[kAlpha] = group.alpha;
+  x[kAlphaPrev] = *group.alpha_prev;
+  x[kWeightDecay] = group.weight_decay;
+  x[kDecayFactor] = 1.0 - group.alpha * group.weight_decay;
+  x[kFactor] = group.factor;
+  if constexpr (Pass::kUsesStepCounts) {
+    const Bias& bias = step.bias[&segment - step.segments];
+    x[kInvSqrtBias] = inv_sqrt_bias_correction<S>(bias.next);
+    x[kInvSqrtBiasPrev] = inv_sqrt_bias_correction<S>(bias.now);
+  }
+}
+
+// These numbers lane by lane: a straddling block may touch several segments.
+template <class S>
+struct SegmentLanes {
+  Vector<S> number[kNumbers][kVectors<S>];
+  bool decays;  // g takes L2 weight decay
+  bool scales;  // g takes a factor
+  bool moves;   // false where alpha is 0: then p keeps every bit, the sign of a zero included
+};
+
+template <class S, int K>
+struct Sums {
+  Accumulator sum[K];
+  Vector<S> largest[kVectors<S>] = {};
+};
+
+// What does not change from vector to vector.
+struct Flags {
+  Rounding rounding;  // of the segment
+  bool streaming;     // g_prev, or the origin, is written but not read here: if the cache is too small, go around it
+};
+
+// The vector at element `i` of the stream, vector `k` of its block.
+template <class S, class P, int K>
+struct At {
+  const Buffers<S, P>& stream;
+  std::int64_t i;
+  int k;
+  const SegmentLanes<S>& segment;
+  Sums<S, K>& sums;
+  Flags flags;
+
+  NLCG_INLINE Vector<S> undecayed() const {
+    const Vector<S> g = load(stream.g + i);
+    return segment.scales ? scaled_gradient(g, segment.number[kFactor][k]) : g;
+  }
+  NLCG_INLINE Vector<S> g() const {
+    return segment.decays ? decayed_gradient(undecayed(), segment.number[kWeightDecay][k], p()) : undecayed();
+  }
+  NLCG_INLINE Vector<S> p() const { return load(stream.p + i); }
+  NLCG_INLINE Vector<S> grad_prev() const { return load(stream.grad_prev + i); }
+  NLCG_INLINE Vector<S> d() const { return load(stream.d + i); }
+  NLCG_INLINE Vector<S> diagonal() const { return load(stream.diagonal + i); }
+  NLCG_INLINE Vector<S> origin() const { return load(stream.origin + i); }
+  NLCG_INLINE Vector<S> alpha() const { return segment.number[kAlpha][k]; }
+  NLCG_INLINE Vector<S> alpha_prev() const { return segment.number[kAlphaPrev][k]; }
+  NLCG_INLINE Vector<S> decay_factor() const { return segment.number[kDecayFactor][k]; }
+  NLCG_INLINE Vector<S> inv_sqrt_bias() const { return segment.number[kInvSqrtBias][k]; }
+  NLCG_INLINE Vector<S> inv_sqrt_bias_prev() const { return segment.number[kInvSqrtBiasPrev][k]; }
+  NLCG_INLINE bool moves() const { return segment.moves; }
+  NLCG_INLINE void set_p(Vector<S> p) { store_rounded(stream.p + i, p, flags.rounding, stream.local + i); }
+  NLCG_INLINE void set_grad_prev(Vector<S> g) { store_once(stream.grad_prev + i, g); }
+  NLCG_INLINE void set_d(Vector<S> d) { store(stream.d + i, d); }
+  NLCG_INLINE void set_diagonal(Vector<S> x) { store(stream.diagonal + i, x); }
+  NLCG_INLINE void set_origin(Vector<S> x) { store_once(stream.origin + i, x); }
+
+  NLCG_INLINE auto wide(Vector<S> x) const { return widen(x); }
+  NLCG_INLINE auto wide_grad_prev() const { return load_wide(stream.grad_prev + i); }
+  NLCG_INLINE auto wide_d() const { return load_wide(stream.d + i); }
+  template <class Wide>
+  NLCG_INLINE void add(int j, const Wide& a, const Wide& b) {
+    sums.sum[j].add_product(k, a, b);
+  }
+  NLCG_INLINE void largest(Vector<S> size) { sums.largest[k] = size > sums.largest[k] ? size : sums.largest[k]; }
+
+ private:
+  NLCG_INLINE void store_once(S* to, Vector<S> x) const {
+    if (flags.streaming) {
+      store_streaming(to, x);
+    } else {
+      store(to, x);
+    }
+  }
+};
+
+// ---- from segments to blocks -------------------------------------------------------------------------------------
+
+template <class S, class Pass>
+SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
+  double x[kNumbers] = {};
+  numbers_of<S, Pass>(step, segment, x);
+  SegmentLanes<S> lanes;
+  for (int j = 0; j < kNumbers; ++j) {
+    for (int k = 0; k < kVectors<S>; ++k) lanes.number[j][k] = broadcast<Vector<S>>(static_cast<S>(x[j]));
+  }
+  lanes.decays = Pass::kAppliesL2Decay && x[kWeightDecay] != 0.0;
+  lanes.scales = x[kFactor] != 1.0;
+  lanes.moves = static_cast<S>(x[kAlpha]) != S{0};
+  return lanes;
+}
+
+template <class Pass, class S, class P, int K, int... Vectors>
+NLCG_INLINE void one_block(const Pass& pass, const Buffers<S, P>& stream, std::int64_t i,
+                           const SegmentLanes<S>& segment, Sums<S, K>& sums, Flags flags,
+                           std::integer_sequence<int, Vectors...>) {
+  const auto one_vector = [&](int k) __attribute__((always_inline)) {
+    At<S, P, K> at{stream, i + k * kLanes<S>, k, segment, sums, flags};
+    pass(at);
+  };
+  (one_vector(Vectors), ...);
+}
+
+template <class Pass, class S, class P, int K>
+void run_blocks(const Pass& shared_pass, Buffers<S, P> at, std::int64_t n, const SegmentLanes<S>& shared_segment,
+                Sums<S, K>& shared_sums, Flags flags) {
+  const Pass pass = shared_pass;  // copies: the compiler may then keep all of them in registers
+  const SegmentLanes<S> segment = shared_segment;
+  Sums<S, K> sums = shared_sums;
+  for (std::int64_t i = 0; i < n; i += kBlock) {
+    one_block(pass, at, i, segment, sums, flags, std::make_integer_sequence<int, kVectors<S>>{});
+  }
+  shared_sums = sums;
+}
+
+template <class P, class S>
+Buffers<S, P> stream_at(const Segment& segment, std::int64_t position) {
+  const std::int64_t local = position - segment.offset;
+  const auto state = [&](void* base) { return base ? static_cast<S*>(base) + local : nullptr; };
+  return {local,
+          segment.p ? static_cast<P*>(segment.p) + local : nullptr,
+          segment.g ? static_cast<const P*>(segment.g) + local : nullptr,
+          state(segment.grad_prev),
+          state(segment.direction),
+          state(segment.diagonal),
+          state(segment.origin)};
+}
+
+Rounding rounding_in(const Step& step, const Segment& segment) {
+  if (!step.options.stochastic_rounding) return {};
+  return rounding_of(step.options, step.scalars->step, segment.place);
+}
+
+// One block on the stack. Lanes without a segment hold g = d = 0, h or v = 1: they add zeros and are not scattered.
+template <class S>
+struct alignas(kVectorBytes) Staged {
+  S p[kBlock], g[kBlock], grad_prev[kBlock], d[kBlock], diagonal[kBlock], origin[kBlock];
+  S number[kNumbers][kBlock];
+};
+
+// Calls f(segment, lane) for every covered lane of the block at `position`; `first` is the first segment ending after
+// it.
+template <class F>
+NLCG_INLINE void for_covered_lanes(const Step& step, std::int64_t first, std::int64_t position, F&& f) {
+  for (std::int64_t s = first; s < step.n_segments && step.segments[s].offset < position + kBlock; ++s) {
+    const Segment& segment = step.segments[s];
+    const std::int64_t begin = segment.offset > position ? segment.offset - position : 0;
+    const std::int64_t end = segment.offset + segment.n - position;
+    for (std::int64_t lane = begin; lane < end && lane < kBlock; ++lane) f(segment, lane);
+  }
+}
+
+template <class S, class Pass, int K>
+void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S, K>& sums) {
+  Staged<S> block = {};
+  for (S& x : block.diagonal) x = S{1};
+  SegmentLanes<S> lanes;
+  lanes.decays = lanes.scales = lanes.moves = false;
+  double x[kNumbers] = {};
+  const Segment* known = nullptr;  // whose numbers x holds
+  for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
+    with_element_type<S>(segment.dtype, [&](auto element) {
+      const auto from = stream_at<decltype(element), S>(segment, position + lane);
+      if (from.p) block.p[lane] = value_of(*from.p);
+      if (from.g) block.g[lane] = value_of(*from.g);
+      if (from.grad_prev) block.grad_prev[lane] = *from.grad_prev;
+      if (from.d) block.d[lane] = *from.d;
+      if (from.diagonal) block.diagonal[lane] = *from.diagonal;
+      if (Pass::kUsesOrigin) block.origin[lane] = *from.origin;
+    });
+    if (known != &segment) numbers_of<S, Pass>(step, *(known = &segment), x);
+    for (int j = 0; j < kNumbers; ++j) block.number[j][lane] = static_cast<S>(x[j]);
+    lanes.decays |= Pass::kAppliesL2Decay && x[kWeightDecay] != 0.0;
+    lanes.scales |= x[kFactor] != 1.0;
+    lanes.moves |= static_cast<S>(x[kAlpha]) != S{0};
+  });
+  static_assert(sizeof(lanes.number) == sizeof(block.number));
+  __builtin_memcpy(lanes.number, block.number, sizeof(block.number));
+  run_blocks(pass, Buffers<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin}, kBlock,
+             lanes, sums, Flags{});
+  const unsigned writes = pass.writes();
+  for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
+    with_element_type<S>(segment.dtype, [&](auto element) {
+      const auto to = stream_at<decltype(element), S>(segment, position + lane);
+      if (writes & kGradPrev) *to.grad_prev = block.grad_prev[lane];
+      if (writes & kD) *to.d = block.d[lane];
+      if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || block.number[kAlpha][lane] != S{0})) {
+        assign_rounded(*to.p, block.p[lane], rounding_in(step, segment), to.local);
+      }
+      if (writes & kDiagonal) *to.diagonal = block.diagonal[lane];
+      if (writes & kOrigin) *to.origin = block.origin[lane];
+    });
+  });
+}
+
+// 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
+constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
+
+// Whether a pass that writes g_prev, or the origin, and does not read it stores it around the cache.
+template <class Pass, class S, class P>
+bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Buffers<S, P>& at) {
+  const void* const once = Pass::kUsesOrigin ? at.origin : at.grad_prev;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(once) % kVectorBytes == 0;
+  const unsigned bit = Pass::kUsesOrigin ? kOrigin : kGradPrev;
+  return aligned && (pass.writes() & ~pass.reads() & bit) && step.n >= kStreamingElements;
+}
+
+// The same for a block of which one segment alone has the first `count` lanes: the end of a parameter.
+template <class S, class Pass, int K>
+void run_end(const Step& step, const Pass& pass, const Segment& segment, std::int64_t position, int count,
+             Sums<S, K>& sums) {
+  with_element_type<S>(segment.dtype, [&](auto element) {
+    const auto at = stream_at<decltype(element), S>(segment, position);
+    S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock], origin[kBlock] = {};
+    for (S& x : diagonal) x = S{1};
+    const unsigned reads = pass.reads(), writes = pass.writes();
+    const SegmentLanes<S> lanes = lanes_of<S, Pass>(step, segment);
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(S);
+    for (int lane = 0; at.g && lane < count; ++lane) g[lane] = value_of(at.g[lane]);
+    if ((reads & kP) || lanes.decays) {
+      for (int lane = 0; lane < count; ++lane) p[lane] = value_of(at.p[lane]);
+    }
+    if (reads & kGradPrev) __builtin_memcpy(grad_prev, at.grad_prev, bytes);
+    if (reads & kD) __builtin_memcpy(d, at.d, bytes);
+    if (reads & kDiagonal) __builtin_memcpy(diagonal, at.diagonal, bytes);
+    if (reads & kOrigin) __builtin_memcpy(origin, at.origin, bytes);
+    run_blocks(pass, Buffers<S, S>{0, p, g, grad_prev, d, diagonal, origin}, kBlock, lanes, sums, Flags{});
+    if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
+    if (writes & kD) __builtin_memcpy(at.d, d, bytes);
+    if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
+    if (writes & kOrigin) __builtin_memcpy(at.origin, origin, bytes);
+    if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || lanes.moves)) {
+      const Rounding rounding = rounding_in(step, segment);
+      for (int lane = 0; lane < count; ++lane) assign_rounded(at.p[lane], p[lane], rounding, at.local + lane);
+    }
+  });
+}
+
+template <class S, class Pass>
+void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out) {
+  Sums<S, Pass::kSums> sums;
+  std::int64_t position = tile * kTile;
+  const std::int64_t tile_end = position + kTile < step.n ? position + kTile : step.n;
+  // First segment that ends after `position`.
+  std::int64_t s = 0;
+  for (std::int64_t high = step.n_segments; s < high;) {
+    const std::int64_t middle = s + (high - s) / 2;
+    if (step.segments[middle].offset + step.segments[middle].n > position) {
+      high = middle;
+    } else {
+      s = middle + 1;
+    }
+  }
+  while (position < tile_end) {
+    while (s < step.n_segments && step.segments[s].offset + step.segments[s].n <= position) ++s;
+    if (s == step.n_segments || step.segments[s].offset >= tile_end) break;
+    const Segment& segment = step.segments[s];
+    if (segment.offset >= position + kBlock) {  // a hole: on to the block where the segment begins
+      position = segment.offset / kBlock * kBlock;
+      continue;
+    }
+    const std::int64_t segment_end = segment.offset + segment.n;
+    const std::int64_t end = segment_end < tile_end ? segment_end : tile_end;
+    const std::int64_t whole = (end - position) / kBlock * kBlock;
+    if (segment.offset <= position && whole > 0) {
+      with_element_type<S>(segment.dtype, [&](auto element) {
+        const auto at = stream_at<decltype(element), S>(segment, position);
+        const Flags flags = {rounding_in(step, segment), uses_nontemporal_stores(step, pass, at)};
+        run_blocks(pass, at, whole, lanes_of<S, Pass>(step, segment), sums, flags);
+      });
+      position += whole;
+    } else {
+      const bool alone = s + 1 == step.n_segments || step.segments[s + 1].offset >= position + kBlock;
+      if (alone && segment.offset <= position) {
+        run_end(step, pass, segment, position, static_cast<int>(segment_end - position), sums);
+      } else {
+        run_staged(step, pass, s, position, sums);
+      }
+      position += kBlock;
+    }
+  }
+  for (int j = 0; j < Pass::kSums; ++j) out[j] = sums.sum[j].total();
+  if constexpr (Pass::kFormsLargest) {
+    static_assert(Pass::kSums < kMaxSums);
+    S largest{};
+    for (const Vector<S>& v : sums.largest) {
+      for (int lane = 0; lane < kLanes<S>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+    }
+    out[Pass::kSums] = static_cast<double>(largest);
+  }
+}
+
+}  // namespace
+}  // namespace fastnlcg
