@@ -10,6 +10,7 @@
 
 #include "flat_step.h"
 #include "preconditioners.h"
+#include "rank_agreement.h"
 #include "step_cpu.h"
 #include "tensor_table.h"
 
@@ -65,7 +66,20 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
   m.attr("scalars") = scalars;
   m.attr("row_doubles") = static_cast<int>(kColumns);
   m.attr("row_signature") = static_cast<int>(kStepNumber);
-  m.attr("diagnostics_moment") = kDiagnostics;
+  // A row of these values, which are at most row_signature, signed.
+  m.def(
+      "rank_row",
+      [](const std::vector<double>& values, double step, const std::string& exchange, double digest) {
+        const auto found = std::find(std::begin(kExchangeNames), std::end(kExchangeNames), exchange);
+        if (found == std::end(kExchangeNames)) throw std::invalid_argument("unknown exchange '" + exchange + "'");
+        if (values.size() > kStepNumber)
+          throw std::invalid_argument(std::to_string(values.size()) + " values for a row");
+        RankRow row = {};
+        std::copy(values.begin(), values.end(), row.column);
+        sign_row(row, step, static_cast<ExchangeId>(found - std::begin(kExchangeNames)), digest);
+        return std::vector<double>(std::begin(row.column), std::end(row.column));
+      },
+      "values"_a, "step"_a, "exchange"_a, "digest"_a);
   m.attr("block_elements") = kBlockElements;
   // Whether two lists hold the same objects.
   m.def(

@@ -66,7 +66,7 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
       const DefaultFloatMode mode;
       const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
       range(tiles * thread / threads, tiles * (thread + 1) / threads);
-      finish_streaming();
+      finish_nontemporal_stores();
     }
   }
 #else
@@ -74,7 +74,7 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
 #endif
   if (!shared) {
     range(0, tiles);
-    finish_streaming();
+    finish_nontemporal_stores();
   }
   for (double& sum : sums) sum = 0.0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
@@ -89,9 +89,9 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
   }
 }
 
-// A number of the scalars, in all lanes of the state's type.
+// A scalar in all lanes of a vector.
 template <class S>
-struct Broadcast {
+struct LaneBroadcast {
   using Scalar = S;
   Vector<S> operator()(double x) const { return broadcast<Vector<S>>(static_cast<S>(x)); }
 };
@@ -99,7 +99,7 @@ struct Broadcast {
 // ---- the step ----------------------------------------------------------------------------------------------------
 
 // The rows of all ranks as one.
-void gather(const RankGather& exchange, RankRecord& row) {
+void gather(const RankGather& exchange, RankRow& row) {
   *exchange.mine = row;
   exchange.gather(exchange.context);
   if (!ranks_agree(exchange.all, exchange.ranks)) throw RanksDisagree{};
@@ -112,12 +112,12 @@ void form_factors(const Step& step, double clip) {
 
 // One pass and what follows from it; false where the step ends here.
 template <class S, class Pass, bool kLast>
-bool pass_and_decide(const Step& step, StepPlan& c, int number) {
+bool pass_and_decide(const Step& step, StepPlan& c) {
   if (Pass::kFirstPass) form_factors(step, 1.0);
-  const Pass pass = Pass::from_plan(c, step.options, Broadcast<S>{});
+  const Pass pass = Pass::from_plan(c, step.options, LaneBroadcast<S>{});
   double sums[kMaxSums + 1];
   reduce<S>(step, pass, sums);
-  RankRecord row = {};
+  RankRow row = {};
   for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
   row.column[kLargestElement] = sums[Pass::kSums];
   if (Pass::kFirstPass) {
@@ -126,7 +126,7 @@ bool pass_and_decide(const Step& step, StepPlan& c, int number) {
   // The sums of the last pass are for the next step, whose first pass passes them on.
   const RankGather& exchange = step.exchange;
   if (exchange.ranks > 0 && (Pass::kFirstPass || (exchange.every_decision && !kLast))) {
-    sign_row(row, step.scalars->step, number, step.digest);
+    sign_row(row, step.scalars->step, exchange_after<Pass>(), step.digest);
     gather(exchange, row);
   }
   if (Pass::kFirstPass) {
@@ -140,11 +140,11 @@ bool pass_and_decide(const Step& step, StepPlan& c, int number) {
 }
 
 template <class S, class First, class... Rest>
-bool every_pass(const Step& step, StepPlan& c, int number) {
+bool every_pass(const Step& step, StepPlan& c) {
   if (!First::kOnlyIfClipped || c.again) {
-    if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c, number)) return false;
+    if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c)) return false;
   }
-  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c, number + 1);
+  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c);
   return true;
 }
 // 1 - beta2^k and the next, for every segment's k.
@@ -163,7 +163,7 @@ void take_step(const Step& step, PassList<P...>) {
   constexpr bool kAnyUsesStepCounts = (P<Vector<S>>::kUsesStepCounts || ...);
   if constexpr (kAnyUsesStepCounts) form_bias(step);
   StepPlan c = {};
-  if (!every_pass<S, P<Vector<S>>...>(step, c, 0)) {
+  if (!every_pass<S, P<Vector<S>>...>(step, c)) {
     if (!c.nothing_to_do) count_skip(c, *step.scalars);
     return;
   }

@@ -18,7 +18,7 @@ namespace {
 // ---- what a pass sees of one vector ------------------------------------------------------------------------------
 
 template <class S, class P>
-struct Buffers {
+struct Arrays {
   std::int64_t local;  // of the first element in its segment
   P* p;
   const P* g;
@@ -29,10 +29,19 @@ struct Buffers {
 };
 
 // What is one number in a segment, and its value there.
-enum Number { kAlpha, kAlphaPrev, kWeightDecay, kDecayFactor, kFactor, kInvSqrtBias, kInvSqrtBiasPrev, kNumbers };
+enum SegmentScalar {
+  kAlpha,
+  kAlphaPrev,
+  kWeightDecay,
+  kDecayFactor,
+  kFactor,
+  kInvSqrtBias,
+  kInvSqrtBiasPrev,
+  kSegmentScalars
+};
 
 template <class S, class Pass>
-void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers]) {
+void scalars_of(const Step& step, const Segment& segment, double (&x)[kSegmentScalars]) {
   const Group& group = step.groups[segment.group];
   x[kAlpha] = group.alpha;
   x[kAlphaPrev] = *group.alpha_prev;
@@ -49,7 +58,7 @@ void numbers_of(const Step& step, const Segment& segment, double (&x)[kNumbers])
 // These numbers lane by lane: a straddling block may touch several segments.
 template <class S>
 struct SegmentLanes {
-  Vector<S> number[kNumbers][kVectors<S>];
+  Vector<S> scalar[kSegmentScalars][kVectors<S>];
   bool decays;  // g takes L2 weight decay
   bool scales;  // g takes a factor
   bool moves;   // false where alpha is 0: then p keeps every bit, the sign of a zero included
@@ -64,13 +73,13 @@ struct Sums {
 // What does not change from vector to vector.
 struct Flags {
   Rounding rounding;  // of the segment
-  bool streaming;     // g_prev, or the origin, is written but not read here: if the cache is too small, go around it
+  bool nontemporal;   // g_prev, or the origin, is written but not read here: if the cache is too small, go around it
 };
 
 // The vector at element `i` of the stream, vector `k` of its block.
 template <class S, class P, int K>
 struct At {
-  const Buffers<S, P>& stream;
+  const Arrays<S, P>& arrays;
   std::int64_t i;
   int k;
   const SegmentLanes<S>& segment;
@@ -78,32 +87,32 @@ struct At {
   Flags flags;
 
   NLCG_INLINE Vector<S> undecayed() const {
-    const Vector<S> g = load(stream.g + i);
-    return segment.scales ? scaled_gradient(g, segment.number[kFactor][k]) : g;
+    const Vector<S> g = load(arrays.g + i);
+    return segment.scales ? scaled_gradient(g, segment.scalar[kFactor][k]) : g;
   }
   NLCG_INLINE Vector<S> g() const {
-    return segment.decays ? decayed_gradient(undecayed(), segment.number[kWeightDecay][k], p()) : undecayed();
+    return segment.decays ? decayed_gradient(undecayed(), segment.scalar[kWeightDecay][k], p()) : undecayed();
   }
-  NLCG_INLINE Vector<S> p() const { return load(stream.p + i); }
-  NLCG_INLINE Vector<S> grad_prev() const { return load(stream.grad_prev + i); }
-  NLCG_INLINE Vector<S> d() const { return load(stream.d + i); }
-  NLCG_INLINE Vector<S> diagonal() const { return load(stream.diagonal + i); }
-  NLCG_INLINE Vector<S> origin() const { return load(stream.origin + i); }
-  NLCG_INLINE Vector<S> alpha() const { return segment.number[kAlpha][k]; }
-  NLCG_INLINE Vector<S> alpha_prev() const { return segment.number[kAlphaPrev][k]; }
-  NLCG_INLINE Vector<S> decay_factor() const { return segment.number[kDecayFactor][k]; }
-  NLCG_INLINE Vector<S> inv_sqrt_bias() const { return segment.number[kInvSqrtBias][k]; }
-  NLCG_INLINE Vector<S> inv_sqrt_bias_prev() const { return segment.number[kInvSqrtBiasPrev][k]; }
+  NLCG_INLINE Vector<S> p() const { return load(arrays.p + i); }
+  NLCG_INLINE Vector<S> grad_prev() const { return load(arrays.grad_prev + i); }
+  NLCG_INLINE Vector<S> d() const { return load(arrays.d + i); }
+  NLCG_INLINE Vector<S> diagonal() const { return load(arrays.diagonal + i); }
+  NLCG_INLINE Vector<S> origin() const { return load(arrays.origin + i); }
+  NLCG_INLINE Vector<S> alpha() const { return segment.scalar[kAlpha][k]; }
+  NLCG_INLINE Vector<S> alpha_prev() const { return segment.scalar[kAlphaPrev][k]; }
+  NLCG_INLINE Vector<S> decay_factor() const { return segment.scalar[kDecayFactor][k]; }
+  NLCG_INLINE Vector<S> inv_sqrt_bias() const { return segment.scalar[kInvSqrtBias][k]; }
+  NLCG_INLINE Vector<S> inv_sqrt_bias_prev() const { return segment.scalar[kInvSqrtBiasPrev][k]; }
   NLCG_INLINE bool moves() const { return segment.moves; }
-  NLCG_INLINE void set_p(Vector<S> p) { store_rounded(stream.p + i, p, flags.rounding, stream.local + i); }
-  NLCG_INLINE void set_grad_prev(Vector<S> g) { store_once(stream.grad_prev + i, g); }
-  NLCG_INLINE void set_d(Vector<S> d) { store(stream.d + i, d); }
-  NLCG_INLINE void set_diagonal(Vector<S> x) { store(stream.diagonal + i, x); }
-  NLCG_INLINE void set_origin(Vector<S> x) { store_once(stream.origin + i, x); }
+  NLCG_INLINE void set_p(Vector<S> p) { store_rounded(arrays.p + i, p, flags.rounding, arrays.local + i); }
+  NLCG_INLINE void set_grad_prev(Vector<S> g) { store_perhaps_nontemporal(arrays.grad_prev + i, g); }
+  NLCG_INLINE void set_d(Vector<S> d) { store(arrays.d + i, d); }
+  NLCG_INLINE void set_diagonal(Vector<S> x) { store(arrays.diagonal + i, x); }
+  NLCG_INLINE void set_origin(Vector<S> x) { store_perhaps_nontemporal(arrays.origin + i, x); }
 
   NLCG_INLINE auto wide(Vector<S> x) const { return widen(x); }
-  NLCG_INLINE auto wide_grad_prev() const { return load_wide(stream.grad_prev + i); }
-  NLCG_INLINE auto wide_d() const { return load_wide(stream.d + i); }
+  NLCG_INLINE auto wide_grad_prev() const { return load_wide(arrays.grad_prev + i); }
+  NLCG_INLINE auto wide_d() const { return load_wide(arrays.d + i); }
   template <class Wide>
   NLCG_INLINE void add(int j, const Wide& a, const Wide& b) {
     sums.sum[j].add_product(k, a, b);
@@ -111,9 +120,9 @@ struct At {
   NLCG_INLINE void largest(Vector<S> size) { sums.largest[k] = size > sums.largest[k] ? size : sums.largest[k]; }
 
  private:
-  NLCG_INLINE void store_once(S* to, Vector<S> x) const {
-    if (flags.streaming) {
-      store_streaming(to, x);
+  NLCG_INLINE void store_perhaps_nontemporal(S* to, Vector<S> x) const {
+    if (flags.nontemporal) {
+      store_nontemporal(to, x);
     } else {
       store(to, x);
     }
@@ -124,11 +133,11 @@ struct At {
 
 template <class S, class Pass>
 SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
-  double x[kNumbers] = {};
-  numbers_of<S, Pass>(step, segment, x);
+  double x[kSegmentScalars] = {};
+  scalars_of<S, Pass>(step, segment, x);
   SegmentLanes<S> lanes;
-  for (int j = 0; j < kNumbers; ++j) {
-    for (int k = 0; k < kVectors<S>; ++k) lanes.number[j][k] = broadcast<Vector<S>>(static_cast<S>(x[j]));
+  for (int j = 0; j < kSegmentScalars; ++j) {
+    for (int k = 0; k < kVectors<S>; ++k) lanes.scalar[j][k] = broadcast<Vector<S>>(static_cast<S>(x[j]));
   }
   lanes.decays = Pass::kAppliesL2Decay && x[kWeightDecay] != 0.0;
   lanes.scales = x[kFactor] != 1.0;
@@ -137,18 +146,17 @@ SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
 }
 
 template <class Pass, class S, class P, int K, int... Vectors>
-NLCG_INLINE void one_block(const Pass& pass, const Buffers<S, P>& stream, std::int64_t i,
-                           const SegmentLanes<S>& segment, Sums<S, K>& sums, Flags flags,
-                           std::integer_sequence<int, Vectors...>) {
+NLCG_INLINE void one_block(const Pass& pass, const Arrays<S, P>& arrays, std::int64_t i, const SegmentLanes<S>& segment,
+                           Sums<S, K>& sums, Flags flags, std::integer_sequence<int, Vectors...>) {
   const auto one_vector = [&](int k) __attribute__((always_inline)) {
-    At<S, P, K> at{stream, i + k * kLanes<S>, k, segment, sums, flags};
+    At<S, P, K> at{arrays, i + k * kLanes<S>, k, segment, sums, flags};
     pass(at);
   };
   (one_vector(Vectors), ...);
 }
 
 template <class Pass, class S, class P, int K>
-void run_blocks(const Pass& shared_pass, Buffers<S, P> at, std::int64_t n, const SegmentLanes<S>& shared_segment,
+void run_blocks(const Pass& shared_pass, Arrays<S, P> at, std::int64_t n, const SegmentLanes<S>& shared_segment,
                 Sums<S, K>& shared_sums, Flags flags) {
   const Pass pass = shared_pass;  // copies: the compiler may then keep all of them in registers
   const SegmentLanes<S> segment = shared_segment;
@@ -160,7 +168,7 @@ void run_blocks(const Pass& shared_pass, Buffers<S, P> at, std::int64_t n, const
 }
 
 template <class P, class S>
-Buffers<S, P> stream_at(const Segment& segment, std::int64_t position) {
+Arrays<S, P> arrays_at(const Segment& segment, std::int64_t position) {
   const std::int64_t local = position - segment.offset;
   const auto state = [&](void* base) { return base ? static_cast<S*>(base) + local : nullptr; };
   return {local,
@@ -174,14 +182,14 @@ Buffers<S, P> stream_at(const Segment& segment, std::int64_t position) {
 
 Rounding rounding_in(const Step& step, const Segment& segment) {
   if (!step.options.stochastic_rounding) return {};
-  return rounding_of(step.options, step.scalars->step, segment.place);
+  return rounding_of(step.options, step.scalars->step, segment.shard);
 }
 
 // One block on the stack. Lanes without a segment hold g = d = 0, h or v = 1: they add zeros and are not scattered.
 template <class S>
 struct alignas(kVectorBytes) Staged {
   S p[kBlock], g[kBlock], grad_prev[kBlock], d[kBlock], diagonal[kBlock], origin[kBlock];
-  S number[kNumbers][kBlock];
+  S scalar[kSegmentScalars][kBlock];
 };
 
 // Calls f(segment, lane) for every covered lane of the block at `position`; `first` is the first segment ending after
@@ -202,11 +210,11 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   for (S& x : block.diagonal) x = S{1};
   SegmentLanes<S> lanes;
   lanes.decays = lanes.scales = lanes.moves = false;
-  double x[kNumbers] = {};
+  double x[kSegmentScalars] = {};
   const Segment* known = nullptr;  // whose numbers x holds
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
-      const auto from = stream_at<decltype(element), S>(segment, position + lane);
+      const auto from = arrays_at<decltype(element), S>(segment, position + lane);
       if (from.p) block.p[lane] = value_of(*from.p);
       if (from.g) block.g[lane] = value_of(*from.g);
       if (from.grad_prev) block.grad_prev[lane] = *from.grad_prev;
@@ -214,23 +222,23 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
       if (from.diagonal) block.diagonal[lane] = *from.diagonal;
       if (Pass::kUsesOrigin) block.origin[lane] = *from.origin;
     });
-    if (known != &segment) numbers_of<S, Pass>(step, *(known = &segment), x);
-    for (int j = 0; j < kNumbers; ++j) block.number[j][lane] = static_cast<S>(x[j]);
+    if (known != &segment) scalars_of<S, Pass>(step, *(known = &segment), x);
+    for (int j = 0; j < kSegmentScalars; ++j) block.scalar[j][lane] = static_cast<S>(x[j]);
     lanes.decays |= Pass::kAppliesL2Decay && x[kWeightDecay] != 0.0;
     lanes.scales |= x[kFactor] != 1.0;
     lanes.moves |= static_cast<S>(x[kAlpha]) != S{0};
   });
-  static_assert(sizeof(lanes.number) == sizeof(block.number));
-  __builtin_memcpy(lanes.number, block.number, sizeof(block.number));
-  run_blocks(pass, Buffers<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin}, kBlock,
+  static_assert(sizeof(lanes.scalar) == sizeof(block.scalar));
+  __builtin_memcpy(lanes.scalar, block.scalar, sizeof(block.scalar));
+  run_blocks(pass, Arrays<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin}, kBlock,
              lanes, sums, Flags{});
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
-      const auto to = stream_at<decltype(element), S>(segment, position + lane);
+      const auto to = arrays_at<decltype(element), S>(segment, position + lane);
       if (writes & kGradPrev) *to.grad_prev = block.grad_prev[lane];
       if (writes & kD) *to.d = block.d[lane];
-      if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || block.number[kAlpha][lane] != S{0})) {
+      if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || block.scalar[kAlpha][lane] != S{0})) {
         assign_rounded(*to.p, block.p[lane], rounding_in(step, segment), to.local);
       }
       if (writes & kDiagonal) *to.diagonal = block.diagonal[lane];
@@ -240,15 +248,15 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
 }
 
 // 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
-constexpr std::int64_t kStreamingElements = std::int64_t{1} << 21;
+constexpr std::int64_t kNontemporalElements = std::int64_t{1} << 21;
 
 // Whether a pass that writes g_prev, or the origin, and does not read it stores it around the cache.
 template <class Pass, class S, class P>
-bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Buffers<S, P>& at) {
+bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Arrays<S, P>& at) {
   const void* const once = Pass::kUsesOrigin ? at.origin : at.grad_prev;
   const bool aligned = reinterpret_cast<std::uintptr_t>(once) % kVectorBytes == 0;
   const unsigned bit = Pass::kUsesOrigin ? kOrigin : kGradPrev;
-  return aligned && (pass.writes() & ~pass.reads() & bit) && step.n >= kStreamingElements;
+  return aligned && (pass.writes() & ~pass.reads() & bit) && step.n >= kNontemporalElements;
 }
 
 // The same for a block of which one segment alone has the first `count` lanes: the end of a parameter.
@@ -256,7 +264,7 @@ template <class S, class Pass, int K>
 void run_end(const Step& step, const Pass& pass, const Segment& segment, std::int64_t position, int count,
              Sums<S, K>& sums) {
   with_element_type<S>(segment.dtype, [&](auto element) {
-    const auto at = stream_at<decltype(element), S>(segment, position);
+    const auto at = arrays_at<decltype(element), S>(segment, position);
     S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock], origin[kBlock] = {};
     for (S& x : diagonal) x = S{1};
     const unsigned reads = pass.reads(), writes = pass.writes();
@@ -270,7 +278,7 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     if (reads & kD) __builtin_memcpy(d, at.d, bytes);
     if (reads & kDiagonal) __builtin_memcpy(diagonal, at.diagonal, bytes);
     if (reads & kOrigin) __builtin_memcpy(origin, at.origin, bytes);
-    run_blocks(pass, Buffers<S, S>{0, p, g, grad_prev, d, diagonal, origin}, kBlock, lanes, sums, Flags{});
+    run_blocks(pass, Arrays<S, S>{0, p, g, grad_prev, d, diagonal, origin}, kBlock, lanes, sums, Flags{});
     if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
     if (writes & kD) __builtin_memcpy(at.d, d, bytes);
     if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
@@ -310,7 +318,7 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
     const std::int64_t whole = (end - position) / kBlock * kBlock;
     if (segment.offset <= position && whole > 0) {
       with_element_type<S>(segment.dtype, [&](auto element) {
-        const auto at = stream_at<decltype(element), S>(segment, position);
+        const auto at = arrays_at<decltype(element), S>(segment, position);
         const Flags flags = {rounding_in(step, segment), uses_nontemporal_stores(step, pass, at)};
         run_blocks(pass, at, whole, lanes_of<S, Pass>(step, segment), sums, flags);
       });

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "rank_agreement.h"
 
 namespace fastnlcg {
 
@@ -91,56 +92,12 @@ struct StepPlan {
   bool again = false;  // the first pass has to be repeated, with the factor
 };
 
-// What this rank contributes to the first decision, besides the sums of the first pass. Of the sums over the last move each
-// rank keeps its own share from the step before; over_ranks() adds the shares up.
-NLCG_HD void contribute(RankRecord& row, const Scalars& now, double active_set, double loss, double segments,
-                        double found_inf) {
-  row.column[kGs] = now.gs;
-  row.column[kShs] = now.shs;
-  row.column[kChanged] = now.active_set == active_set ? 0.0 : 1.0;
-  row.column[kMoving] = segments;
-  row.column[kFoundInf] = found_inf;
-  row.column[kLoss] = loss;
-}
-
-// Which step, exchange and options a row belongs to.
-NLCG_HD void sign_row(RankRecord& row, double step, double moment, double digest) {
-  row.column[kStepNumber] = step;
-  row.column[kMoment] = moment;
-  row.column[kDigest] = digest;
-}
-NLCG_HD bool ranks_agree(const RankRecord* all, int ranks) {
-  bool agree = true;
-  for (int rank = 1; rank < ranks; ++rank) {
-    for (int column = kStepNumber; column < kColumns; ++column) {
-      if (all[rank].column[column] != all[0].column[column]) agree = false;
-    }
-  }
-  return agree;
-}
-
-// One column over the ranks, in their order.
-NLCG_HD double over_ranks(const RankRecord* all, const double* owned, int ranks, int column) {
-  double x = 0.0;
-  for (int rank = 0; rank < ranks; ++rank) {
-    const double y = all[rank].column[column];
-    if (column == kLargestElement) {
-      x = y > x ? y : x;
-    } else if (column == kLoss) {
-      x += y / static_cast<double>(ranks);
-    } else if (owned[rank] != 0.0) {
-      x += y;
-    }
-  }
-  return x;
-}
-
 // After pass 1, before its decision: the line search, and whether the last step's vectors still apply.
-NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double active_set, const RankRecord& row,
+NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double active_set, const RankRow& row,
                             bool distributed) {
   StepPlan c{now, false, false, false, false, false, distributed, now.step == 0.0 ? 0.0 : o.eps};
   c.history_valid = now.step != 0.0 && row.column[kChanged] == 0.0;
-  c.nothing_to_do = row.column[kMoving] == 0.0 || row.column[kFoundInf] != 0.0;
+  c.nothing_to_do = row.column[kSegments] == 0.0 || row.column[kFoundInf] != 0.0;
   c.next.gs = row.column[kGs];
   c.next.shs = row.column[kShs];
   const double loss = row.column[kLoss];

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "step_args.h"
+#include "random_bits.h"
 
 namespace fastnlcg {
 
@@ -42,38 +42,6 @@ NLCG_HD U encode_bf16_stochastic(F x, U bits) {
   const U u = bits_of<U>(x);
   const U rounded = (u + (bits & 0xffffu)) >> 16;
   return (rounded & 0x7fffu) >= 0x7f80u ? encode_bf16<U>(x) : rounded;
-}
-
-// Random bits that depend on the step, the parameter's index and the element's place in the whole parameter alone: the
-// same on every machine, in replicas, in shards and in a resumed run. Each round is the mixer "lowbias32" of Chris
-// Wellons' hash-prospector (public domain).
-template <class U>
-NLCG_HD U mixed(U x) {
-  x = x ^ (x >> 16);
-  x = x * 0x7feb352du;
-  x = x ^ (x >> 15);
-  x = x * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-struct Rounding {
-  bool stochastic;
-  std::uint32_t key;  // of the step and the parameter
-  Place place;        // of the segment's elements
-};
-NLCG_HD Rounding rounding_of(const Options& o, double step, const Place& place) {
-  const auto of_step = mixed(static_cast<std::uint32_t>(static_cast<std::uint64_t>(step)) + 0x9e3779b9u);
-  return {o.stochastic_rounding, mixed(of_step ^ mixed(place.index + 0x85ebca6bu)), place};
-}
-// Element `l` of a segment: its number in the whole parameter.
-NLCG_HD std::uint64_t number_of(const Place& place, std::int64_t l) {
-  const std::int64_t skipped = place.run == 0 ? 0 : l / place.run * place.skip;
-  return static_cast<std::uint64_t>(place.begin + l + skipped);
-}
-// `low` and `high`: the halves of that number.
-template <class U>
-NLCG_HD U random_bits(const Rounding& rounding, U low, U high) {
-  return mixed(static_cast<U>(mixed(static_cast<U>(low ^ rounding.key)) +
-                              (mixed(static_cast<U>(high + 0x85ebca6bu)) ^ rounding.key)));
 }
 
 template <class F, class U>
@@ -127,8 +95,8 @@ NLCG_HD void assign_rounded(E& to, S x, const Rounding&, std::int64_t) {
 }
 NLCG_HD void assign_rounded(BFloat16& to, float x, const Rounding& rounding, std::int64_t l) {
   if (!rounding.stochastic) return assign(to, x);
-  const std::uint64_t number = number_of(rounding.place, l);
-  const auto low = static_cast<std::uint32_t>(number), high = static_cast<std::uint32_t>(number >> 32);
+  const std::uint64_t index = global_index(rounding.shard, l);
+  const auto low = static_cast<std::uint32_t>(index), high = static_cast<std::uint32_t>(index >> 32);
   to.bits = static_cast<std::uint16_t>(encode_bf16_stochastic(x, random_bits(rounding, low, high)));
 }
 

@@ -82,17 +82,17 @@ NLCG_INLINE void store_rounded(E* to, V v, const Rounding&, std::int64_t) {
 NLCG_INLINE void store_rounded(BFloat16* to, Float v, const Rounding& rounding, std::int64_t l) {
   if (!rounding.stochastic) return store(to, v);
   Bits32 low, high;
-  const std::uint64_t first = number_of(rounding.place, l);
+  const std::uint64_t first = global_index(rounding.shard, l);
   const auto first_low = static_cast<std::uint32_t>(first);
-  if (rounding.place.run == 0 && first_low <= UINT32_MAX - kLanes<float>) {  // one high half for all
+  if (rounding.shard.run == 0 && first_low <= UINT32_MAX - kLanes<float>) {  // one high half for all
     for (int lane = 0; lane < kLanes<float>; ++lane) low[lane] = static_cast<std::uint32_t>(lane);
     low += first_low;
     high = Bits32{} + static_cast<std::uint32_t>(first >> 32);
   } else {
     for (int lane = 0; lane < kLanes<float>; ++lane) {
-      const std::uint64_t number = number_of(rounding.place, l + lane);
-      low[lane] = static_cast<std::uint32_t>(number);
-      high[lane] = static_cast<std::uint32_t>(number >> 32);
+      const std::uint64_t index = global_index(rounding.shard, l + lane);
+      low[lane] = static_cast<std::uint32_t>(index);
+      high[lane] = static_cast<std::uint32_t>(index >> 32);
     }
   }
   store_16bit(to, encode_bf16_stochastic(v, random_bits(rounding, low, high)));

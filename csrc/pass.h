@@ -62,7 +62,7 @@ struct PassDefaults {
   NLCG_HD void assume_constants(Broadcast) {}
 };
 
-// broadcast(x): a double as an element of type S; step_cpu.cpp has one for vectors. Passes get their scalars through it.
+// broadcast(x): a double as an element of type S; cpu_passes.h has one for vectors. Passes get their scalars through it.
 template <class S>
 struct ElementBroadcast {
   using Scalar = S;

@@ -2,8 +2,8 @@
 // has no operator there. Each architecture's header gives the same functions:
 //
 //     square_root(x)                   rounded to nearest
-//     store_streaming(to, x)           around the cache, where there is such a store; `to` aligned to the vector
-//     finish_streaming()               before other threads read what was so stored
+//     store_nontemporal(to, x)           around the cache, where there is such a store; `to` aligned to the vector
+//     finish_nontemporal_stores()               before other threads read what was so stored
 //     zero_extend(Bits16) -> Bits32    sixteen bits to thirty-two
 //     truncate(Bits32) -> Bits16       and back
 //     widen(Float) -> Wide2            to double, exactly

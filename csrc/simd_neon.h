@@ -11,9 +11,9 @@ namespace {
 NLCG_INLINE Float square_root(Float x) { return (Float)vsqrtq_f32((float32x4_t)x); }
 NLCG_INLINE Double square_root(Double x) { return (Double)vsqrtq_f64((float64x2_t)x); }
 // The pair store that hints at it has no intrinsic in gcc.
-NLCG_INLINE void store_streaming(float* to, Float x) { __builtin_memcpy(to, &x, sizeof(x)); }
-NLCG_INLINE void store_streaming(double* to, Double x) { __builtin_memcpy(to, &x, sizeof(x)); }
-NLCG_INLINE void finish_streaming() {}
+NLCG_INLINE void store_nontemporal(float* to, Float x) { __builtin_memcpy(to, &x, sizeof(x)); }
+NLCG_INLINE void store_nontemporal(double* to, Double x) { __builtin_memcpy(to, &x, sizeof(x)); }
+NLCG_INLINE void finish_nontemporal_stores() {}
 NLCG_INLINE Bits32 zero_extend(Bits16 x) { return __builtin_convertvector(x, Bits32); }
 NLCG_INLINE Bits16 truncate(Bits32 x) { return __builtin_convertvector(x, Bits16); }
 NLCG_INLINE Wide2 widen(Float x) {

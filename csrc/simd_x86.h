@@ -12,8 +12,8 @@ namespace {
 
 NLCG_INLINE Float square_root(Float x) { return _mm512_sqrt_ps(x); }
 NLCG_INLINE Double square_root(Double x) { return _mm512_sqrt_pd(x); }
-NLCG_INLINE void store_streaming(float* to, Float x) { _mm512_stream_ps(to, x); }
-NLCG_INLINE void store_streaming(double* to, Double x) { _mm512_stream_pd(to, x); }
+NLCG_INLINE void store_nontemporal(float* to, Float x) { _mm512_stream_ps(to, x); }
+NLCG_INLINE void store_nontemporal(double* to, Double x) { _mm512_stream_pd(to, x); }
 NLCG_INLINE Bits32 zero_extend(Bits16 x) {
   return reinterpret_cast<Bits32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
 }
@@ -32,8 +32,8 @@ NLCG_INLINE Double add_exact_product(Double acc, Double a, Double b) { return _m
 
 NLCG_INLINE Float square_root(Float x) { return _mm256_sqrt_ps(x); }
 NLCG_INLINE Double square_root(Double x) { return _mm256_sqrt_pd(x); }
-NLCG_INLINE void store_streaming(float* to, Float x) { _mm256_stream_ps(to, x); }
-NLCG_INLINE void store_streaming(double* to, Double x) { _mm256_stream_pd(to, x); }
+NLCG_INLINE void store_nontemporal(float* to, Float x) { _mm256_stream_ps(to, x); }
+NLCG_INLINE void store_nontemporal(double* to, Double x) { _mm256_stream_pd(to, x); }
 NLCG_INLINE Bits32 zero_extend(Bits16 x) {
   return reinterpret_cast<Bits32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
 }
@@ -50,8 +50,8 @@ NLCG_INLINE Double add_exact_product(Double acc, Double a, Double b) { return _m
 
 NLCG_INLINE Float square_root(Float x) { return _mm_sqrt_ps(x); }
 NLCG_INLINE Double square_root(Double x) { return _mm_sqrt_pd(x); }
-NLCG_INLINE void store_streaming(float* to, Float x) { _mm_stream_ps(to, x); }
-NLCG_INLINE void store_streaming(double* to, Double x) { _mm_stream_pd(to, x); }
+NLCG_INLINE void store_nontemporal(float* to, Float x) { _mm_stream_ps(to, x); }
+NLCG_INLINE void store_nontemporal(double* to, Double x) { _mm_stream_pd(to, x); }
 NLCG_INLINE Bits32 zero_extend(Bits16 x) { return __builtin_convertvector(x, Bits32); }
 NLCG_INLINE Bits16 truncate(Bits32 x) { return __builtin_convertvector(x, Bits16); }
 NLCG_INLINE Wide2 widen(Float x) { return {{_mm_cvtps_pd(x), _mm_cvtps_pd(_mm_movehl_ps(x, x))}}; }
@@ -60,7 +60,7 @@ NLCG_INLINE Double add_exact_product(Double acc, Double a, Double b) { return ac
 
 #endif
 
-NLCG_INLINE void finish_streaming() { _mm_sfence(); }
+NLCG_INLINE void finish_nontemporal_stores() { _mm_sfence(); }
 
 using FloatMode = unsigned;
 constexpr FloatMode kDefaultFloatMode = 0x1f80;

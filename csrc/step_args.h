@@ -1,9 +1,9 @@
 // What a step is given: plain structs, shared by the CPU, CUDA and the bindings. No logic.
 //
-// Parameters, gradients and state lie scattered in memory: a Segment says where those of one parameter are, and its place
-// in the flat index. The flat index is what tiles and sums run over; nothing need be stored in its order. Segments are
-// sorted by `offset`, do not overlap, are never empty, and need not cover the index: what no segment covers takes no part
-// in the step. One flat buffer is the case of a single segment.
+// Parameters, gradients and state are scattered in memory: a Segment has the addresses of one parameter's, and its range of
+// the flat index. Tiles and sums run over the flat index; nothing need be stored in its order. Segments are sorted by
+// `offset`, do not overlap, are never empty, and need not cover the index: what no segment covers takes no part in the
+// step. A flat buffer is a single segment.
 #pragma once
 
 #include <cstdint>
@@ -33,26 +33,26 @@ constexpr const char* kUpdateRuleNames[] = {"fletcher_reeves", "polak_ribiere", 
 
 NLCG_HD constexpr std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Which element of the whole parameter an element of a segment is, for random bits that do not depend on how parameters are
-// cut: element l is number begin + l + l / run * skip of parameter `index`; run = 0: begin + l.
-struct Place {
+// The part of a parameter that a segment is: element l of the segment is element begin + l + l / run * skip of the whole
+// parameter; run = 0: element begin + l. Random bits use it, so that they do not depend on how parameters are sharded.
+struct Shard {
   std::int64_t begin, run, skip;
-  std::uint32_t index;
+  std::uint32_t parameter;  // its index
 
-  bool operator==(const Place&) const = default;
+  bool operator==(const Shard&) const = default;
 };
 
 struct Segment {
-  void* p;          // parameters; may be null where no pass reads or writes them
-  const void* g;    // gradient, same dtype and memory order as p
-  void* grad_prev;  // state, in the state's type and the memory order of p. Null where the options have no use for it
-  void* direction;  //
-  void* diagonal;   // the preconditioner's own: h of bfgs, v of adam
-  void* origin;     // full batch: the point that a line search starts from
-  double* steps;    // how often this parameter has moved
+  void* p;              // parameters; may be null if no pass reads or writes them
+  const void* g;        // gradient, in the dtype and memory order of p; may be null if no pass reads it
+  void* grad_prev;      // state, in the state's type and the memory order of p; null if the options do not use it
+  void* direction;      // the same
+  void* diagonal;       // the same; the preconditioner's own: h of bfgs, v of adam
+  void* origin;         // the same; full batch: the point that a line search starts from
+  double* steps;        // how often this parameter has moved
   std::int64_t offset;  // of its first element in the flat index
   std::int64_t n;
-  Place place;
+  Shard shard;
   std::int32_t group;  // index into Step::groups
   DType dtype;
 
@@ -62,10 +62,10 @@ struct Segment {
 struct Group {
   double lr;            // from the caller
   double alpha;         // lr * ls_scale, formed by the step
-  double weight_decay;  // L2 or decoupled, as the preconditioner's passes say
-  double sign;          // of the gradient: -1 where the group maximizes
+  double weight_decay;  // L2 or decoupled, depending on the preconditioner's passes
+  double sign;          // of the gradient: -1 if the group maximizes
   double* alpha_prev;   // of the previous step; written by the step
-  double factor = 1.0;  // of the gradient: the sign, times that of clipping; formed by the CPU's step
+  double factor = 1.0;  // of the gradient: the sign times the factor of clipping; formed by the CPU's step
 };
 
 // Every option of a step, once: type, name, default.
@@ -101,7 +101,7 @@ void each_option(O& o, F&& f) {
 }
 
 // Every scalar that survives a step, once: name, value before the first step. All are doubles, so the struct is a flat
-// float64 buffer, which Python allocates and anybody may read.
+// float64 buffer, which Python allocates and can read.
 #define NLCG_SCALARS(X)                                                                                         \
   X(step, 0.0)          /* completed steps */                                                                   \
   X(skipped_steps, 0.0) /* steps that changed nothing because a number was not finite */                        \
@@ -109,19 +109,19 @@ void each_option(O& o, F&& f) {
   X(gs, 0.0)            /* sum(g s) over the last gradient and the last move: sum(g_prev s) of the next step */ \
   X(shs, 0.0)           /* sum(s h s) of the last move: what the next step gates on */                          \
   X(grad_max, 0.0)      /* bfgs: largest |g| of the last step */                                                \
-  X(direction_max, 0.0) /* bound of |d| */                                                                      \
+  X(direction_max, 0.0) /* a bound of |d| */                                                                    \
   X(ls_scale, 1.0)      /* line-search scale, in (0, 1] */                                                      \
-  X(loss_prev, __builtin_inf()) /* not finite: none yet */                                                      \
-  X(active_set, 0.0)            /* names the parameters that moved in the last step: Step::active_set of it */  \
+  X(loss_prev, __builtin_inf()) /* infinite: none yet */                                                        \
+  X(active_set, 0.0)            /* Step::active_set of the last step */                                         \
   X(beta, 0.0)                  /* from here on: what the last step did, read by diagnostics only */            \
   X(ys, 0.0)                                                                                                    \
   X(shs_used, 0.0)                                                                                              \
-  X(updated, 0.0) /* 1 where the preconditioner's diagonal was updated */                                       \
-  X(gg, 0.0)      /* sum(g g) and sum(g d), where the state does not keep g */                                  \
+  X(updated, 0.0) /* 1 if the preconditioner's diagonal was updated */                                          \
+  X(gg, 0.0)      /* sum(g g) and sum(g d), if the state does not keep g */                                     \
   X(gd, 0.0)                                                                                                    \
-  X(disagreements, 0.0) /* steps that changed nothing because the ranks were not about to take the same one */  \
-  X(grad_norm, 0.0)     /* |g| before clipping and weight decay, where it is measured; of skipped steps too */  \
-  X(clip, 1.0)          /* what clipping has multiplied g by */
+  X(disagreements, 0.0) /* steps that changed nothing because the ranks disagreed on which step to take */      \
+  X(grad_norm, 0.0)     /* |g| before clipping and weight decay, if it is measured; of skipped steps too */     \
+  X(clip, 1.0)          /* the factor that clipping multiplied g by */
 
 struct Scalars {
 #define NLCG_FIELD(name, start) double name;
@@ -136,38 +136,16 @@ void each_scalar(F&& f) {  // name and start
 }
 constexpr int kScalars = sizeof(Scalars) / sizeof(double);
 
-// What one rank contributes to a decision, where the parameters are spread over ranks. All exchanges have this form, so
-// that ranks which are not at the same point find out.
-enum Column {
-  kSum0,
-  kSum1,
-  kSum2,
-  kLargestElement,
-  kGs,
-  kShs,
-  kChanged,
-  kMoving,
-  kFoundInf,
-  kLoss,
-  kStepNumber,
-  kMoment,  // which exchange this is: the number of the pass, or kDiagnostics
-  kDigest,  // of the options, and of every group's lr, weight_decay and sign
-  kColumns
-};
-constexpr double kDiagnostics = -1.0;
-struct RankRecord {
-  double column[kColumns];
-};
-static_assert(sizeof(RankRecord) == kColumns * sizeof(double));
+struct RankRow;  // rank_agreement.h
 
-// How the ranks' rows come together: `gather` fills `all` from everybody's `mine`, or throws. The rows are then added
-// up in the order of ranks, so every rank decides alike, to the bit, whatever algorithm gathered them.
+// How the ranks exchange their rows: `gather` fills `all` from every rank's `mine`, or throws. The rows are then added up in
+// the order of ranks, so every rank decides alike, to the bit, whatever algorithm gathered them.
 struct RankGather {
-  int ranks = 0;                    // 0: this process is alone
-  bool every_decision = false;      // false: only the first pass, for the loss (the sums are this rank's alone)
-  RankRecord* mine = nullptr;       // on the step's device, like `all` and `counted`
-  const RankRecord* all = nullptr;  // by rank
-  const double* owned = nullptr;    // by rank: whether its sums are added. The loss is averaged over all rows
+  int ranks = 0;                  // 0: this process is alone
+  bool every_decision = false;    // false: rows are exchanged after the first pass only, for the loss
+  RankRow* mine = nullptr;        // on the step's device, like `all` and `owned`
+  const RankRow* all = nullptr;   // by rank
+  const double* owned = nullptr;  // by rank: whether its sums are added. The loss is averaged over all rows
   void (*gather)(void*) = nullptr;
   void* context = nullptr;
 };
@@ -185,7 +163,7 @@ struct Descent {
 };
 constexpr const char* kDescentNames[] = {"trial", "slope", "curvature", "direction"};
 
-// 1 - beta2^k and 1 - beta2^(k + 1) for k = *Segment::steps, which are the same for most segments.
+// 1 - beta2^k and 1 - beta2^(k + 1) for k = *Segment::steps.
 struct Bias {
   double beta2, steps, now, next;
 };
@@ -199,15 +177,16 @@ struct Step {
   std::int64_t n_groups;
   Options options;
   Scalars* scalars;
-  Bias* bias;         // workspace: one a segment; checked against `steps` where it is used
-  double* partials;   // workspace: kMaxSums per tile, see partials_needed
-  double active_set;  // names the parameters with gradients; another than the last step's: the past is forgotten
-  double loss;        // NaN: none given
-  double digest;      // Column::kDigest of this rank
+  Bias* bias;        // workspace: one a segment; checked against `steps` where it is used
+  double* partials;  // workspace: kMaxSums per tile, see partials_needed
+  double
+      active_set;  // a name of the set of parameters with gradients; if it differs from the last step's, beta is 0 and h stays
+  double loss;    // NaN: none given
+  double digest;  // kDigest in this rank's rows
   int threads;
-  std::int64_t
-      owned;  // elements of the flat index, from its begin, that this rank adds to sums; the rest are replicas and
-              // are not summed. A multiple of chunk_elements(n), or n
+  // The number of elements, from the begin of the flat index, that this rank adds to sums: n, or a multiple of
+  // chunk_elements(n). The others are replicas of another rank's.
+  std::int64_t owned;
   RankGather exchange;
 };
 
@@ -216,15 +195,15 @@ struct Step {
 constexpr std::int64_t kTile = 4096;
 constexpr int kMaxSums = 3;
 
-// Sixteen consecutive elements are one block of the CPU's sums, and the most a SIMD vector holds: where every parameter
-// begins at a block, and torch aligns memory to 64 bytes, vectors are aligned.
+// Sixteen consecutive elements are one block of the CPU's sums, and the most that a SIMD vector holds. If every parameter
+// begins at a block, vectors are aligned, because torch aligns memory to 64 bytes.
 constexpr std::int64_t kBlockElements = 16;
 
 NLCG_HD constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }
 constexpr std::int64_t partials_needed(std::int64_t n) { return kMaxSums * tiles_of(n); }
 
 // A GPU sums 2^k tiles at a time, so that there are at most 32,768 partial sums: enough that the last round of blocks,
-// which not all take part in, is a small part of a pass, and few enough that one block adds them up in microseconds.
+// which is incomplete, is a small part of a pass, and few enough that one block adds them up in microseconds.
 constexpr std::int64_t tiles_per_chunk(std::int64_t tiles) {
   std::int64_t in_one = 1;
   while (in_one * 32768 < tiles) in_one *= 2;

@@ -41,7 +41,7 @@ bool update_curvature_in(const Step& step, double* ys, double* shs) {
   *ys = sums[2] - sums[0];
   *shs = sums[1];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  reduce<S>(step, Bfgs::update(*ys, *shs, Broadcast<S>{}), sums);
+  reduce<S>(step, Bfgs::update(*ys, *shs, LaneBroadcast<S>{}), sums);
   return true;
 }
 
@@ -49,7 +49,7 @@ template <class S>
 void preconditioned_dots_in(const Step& step, double* rz, double* rz_mid) {
   double sums[kMaxSums + 1];
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    run_part<S>(step, preconditioner.dots(step.options, has_grad_prev(step), Broadcast<S>{}), sums);
+    run_part<S>(step, preconditioner.dots(step.options, has_grad_prev(step), LaneBroadcast<S>{}), sums);
   });
   *rz = sums[0];
   *rz_mid = sums[1];
@@ -60,7 +60,7 @@ void update_direction_in(const Step& step, double beta) {
   double sums[kMaxSums + 1];
   const bool move = step.n_segments > 0 && step.segments[0].p != nullptr, keep_grad = has_grad_prev(step);
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
-    run_part<S>(step, preconditioner.move(step.options, beta, keep_grad, move, Broadcast<S>{}), sums);
+    run_part<S>(step, preconditioner.move(step.options, beta, keep_grad, move, LaneBroadcast<S>{}), sums);
   });
 }
 
@@ -83,7 +83,7 @@ void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
 
 template <class S>
 void descend_in(const Step& step, const Descent& numbers, double* sums) {
-  with_descent_pass(numbers, Broadcast<S>{}, [&](const auto& pass) {
+  with_descent_pass(numbers, LaneBroadcast<S>{}, [&](const auto& pass) {
     double found[kMaxSums + 1];
     reduce<S>(step, pass, found);
     for (int j = 0; j <= kMaxSums; ++j) sums[j] = found[j];

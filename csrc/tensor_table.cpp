@@ -1,8 +1,9 @@
 #include "tensor_table.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
+
+#include "rank_agreement.h"
 
 namespace fastnlcg {
 namespace {
@@ -50,12 +51,12 @@ Segment segment_of(const SegmentSpec& spec, const std::string& name, std::int64_
   if (spec.group < 0 || spec.group >= groups) {
     throw invalid_argument(name + " is in group " + std::to_string(spec.group) + " of " + std::to_string(groups));
   }
-  if (spec.place.run < 0)
-    throw invalid_argument(name + " has run " + std::to_string(spec.place.run) + ", expected >= 0");
+  if (spec.shard.run < 0)
+    throw invalid_argument(name + " has run " + std::to_string(spec.shard.run) + ", expected >= 0");
   Segment segment = {};
   segment.offset = spec.offset;
   segment.n = size;
-  segment.place = spec.place;
+  segment.shard = spec.shard;
   segment.group = spec.group;
   segment.dtype = spec.dtype;
   return segment;
@@ -154,8 +155,8 @@ void TensorTable::set_exchange(const BufferPtr& mine, const BufferPtr& all, cons
   step_.owned = elements;
   step_.exchange = RankGather{static_cast<int>(ranks),
                               every_decision,
-                              static_cast<RankRecord*>(mine->data()),
-                              static_cast<const RankRecord*>(all->data()),
+                              static_cast<RankRow*>(mine->data()),
+                              static_cast<const RankRow*>(all->data()),
                               static_cast<const double*>(owned->data()),
                               [](void* self) {
                                 const py::gil_scoped_acquire acquired;
@@ -281,7 +282,8 @@ void TensorTable::check_overlaps() {
   for (const Segment& segment : segments_) {
     const auto add = [&](const void* at, DType dtype, bool is_parameter) {
       if (at == nullptr) return;
-      spans.push_back({static_cast<const char*>(at), segment.n * size_of(dtype), is_parameter, segment.place.index});
+      spans.push_back(
+          {static_cast<const char*>(at), segment.n * size_of(dtype), is_parameter, segment.shard.parameter});
     };
     add(segment.p, segment.dtype, true);
     for (void* Segment::* const array : kStateArrays) add(segment.*array, step_.state_dtype, false);
@@ -324,18 +326,7 @@ void TensorTable::set_groups(const StepInputs& in) {
   }
 }
 
-double TensorTable::digest() const {
-  std::uint64_t hash = 1469598103934665603u;  // FNV-1a, over the bits of doubles
-  const auto add = [&](double x) {
-    std::uint64_t bits;
-    if (x != x) x = 0.0;  // a number on the device, which the host does not know
-    std::memcpy(&bits, &x, sizeof(bits));
-    for (int k = 0; k < 64; k += 8) hash = (hash ^ (bits >> k & 0xff)) * 1099511628211u;
-  };
-  each_option(step_.options, [&](const char*, const auto& value) { add(static_cast<double>(value)); });
-  for (const Group& group : groups_) add(group.lr), add(group.weight_decay), add(group.sign);
-  return static_cast<double>(hash >> 11);
-}
+double TensorTable::digest() const { return digest_of(step_.options, step_.groups, step_.n_groups); }
 
 std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
   const StepGuard busy(*this);

@@ -20,7 +20,7 @@ struct SegmentSpec {
   int group;
   DType dtype;
   TensorShape shape;  // of p, g and the state arrays
-  Place place;
+  Shard shard;
 };
 
 // The keys of an optimizer's state entry; none: the options have no use for the tensor.

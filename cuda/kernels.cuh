@@ -8,7 +8,7 @@
 //                                  the first loaded, g and one stream more, stays in shared memory as far as it fits
 //     part<S, Pass>                one pass with numbers from the host, for the flat-buffer functions
 //     index_tiles                  which segment a tile begins in, where the tiles are many
-//     upload_rows<Row>             the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and
+//     upload_entries<Row>             the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and
 //                                  a graph can capture it
 //
 // A chunk is one tile of 4096 elements (tile.cuh), for huge states 2^k of them (tiles_per_chunk): one partial sum. A block
@@ -28,8 +28,8 @@ namespace {
 // ---- a pass over the block's chunks, and what follows from its sums -----------------------------------------------
 
 template <bool kMayReside, class S, class Pass>
-__device__ __forceinline__ void run_pass(const BlockContext<S>& launch, const Pass& pass, Totals& totals) {
-  const Arguments& a = launch.a;
+__device__ __forceinline__ void run_pass(const BlockContext<S>& context, const Pass& pass, Totals& totals) {
+  const Arguments& a = context.a;
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const int last = block + (a.chunks - 1 - block) / blocks * blocks;
 #pragma unroll 1
@@ -43,7 +43,7 @@ __device__ __forceinline__ void run_pass(const BlockContext<S>& launch, const Pa
       if (tile >= a.tiles) break;
       const int slot = local * a.tiles_per_chunk + t;
       const int smem_offset = kMayReside && slot < a.resident_tiles ? 2 * static_cast<int>(kTile) * slot : -1;
-      run_tile<kMayReside>(launch, pass, tile, smem_offset, sums);
+      run_tile<kMayReside>(context, pass, tile, smem_offset, sums);
     }
     block_totals<Pass::kSums, Pass::kFormsLargest>(sums.sum, sums.largest, pass.sums(), totals, local);
     if (threadIdx.x == 0) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void grid_totals(const Arguments& a, double (&x)[K], 
   block_totals<K, kMax>(x, largest, wanted, totals, 0);
 }
 
-__device__ double number(DeviceScalar x) {
+__device__ double value_of_scalar(DeviceScalar x) {
   switch (x.dtype) {
     case DType::f64:
       return *static_cast<const double*>(x.address);
@@ -88,11 +88,11 @@ __device__ double number(DeviceScalar x) {
 }
 
 // Before the first decision, by the one thread that decides: the line search and every group's step length.
-__device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const RankRecord& row) {
+__device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const RankRow& row) {
   StepPlan c = begin_step(a.options, *a.scalars, a.active_set, row, a.exchange.ranks > 0);
   for (std::int64_t i = 0; i < a.n_groups; ++i) {
     const GroupInput& in = group_inputs(a)[i];
-    const double lr = in.lr_on_device.address != nullptr ? number(in.lr_on_device) : in.lr;
+    const double lr = in.lr_on_device.address != nullptr ? value_of_scalar(in.lr_on_device) : in.lr;
     a.alpha[i] = lr * c.next.ls_scale;
     // The host checks an lr that it can see; one on the device is checked here.
     if (!(is_finite(lr) && lr >= 0.0)) c.skip = true;
@@ -102,18 +102,18 @@ __device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const Ra
 
 // What this rank knows after a pass.
 template <class Pass>
-__device__ __forceinline__ RankRecord row_of(const Arguments& a, const double (&sums)[Pass::kSums], double largest) {
-  RankRecord row = {};
+__device__ __forceinline__ RankRow row_of(const Arguments& a, const double (&sums)[Pass::kSums], double largest) {
+  RankRow row = {};
 #pragma unroll
   for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
   row.column[kLargestElement] = largest;
   if (Pass::kFirstPass) {
-    const double loss = a.loss_on_device.address != nullptr ? number(a.loss_on_device) : a.loss;
+    const double loss = a.loss_on_device.address != nullptr ? value_of_scalar(a.loss_on_device) : a.loss;
     const double found_inf = a.found_inf.address != nullptr ? *static_cast<const float*>(a.found_inf.address) : 0.0f;
     contribute(row, *a.scalars, a.active_set, loss, static_cast<double>(a.n_segments), found_inf);
   }
   // The last pass exchanges nothing.
-  sign_row(row, a.scalars->step, Pass::kFirstPass ? 0.0 : Pass::kOnlyIfClipped ? 0.5 : 1.0, a.digest);
+  sign_row(row, a.scalars->step, exchange_after<Pass>(), a.digest);
   return row;
 }
 
@@ -143,7 +143,7 @@ struct NextOf<First, Rest...> : std::conditional_t<First::kOnlyIfClipped, NextOf
 
 // What one thread makes of a pass's sums.
 template <class S, class Pass, class Next>
-__device__ __forceinline__ void decide(const Arguments& a, const RankRecord& row) {
+__device__ __forceinline__ void decide(const Arguments& a, const RankRow& row) {
   StepPlan& c = a.control->plan;
   bool bad_lr = false;
   if (Pass::kFirstPass) {
@@ -173,14 +173,14 @@ template <class S, class Pass, class Next, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   constexpr bool kLast = std::is_same_v<Next, NoPass>;
   __shared__ typename BlockContext<S>::InShared groups;
-  const BlockContext<S> launch(a, groups, !Pass::kFirstPass);
+  const BlockContext<S> context(a, groups, !Pass::kFirstPass);
   const Pass pass = pass_of<S, Pass>(a);
-  run_pass<kAlone>(launch, pass, totals);
+  run_pass<kAlone>(context, pass, totals);
   if (!is_last_block(a.control->barrier)) return false;
   double x[Pass::kSums], largest;
   grid_totals<Pass::kSums, Pass::kFormsLargest>(a, x, largest, pass.sums(), totals);
   if (threadIdx.x == 0) {
-    const RankRecord row = row_of<Pass>(a, x, largest);
+    const RankRow row = row_of<Pass>(a, x, largest);
     if (!kAlone && exchanges(a.exchange, Pass::kFirstPass, kLast)) {
       *a.exchange.mine = row;
     } else {
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid
 template <class S, class Pass, class Next>
 __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
   if (!Pass::kFirstPass && (a.control->plan.skip || (Pass::kOnlyIfClipped && !a.control->plan.again))) return;
-  __shared__ RankRecord row;
+  __shared__ RankRow row;
   const int j = static_cast<int>(threadIdx.x);
   if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.owned, a.exchange.ranks, j);
   __syncthreads();
@@ -274,8 +274,8 @@ template <class S, class Pass>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_constant__ Arguments a, const Pass pass) {
   __shared__ Totals totals;
   __shared__ typename BlockContext<S>::InShared groups;
-  const BlockContext<S> launch(a, groups, false);
-  run_pass<false>(launch, pass, totals);
+  const BlockContext<S> context(a, groups, false);
+  run_pass<false>(context, pass, totals);
   if (!is_last_block(a.control->barrier)) return;
   double x[Pass::kSums], largest;
   grid_totals<Pass::kSums, Pass::kFormsLargest>(a, x, largest, pass.sums(), totals);
@@ -287,17 +287,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_cons
 
 // As many rows as fit the kernel arguments of every CUDA (4 KB), and of CUDA 12.1 and newer (32,764 bytes).
 template <class Row, int kBytes>
-struct Rows {
+struct Entries {
   static constexpr int kMax = (kBytes - 32) / static_cast<int>(sizeof(Row));
   Row row[kMax];
   int count;
 };
 
 template <class Row, int kBytes>
-__global__ void upload_rows(const __grid_constant__ Rows<Row, kBytes> rows, Row* to) {
+__global__ void upload_entries(const __grid_constant__ Entries<Row, kBytes> rows, Row* to) {
   for (int i = static_cast<int>(threadIdx.x); i < rows.count; i += static_cast<int>(blockDim.x)) to[i] = rows.row[i];
 }
-constexpr int kSmallRows = 4096, kLargeRows = 32764;
+constexpr int kSmallUpload = 4096, kLargeUpload = 32764;
 
 // Arguments::tile_index of many tiles.
 __global__ void index_tiles(const Segment* segments, int n_segments, int tiles, int* to) {

@@ -52,7 +52,7 @@ struct Raw {
   }
 };
 
-// load_stream(to, from, on): `to` from global memory where `on`; else it keeps what it holds. In assembly, so that it is
+// load_if(to, from, on): `to` from global memory where `on`; else it keeps what it holds. In assembly, so that it is
 // one instruction with a predicate. Wide ones leave no trace in the L1 cache, where the tables are to stay; of narrow ones
 // the next finds its line there. "Relaxed" keeps them in order, at no cost.
 #ifdef __CUDACC__
@@ -60,19 +60,19 @@ struct Raw {
   asm volatile("{ .reg .pred on; setp.ne.b32 on, " ON ", 0; @on ld.relaxed.cta.global" LOAD \
                : __VA_ARGS__                                                                \
                : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(on)))
-__device__ __forceinline__ void load_stream(uint4& to, const void* from, bool on) {
+__device__ __forceinline__ void load_if(uint4& to, const void* from, bool on) {
   NLCG_LOAD(".L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }", "%5", "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w));
 }
-__device__ __forceinline__ void load_stream(uint2& to, const void* from, bool on) {
+__device__ __forceinline__ void load_if(uint2& to, const void* from, bool on) {
   NLCG_LOAD(".L1::no_allocate.v2.u32 {%0, %1}, [%2]; }", "%3", "+r"(to.x), "+r"(to.y));
 }
-__device__ __forceinline__ void load_stream(Word<8>& to, const void* from, bool on) {
+__device__ __forceinline__ void load_if(Word<8>& to, const void* from, bool on) {
   NLCG_LOAD(".L1::evict_first.u64 %0, [%1]; }", "%2", "+l"(to.bits));
 }
-__device__ __forceinline__ void load_stream(Word<4>& to, const void* from, bool on) {
+__device__ __forceinline__ void load_if(Word<4>& to, const void* from, bool on) {
   NLCG_LOAD(".L1::evict_first.u32 %0, [%1]; }", "%2", "+r"(to.bits));
 }
-__device__ __forceinline__ void load_stream(Word<2>& to, const void* from, bool on) {
+__device__ __forceinline__ void load_if(Word<2>& to, const void* from, bool on) {
   NLCG_LOAD(".L1::evict_first.u16 %0, [%1]; }", "%2", "+r"(to.bits));
 }
 #undef NLCG_LOAD
@@ -83,7 +83,7 @@ __device__ __forceinline__ void load_quad(Raw<E, kWide>& to, const E* from, bool
   using R = Raw<E, kWide>;
 #pragma unroll
   for (int k = 0; k < R::kPieces; ++k) {
-    load_stream(to.piece[k], reinterpret_cast<const char*>(from) + k * R::kBytes, on);
+    load_if(to.piece[k], reinterpret_cast<const char*>(from) + k * R::kBytes, on);
   }
 }
 

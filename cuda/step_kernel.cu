@@ -47,10 +47,10 @@ KernelAttributes attributes_of(Kernel* kernel) {  // loads it, too: inside a cap
   return {static_cast<int>(attributes.sharedSizeBytes)};
 }
 void load_tables() {
-  attributes_of(upload_rows<Segment, kSmallRows>);
-  attributes_of(upload_rows<Segment, kLargeRows>);
-  attributes_of(upload_rows<GroupInput, kSmallRows>);
-  attributes_of(upload_rows<GroupInput, kLargeRows>);
+  attributes_of(upload_entries<Segment, kSmallUpload>);
+  attributes_of(upload_entries<Segment, kLargeUpload>);
+  attributes_of(upload_entries<GroupInput, kSmallUpload>);
+  attributes_of(upload_entries<GroupInput, kLargeUpload>);
   attributes_of(index_tiles);
 }
 

@@ -30,12 +30,12 @@ struct ThreadSums {
 // What is one number in a group, in the state's type. Formed once for every block and pass: the conversions are double
 // precision work, which some GPUs have little of.
 template <class S>
-struct GroupNumbers {
+struct GroupScalars {
   S alpha, alpha_prev, weight_decay, decay_factor;
   S factor;  // of the gradient: the sign, 1 over AMP's scale, and that of clipping
 };
 template <class S>
-__device__ __forceinline__ GroupNumbers<S> group_numbers(const Arguments& a, int group, double clip) {
+__device__ __forceinline__ GroupScalars<S> group_scalars(const Arguments& a, int group, double clip) {
   const GroupInput& input = group_inputs(a)[group];
   const double alpha = a.alpha[group], weight_decay = input.weight_decay;
   const double scale = a.grad_scale.address != nullptr ? *static_cast<const float*>(a.grad_scale.address) : 1.0;
@@ -46,7 +46,7 @@ __device__ __forceinline__ GroupNumbers<S> group_numbers(const Arguments& a, int
 
 // And in a segment.
 template <class S>
-struct SegmentNumbers : GroupNumbers<S> {
+struct SegmentScalars : GroupScalars<S> {
   S inv_sqrt_bias, inv_sqrt_bias_prev;
   // False where alpha is 0: then p keeps every bit, the sign of a zero included.
   __device__ __forceinline__ bool moves() const { return this->alpha != S{0}; }
@@ -55,7 +55,7 @@ struct SegmentNumbers : GroupNumbers<S> {
 template <class S, int K>
 struct At {
   S p_, g_, undecayed_, grad_prev_, d_, diagonal_, origin_;
-  const SegmentNumbers<S>& segment;
+  const SegmentScalars<S>& segment;
   ThreadSums<S, K>& sums;
 
   __device__ __forceinline__ S g() const { return g_; }
@@ -90,7 +90,7 @@ struct At {
 // What holds for a whole pass. All threads of a block make one together.
 template <class S>
 struct BlockContext {
-  using InShared = GroupNumbers<S>[kInlineGroups];
+  using InShared = GroupScalars<S>[kInlineGroups];
   const Arguments& a;
   const InShared& of_group;  // of the first groups; the others' are formed where they are used
   const bool clips;          // a constant, where everything is inlined
@@ -98,20 +98,20 @@ struct BlockContext {
   __device__ BlockContext(const Arguments& arguments, InShared& shared, bool after_the_first_pass)
       : a(arguments), of_group(shared), clips(after_the_first_pass) {
     const int group = static_cast<int>(threadIdx.x);
-    if (group < kInlineGroups && group < a.n_groups) shared[group] = group_numbers<S>(a, group, clip());
+    if (group < kInlineGroups && group < a.n_groups) shared[group] = group_scalars<S>(a, group, clip());
     __syncthreads();
   }
   // Not kept: a double takes two registers.
   __device__ double clip() const { return clips ? a.control->plan.clip : 1.0; }
   // Read where it is used: few steps do, and registers are short.
   __device__ __forceinline__ Rounding rounding(const Segment& segment) const {
-    return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step, segment.place) : Rounding{};
+    return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step, segment.shard) : Rounding{};
   }
   template <class Pass>
-  __device__ __forceinline__ SegmentNumbers<S> numbers(const Segment& segment) const {
-    SegmentNumbers<S> x;
-    static_cast<GroupNumbers<S>&>(x) =
-        segment.group < kInlineGroups ? of_group[segment.group] : group_numbers<S>(a, segment.group, clip());
+  __device__ __forceinline__ SegmentScalars<S> scalars(const Segment& segment) const {
+    SegmentScalars<S> x;
+    static_cast<GroupScalars<S>&>(x) =
+        segment.group < kInlineGroups ? of_group[segment.group] : group_scalars<S>(a, segment.group, clip());
     x.inv_sqrt_bias = x.inv_sqrt_bias_prev = S{};
     if (Pass::kUsesStepCounts) {
       Bias bias = a.bias[&segment - a.segments];
@@ -128,12 +128,12 @@ struct BlockContext {
 
 // The gradient the method sees, from the scaled one.
 template <class Pass, class S>
-__device__ __forceinline__ S gradient(S g, S p, const SegmentNumbers<S>& numbers) {
-  return Pass::kAppliesL2Decay ? decayed_gradient(g, numbers.weight_decay, p) : g;
+__device__ __forceinline__ S gradient(S g, S p, const SegmentScalars<S>& scalars) {
+  return Pass::kAppliesL2Decay ? decayed_gradient(g, scalars.weight_decay, p) : g;
 }
 
 template <class S>
-__device__ __forceinline__ S* stream(void* base, std::int64_t local) {
+__device__ __forceinline__ S* array_ptr(void* base, std::int64_t local) {
   return static_cast<S*>(base) + local;
 }
 
@@ -154,19 +154,19 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
 // `smem_offset` is where a resident tile's g, and behind it the stream of kKeptInSharedMemory, lie in shared memory, or -1; kLoaded:
 // they are there, since the first pass.
 template <bool kMayReside, bool kLoaded, bool kWide, int Q, class S, class E, class Pass, int K>
-__device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const Pass& pass, const Segment& here, E* p_at,
-                                          const E* g_at, std::int64_t position, int smem_offset,
-                                          const SegmentNumbers<S>& numbers, ThreadSums<S, K>& sums) {
+__device__ __forceinline__ void run_quads(const BlockContext<S>& context, const Pass& pass, const Segment& here,
+                                          E* p_at, const E* g_at, std::int64_t position, int smem_offset,
+                                          const SegmentScalars<S>& scalars, ThreadSums<S, K>& sums) {
   constexpr int kApart = kQuad * kThreads;
   constexpr bool kReadsGradient = Pass::kReadsGradient && !kLoaded;
   constexpr unsigned kInMemory = kLoaded ? ~Pass::kKeptInSharedMemory : ~0u;
   const unsigned reads = pass.reads() & kInMemory, writes = pass.writes();
   const std::int64_t in_segment = position - here.offset;
-  S* const d_at = stream<S>(here.direction, in_segment);
-  S* const diagonal_at = stream<S>(here.diagonal, in_segment);
-  S* const grad_prev_at = stream<S>(here.grad_prev, in_segment);
-  S* const origin_at = stream<S>(here.origin, in_segment);
-  const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kAppliesL2Decay && numbers.weight_decay != S{0});
+  S* const d_at = array_ptr<S>(here.direction, in_segment);
+  S* const diagonal_at = array_ptr<S>(here.diagonal, in_segment);
+  S* const grad_prev_at = array_ptr<S>(here.grad_prev, in_segment);
+  S* const origin_at = array_ptr<S>(here.origin, in_segment);
+  const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kAppliesL2Decay && scalars.weight_decay != S{0});
   const int local = static_cast<int>(position % kTile);
 
   Raw<S> d_raw[Q] = {}, diagonal_raw[Q] = {}, grad_prev_raw[Q] = {}, origin_raw[Q] = {}, g_loaded[Q] = {};
@@ -199,8 +199,8 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
       g_raw[q].decode(g);
 #pragma unroll
       for (int l = 0; l < kQuad; ++l) {
-        undecayed[l] = scaled_gradient(g[l], numbers.factor);
-        g[l] = gradient<Pass>(undecayed[l], p[l], numbers);
+        undecayed[l] = scaled_gradient(g[l], scalars.factor);
+        g[l] = gradient<Pass>(undecayed[l], p[l], scalars);
       }
     }
     if (kMayReside && Pass::kBuiltFromOptionsAlone && Pass::kKeptInSharedMemory != 0 && smem_offset >= 0) {
@@ -210,7 +210,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
     }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
-      At<S, K> at{p[l], g[l], undecayed[l], grad_prev[l], d[l], diagonal[l], origin[l], numbers, sums};
+      At<S, K> at{p[l], g[l], undecayed[l], grad_prev[l], d[l], diagonal[l], origin[l], scalars, sums};
       pass(at);
       p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_, origin[l] = at.origin_;
     }
@@ -218,24 +218,24 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& launch, const P
     if (writes & kGradPrev) store_quad(grad_prev_at + q * kApart, grad_prev);
     if (writes & kD) store_quad(d_at + q * kApart, d);
     if (writes & kOrigin) store_quad(origin_at + q * kApart, origin);
-    if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || numbers.moves())) {
-      store_rounded_quad<kWide>(p_at + q * kApart, p, launch.rounding(here), in_segment + q * kApart);
+    if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || scalars.moves())) {
+      store_rounded_quad<kWide>(p_at + q * kApart, p, context.rounding(here), in_segment + q * kApart);
     }
   }
 }
 
 // One element of a segment, of whatever type.
 template <bool kMayReside, class S, class Pass, int K>
-__device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pass& pass, const Segment& segment,
+__device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pass& pass, const Segment& segment,
                                         std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
-  const SegmentNumbers<S> numbers = launch.template numbers<Pass>(segment);
+  const SegmentScalars<S> scalars = context.template scalars<Pass>(segment);
   const unsigned reads = pass.reads(), writes = pass.writes();
   const std::int64_t in_segment = position - segment.offset;
   const bool resides = kMayReside && smem_offset >= 0;
   const bool loaded = resides && !Pass::kBuiltFromOptionsAlone;
   const int local = static_cast<int>(position % kTile);
   const bool reads_g = pass.kReadsGradient && !loaded;
-  const bool reads_p = (reads & kP) || (reads_g && Pass::kAppliesL2Decay && numbers.weight_decay != S{0});
+  const bool reads_p = (reads & kP) || (reads_g && Pass::kAppliesL2Decay && scalars.weight_decay != S{0});
 
   S p = {}, g = {};
   with_element_type<S>(segment.dtype, [&](auto element) {
@@ -243,29 +243,29 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& launch, const Pas
     if (reads_p) p = value_of(static_cast<const E*>(segment.p)[in_segment]);
     if (reads_g) g = value_of(static_cast<const E*>(segment.g)[in_segment]);
   });
-  const S undecayed = scaled_gradient(g, numbers.factor);
-  g = loaded ? resident<S>(smem_offset)[local] : gradient<Pass>(undecayed, p, numbers);
+  const S undecayed = scaled_gradient(g, scalars.factor);
+  g = loaded ? resident<S>(smem_offset)[local] : gradient<Pass>(undecayed, p, scalars);
   At<S, K> at{p,
               g,
               undecayed,
-              reads & kGradPrev ? *stream<S>(segment.grad_prev, in_segment) : S{},
-              reads & kD ? *stream<S>(segment.direction, in_segment) : S{},
-              reads & kDiagonal ? *stream<S>(segment.diagonal, in_segment) : S{},
-              reads & kOrigin ? *stream<S>(segment.origin, in_segment) : S{},
-              numbers,
+              reads & kGradPrev ? *array_ptr<S>(segment.grad_prev, in_segment) : S{},
+              reads & kD ? *array_ptr<S>(segment.direction, in_segment) : S{},
+              reads & kDiagonal ? *array_ptr<S>(segment.diagonal, in_segment) : S{},
+              reads & kOrigin ? *array_ptr<S>(segment.origin, in_segment) : S{},
+              scalars,
               sums};
   if (Pass::kBuiltFromOptionsAlone && Pass::kKeptInSharedMemory != 0 && resides) {
     resident<S>(smem_offset)[local] = at.g_;
     resident<S>(smem_offset)[kTile + local] = Pass::kKeptInSharedMemory == kD ? at.d_ : at.diagonal_;
   }
   pass(at);
-  if (writes & kDiagonal) *stream<S>(segment.diagonal, in_segment) = at.diagonal_;
-  if (writes & kGradPrev) *stream<S>(segment.grad_prev, in_segment) = at.grad_prev_;
-  if (writes & kD) *stream<S>(segment.direction, in_segment) = at.d_;
-  if (writes & kOrigin) *stream<S>(segment.origin, in_segment) = at.origin_;
-  if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || numbers.moves())) {
+  if (writes & kDiagonal) *array_ptr<S>(segment.diagonal, in_segment) = at.diagonal_;
+  if (writes & kGradPrev) *array_ptr<S>(segment.grad_prev, in_segment) = at.grad_prev_;
+  if (writes & kD) *array_ptr<S>(segment.direction, in_segment) = at.d_;
+  if (writes & kOrigin) *array_ptr<S>(segment.origin, in_segment) = at.origin_;
+  if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || scalars.moves())) {
     with_element_type<S>(segment.dtype, [&](auto element) {
-      assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, launch.rounding(segment),
+      assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, context.rounding(segment),
                      in_segment);
     });
   }
@@ -279,9 +279,9 @@ constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kBuiltFromOpti
                                  : 1;
 
 template <bool kMayReside, class S, class Pass, int K>
-__device__ __forceinline__ void run_tile(const BlockContext<S>& launch, const Pass& pass, int tile, int smem_offset,
+__device__ __forceinline__ void run_tile(const BlockContext<S>& context, const Pass& pass, int tile, int smem_offset,
                                          ThreadSums<S, K>& sums) {
-  const Arguments& a = launch.a;
+  const Arguments& a = context.a;
   const std::int64_t begin = std::int64_t{tile} * kTile, end = begin + kTile;
   const int first = first_segment(a, tile);
   if (first == a.n_segments || a.segments[first].offset >= end) return;
@@ -298,14 +298,14 @@ __device__ __forceinline__ void run_tile(const BlockContext<S>& launch, const Pa
     if (s == a.n_segments) return;
     const Segment& here = a.segments[s];
     if (here.offset <= at && here.offset + here.n >= at + kQuad && state_takes_quads<S>(here)) {
-      const SegmentNumbers<S> numbers = launch.template numbers<Pass>(here);
+      const SegmentScalars<S> scalars = context.template scalars<Pass>(here);
       const bool wide = takes_quads(here, at - here.offset), both = Q == 2 && whole && wide;
       with_element_type<S>(here.dtype, [&](auto element) {
         using E = decltype(element);
         E* const p_at = static_cast<E*>(here.p) + (at - here.offset);
         const E* const g_at = static_cast<const E*>(here.g) + (at - here.offset);
         const auto run = [&](auto loaded, auto wide, auto quads) {
-          run_quads<kMayReside, loaded, wide, quads>(launch, pass, here, p_at, g_at, at, smem_offset, numbers, sums);
+          run_quads<kMayReside, loaded, wide, quads>(context, pass, here, p_at, g_at, at, smem_offset, scalars, sums);
         };
         const auto run_as = [&](auto loaded) {
           if (both) {
@@ -330,7 +330,7 @@ __device__ __forceinline__ void run_tile(const BlockContext<S>& launch, const Pa
       if (s == a.n_segments) return;
       const Segment& one = a.segments[s];
       if (one.offset > at + l) continue;
-      run_one<kMayReside>(launch, pass, one, at + l, smem_offset, sums);
+      run_one<kMayReside>(context, pass, one, at + l, smem_offset, sums);
     }
   }
 }

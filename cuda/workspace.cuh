@@ -36,12 +36,12 @@ struct Workspace {
 };
 
 template <int kBytes, class Row>
-void upload_rows_of(const Row* rows, std::int64_t first, std::int64_t last, Row* to, const CudaStep& cuda) {
-  Rows<Row, kBytes> part;
+void upload_entries_of(const Row* rows, std::int64_t first, std::int64_t last, Row* to, const CudaStep& cuda) {
+  Entries<Row, kBytes> part;
   for (; first < last; first += part.count) {
     part.count = static_cast<int>(std::min<std::int64_t>(last - first, part.kMax));
     std::copy_n(rows + first, part.count, part.row);
-    launch("upload_rows", upload_rows<Row, kBytes>, {1, 128}, cuda, part, to + first);
+    launch("upload_entries", upload_entries<Row, kBytes>, {1, 128}, cuda, part, to + first);
   }
 }
 template <class Row>
@@ -52,10 +52,10 @@ void upload_table(const Row* rows, std::int64_t first, std::int64_t last, double
     cudaDriverGetVersion(&driver);
     return driver == 0 || driver >= 12010;
   }();
-  if (!large || last - first <= Rows<Row, kSmallRows>::kMax) {
-    upload_rows_of<kSmallRows>(rows, first, last, table, cuda);
+  if (!large || last - first <= Entries<Row, kSmallUpload>::kMax) {
+    upload_entries_of<kSmallUpload>(rows, first, last, table, cuda);
   } else {
-    upload_rows_of<kLargeRows>(rows, first, last, table, cuda);
+    upload_entries_of<kLargeUpload>(rows, first, last, table, cuda);
   }
 }
 

@@ -58,8 +58,8 @@ std::uint64_t run(const Case& c) {
     Segment segment = {};
     segment.offset = n;
     segment.n = c.sizes[k];
-    segment.place = {0, 0, 0, static_cast<std::uint32_t>(k)};
-    if (k == 4) segment.place = {7, 11, 22, 4};  // a shard of columns
+    segment.shard = {0, 0, 0, static_cast<std::uint32_t>(k)};
+    if (k == 4) segment.shard = {7, 11, 22, 4};  // a shard of columns
     segment.group = static_cast<std::int32_t>(k % 2);
     segment.dtype = c.dtype;
     segment.steps = &steps_of[k];

@@ -116,7 +116,7 @@ def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
             steps = max(steps, t)
     if ranks is not None:
         ranks.prepare(device_of(ranks, params, torch.device("cpu")))
-        rows = ranks.exchange([rz, largest], steps, _native.diagnostics_moment, 0.0)
+        rows = ranks.exchange([rz, largest], steps, "diagnostics", 0.0)
         rz, largest = ranks.total(rows)[0], max(row[1] for row in rows)
     scalars = groups.new_scalars()
     at = list(_native.SCALARS).index

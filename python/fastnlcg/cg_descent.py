@@ -448,8 +448,7 @@ class _Table:
         self.native = self._make_native(n, rows)
         if ranks is not None:
             ranks.connect(self.native, owned, self.device)
-        digest = hashlib.blake2b(everything.encode(), digest_size=6).digest()
-        self.digest, self.moment = float(int.from_bytes(digest, "little")), -1.0
+        self.everything, self.alpha = everything, math.nan
         scalars = groups.new_scalars().to(self.device)
         alpha = torch.zeros((), dtype=torch.float64, device=self.device)
         held = [x for p, entry in state.items() if not isinstance(p, str) for x in (p, entry)]
@@ -513,7 +512,8 @@ class _Table:
     def exchange(self, values: list[float], step: int) -> list[list[float]]:
         """Everybody's values, by rank. All must have come from the same length of the same trial."""
         assert self.ranks is not None
-        return self.ranks.exchange(values, float(step), self.moment, self.digest)
+        digest = hashlib.blake2b(f"{self.everything} {self.alpha!r}".encode(), digest_size=6).digest()
+        return self.ranks.exchange(values, float(step), "full_batch", float(int.from_bytes(digest, "little")))
 
     def _gradients(self) -> list[Tensor]:
         """Where they are not all plain: in the memory order of the parameters; zeros for one that is None."""
@@ -553,7 +553,7 @@ class _Passes:
 
     def trial(self, alpha: float, *, first: bool) -> None:
         table = self.table
-        table.moment = alpha
+        table.alpha = alpha
         torch.autograd.graph.increment_version(table.params)
         with torch.no_grad():
             if first:

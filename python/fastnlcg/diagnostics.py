@@ -58,7 +58,7 @@ def read(of: Layout, param_groups: list[dict[str, Any]], state: Any) -> Diagnost
         gg, gd = s["gg"], s["gd"]
     if of.ranks is not None and of.ranks.every_decision:
         try:
-            gg, dd, gd = of.ranks.total(of.ranks.exchange([gg, dd, gd], s["step"], _native.diagnostics_moment, 0.0))
+            gg, dd, gd = of.ranks.total(of.ranks.exchange([gg, dd, gd], s["step"], "diagnostics", 0.0))
         except _native.RanksDisagree:
             of.explain("diagnostics()", param_groups)
     norms = math.sqrt(gg) * math.sqrt(dd)

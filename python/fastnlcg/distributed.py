@@ -135,12 +135,11 @@ class Ranks:
         """Everybody's ``mine`` into everybody's ``rows``."""
         getattr(dist, _GATHER)(self.rows, self.mine, group=self.group)
 
-    def exchange(self, values: Sequence[float], step: float, moment: float, digest: float) -> list[list[float]]:
-        """Everybody's values, by rank. Every rank has to call it; RanksDisagree where others are not at this step and
-        moment, or have another digest."""
+    def exchange(self, values: Sequence[float], step: float, exchange: str, digest: float) -> list[list[float]]:
+        """Every rank's values, by rank. Every rank has to call it; RanksDisagree if others are at another step, in
+        another exchange (``ExchangeId`` in csrc/rank_agreement.h), or have another digest."""
         k = _native.row_signature
-        row = [*values, *[0.0] * (k - len(values)), step, moment, digest]
-        self.mine.copy_(torch.tensor(row, dtype=torch.float64))
+        self.mine.copy_(torch.tensor(_native.rank_row(values, step, exchange, digest), dtype=torch.float64))
         self.gather()
         rows: list[list[float]] = self.rows.view(len(self.owned), -1).tolist()
         if any(row[k:] != rows[0][k:] for row in rows):

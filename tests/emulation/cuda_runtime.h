@@ -239,7 +239,7 @@ T* checked(T* at, std::size_t bytes) {
   return at;
 }
 template <class T>
-void load_stream(T& to, const void* from, bool on) {
+void load_if(T& to, const void* from, bool on) {
   std::size_t bytes = sizeof(T);
   if constexpr (requires { T::kBytes; }) bytes = T::kBytes;
   if (on) std::memcpy(&to, checked(from, bytes), bytes);

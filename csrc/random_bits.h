@@ -1,0 +1,41 @@
+// Random bits for stochastic rounding. They depend on the step, the parameter's index and the element's index in the whole
+// parameter alone: they are the same on every machine, in replicas, in shards and in a resumed run.
+#pragma once
+
+#include <cstdint>
+
+#include "step_args.h"
+
+namespace fastnlcg {
+
+// One round of the mixer "lowbias32" of Chris Wellons' hash-prospector (public domain).
+template <class U>
+NLCG_HD U mixed(U x) {
+  x = x ^ (x >> 16);
+  x = x * 0x7feb352du;
+  x = x ^ (x >> 15);
+  x = x * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+struct Rounding {
+  bool stochastic;
+  std::uint32_t key;  // of the step and the parameter
+  Shard shard;
+};
+NLCG_HD Rounding rounding_of(const Options& o, double step, const Shard& shard) {
+  const auto of_step = mixed(static_cast<std::uint32_t>(static_cast<std::uint64_t>(step)) + 0x9e3779b9u);
+  return {o.stochastic_rounding, mixed(of_step ^ mixed(shard.parameter + 0x85ebca6bu)), shard};
+}
+// The index of a segment's element `l` in the whole parameter.
+NLCG_HD std::uint64_t global_index(const Shard& shard, std::int64_t l) {
+  const std::int64_t skipped = shard.run == 0 ? 0 : l / shard.run * shard.skip;
+  return static_cast<std::uint64_t>(shard.begin + l + skipped);
+}
+// `low` and `high`: the halves of that index.
+template <class U>
+NLCG_HD U random_bits(const Rounding& rounding, U low, U high) {
+  return mixed(static_cast<U>(mixed(static_cast<U>(low ^ rounding.key)) +
+                              (mixed(static_cast<U>(high + 0x85ebca6bu)) ^ rounding.key)));
+}
+
+}  // namespace fastnlcg
