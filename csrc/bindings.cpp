@@ -81,7 +81,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       },
       "values"_a, "step"_a, "exchange"_a, "digest"_a);
   m.attr("block_elements") = kBlockElements;
-  // Whether two lists hold the same objects.
+  // Whether two lists have the same objects, in the same order.
   m.def(
       "same_objects",
       [](const py::list& a, const py::list& b) {

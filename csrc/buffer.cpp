@@ -37,7 +37,8 @@ Shape shape_of(int ndim, GetSize size, GetStride stride, std::int64_t unit) {
   return shape;
 }
 
-// The stride of a row-major dimension, walking from the last. What overflows is refused by shape_of, from the extents.
+// The stride of a row-major dimension; called from the last dimension to the first. shape_of refuses extents that
+// overflow.
 std::int64_t next_stride(std::int64_t& row_major, std::int64_t extent) {
   const std::int64_t stride = row_major;
   if (extent != 0 && __builtin_mul_overflow(row_major, extent, &row_major)) row_major = 0;
@@ -123,7 +124,7 @@ void Buffer::from_buffer_protocol(PyObject* owner) {
 
 namespace {
 
-// A reference that is given back.
+// A reference that is released at the end of the scope.
 struct Owned {
   explicit Owned(PyObject* object) : object(object) {}
   ~Owned() { Py_XDECREF(object); }
@@ -142,7 +143,7 @@ PyObject* given(PyObject* object) {
 void Buffer::from_dlpack(PyObject* owner) {
   const Owned method(given(PyObject_GetAttrString(owner, "__dlpack__")));
   const Owned options(given(Py_BuildValue("{s(ii)}", "max_version", 1, 0)));
-  // Memory on a GPU is used on the caller's stream, where its producer has already put it: nobody needs to wait (-1).
+  // Memory on a GPU is used on the caller's stream, on which it was produced: -1 asks the producer not to synchronize.
   const Owned device(PyObject_CallMethod(owner, "__dlpack_device__", nullptr));
   if (device.object == nullptr) {
     if (!PyErr_ExceptionMatches(PyExc_Exception)) throw PythonError{};  // an interrupt is not an answer

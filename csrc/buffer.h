@@ -1,4 +1,4 @@
-// A borrowed view of somebody's memory, taken through the buffer protocol (NumPy, array, memoryview), DLPack (torch,
+// A borrowed view of an array's memory, taken through the buffer protocol (NumPy, array, memoryview), DLPack (torch,
 // CuPy, JAX, a bare capsule) or __cuda_array_interface__ (Numba). Holds the owner for as long as it lives. Copies
 // nothing, converts nothing.
 #pragma once
@@ -13,7 +13,7 @@ namespace fastnlcg {
 struct DLManagedTensor;
 struct DLManagedTensorVersioned;
 
-// What the CPU's memory is called: in the emulation it stands for a GPU's too.
+// The name of the CPU's memory; the emulation uses it as a GPU's.
 #ifdef FASTNLCG_EMULATED
 constexpr const char* kHostDevice = "cuda:0";
 #else
@@ -22,8 +22,8 @@ constexpr const char* kHostDevice = "cpu";
 
 class Buffer {
  public:
-  // Throws std::invalid_argument for a consumed or malformed capsule, and leaves a Python exception set (throwing
-  // PythonError) where the owner's own protocol raised. An object that offers none of them: BufferTypeError.
+  // Throws std::invalid_argument for a consumed or malformed capsule, PythonError if the owner's own protocol raised
+  // (its exception stays set), and BufferTypeError for an object without any of these protocols.
   explicit Buffer(PyObject* owner);
   ~Buffer();
   Buffer(const Buffer&) = delete;
@@ -31,12 +31,12 @@ class Buffer {
 
   void* data() const { return data_; }
   std::int64_t size() const { return size_; }            // elements
-  const std::string& dtype() const { return dtype_; }    // "float32", ...; "?" and the format where unknown
+  const std::string& dtype() const { return dtype_; }    // "float32", ...; else the protocol's own name
   const std::string& device() const { return device_; }  // "cpu", "cuda:0", ...
   bool readonly() const { return readonly_; }
   bool contiguous() const { return contiguous_; }  // row-major
 
-  // Asks for 2 MiB pages under memory that nothing has touched yet: long streams then miss the TLB less. A hint.
+  // Asks for 2 MiB pages for memory that has not been touched yet: long arrays then miss the TLB less. A hint.
   void advise_huge_pages() const;
 
  private:
@@ -51,7 +51,7 @@ class Buffer {
   std::string dtype_, device_ = kHostDevice;
   bool readonly_ = false, contiguous_ = true;
 
-  PyObject* owner_ = nullptr;  // of memory that no protocol holds for us
+  PyObject* owner_ = nullptr;  // held here, because the protocol holds no reference
   Py_buffer view_ = {};
   DLManagedTensor* managed_ = nullptr;
   DLManagedTensorVersioned* versioned_ = nullptr;

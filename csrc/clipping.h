@@ -1,8 +1,8 @@
 // Clipping by the gradient's norm: lists of passes made of a preconditioner's own, First, Rest...
 //
-//     no norm wanted     First,           Rest...
-//     Clipped            WithNorm<First>, Repeated<First>, Rest...     forms the norm in passing; repeats First if |g| is too large
-//     ClippedNormFirst   GradientNorm,    Repeated<First>, Rest...     for a step that expects to clip: First runs once
+//     no norm wanted     First,                            Rest...
+//     Clipped            WithNorm<First>, Repeated<First>, Rest...   forms the norm in passing; repeats First to clip
+//     ClippedNormFirst   GradientNorm,    Repeated<First>, Rest...   for a step that expects to clip: First runs once
 //
 // The two lists with a norm have the same bits.
 #pragma once

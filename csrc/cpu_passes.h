@@ -1,6 +1,7 @@
-// Passes on the CPU: one over all tiles and threads, and a list of passes as a step, each followed by its decision.
+// Passes on the CPU: reduce() runs one over all tiles, on several threads; take_step() runs a list of them, with a
+// decision after each.
 //
-// Included by step_cpu.cpp only, once per instruction set, in an unnamed namespace, as simd.h says.
+// In an unnamed namespace, like simd.h: step_cpu.cpp includes it once per instruction set.
 #pragma once
 
 #ifdef _OPENMP
@@ -18,19 +19,18 @@ namespace {
 // ---- threads -----------------------------------------------------------------------------------------------------
 
 #ifdef _OPENMP
-// libgomp's pool does not survive fork(): a child that enters a parallel region hangs. It computes alone instead, with
-// the same bits.
-const pid_t loaded_by = getpid();  // at load, not at first use: that may be in the child
+// libgomp's threads do not survive fork(): a child that enters a parallel region hangs. A child therefore uses one
+// thread, with the same bits.
+const pid_t loaded_by = getpid();  // when the module is loaded: its first use may be in the child
 bool forked() { return getpid() != loaded_by; }
 #endif
 
-// Every other pass walks backwards, in strips of half a megabyte per stream: it finds in the cache what the pass before
-// read last, and the next, forwards again, what it left. A strip is long enough for the hardware's prefetchers, which
-// like to walk forwards.
+// Every other pass walks backwards, in strips of half a megabyte per array: it finds in the cache what the pass before
+// read last. Inside a strip it walks forwards, which suits the hardware's prefetchers.
 constexpr std::int64_t kStrip = 32;
 
-// The processor's default floating-point mode, and the caller's again: torch.set_flush_denormal() holds for the thread that
-// called it, not for OpenMP's, so under it the bits would depend on the number of threads.
+// Sets the processor's default floating-point mode, and restores the caller's. torch.set_flush_denormal() affects the
+// thread that called it, but not OpenMP's threads, so the bits would depend on the number of threads.
 class DefaultFloatMode {
  public:
   DefaultFloatMode() : before_(float_mode()) { set_float_mode(kDefaultFloatMode); }
@@ -42,8 +42,8 @@ class DefaultFloatMode {
   FloatMode before_;
 };
 
-// Runs the pass over all tiles and adds up the partial sums in the order of the tiles; behind the sums, the maximum
-// where the pass forms one.
+// Runs the pass over all tiles and adds up the partial sums in the order of the tiles. If the pass forms a maximum, it
+// follows the sums.
 template <class S, class Pass>
 void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
   const std::int64_t tiles = tiles_of(step.n);
@@ -57,7 +57,7 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
     }
   };
 #ifdef _OPENMP
-  // Below four tiles a thread, waking a thread costs more than it brings.
+  // With fewer than four tiles a thread, waking a thread costs more than it saves.
   const std::int64_t useful = tiles / 4 < step.threads ? tiles / 4 : step.threads;
   const bool shared = useful > 1 && !forked();
   if (shared) {
@@ -98,7 +98,7 @@ struct LaneBroadcast {
 
 // ---- the step ----------------------------------------------------------------------------------------------------
 
-// The rows of all ranks as one.
+// Gathers the rows of all ranks, and adds them up in `row`.
 void gather(const RankGather& exchange, RankRow& row) {
   *exchange.mine = row;
   exchange.gather(exchange.context);
@@ -110,7 +110,7 @@ void form_factors(const Step& step, double clip) {
   for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].factor = step.groups[i].sign * clip;
 }
 
-// One pass and what follows from it; false where the step ends here.
+// One pass, and its decision. False if the step ends here.
 template <class S, class Pass, bool kLast>
 bool pass_and_decide(const Step& step, StepPlan& c) {
   if (Pass::kFirstPass) form_factors(step, 1.0);
@@ -123,7 +123,7 @@ bool pass_and_decide(const Step& step, StepPlan& c) {
   if (Pass::kFirstPass) {
     contribute(row, *step.scalars, step.active_set, step.loss, static_cast<double>(step.n_segments), 0.0);
   }
-  // The sums of the last pass are for the next step, whose first pass passes them on.
+  // The sums of the last pass are for the next step, and are exchanged with its first pass.
   const RankGather& exchange = step.exchange;
   if (exchange.ranks > 0 && (Pass::kFirstPass || (exchange.every_decision && !kLast))) {
     sign_row(row, step.scalars->step, exchange_after<Pass>(), step.digest);

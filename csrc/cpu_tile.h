@@ -1,10 +1,10 @@
 // One tile on the CPU: a fixed range of the flat index, from segments to vectors, through a pass, and back.
 //
-// Runs of whole blocks inside one segment are read and written in place. A block that straddles segments, or the end of one, is
-// gathered into a block on the stack, goes through the same code, and is scattered back. Lanes that no segment covers add
-// zeros. So a sum's bits depend on the flat index alone.
+// Runs of whole blocks inside one segment are read and written in place. A block that straddles segments, or the end of
+// one, is gathered into a block on the stack, goes through the same code, and is scattered back. Lanes that no segment
+// covers add zeros. So a sum's bits depend on the flat index alone.
 //
-// Included by step_cpu.cpp only, once per instruction set, in an unnamed namespace, as simd.h says.
+// In an unnamed namespace, like simd.h: step_cpu.cpp includes it once per instruction set.
 #pragma once
 
 #include <utility>
@@ -28,7 +28,7 @@ struct Arrays {
   S* origin;
 };
 
-// What is one number in a segment, and its value there.
+// The scalars of a segment: one value for all of its elements.
 enum SegmentScalar {
   kAlpha,
   kAlphaPrev,
@@ -55,13 +55,13 @@ void scalars_of(const Step& step, const Segment& segment, double (&x)[kSegmentSc
   }
 }
 
-// These numbers lane by lane: a straddling block may touch several segments.
+// The same, lane by lane: a block that straddles segments has several values.
 template <class S>
 struct SegmentLanes {
   Vector<S> scalar[kSegmentScalars][kVectors<S>];
-  bool decays;  // g takes L2 weight decay
-  bool scales;  // g takes a factor
-  bool moves;   // false where alpha is 0: then p keeps every bit, the sign of a zero included
+  bool decays;  // L2 weight decay is added to g
+  bool scales;  // g is multiplied by a factor
+  bool moves;   // false if alpha is 0: p then keeps every bit, the sign of a zero included
 };
 
 template <class S, int K>
@@ -73,10 +73,10 @@ struct Sums {
 // What does not change from vector to vector.
 struct Flags {
   Rounding rounding;  // of the segment
-  bool nontemporal;   // g_prev, or the origin, is written but not read here: if the cache is too small, go around it
+  bool nontemporal;   // g_prev, or the origin, is stored around the cache
 };
 
-// The vector at element `i` of the stream, vector `k` of its block.
+// The vector at element `i` of the arrays, which is vector `k` of its block.
 template <class S, class P, int K>
 struct At {
   const Arrays<S, P>& arrays;
@@ -158,7 +158,7 @@ NLCG_INLINE void one_block(const Pass& pass, const Arrays<S, P>& arrays, std::in
 template <class Pass, class S, class P, int K>
 void run_blocks(const Pass& shared_pass, Arrays<S, P> at, std::int64_t n, const SegmentLanes<S>& shared_segment,
                 Sums<S, K>& shared_sums, Flags flags) {
-  const Pass pass = shared_pass;  // copies: the compiler may then keep all of them in registers
+  const Pass pass = shared_pass;  // copies, so that the compiler can keep all of them in registers
   const SegmentLanes<S> segment = shared_segment;
   Sums<S, K> sums = shared_sums;
   for (std::int64_t i = 0; i < n; i += kBlock) {
@@ -185,15 +185,15 @@ Rounding rounding_in(const Step& step, const Segment& segment) {
   return rounding_of(step.options, step.scalars->step, segment.shard);
 }
 
-// One block on the stack. Lanes without a segment hold g = d = 0, h or v = 1: they add zeros and are not scattered.
+// A block on the stack. Lanes without a segment hold g = d = 0 and h or v = 1: they add zeros, and are not scattered.
 template <class S>
 struct alignas(kVectorBytes) Staged {
   S p[kBlock], g[kBlock], grad_prev[kBlock], d[kBlock], diagonal[kBlock], origin[kBlock];
   S scalar[kSegmentScalars][kBlock];
 };
 
-// Calls f(segment, lane) for every covered lane of the block at `position`; `first` is the first segment ending after
-// it.
+// Calls f(segment, lane) for every lane of the block at `position` that a segment covers; `first` is the first segment
+// that ends after `position`.
 template <class F>
 NLCG_INLINE void for_covered_lanes(const Step& step, std::int64_t first, std::int64_t position, F&& f) {
   for (std::int64_t s = first; s < step.n_segments && step.segments[s].offset < position + kBlock; ++s) {
@@ -211,7 +211,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   SegmentLanes<S> lanes;
   lanes.decays = lanes.scales = lanes.moves = false;
   double x[kSegmentScalars] = {};
-  const Segment* known = nullptr;  // whose numbers x holds
+  const Segment* known = nullptr;  // the segment whose scalars x holds
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
       const auto from = arrays_at<decltype(element), S>(segment, position + lane);
@@ -247,10 +247,11 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   });
 }
 
-// 2 million elements are 40 MB of parameters, gradients and state: more than a core's share of any cache.
+// 2 million elements have 40 MB of parameters, gradients and state, which is more than a core's share of any cache.
 constexpr std::int64_t kNontemporalElements = std::int64_t{1} << 21;
 
-// Whether a pass that writes g_prev, or the origin, and does not read it stores it around the cache.
+// Whether a pass stores g_prev, or the origin, around the cache: if it does not read the array, and the cache is too
+// small.
 template <class Pass, class S, class P>
 bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Arrays<S, P>& at) {
   const void* const once = Pass::kUsesOrigin ? at.origin : at.grad_prev;
@@ -259,7 +260,7 @@ bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Arrays<S,
   return aligned && (pass.writes() & ~pass.reads() & bit) && step.n >= kNontemporalElements;
 }
 
-// The same for a block of which one segment alone has the first `count` lanes: the end of a parameter.
+// A block of which a single segment covers the first `count` lanes, and no other the rest: the end of a parameter.
 template <class S, class Pass, int K>
 void run_end(const Step& step, const Pass& pass, const Segment& segment, std::int64_t position, int count,
              Sums<S, K>& sums) {
@@ -295,7 +296,7 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
   Sums<S, Pass::kSums> sums;
   std::int64_t position = tile * kTile;
   const std::int64_t tile_end = position + kTile < step.n ? position + kTile : step.n;
-  // First segment that ends after `position`.
+  // The first segment that ends after `position`.
   std::int64_t s = 0;
   for (std::int64_t high = step.n_segments; s < high;) {
     const std::int64_t middle = s + (high - s) / 2;
@@ -309,7 +310,7 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
     while (s < step.n_segments && step.segments[s].offset + step.segments[s].n <= position) ++s;
     if (s == step.n_segments || step.segments[s].offset >= tile_end) break;
     const Segment& segment = step.segments[s];
-    if (segment.offset >= position + kBlock) {  // a hole: on to the block where the segment begins
+    if (segment.offset >= position + kBlock) {  // a hole: continue with the block in which the segment begins
       position = segment.offset / kBlock * kBlock;
       continue;
     }

@@ -1,5 +1,5 @@
-// The decisions of a step: what follows from the sums of its passes, on scalars, in double. One thread of the CPU or of the
-// GPU takes them, by the same functions. Equations and symbols as in elementwise.h.
+// The decisions of a step: what follows from the sums of its passes, on scalars, in double. One thread of the CPU or of
+// the GPU takes them, by the same functions. Equations and symbols as in elementwise.h.
 #pragma once
 
 #include "elementwise.h"
@@ -14,8 +14,8 @@ NLCG_HD bool is_finite(double x) { return x - x == 0.0; }
 // 1 / sqrt(x) for a sum of squares, and 0 for an empty one; `bound` keeps it inside the state's type.
 NLCG_HD double inverse_root(double x, double bound) { return x > 0.0 ? at_most(1.0 / __builtin_sqrt(x), bound) : 0.0; }
 
-// 1 - base^k for a whole number k >= 0, by squaring: without cancellation, and the same bits everywhere, which pow() does
-// not promise.
+// 1 - base^k for a whole number k >= 0, by squaring: without cancellation, and the same bits everywhere, which pow()
+// does not promise.
 NLCG_HD double one_minus_power(double base, double k) {
   double power = 1.0, missing = 0.0, base_missing = 1.0 - base;
   for (auto bits = static_cast<unsigned long long>(k); bits != 0; bits >>= 1) {
@@ -44,8 +44,8 @@ NLCG_HD bool curvature_accepted(double ys, double shs, double curvature_eps) {
   return ys > curvature_eps && shs > curvature_eps && is_finite(ys) && is_finite(shs);
 }
 
-// Can pass 2 meet a number that is not finite although every gradient is finite? It divides by h + eps >= eps and sums up to
-// n squares, so it cannot if the largest |g| of this and the previous step, over eps, is this far from overflow:
+// Can pass 2 meet a number that is not finite although every gradient is finite? It divides by h + eps >= eps and sums
+// up to n squares, so it cannot if the largest |g| of this and the previous step, over eps, is this far from overflow:
 // sum <= n * g_max * (g_max / eps). A needless `true` only costs time: pass 3 then writes h instead of pass 2.
 NLCG_HD bool may_overflow(double grad_max, double grad_prev_max, double eps, double n, double largest) {
   const double g = grad_max > grad_prev_max ? grad_max : grad_prev_max;
@@ -134,8 +134,8 @@ NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double g
   c.next.ys = c.history_valid ? gs - c.next.gs : 0.0;
   c.next.shs_used = c.history_valid ? c.next.shs : 0.0;
   c.curvature = c.history_valid && curvature_accepted(c.next.ys, c.next.shs, o.curvature_eps);
-  // If y or y^2 / ys may leave the state's type, h would not be what it is in exact arithmetic: such a gradient is treated
-  // as one that is not finite.
+  // If y or y^2 / ys may leave the state's type, h would not be what it is in exact arithmetic: such a gradient is
+  // treated as one that is not finite.
   const double y_max = grad_max + c.next.grad_max;
   if (c.curvature && o.skip_nonfinite && !(y_max < limit && y_max / c.next.ys * y_max < 1e-3 * limit)) c.skip = true;
   // Pass 2 divides by eps in the state's type, in which a tiny eps is 0.
@@ -149,7 +149,8 @@ NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double g
 // Whether the options use sum(g g_prev / (h + eps)), which needs g_prev in the state.
 NLCG_HD bool needs_rz_mid(const Options& o) { return o.update == UpdateRule::polak_ribiere; }
 
-// After the pass that forms rz: beta. `z_max` is a bound of |z|; if d might leave the state's type, the step is skipped.
+// After the pass that forms rz: beta. `z_max` is a bound of |z|; if d might leave the state's type, the step is
+// skipped.
 NLCG_HD void decide_direction(StepPlan& c, const Options& o, double rz_new, double rz_mid, double z_max, double limit) {
   c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));
   c.next.beta = c.history_valid ? conjugacy(o, c.next.rz, rz_new, rz_mid) : 0.0;

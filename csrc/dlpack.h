@@ -1,5 +1,5 @@
-// The DLPack ABI, versions 0 and 1, with the exchange API of version 1.3 (https://dmlc.github.io/dlpack): the layouts
-// that every producer of tensors keeps, so that they can be read without linking anybody's library.
+// The DLPack ABI, versions 0 and 1, with the exchange API of version 1.3 (https://dmlc.github.io/dlpack): structs that
+// every producer of tensors agrees on, so that tensors can be read without linking the producer's library.
 #pragma once
 
 #include <cstdint>

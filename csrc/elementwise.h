@@ -14,12 +14,12 @@
 //     v     = beta2 v + (1 - beta2) g^2                   h = sqrt(v / (1 - beta2^k)),  k updates of v
 //     p_new = (1 - alpha weight_decay) p + alpha d_new
 //
-// `T` is a float, a double or a SIMD vector of either. Every instruction set and every CUDA thread calls these functions, so
-// an element's bits do not depend on what computed it. For that reason the project compiles with floating-point contraction
-// off: an fma in one place and a multiply and an add in another would differ.
+// `T` is a float, a double or a SIMD vector of either. Every instruction set and every CUDA thread calls these
+// functions, so an element's bits do not depend on what computed it. For that reason the project compiles with
+// floating-point contraction off: an fma in one place and a multiply and an add in another would differ.
 //
-// No memory, and no branches on data except selections: those belong to the callers. The scalars (beta, the sums' decisions)
-// are in decisions.h.
+// No memory, and no branches on data except selections: those belong to the callers. The scalars (beta, the sums'
+// decisions) are in decisions.h.
 #pragma once
 #define NLCG_ELEMENTWISE
 
@@ -43,7 +43,8 @@ NLCG_HD T scaled_gradient(T g, T factor) {
 // L2 weight decay pulls toward zero: the gradient the method sees.
 template <class T>
 NLCG_HD T decayed_gradient(T g, T weight_decay, T p) {
-  // Ignores p if the decay is 0: 0 * inf is NaN, and an element without decay may share a vector with others that decay.
+  // Ignores p if the decay is 0: 0 * inf is NaN, and an element without decay may share a vector with others that
+  // decay.
   return weight_decay != T{} ? g + weight_decay * p : g;
 }
 
@@ -100,15 +101,15 @@ NLCG_HD T adam_diagonal(T v, T inv_sqrt_bias_correction) {
   return square_root(v) * inv_sqrt_bias_correction;
 }
 
-// x, and NaN if `guard` is not finite. A sum of such x is NaN if the guard has overflowed; a sum of g / h alone would be 0
-// there and hide it.
+// x, and NaN if `guard` is not finite. A sum of such x is NaN if the guard has overflowed; a sum of g / h alone would
+// be 0 there and hide it.
 template <class T>
 NLCG_HD T nan_if_not_finite(T x, T guard) {
   return x + (guard - guard);
 }
 
-// w = -z: the preconditioned gradient (the paper's -s = -M^-1 r). The sums and the direction apply the sign, which costs
-// nothing there; without a preconditioner w = g.
+// w = -z: the preconditioned gradient (the paper's -s = -M^-1 r). The sums and the direction apply the sign, which
+// costs nothing there; without a preconditioner w = g.
 template <class T>
 NLCG_HD T preconditioned_gradient(T g, T h, T eps) {
   return g / (h + eps);

@@ -15,14 +15,15 @@ class FlatStep : public NativeStep {
   FlatStep(const std::string& state_dtype, const std::string& device, std::uintptr_t stream)
       : NativeStep(state_dtype, device, stream) {}
 
-  // The buffers of the calls below, which it holds. Null: absent; p or g must be given. `steps`: how often the diagonal was
-  // updated.
+  // The buffers of the calls below, which it holds. Null: absent; p or g must be given. `steps`: how often the diagonal
+  // was updated.
   struct Buffers {
     BufferPtr p, g, grad_prev, direction, diagonal, origin;
   };
   void bind(const Buffers&, double steps);
 
-  // A whole step. `scalars` has NLCG_SCALARS, alpha_prev and the updates of the diagonal, in this order, and is written.
+  // A whole step. `scalars` has NLCG_SCALARS, alpha_prev and the updates of the diagonal, in this order, and is
+  // written.
   bool step(const BufferPtr& scalars, double lr, double weight_decay, bool maximize, double loss, int threads);
 
   // Parts of a step.

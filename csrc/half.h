@@ -35,8 +35,8 @@ NLCG_HD U encode_bf16(F x) {  // round to nearest even; a NaN stays one
   return (u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded;
 }
 
-// Rounded up with the probability of the part that is cut off, so that small updates are not lost on average. `bits`:
-// 16 random ones. What rounds to the largest finite number to nearest does not become infinite here.
+// Rounds up with the probability of the part that is cut off, so that small updates are not lost on average. `bits`: 16
+// random bits. A number that rounding to nearest keeps finite does not become infinite.
 template <class U, class F>
 NLCG_HD U encode_bf16_stochastic(F x, U bits) {
   const U u = bits_of<U>(x);
@@ -100,7 +100,7 @@ NLCG_HD void assign_rounded(BFloat16& to, float x, const Rounding& rounding, std
   to.bits = static_cast<std::uint16_t>(encode_bf16_stochastic(x, random_bits(rounding, low, high)));
 }
 
-// Calls f(E{}) with the element type E of a segment's p and g, beside state of type S. What f may run on is its affair.
+// Calls f(E{}) with the element type E of p and g, given the state's type S. Host or device, as f is.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif

@@ -1,7 +1,7 @@
-// Blocks of sixteen lanes over the vectors of simd.h: loads, stores and sums. Arithmetic is written with plain operators,
-// so the functions of elementwise.h take a vector wherever they take a float. No formula of the method is here.
+// Blocks of sixteen lanes over the vectors of simd.h: loads, stores and sums. Arithmetic is written with plain
+// operators, so the functions of elementwise.h take vectors as they take floats. No formula of the method is here.
 //
-// Included by step_cpu.cpp only, once per instruction set, in an unnamed namespace, as simd.h says.
+// In an unnamed namespace, like simd.h: step_cpu.cpp includes it once per instruction set.
 #pragma once
 #ifdef NLCG_ELEMENTWISE
 #error "include lanes.h before elementwise.h: its functions need to see the overloads for vectors"
@@ -74,7 +74,7 @@ NLCG_INLINE Float load(const Float16* from) { return decode_f16<Float>(load_16bi
 NLCG_INLINE void store(BFloat16* to, Float v) { store_16bit(to, encode_bf16<Bits32>(v)); }
 NLCG_INLINE void store(Float16* to, Float v) { store_16bit(to, encode_f16<Bits32>(v)); }
 
-// The same for elements `l` and on of a segment's parameter.
+// The same for the elements of a segment's parameter from element `l` on.
 template <class E, class V>
 NLCG_INLINE void store_rounded(E* to, V v, const Rounding&, std::int64_t) {
   store(to, v);

@@ -1,9 +1,9 @@
-// What the two native steps share: the options, the device, how kernels run on it, and the plain Step that they fill in.
-// tensor_table.h follows torch's tensors; flat_step.h works on flat buffers.
+// What the two native steps share: the options, the device, how kernels run on it, and the plain Step that they fill
+// in. tensor_table.h follows torch's tensors; flat_step.h works on flat buffers.
 //
-// Python checks arguments and words the errors (_native.py, groups.py, parameters.py); whatever could make a kernel write
-// outside a buffer is checked here again. Nothing is written before every check has passed. One thread steps at a time, and
-// the GIL is released while kernels run.
+// Python checks arguments and words the errors (_native.py, groups.py, parameters.py); whatever could make a kernel
+// write outside a buffer is checked here again. Nothing is written before every check has passed. One thread steps at a
+// time, and the GIL is released while kernels run.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -59,7 +59,8 @@ class NativeStep {
   void check_buffer(const char* name, const Buffer&, const std::string& dtype) const;
   // Throws if float64 is mixed with another dtype. `what`: the parameters, in words.
   void check_state_dtype(const std::string& what, DType) const;
-  // Throws if the first segment lacks a state array that the passes of the options need. All segments have the same ones.
+  // Throws if the first segment lacks a state array that the passes of the options need. All segments have the same
+  // ones.
   void check_state() const;
   // Replaces the tables of segments and groups; `n` is the length of the flat index.
   void use(std::vector<Segment> segments, std::vector<Group> groups, std::int64_t n);

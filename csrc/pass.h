@@ -1,20 +1,20 @@
-// What a pass is: a functor over the elements of the flat index, which the CPU (cpu_tile.h) calls with SIMD vectors of elements
-// and CUDA (tile.cuh) with one element in a thread's registers. It is written once for both, as a template over the type T of
-// an element or vector.
+// What a pass is: a functor over the elements of the flat index, which the CPU (cpu_tile.h) calls with SIMD vectors of
+// elements and CUDA (tile.cuh) with one element in a thread's registers. It is written once for both, as a template
+// over the type T of an element or vector.
 //
 // `pass(at)` computes one element or vector:
 //
-//     at.g()                       the gradient the method sees, scaled and clipped, with L2 decay; undecayed(): without decay
-//     at.p(), at.grad_prev(), at.d(), at.diagonal(), at.origin()      what is stored there
-//     at.set_p(x), ...             stores
-//     at.alpha(), alpha_prev(), decay_factor(), inv_sqrt_bias(), inv_sqrt_bias_prev()      scalars of the segment or group
-//     at.moves()                   false if alpha is 0: p then keeps every bit, the sign of a zero included
+//     at.g(), undecayed()      the gradient that the method sees, scaled and clipped, with L2 weight decay; without it
+//     at.p(), grad_prev(), d(), diagonal(), origin()      what is stored there
+//     at.set_p(x), ...         stores x
+//     at.alpha(), alpha_prev(), decay_factor(), inv_sqrt_bias(), inv_sqrt_bias_prev()      scalars of the segment
+//     at.moves()               false if alpha is 0: p then keeps every bit, the sign of a zero included
 //     at.wide(x), wide_grad_prev(), wide_d()      in double
-//     at.add(j, a, b)              adds a * b, both in double, to sum number j
-//     at.largest(x)                takes the maximum with x >= 0
+//     at.add(j, a, b)          adds a * b, both in double, to sum number j
+//     at.largest(x)            takes the maximum with x >= 0
 //
-// A pass asks for each value once: a load is not repeated. Preconditioners list their passes as a PassList; the machinery runs
-// any list, so a new preconditioner is a new list (preconditioners.h).
+// A pass asks for each value once: a load is not repeated. Preconditioners list their passes as a PassList; the
+// machinery runs any list, so a new preconditioner is a new list (preconditioners.h).
 #pragma once
 
 #include <concepts>
@@ -49,10 +49,11 @@ struct PassDefaults {
   static constexpr bool kBuiltFromOptionsAlone = false;
   // Runs only if the plan says `again`: the gradient has to be clipped.
   static constexpr bool kOnlyIfClipped = false;
-  // GPU, one launch: the state array that the first pass leaves in shared memory, next to g, for the others. 0: neither.
+  // GPU, one launch: the state array that the first pass leaves in shared memory, next to g, for the others. 0:
+  // neither.
   static constexpr unsigned kKeptInSharedMemory = 0;
-  // GPU, float32: how many groups of four elements a thread may load at once, in separate launches and in one launch. Fewer
-  // than 2 if two would not fit the registers.
+  // GPU, float32: how many groups of four elements a thread may load at once, in separate launches and in one launch.
+  // Fewer than 2 if two would not fit the registers.
   static constexpr int kMostQuadsAtOnce = 2, kMostQuadsAtOnceInOneLaunch = 2;
 
   // Which sums are not 0, as bits: as few as the options need.
@@ -62,7 +63,8 @@ struct PassDefaults {
   NLCG_HD void assume_constants(Broadcast) {}
 };
 
-// broadcast(x): a double as an element of type S; cpu_passes.h has one for vectors. Passes get their scalars through it.
+// broadcast(x): a double as an element of type S; cpu_passes.h has one for vectors. Passes get their scalars through
+// it.
 template <class S>
 struct ElementBroadcast {
   using Scalar = S;

@@ -1,7 +1,7 @@
 // The passes of Adam's diagonal.
 //
-// v needs no curvature pair, so two passes are enough. Both form v, and the second stores it, once the step is decided: a
-// skipped step leaves v alone.
+// v needs no curvature pair, so two passes are enough. Both form v, and the second stores it, once the step is decided:
+// a skipped step leaves v alone.
 #pragma once
 
 #include "elementwise.h"

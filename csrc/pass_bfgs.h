@@ -1,8 +1,8 @@
 // The passes of the paper's preconditioner: diagonal BFGS.
 //
-// ys = sum(y s) = sum(g s) - sum(g_prev s): the last pass forms the second sum while it has both factors in registers, so the
-// next step's first pass reads only g and d. Both are sums of stored numbers in the same order: an unchanged gradient gives
-// ys = 0 exactly.
+// ys = sum(y s) = sum(g s) - sum(g_prev s): the last pass forms the second sum while it has both factors in registers,
+// so the next step's first pass reads only g and d. Both are sums of stored numbers in the same order: an unchanged
+// gradient gives ys = 0 exactly.
 #pragma once
 
 #include "elementwise.h"
@@ -48,9 +48,9 @@ struct CurvatureDot : PassDefaults {
   }
 };
 
-// The sums over the last move from the state alone, sum(g_prev s) and sum(s h s). The last pass of the step before formed them
-// too, so a checkpoint need not hold them, and may be resumed on other ranks. Together with sum(g s) they are all of ys and
-// shs, for a caller who did not take the step before.
+// The sums over the last move from the state alone, sum(g_prev s) and sum(s h s). The last pass of the step before
+// formed them too, so a checkpoint need not hold them, and may be resumed on other ranks. Together with sum(g s) they
+// are all of ys and shs, for a caller who did not take the step before.
 template <class T, bool kWithGradient>
 struct SumsOverLastMove : PassDefaults {
   static constexpr int kSums = kWithGradient ? 3 : 2;

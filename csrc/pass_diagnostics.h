@@ -5,7 +5,7 @@
 
 namespace fastnlcg {
 
-// For diagnostics: |d|^2, and where the state keeps g, |g|^2 and g . d.
+// |d|^2, and, if the state has g_prev, |g_prev|^2 and g_prev . d.
 template <class T>
 struct StateNorms : PassDefaults {
   static constexpr int kSums = 3;

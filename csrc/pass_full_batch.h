@@ -1,5 +1,5 @@
-// The passes of full-batch descent: conjugate gradients with a line search whose decisions are the host's
-// (python/fastnlcg/descent.py). They run on the same machinery as those of a step (pass.h).
+// The passes of full-batch descent: conjugate gradients with a line search, both decided by python/fastnlcg/descent.py.
+// They run on the same machinery as the passes of a step (pass.h).
 //
 //     Trial         reads origin, d           writes p                                  12 bytes
 //                   the first of a search: reads p, d; writes p, origin                 16
@@ -21,7 +21,7 @@ struct Trial : PassDefaults {
   static constexpr bool kReadsGradient = false, kAppliesL2Decay = false, kStoresEvenAtZeroAlpha = true,
                         kUsesOrigin = true;
   T alpha;
-  bool first, moves;  // alpha 0 gives the origin back, whatever d holds
+  bool first, moves;  // false: alpha is 0, and p becomes the origin, whatever d holds
   NLCG_HD unsigned reads() const { return (first ? kP : kOrigin) | kD; }
   NLCG_HD unsigned writes() const { return kP | (first ? kOrigin : 0u); }
 
@@ -84,7 +84,7 @@ struct NewDirection : PassDefaults {
   static constexpr int kSums = 2;
   static constexpr bool kBackward = true, kAppliesL2Decay = false;
   T beta;
-  bool keeps, preconditioned;  // !keeps: d = -w, whatever d held
+  bool keeps, preconditioned;  // keeps = false: d = -w, whatever d held
   NLCG_HD unsigned reads() const { return (keeps ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
   NLCG_HD unsigned writes() const { return kD | kGradPrev; }
 
@@ -101,7 +101,7 @@ struct NewDirection : PassDefaults {
   }
 };
 
-// The pass with its numbers in the state's type.
+// Calls f with the pass, its scalars in the state's type.
 template <class Broadcast, class F>
 void with_descent_pass(const Descent& x, Broadcast broadcast, F&& f) {
   using S = typename Broadcast::Scalar;
@@ -127,7 +127,7 @@ void with_descent_pass(const Descent& x, Broadcast broadcast, F&& f) {
   }
 }
 
-// The state that a pass needs.
+// The state arrays that a pass needs.
 inline unsigned state_of(const Descent& x) {
   const unsigned diagonal = x.preconditioned ? kDiagonal : 0u;
   switch (x.kind) {

@@ -1,5 +1,5 @@
-// Every preconditioner: the list that the CPU, the kernels and Python's names are made from. To add one, write its passes in a
-// header of its own, include it here, and add a line to NLCG_PRECONDITIONERS.
+// Every preconditioner: the list that the CPU, the kernels and Python's names are made from. To add one, write its
+// passes in a header of its own, include it here, and add a line to NLCG_PRECONDITIONERS.
 //
 //     none   PlainDots         reads g                    rz                                            4 bytes
 //            PlainMove         reads p, g, d              writes p, d, g_prev                          24
@@ -36,8 +36,8 @@ constexpr const char* kPreconditionerNames[] = {
 #undef NLCG_NAME
 };
 
-// A preconditioner: the passes of its step, the state arrays they need, and two of the passes as parts of fastnlcg.ops, with
-// their scalars.
+// A preconditioner: the passes of its step, the state arrays they need, and two of the passes as parts of fastnlcg.ops,
+// with their scalars.
 template <class P>
 concept IsPreconditioner = requires(const Options& o, ElementBroadcast<float> broadcast) {
   typename P::Passes;

@@ -1,5 +1,5 @@
-// Random bits for stochastic rounding. They depend on the step, the parameter's index and the element's index in the whole
-// parameter alone: they are the same on every machine, in replicas, in shards and in a resumed run.
+// Random bits for stochastic rounding. They depend on the step, the parameter's index and the element's index in the
+// whole parameter alone: they are the same on every machine, in replicas, in shards and in a resumed run.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// What ranks exchange, if the parameters are spread over ranks: a row of doubles each, with its sums and a signature. Rows with
-// different signatures show that the ranks are not about to take the same step; nothing is then written, and Python words
-// the error (python/fastnlcg/distributed.py).
+// What ranks exchange, if the parameters are spread over ranks: a row of doubles each, with its sums and a signature.
+// Rows with different signatures show that the ranks are not about to take the same step; nothing is then written, and
+// Python words the error (python/fastnlcg/distributed.py).
 #pragma once
 
 #include <cstring>
@@ -59,8 +59,8 @@ NLCG_HD bool ranks_agree(const RankRow* all, int ranks) {
   return agree;
 }
 
-// What this rank contributes to the first decision, besides the sums of the first pass. Of the sums over the last move each
-// rank keeps its own share from the step before; over_ranks() adds the shares up.
+// What this rank contributes to the first decision, besides the sums of the first pass. Of the sums over the last move
+// each rank keeps its own share from the step before; over_ranks() adds the shares up.
 NLCG_HD void contribute(RankRow& row, const Scalars& now, double active_set, double loss, double segments,
                         double found_inf) {
   row.column[kGs] = now.gs;
@@ -87,7 +87,8 @@ NLCG_HD double over_ranks(const RankRow* all, const double* owned, int ranks, in
   return x;
 }
 
-// A digest of the options and of every group's lr, weight_decay and sign, in 53 bits: equal on ranks that may step together.
+// A digest of the options and of every group's lr, weight_decay and sign, in 53 bits: equal on ranks that may step
+// together.
 inline double digest_of(const Options& options, const Group* groups, std::int64_t n_groups) {
   std::uint64_t hash = 1469598103934665603u;  // FNV-1a, over the bits of doubles
   const auto add = [&](double x) {

@@ -1,14 +1,14 @@
-// SIMD vectors of the width this file is compiled for, in the compiler's vector extensions (gcc's and clang's), and what
-// has no operator there. Each architecture's header gives the same functions:
+// SIMD vectors of the width that this file is compiled for, in the vector extensions of gcc and clang, and functions
+// for what has no operator there. Each architecture's header has the same functions:
 //
 //     square_root(x)                   rounded to nearest
-//     store_nontemporal(to, x)           around the cache, where there is such a store; `to` aligned to the vector
-//     finish_nontemporal_stores()               before other threads read what was so stored
+//     store_nontemporal(to, x)         around the cache, if the processor can; `to` is aligned to the vector
+//     finish_nontemporal_stores()      before other threads read what was stored so
 //     zero_extend(Bits16) -> Bits32    sixteen bits to thirty-two
 //     truncate(Bits32) -> Bits16       and back
 //     widen(Float) -> Wide2            to double, exactly
 //     load_wide(const float*)          the same from memory
-//     add_exact_product(acc, a, b)     acc + a * b where a * b is exact: an fma then has the bits of multiply and add
+//     add_exact_product(acc, a, b)     acc + a * b for an exact a * b: an fma then has the bits of multiply and add
 //     float_mode(), set_float_mode(m), kDefaultFloatMode   rounding and flushing, of this thread
 //
 // Everything is in an unnamed namespace: a function compiled for AVX-512 must never be the copy that the linker keeps

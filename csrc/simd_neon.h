@@ -10,7 +10,7 @@ namespace {
 
 NLCG_INLINE Float square_root(Float x) { return (Float)vsqrtq_f32((float32x4_t)x); }
 NLCG_INLINE Double square_root(Double x) { return (Double)vsqrtq_f64((float64x2_t)x); }
-// The pair store that hints at it has no intrinsic in gcc.
+// gcc has no intrinsic for STNP, the store with a nontemporal hint.
 NLCG_INLINE void store_nontemporal(float* to, Float x) { __builtin_memcpy(to, &x, sizeof(x)); }
 NLCG_INLINE void store_nontemporal(double* to, Double x) { __builtin_memcpy(to, &x, sizeof(x)); }
 NLCG_INLINE void finish_nontemporal_stores() {}

@@ -1,9 +1,9 @@
 // What a step is given: plain structs, shared by the CPU, CUDA and the bindings. No logic.
 //
-// Parameters, gradients and state are scattered in memory: a Segment has the addresses of one parameter's, and its range of
-// the flat index. Tiles and sums run over the flat index; nothing need be stored in its order. Segments are sorted by
-// `offset`, do not overlap, are never empty, and need not cover the index: what no segment covers takes no part in the
-// step. A flat buffer is a single segment.
+// Parameters, gradients and state are scattered in memory: a Segment has the addresses of one parameter's, and its
+// range of the flat index. Tiles and sums run over the flat index; nothing need be stored in its order. Segments are
+// sorted by `offset`, do not overlap, are never empty, and need not cover the index: what no segment covers takes no
+// part in the step. A flat buffer is a single segment.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,9 @@ constexpr const char* kUpdateRuleNames[] = {"fletcher_reeves", "polak_ribiere", 
 
 NLCG_HD constexpr std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// The part of a parameter that a segment is: element l of the segment is element begin + l + l / run * skip of the whole
-// parameter; run = 0: element begin + l. Random bits use it, so that they do not depend on how parameters are sharded.
+// The part of a parameter that a segment is: element l of the segment is element begin + l + l / run * skip of the
+// whole parameter; run = 0: element begin + l. Random bits use it, so that they do not depend on how parameters are
+// sharded.
 struct Shard {
   std::int64_t begin, run, skip;
   std::uint32_t parameter;  // its index
@@ -138,8 +139,8 @@ constexpr int kScalars = sizeof(Scalars) / sizeof(double);
 
 struct RankRow;  // rank_agreement.h
 
-// How the ranks exchange their rows: `gather` fills `all` from every rank's `mine`, or throws. The rows are then added up in
-// the order of ranks, so every rank decides alike, to the bit, whatever algorithm gathered them.
+// How the ranks exchange their rows: `gather` fills `all` from every rank's `mine`, or throws. The rows are then added
+// up in the order of ranks, so every rank decides alike, to the bit, whatever algorithm gathered them.
 struct RankGather {
   int ranks = 0;                  // 0: this process is alone
   bool every_decision = false;    // false: rows are exchanged after the first pass only, for the loss
@@ -150,7 +151,7 @@ struct RankGather {
   void* context = nullptr;
 };
 
-// One pass of the full-batch descent (pass_full_batch.h), with the host's numbers.
+// One pass of full-batch descent (pass_full_batch.h), with its scalars.
 struct Descent {
   enum class Kind : std::int32_t { trial, slope, curvature, direction };
   Kind kind;
@@ -177,10 +178,10 @@ struct Step {
   std::int64_t n_groups;
   Options options;
   Scalars* scalars;
-  Bias* bias;        // workspace: one a segment; checked against `steps` where it is used
+  Bias* bias;        // workspace: one per segment; checked against `steps` when it is used
   double* partials;  // workspace: kMaxSums per tile, see partials_needed
-  double
-      active_set;  // a name of the set of parameters with gradients; if it differs from the last step's, beta is 0 and h stays
+  // A name of the set of parameters with gradients. If it differs from the last step's, beta is 0 and h stays.
+  double active_set;
   double loss;    // NaN: none given
   double digest;  // kDigest in this rank's rows
   int threads;
@@ -195,8 +196,8 @@ struct Step {
 constexpr std::int64_t kTile = 4096;
 constexpr int kMaxSums = 3;
 
-// Sixteen consecutive elements are one block of the CPU's sums, and the most that a SIMD vector holds. If every parameter
-// begins at a block, vectors are aligned, because torch aligns memory to 64 bytes.
+// Sixteen consecutive elements are one block of the CPU's sums, and the most that a SIMD vector holds. If every
+// parameter begins at a block, vectors are aligned, because torch aligns memory to 64 bytes.
 constexpr std::int64_t kBlockElements = 16;
 
 NLCG_HD constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }

@@ -1,5 +1,5 @@
-// The CPU step and its parts, compiled once per instruction set: cpu_tile.h takes a pass over a tile, cpu_passes.h over all of
-// them, and this file chooses the passes.
+// The CPU step and its parts, compiled once per instruction set: cpu_tile.h takes a pass over a tile, cpu_passes.h over
+// all of them, and this file chooses the passes.
 #include "step_cpu.h"
 
 #include "cpu_passes.h"

@@ -1,33 +1,38 @@
 // The CPU step: what the bindings call. Compiled once per instruction set (step_cpu.cpp), chosen at run time
 // (dispatch_cpu.cpp).
 //
-// Contract: the caller has checked every pointer, length and dtype (native_step.cpp does); buffers do not overlap. A step
-// reduces, decides, then writes: where it skips, nothing but `scalars->skipped_steps` has changed. It does not
-// allocate, and throws only what RankGather::gather throws, or RanksDisagree, before it has written. Any address will do; nothing needs
-// alignment.
+// Contract: the caller has checked every pointer, length and dtype (native_step.h); buffers do not overlap. A step
+// reduces, decides, then writes: if it is skipped, only `scalars->skipped_steps` and `scalars->grad_norm` have changed.
+// It does not allocate. It throws only what RankGather::gather throws, or RanksDisagree, and has then written nothing.
+// No address needs to be aligned.
 #pragma once
 
 #include "step_args.h"
 
 namespace fastnlcg {
 
-// Thrown by a step whose ranks are not about to take the same one; nothing has changed.
+// Thrown if the ranks are not about to take the same step; nothing has changed.
 struct RanksDisagree {};
 
 struct CpuKernels {
   const char* name;  // of the instruction set
 
-  // The whole step: the passes of its preconditioner over tiles. preconditioners.h counts their bytes.
+  // The whole step: the passes of its preconditioner (preconditioners.h).
   void (*step)(const Step&);
 
-  // The parts, over the same passes; they neither read nor write `scalars`.
-  bool (*update_curvature)(const Step&, double* ys,
-                           double* shs);  // bfgs: writes h where the curvature condition holds: true
-  void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);  // reads g, diagonal, g_prev (unless null)
-  void (*update_direction)(const Step&, double beta);  // writes p (unless null), d, g_prev (unless null); adam: v
-  void (*last_move)(const Step&);  // bfgs: scalars->gs and shs from the state, as the last step left them
-  void (*descend)(const Step&, const Descent&, double* sums);            // one pass; the largest behind the sums
-  void (*state_norms)(const Step&, double* gg, double* dd, double* gd);  // over d, and g_prev (unless null)
+  // Parts of a step, by the same passes. They neither read nor write `scalars`, except last_move.
+  // bfgs: if the curvature condition holds, writes h and returns true.
+  bool (*update_curvature)(const Step&, double* ys, double* shs);
+  // Reads g, the diagonal, and g_prev unless it is null.
+  void (*preconditioned_dots)(const Step&, double* rz, double* rz_mid);
+  // Writes d, p and g_prev unless they are null, and the diagonal if the preconditioner's last pass does.
+  void (*update_direction)(const Step&, double beta);
+  // bfgs: writes scalars->gs and shs, formed from the state as the last step left it.
+  void (*last_move)(const Step&);
+  // One pass of full-batch descent: its sums, and behind them the largest.
+  void (*descend)(const Step&, const Descent&, double* sums);
+  // |g_prev|^2, |d|^2, g_prev . d; without g_prev only the second.
+  void (*state_norms)(const Step&, double* gg, double* dd, double* gd);
 };
 
 #if defined(__x86_64__)
@@ -38,10 +43,10 @@ extern const CpuKernels kNeon;
 constexpr int kInstructionSets = 1;
 #endif
 
-// The widest set this processor has, or the one the environment variable FASTNLCG_ISA names. Throws
-// std::invalid_argument where it names none or one that the processor lacks.
+// The kernels of the widest instruction set that this processor has, or of the one that the environment variable
+// FASTNLCG_ISA names. Throws std::invalid_argument if it names none, or one that the processor lacks.
 const CpuKernels& cpu_kernels();
-// The names this processor has, widest last; fills at most kInstructionSets, returns how many.
+// The names of the sets that this processor has, widest last: at most kInstructionSets. Returns how many.
 int cpu_instruction_sets(const char** names);
 
 }  // namespace fastnlcg

@@ -1,6 +1,6 @@
 // A step over torch's tensors: a table of segments whose tensors are followed from step to step. It owns nothing that
-// survives a step: scalars and state are the caller's tensors, and their addresses are read at every step. If anything but
-// an address has changed, a call returns None and has done nothing; the caller then makes a new table.
+// survives a step: scalars and state are the caller's tensors, and their addresses are read at every step. If anything
+// but an address has changed, a call returns None and has done nothing; the caller then makes a new table.
 #pragma once
 
 #include <array>
@@ -61,18 +61,19 @@ class TensorTable : public NativeStep {
   void lay_out(std::int64_t n, const std::vector<SegmentSpec>& segments, int groups, const StateKeys& keys,
                const py::capsule& dlpack_api, const py::object& tensor_type, const BufferPtr& workspace);
 
-  // Makes the sums of this rank sums over ranks. `mine` is a row of doubles; `gather()` fills `all`, which has a row for
-  // each rank, from every rank's `mine`. `owned` tells whose sums are added, and `elements` how much of this rank's index.
+  // Makes the sums of this rank sums over ranks. `mine` is a row of doubles; `gather()` fills `all`, which has a row
+  // for each rank, from every rank's `mine`. `owned` tells whose sums are added, and `elements` how much of this rank's
+  // index.
   void set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& owned, std::int64_t elements,
                     bool every_decision, py::object gather);
 
-  // True if the parameters changed, false if the step was skipped. On a GPU always true: the decision is the device's, and
-  // the host does not wait for it. None: the tensors do not fit the table.
+  // True if the parameters changed, false if the step was skipped. On a GPU always true: the decision is the device's,
+  // and the host does not wait for it. None: the tensors do not fit the table.
   std::optional<bool> step(const Tensors&, const StepInputs&);
   // |g_prev|^2, |d|^2, g_prev . d. None: the state does not fit the table.
   std::optional<std::tuple<double, double, double>> state_norms(const Tensors&, int threads);
-  // bfgs: forms the sums over the last move again, from the state, and writes them to the scalars. False: the state does not
-  // fit the table.
+  // bfgs: forms the sums over the last move again, from the state, and writes them to the scalars. False: the state
+  // does not fit the table.
   bool last_move(const Tensors&, int threads);
   // One pass of full-batch descent. None: the tensors do not fit the table.
   std::optional<std::vector<double>> descend(const Tensors&, const Descent&, int threads);

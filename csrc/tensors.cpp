@@ -44,7 +44,7 @@ TensorReader::TensorReader(PyObject* dlpack_api, PyObject* type, int device)
 void* TensorReader::address(PyObject* tensor, DType dtype, const TensorShape& expected) const {
   DLTensor view;
   if (api_->dltensor_from_py_object_no_sync(tensor, &view) != 0) {
-    PyErr_Clear();  // sparse, say: the caller looks closer and words the error
+    PyErr_Clear();  // a sparse tensor, for example: the caller finds out why and words the error
     return nullptr;
   }
   const auto& type = kTypes[static_cast<int>(dtype)];
@@ -69,7 +69,7 @@ bool is_as_it_looks(PyObject* tensor) {
     if (value == -1 && PyErr_Occurred()) throw PythonError{};
     return value;
   };
-  // Dense memory: the last element lies numel() - 1 behind the first.
+  // Dense memory: the last element is numel() - 1 elements behind the first.
   const long long begin = number(called(tensor, "storage_offset")), elements = number(called(tensor, "numel"));
   return (begin + elements) * number(called(tensor, "element_size")) <= number(called(storage.get(), "nbytes"));
 }

@@ -1,6 +1,6 @@
 // The addresses of torch's tensors: read through torch's DLPack exchange API (torch >= 2.10), at every step, in tens of
-// nanoseconds a tensor, and checked against what a table expects. An address is never kept instead of a tensor: torch moves
-// memory under the same object (share_memory_, .data, swap_tensors, storage.resize_).
+// nanoseconds a tensor, and checked against what a table expects. An address is never kept instead of a tensor: torch
+// moves memory under the same object (share_memory_, .data, swap_tensors, storage.resize_).
 #pragma once
 
 #include <Python.h>
@@ -20,8 +20,8 @@ struct TensorShape {
 
 class TensorReader {
  public:
-  // `dlpack_api`: the capsule torch.Tensor.__dlpack_c_exchange_api__; `type`: torch.Tensor itself. `device`: the ordinal of
-  // a GPU, -1 for the CPU. Throws std::invalid_argument for another version of the API.
+  // `dlpack_api`: the capsule torch.Tensor.__dlpack_c_exchange_api__; `type`: torch.Tensor itself. `device`: the
+  // ordinal of a GPU, -1 for the CPU. Throws std::invalid_argument for another version of the API.
   TensorReader(PyObject* dlpack_api, PyObject* type, int device);
 
   // The address of a tensor of this dtype and shape, on the device; null if it is anything else.
@@ -34,7 +34,8 @@ class TensorReader {
   int device_;
 };
 
-// False if a tensor whose address is new has what address() does not see: a negative bit, or less storage than elements.
+// False if a tensor whose address is new has what address() does not see: a negative bit, or less storage than
+// elements.
 bool is_as_it_looks(PyObject* tensor);
 
 }  // namespace fastnlcg

@@ -16,16 +16,16 @@ struct GroupInput {
   double* alpha_prev;
   DeviceScalar lr_on_device;
 };
-constexpr int kInlineGroups = 16;  // more of them lie in a table
+constexpr int kInlineGroups = 16;  // if there are more, all are in a table
 
 constexpr int kInlineTiles = 512;
-constexpr int kPassBytes = 64;  // of a pass with its numbers
+constexpr int kPassBytes = 64;  // of a pass with its scalars
 
 // What the blocks share, in device memory.
 struct Control {
   GridBarrier barrier;
   StepPlan plan;
-  double sums[kMaxSums];  // of a part
+  double sums[kMaxSums];  // the result of part()
   alignas(16) unsigned char next_pass[kPassBytes];
 };
 
@@ -45,12 +45,12 @@ struct Arguments {
   Control* control;
   double* partials;                                  // [sum][chunk]
   int owned_chunks;                                  // whose sums this rank adds
-  RankGather exchange;                               // its memory is the device's
-  Bias* bias;                                        // one a segment: as the step before has left it
-  alignas(16) unsigned char first_pass[kPassBytes];  // of the step, which the options alone decide
+  RankGather exchange;                               // its pointers are the device's
+  Bias* bias;                                        // one per segment, as the step before left it
+  alignas(16) unsigned char first_pass[kPassBytes];  // kBuiltFromOptionsAlone
   int resident_tiles;                                // per block
-  // The first segment that ends behind each tile's begin, and one past the last tile. Null: they are in
-  // `first_segment`, which takes no launch to fill.
+  // For each tile, and for the end, the first segment that ends after it begins. Null: in `first_segment`, which needs
+  // no launch to be filled.
   const int* tile_index;
   int first_segment[kInlineTiles + 1];
 };

@@ -1,21 +1,21 @@
 // The CUDA kernels: lists of passes over tiles. Device code; launches are in step_kernel.cu.
 //
-//     step_pass<S, Pass>           one pass; the last block to finish adds the partial sums and decides what the next pass
-//                                  does
-//     decide_over_ranks<S, Pass>   where parameters are spread over ranks: adds the ranks' rows and decides, in one block,
-//                                  after the ranks have exchanged them between two launches
-//     step_in_one<S, P>            all passes of preconditioner P in one launch: the blocks wait for that decision. What
-//                                  the first loaded, g and one stream more, stays in shared memory as far as it fits
-//     part<S, Pass>                one pass with numbers from the host, for the flat-buffer functions
-//     index_tiles                  which segment a tile begins in, where the tiles are many
-//     upload_entries<Row>             the tables of segments and groups, from kernel arguments: no copy, no pinned memory, and
-//                                  a graph can capture it
+//     step_pass<S, Pass>          one pass; the last block to finish adds the partial sums and decides on the next pass
+//     decide_over_ranks<S, Pass>  if parameters are spread over ranks: adds the ranks' rows and decides, in one block,
+//                                 after the ranks have exchanged them between two launches
+//     step_in_one<S, P>           all passes of preconditioner P in one launch: the blocks wait for each decision. What
+//                                 the first pass loaded, g and one more array, stays in shared memory as far as it fits
+//     part<S, Pass>               one pass with scalars from the host: parts of a step, and full-batch descent
+//     index_tiles                 fills Arguments::tile_index, if there are many tiles
+//     upload_entries<Entry>       the tables of segments and groups, from kernel arguments: no copy, no pinned memory,
+//                                 and a graph can capture it
 //
-// A chunk is one tile of 4096 elements (tile.cuh), for huge states 2^k of them (tiles_per_chunk): one partial sum. A block
-// takes every gridDim-th chunk; every other pass walks backwards, to find in the L2 cache what was read last.
+// A chunk, which has one partial sum, is one tile of 4096 elements (tile.cuh), or 2^k tiles of a huge state
+// (tiles_per_chunk). A block takes every gridDim-th chunk; every other pass walks backwards, to find in the L2 cache
+// what was read last.
 //
-// The decisions are the CPU's, by the functions of decisions.h, in one thread. Scalars are read at the start of a step and
-// written at its end: where a sum is not finite, nothing changes.
+// One thread decides, by the functions of decisions.h, as on the CPU. Scalars are read at the start of a step and
+// written at its end: if a sum is not finite, nothing changes.
 #pragma once
 
 #include <tuple>
@@ -87,7 +87,7 @@ __device__ double value_of_scalar(DeviceScalar x) {
   }
 }
 
-// Before the first decision, by the one thread that decides: the line search and every group's step length.
+// Before the first decision, in the thread that decides: the line search and every group's step length.
 __device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const RankRow& row) {
   StepPlan c = begin_step(a.options, *a.scalars, a.active_set, row, a.exchange.ranks > 0);
   for (std::int64_t i = 0; i < a.n_groups; ++i) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const Ra
   return c;
 }
 
-// What this rank knows after a pass.
+// This rank's row after a pass.
 template <class Pass>
 __device__ __forceinline__ RankRow row_of(const Arguments& a, const double (&sums)[Pass::kSums], double largest) {
   RankRow row = {};
@@ -117,8 +117,8 @@ __device__ __forceinline__ RankRow row_of(const Arguments& a, const double (&sum
   return row;
 }
 
-// One thread builds the next pass's constants, in the state's type: that takes square roots and divisions in double. The host
-// builds the first's, among the kernel's arguments.
+// Stores a pass for the kernel that runs it. One thread builds each pass, because that takes square roots and divisions
+// in double; the host builds the first, in the kernel's arguments.
 template <class Pass>
 __host__ __device__ __forceinline__ void hand_over(unsigned char (&to)[kPassBytes], const Pass& pass) {
   static_assert(sizeof(Pass) <= kPassBytes && std::is_trivially_copyable_v<Pass>);
@@ -132,7 +132,7 @@ __device__ __forceinline__ Pass pass_of(const Arguments& a) {
 }
 
 struct NoPass {};  // after the last
-// The first that follows in every step: an optional pass has the numbers of the first.
+// The next pass that runs in every step: a repeated first pass is built like the first.
 template <class... Passes>
 struct NextOf {
   using type = NoPass;
@@ -141,7 +141,7 @@ template <class First, class... Rest>
 struct NextOf<First, Rest...> : std::conditional_t<First::kOnlyIfClipped, NextOf<Rest...>, std::type_identity<First>> {
 };
 
-// What one thread makes of a pass's sums.
+// The decision after a pass, in one thread.
 template <class S, class Pass, class Next>
 __device__ __forceinline__ void decide(const Arguments& a, const RankRow& row) {
   StepPlan& c = a.control->plan;
@@ -156,19 +156,19 @@ __device__ __forceinline__ void decide(const Arguments& a, const RankRow& row) {
   if constexpr (!std::is_same_v<Next, NoPass>) {
     hand_over(a.control->next_pass, Next::from_plan(c, a.options, ElementBroadcast<S>{}));
     if (c.skip) count_skip(c, *a.scalars);
-  } else {  // nothing is left to be found: what could not be written has been decided before
+  } else {  // the step completes: whether it may write was decided before
     *a.scalars = c.next;
     for (std::int64_t i = 0; i < a.n_groups; ++i) *group_inputs(a)[i].alpha_prev = a.alpha[i];
   }
 }
 
-// Whether the ranks exchange their rows after this pass. The sums of the last are for the next step.
+// Whether the ranks exchange their rows after this pass. The sums of the last pass are for the next step.
 __host__ __device__ __forceinline__ bool exchanges(const RankGather& exchange, bool opens, bool last) {
   return exchange.ranks > 0 && (opens || (exchange.every_decision && !last));
 }
 
-// One pass of the step, and what the Next is to do; kAlone: all in one launch, so never over ranks, and tiles may reside
-// in shared memory. True in the block that decided.
+// One pass of the step, and its decision on the Next. kAlone: all passes are in one launch, so never over ranks, and
+// tiles may stay in shared memory. True in the block that decided.
 template <class S, class Pass, class Next, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   constexpr bool kLast = std::is_same_v<Next, NoPass>;
@@ -198,8 +198,8 @@ __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& tota
   return true;
 }
 
-// A step that AMP has found to overflow changes nothing, counters included. Over ranks all have to hear of it: the
-// first pass runs, and its row says so.
+// Whether AMP found an overflow: the step then changes nothing, not even counters. Over ranks the first pass runs all
+// the same, and its row tells the other ranks.
 __device__ __forceinline__ bool found_inf_set(const Arguments& a) {
   return a.exchange.ranks == 0 && a.found_inf.address != nullptr &&
          *static_cast<const float*>(a.found_inf.address) != 0.0f;
@@ -228,13 +228,13 @@ __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
   if (j != 0) return;
   if (ranks_agree(a.exchange.all, a.exchange.ranks)) {
     decide<S, Pass, Next>(a, row);
-  } else {  // the host finds out later
+  } else {  // the host reads the counter later
     a.control->plan.skip = true;
     a.scalars->disagreements += 1.0;
   }
 }
 
-// The passes one after another, all blocks waiting for each other after each but the last.
+// The passes, one after another; after each but the last all blocks wait for each other.
 template <class S, class First, class... Rest>
 __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
                                               unsigned meetings) {
@@ -265,7 +265,7 @@ template <class S, class Preconditioner>
 __global__ void __launch_bounds__(kThreads, 1) step_in_one(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a)) return;
-  __shared__ unsigned generation;  // before the first barrier; thread 0's
+  __shared__ unsigned generation;  // as thread 0 saw it before the first barrier
   if (threadIdx.x == 0) generation = barrier_generation(a.control->barrier);
   passes_in_one<S>(a, totals, generation, typename Preconditioner::Passes{});
 }
@@ -285,21 +285,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_cons
   if (Pass::kFormsLargest) a.control->sums[Pass::kSums] = largest;
 }
 
-// As many rows as fit the kernel arguments of every CUDA (4 KB), and of CUDA 12.1 and newer (32,764 bytes).
-template <class Row, int kBytes>
+// As many entries of a table as fit the kernel arguments of every CUDA (4 KB), or of CUDA 12.1 and newer (32,764
+// bytes).
+template <class Entry, int kBytes>
 struct Entries {
-  static constexpr int kMax = (kBytes - 32) / static_cast<int>(sizeof(Row));
-  Row row[kMax];
+  static constexpr int kMax = (kBytes - 32) / static_cast<int>(sizeof(Entry));
+  Entry entry[kMax];
   int count;
 };
 
-template <class Row, int kBytes>
-__global__ void upload_entries(const __grid_constant__ Entries<Row, kBytes> rows, Row* to) {
-  for (int i = static_cast<int>(threadIdx.x); i < rows.count; i += static_cast<int>(blockDim.x)) to[i] = rows.row[i];
+template <class Entry, int kBytes>
+__global__ void upload_entries(const __grid_constant__ Entries<Entry, kBytes> entries, Entry* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < entries.count; i += static_cast<int>(blockDim.x))
+    to[i] = entries.entry[i];
 }
 constexpr int kSmallUpload = 4096, kLargeUpload = 32764;
 
-// Arguments::tile_index of many tiles.
+// Fills Arguments::tile_index.
 __global__ void index_tiles(const Segment* segments, int n_segments, int tiles, int* to) {
   const int tile = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (tile <= tiles) to[tile] = find_segment(segments, 0, n_segments, tile * kTile);

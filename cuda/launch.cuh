@@ -19,8 +19,8 @@ void check(cudaError_t error, const std::string& what) {
   throw std::runtime_error("fastnlcg: " + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// Whether the process has used the device: setting it would create its context, half a gigabyte, and fail where another
-// process has it for itself.
+// Whether the process has used the device. Setting one that it has not used would create a context of half a gigabyte,
+// and fail if another process has exclusive use of the device.
 bool in_use(int device) {
   using Query = int (*)(int, unsigned*, int*);  // cuDevicePrimaryCtxGetState
   static const Query query = [] {
@@ -40,7 +40,7 @@ bool in_use(int device) {
   return query == nullptr || query(device, &flags, &active) != 0 || active != 0;
 }
 
-// The caller's device again, whatever happens in between; but one that nobody has used stays unused.
+// Sets a device, and restores the caller's at the end, unless the process has never used that one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -101,9 +101,10 @@ bool captures(const CudaStep& cuda) {
   return capture != cudaStreamCaptureStatusNone;
 }
 
-// Work of one optimizer shares its barrier and scalars, so two streams must not run it at once: the later one waits for
-// the event behind the last work on the earlier. A graph orders its own; its replays record no event, so who replays on one
-// stream and steps on another has to order the two. Streams are told apart by their ids: a handle may be used again.
+// All work of one optimizer uses the same barrier and scalars, so two streams must not run it at once: the later stream
+// waits for the event after the last work on the earlier one. A graph orders its own work, but its replays record no
+// event: a caller who replays on one stream and steps on another has to order the two. Streams are compared by id,
+// because a handle may be reused.
 unsigned long long id_of(const CudaStep& cuda) {
   unsigned long long id = 0;
   check(cudaStreamGetId(stream_of(cuda), &id), "cudaStreamGetId");

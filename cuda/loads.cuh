@@ -12,7 +12,7 @@ namespace {
 constexpr int kQuad = 4;
 static_assert(kTile == 2 * kQuad * kThreads);
 
-// Shared memory of a resident tile: two streams.
+// Shared memory of a resident tile: two arrays.
 template <class S>
 constexpr int kResidentBytes = 2 * static_cast<int>(kTile * sizeof(S));
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ S* resident(int smem_offset) {
   return reinterpret_cast<S*>(resident_memory) + smem_offset;
 }
 
-// Four elements as they were loaded: in pieces of 16 bytes (8 of 16-bit types), or each in a register of its own.
+// Four elements as they were loaded: in pieces of 16 bytes (8 bytes of a 16-bit type), or each in its own register.
 template <int kSize>
 struct Word {
   static constexpr int kBytes = kSize;  // that are loaded
@@ -52,9 +52,9 @@ struct Raw {
   }
 };
 
-// load_if(to, from, on): `to` from global memory where `on`; else it keeps what it holds. In assembly, so that it is
-// one instruction with a predicate. Wide ones leave no trace in the L1 cache, where the tables are to stay; of narrow ones
-// the next finds its line there. "Relaxed" keeps them in order, at no cost.
+// load_if(to, from, on): loads `to` from global memory if `on`; else it keeps its value. In assembly, so that it is one
+// instruction with a predicate. Wide loads do not allocate in the L1 cache, which is to keep the tables; a narrow load
+// leaves its line there for the next. "Relaxed" keeps the loads in order, at no cost.
 #ifdef __CUDACC__
 #define NLCG_LOAD(LOAD, ON, ...)                                                            \
   asm volatile("{ .reg .pred on; setp.ne.b32 on, " ON ", 0; @on ld.relaxed.cta.global" LOAD \
@@ -87,7 +87,7 @@ __device__ __forceinline__ void load_quad(Raw<E, kWide>& to, const E* from, bool
   }
 }
 
-// The four from `first` of their segment, rounded as parameters are.
+// Stores four elements of a parameter, from element `first` of its segment on, rounded.
 template <bool kWide, class S, class E>
 __device__ __forceinline__ void store_rounded_quad(E* to, const S (&from)[kQuad], const Rounding& rounding,
                                                    std::int64_t first) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void store_resident(S* to, const S (&from)[kQuad]) {
   for (int k = 0; k < raw.kPieces; ++k) reinterpret_cast<Piece<S, true>*>(to)[k] = raw.piece[k];
 }
 
-// Whether p and g take wide loads from an element of their segment on, and from every fourth after it.
+// Whether p and g can be loaded wide at element `from` of their segment, and at every fourth element after it.
 __device__ __forceinline__ bool takes_quads(const Segment& segment, std::int64_t from) {
   const unsigned size = segment.dtype == DType::f64 ? 8 : segment.dtype == DType::f32 ? 4 : 2;
   const auto p = reinterpret_cast<std::uintptr_t>(segment.p), g = reinterpret_cast<std::uintptr_t>(segment.g);
@@ -131,7 +131,7 @@ __device__ __forceinline__ bool takes_quads(const Segment& segment, std::int64_t
   return (((p + bytes) | (g + bytes)) & ((size == 2 ? 8 : 16) - 1)) == 0;
 }
 
-// The same of its state, which has the state's type.
+// The same for the state arrays.
 template <class S>
 __device__ __forceinline__ bool state_takes_quads(const Segment& segment) {
   const auto bits = [](const void* at) { return reinterpret_cast<std::uintptr_t>(at); };

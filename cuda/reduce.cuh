@@ -2,9 +2,9 @@
 //
 //   a thread   adds its own elements, in the order of the flat state
 //   a block    adds its threads: lanes of a warp 16, 8, 4, 2, 1 apart, then warps 8, 4, 2, 1 apart
-//   the grid   the last block to arrive adds one number per chunk, thread t those of chunks t, t + 512, ..., then as above
+//   the grid   the last block to arrive adds the sums of chunks, thread t those of chunks t, t + 512, ...; as above
 //
-// Which block summed a chunk, and when, does not enter. No floating-point atomics.
+// Which block summed a chunk, and when, does not matter. There are no floating-point atomics.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -42,8 +42,8 @@ __device__ __forceinline__ T across_lanes(T x, int width) {
   return x;
 }
 
-// Shared memory for block_totals. Two sets, which calls without a barrier between them use alternately: a block may begin
-// to write one while its first warp still reads the other, so one barrier per call is enough.
+// Shared memory for block_totals. Two sets, which calls without a barrier between them use alternately: a block may
+// begin to write one while its first warp still reads the other, so one barrier per call is enough.
 struct Totals {
   struct {
     double sum[kMaxSums][kWarps];
@@ -51,8 +51,8 @@ struct Totals {
   } of_warp[2];
 };
 
-// x[0..K), as far as they are `wanted` (bits; the others are 0), and, where kMax, the maximum `largest`, over the block.
-// The result is thread 0's.
+// Sums x[0..K) over the block, as far as they are `wanted` (bits; the others are 0), and, if kMax, takes the maximum of
+// `largest`. Thread 0 has the result.
 template <int K, bool kMax, class S>
 __device__ __forceinline__ void block_totals(double (&x)[K], S& largest, unsigned wanted, Totals& shared, int parity) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -78,9 +78,9 @@ __device__ __forceinline__ void block_totals(double (&x)[K], S& largest, unsigne
 
 // A grid-wide barrier. Zero before the first launch.
 //
-// Arriving is one atomic of acquire and release order at the device's scope, releasing one of release order, waiting one of
-// acquire order; the block's own barrier before or after extends it to the block's other threads. The reset of `arrived` is
-// ordered by what follows it in the same thread: the release of this barrier, or the end of the launch.
+// Arriving is one atomic of acquire and release order at the device's scope, releasing one of release order, waiting
+// one of acquire order; the block's own barrier before or after extends it to the block's other threads. The reset of
+// `arrived` is ordered by what follows it in the same thread: the release of this barrier, or the end of the launch.
 struct GridBarrier {
   unsigned arrived;
   unsigned generation;  // how often all blocks have arrived
@@ -103,14 +103,14 @@ __device__ __forceinline__ unsigned barrier_generation(GridBarrier& barrier) {
   return Atomic(barrier.generation).load(kAcquire);
 }
 
-// By the last block, when it has decided: lets the others go on. They see what it wrote.
+// The last block calls it when it has decided: the others continue, and see what it wrote.
 __device__ __forceinline__ void release(GridBarrier& barrier) {
   __syncthreads();
   if (threadIdx.x == 0) Atomic(barrier.generation).fetch_add(1, kAcquireRelease);
 }
 
-// By the others, at the launch's barrier number `nth` (0, 1, ...); `generation` is what thread 0 saw before all of
-// them. Only in a cooperative launch: all blocks must be on the device at once.
+// The other blocks call it, at barrier number `nth` (0, 1, ...) of the launch; `generation` is what thread 0 saw before
+// the first of them. Only in a cooperative launch: all blocks must be on the device at once.
 __device__ __forceinline__ void wait(GridBarrier& barrier, const unsigned& generation, unsigned nth) {
   if (threadIdx.x == 0) {
     while (barrier_generation(barrier) == generation + nth) __nanosleep(32);

@@ -1,5 +1,5 @@
-// The CUDA step: what a device can hold, and the launches of kernels.cuh, one for each pass or one cooperative launch for all,
-// with the same bits.
+// The CUDA step: what a device can hold, and the launches of kernels.cuh, one for each pass or one cooperative launch
+// for all, with the same bits.
 //
 // Contract of step_cuda.h. Not here: checks of arguments (csrc/native_step.h).
 #include <mutex>
@@ -16,12 +16,12 @@ namespace {
 
 // ---- limits of a device ------------------------------------------------------------------------------------------
 
-// What fits a device at once, found out once for each preconditioner and type.
+// What fits a device at once; queried once for each preconditioner and type.
 constexpr int kMostPasses = 4;
 struct Limits {
   bool cooperative;
   int blocks_of_pass[kMostPasses], blocks_in_one;
-  int resident_tiles;  // per block, without costing a block
+  int resident_tiles;  // per block, as many as do not reduce the number of blocks
 };
 
 int attribute_of(int device, cudaDeviceAttr attribute) {
@@ -41,7 +41,7 @@ struct KernelAttributes {
   int static_bytes;  // of shared memory
 };
 template <class Kernel>
-KernelAttributes attributes_of(Kernel* kernel) {  // loads it, too: inside a capture that may fail
+KernelAttributes attributes_of(Kernel* kernel) {  // also loads the kernel, which may fail inside a capture
   cudaFuncAttributes attributes = {};
   check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
   return {static_cast<int>(attributes.sharedSizeBytes)};
@@ -54,8 +54,8 @@ void load_tables() {
   attributes_of(index_tiles);
 }
 
-// Calls f(kernel, number, decision) for the kernel of every pass; `decision` is the kernel that decides over ranks, null for
-// the last pass, after which nothing is left to decide.
+// Calls f(kernel, number, decision) for the kernel of every pass; `decision` is the kernel that decides over ranks,
+// null after the last pass.
 using Decision = void (*)(Arguments);
 template <class S, class First, class... Rest, class F>
 void for_each_pass(F&& f, int number = 0) {
@@ -120,7 +120,8 @@ const Limits& limits(int device) {
 
 // ---- the step ----------------------------------------------------------------------------------------------------
 
-// Up to here one launch is worth its lower occupancy on an H100, as bench/gpu_model.py predicts; not measured.
+// Up to this size bench/gpu_model.py predicts one launch to be faster on an H100, despite its lower occupancy. Not
+// measured.
 constexpr std::int64_t kOneLaunchElements = 16'000'000;
 
 template <class S, class Preconditioner>
@@ -151,7 +152,7 @@ void step_with(const Step& step, CudaStep& cuda) {
       cuda.launches = 1;
       return;
     }
-    // A green context, or MPS, has fewer multiprocessors than the device says: separate launches from now on.
+    // A green context, or MPS, has fewer multiprocessors than the device reports: separate launches from now on.
     cudaGetLastError();
     cuda.cooperative_refused = true;
     a.resident_tiles = 0;
@@ -175,7 +176,7 @@ void step_in(const Step& step, CudaStep& cuda) {
 
 // ---- the parts ---------------------------------------------------------------------------------------------------
 
-// One pass with the host's numbers; its sums where wanted.
+// One pass with scalars from the host. If `sums` is not null, waits for them.
 template <class S, class Pass>
 void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pass, double* sums) {
   const Workspace at(step.n, cuda.max_segments, step.n_groups);
@@ -362,7 +363,7 @@ void cuda_flat_step(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
   const Scratch scratch(step, cuda);
   cuda_step(scratch.step, cuda);
-  scratch.bring_back();
+  scratch.copy_back();
 }
 
 }  // namespace fastnlcg

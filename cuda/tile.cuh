@@ -1,15 +1,15 @@
-// One tile of the flat index: from segments to elements in registers, through a pass, and back to memory. Loads, a pass
-// (../csrc/pass.h), stores; tiles are chosen in kernels.cuh.
+// One tile of the flat index: from segments to elements in registers, through a pass (../csrc/pass.h), and back to
+// memory. kernels.cuh chooses the tiles.
 //
-// Thread t of 512 takes four consecutive elements at 4 t and four at 2048 + 4 t. How their loads look is decided before the
-// first of them: one 16-byte load a stream (8 bytes for 16-bit types); where a parameter or gradient does not lie on 16
-// bytes, four loads of it. Where a segment ends inside four elements, or the state does not lie on 16 bytes (flat buffers
-// of ops may not), elements are taken one by one.
+// Thread t of 512 takes four consecutive elements at 4 t and four at 2048 + 4 t. The load width is chosen before the
+// first load is issued: one 16-byte load per array (8 bytes for 16-bit types), or four loads of a parameter or gradient
+// that is not aligned to 16 bytes. If a segment ends inside the four elements, or the state is not aligned to 16 bytes
+// (buffers of ops need not be), elements are taken one by one.
 //
-// A pass is bound by memory, and a load is in flight for more than a thousand cycles. So all loads of a quad start before
-// one of them is waited for: addresses and the segment's numbers come first, a stream that is not read is a load whose
-// predicate is false, not a branch, and 16-bit values are decoded after the last load. tests/test_sass.py reads the
-// machine code for it.
+// A pass is bound by memory, and a load is in flight for more than a thousand cycles. So all loads of a quad are issued
+// before any of them is waited for: addresses and the segment's scalars come first, an array that is not read is a load
+// with a false predicate, not a branch, and 16-bit values are decoded after the last load. tests/test_sass.py checks
+// the machine code for it.
 #pragma once
 
 #include "../csrc/pass.h"
@@ -27,12 +27,12 @@ struct ThreadSums {
   S largest;
 };
 
-// What is one number in a group, in the state's type. Formed once for every block and pass: the conversions are double
-// precision work, which some GPUs have little of.
+// The scalars of a group, in the state's type. Formed once for every block and pass: the conversions are work in double
+// precision, at which some GPUs are slow.
 template <class S>
 struct GroupScalars {
   S alpha, alpha_prev, weight_decay, decay_factor;
-  S factor;  // of the gradient: the sign, 1 over AMP's scale, and that of clipping
+  S factor;  // of the gradient: the sign, over AMP's scale, times the factor of clipping
 };
 template <class S>
 __device__ __forceinline__ GroupScalars<S> group_scalars(const Arguments& a, int group, double clip) {
@@ -44,11 +44,11 @@ __device__ __forceinline__ GroupScalars<S> group_scalars(const Arguments& a, int
           static_cast<S>(1.0 - alpha * weight_decay), input.sign < 0.0 ? -factor : factor};
 }
 
-// And in a segment.
+// The scalars of a segment.
 template <class S>
 struct SegmentScalars : GroupScalars<S> {
   S inv_sqrt_bias, inv_sqrt_bias_prev;
-  // False where alpha is 0: then p keeps every bit, the sign of a zero included.
+  // False if alpha is 0: p then keeps every bit, the sign of a zero included.
   __device__ __forceinline__ bool moves() const { return this->alpha != S{0}; }
 };
 
@@ -87,13 +87,13 @@ struct At {
   __device__ __forceinline__ void largest(S size) { sums.largest = size > sums.largest ? size : sums.largest; }
 };
 
-// What holds for a whole pass. All threads of a block make one together.
+// What a block needs during a pass. All of its threads construct it together.
 template <class S>
 struct BlockContext {
   using InShared = GroupScalars<S>[kInlineGroups];
   const Arguments& a;
-  const InShared& of_group;  // of the first groups; the others' are formed where they are used
-  const bool clips;          // a constant, where everything is inlined
+  const InShared& of_group;  // of the first groups; those of others are formed when they are used
+  const bool clips;          // a constant once everything is inlined
 
   __device__ BlockContext(const Arguments& arguments, InShared& shared, bool after_the_first_pass)
       : a(arguments), of_group(shared), clips(after_the_first_pass) {
@@ -101,9 +101,9 @@ struct BlockContext {
     if (group < kInlineGroups && group < a.n_groups) shared[group] = group_scalars<S>(a, group, clip());
     __syncthreads();
   }
-  // Not kept: a double takes two registers.
+  // Not stored: a double takes two registers.
   __device__ double clip() const { return clips ? a.control->plan.clip : 1.0; }
-  // Read where it is used: few steps do, and registers are short.
+  // Read when it is used: few steps use it, and registers are scarce.
   __device__ __forceinline__ Rounding rounding(const Segment& segment) const {
     return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step, segment.shard) : Rounding{};
   }
@@ -116,7 +116,7 @@ struct BlockContext {
     if (Pass::kUsesStepCounts) {
       Bias bias = a.bias[&segment - a.segments];
       const double steps = *segment.steps;
-      // Not known in a new workspace, after a load, or after somebody else's step.
+      // False in a new workspace, after a load, or if the tensor of steps was written.
       const bool known = bias.next > 0.0 && bias.steps == steps && bias.beta2 == a.options.beta2;
       if (!known) bias = bias_of(a.options.beta2, steps);
       x.inv_sqrt_bias = inv_sqrt_bias_correction<S>(bias.next);
@@ -137,7 +137,7 @@ __device__ __forceinline__ S* array_ptr(void* base, std::int64_t local) {
   return static_cast<S*>(base) + local;
 }
 
-// The first of segments [low, high) that ends after `position`; high where none does.
+// The first of segments [low, high) that ends after `position`; high if none does.
 __device__ __forceinline__ int find_segment(const Segment* segments, int low, int high, std::int64_t position) {
   while (low < high) {
     const int middle = low + (high - low) / 2;
@@ -150,9 +150,9 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
   return low;
 }
 
-// Q times four elements, half a tile apart, all in segment `here`; the state on 16 bytes, and where kWide p and g too.
-// `smem_offset` is where a resident tile's g, and behind it the stream of kKeptInSharedMemory, lie in shared memory, or -1; kLoaded:
-// they are there, since the first pass.
+// Q times four elements, half a tile apart, all in segment `here`. The state is aligned to 16 bytes; if kWide, p and g
+// are too. `smem_offset`: of a resident tile's g in shared memory, followed by the array kKeptInSharedMemory; -1 if the
+// tile is not resident. kLoaded: the first pass has left both there.
 template <bool kMayReside, bool kLoaded, bool kWide, int Q, class S, class E, class Pass, int K>
 __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const Pass& pass, const Segment& here,
                                           E* p_at, const E* g_at, std::int64_t position, int smem_offset,
@@ -173,7 +173,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
   Raw<E, kWide> g_raw[Q] = {}, p_raw[Q] = {};
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
-    load_quad(p_raw[q], p_at + q * kApart, reads_p);  // first: its predicate may wait for the segment's numbers
+    load_quad(p_raw[q], p_at + q * kApart, reads_p);  // first: its predicate may wait for the segment's scalars
     load_quad(d_raw[q], d_at + q * kApart, reads & kD);
     load_quad(diagonal_raw[q], diagonal_at + q * kApart, reads & kDiagonal);
     load_quad(grad_prev_raw[q], grad_prev_at + q * kApart, reads & kGradPrev);
@@ -224,7 +224,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
   }
 }
 
-// One element of a segment, of whatever type.
+// One element of a segment, of any type.
 template <bool kMayReside, class S, class Pass, int K>
 __device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pass& pass, const Segment& segment,
                                         std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
@@ -286,7 +286,7 @@ __device__ __forceinline__ void run_tile(const BlockContext<S>& context, const P
   const int first = first_segment(a, tile);
   if (first == a.n_segments || a.segments[first].offset >= end) return;
   const std::int64_t position = begin + kQuad * static_cast<int>(threadIdx.x);
-  // The tile lies in one segment: the usual case.
+  // The whole tile is in one segment: the usual case.
   const bool whole = a.segments[first].offset <= begin && a.segments[first].offset + a.segments[first].n >= end;
   const int beyond = whole ? first : first_segment(a, tile + 1);
   int s = first;

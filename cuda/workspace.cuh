@@ -1,5 +1,5 @@
-// The workspace in device memory: its layout, the tables of segments and groups that the host writes there, and a temporary one
-// for calls over flat buffers.
+// The workspace in device memory: its layout, the tables of segments and groups that the host writes there, and a
+// temporary one for calls over flat buffers.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace fastnlcg {
 namespace {
 
-// Workspace layout, in doubles; each region starts on a cache line.
+// Where each region begins, in doubles; each begins at a cache line.
 struct Workspace {
   std::int64_t control, alpha, group_table, segments, bias, of_flat, tile_index, partials, end;
 
@@ -35,32 +35,32 @@ struct Workspace {
   }
 };
 
-template <int kBytes, class Row>
-void upload_entries_of(const Row* rows, std::int64_t first, std::int64_t last, Row* to, const CudaStep& cuda) {
-  Entries<Row, kBytes> part;
+template <int kBytes, class Entry>
+void upload_entries_of(const Entry* entries, std::int64_t first, std::int64_t last, Entry* to, const CudaStep& cuda) {
+  Entries<Entry, kBytes> part;
   for (; first < last; first += part.count) {
     part.count = static_cast<int>(std::min<std::int64_t>(last - first, part.kMax));
-    std::copy_n(rows + first, part.count, part.row);
-    launch("upload_entries", upload_entries<Row, kBytes>, {1, 128}, cuda, part, to + first);
+    std::copy_n(entries + first, part.count, part.entry);
+    launch("upload_entries", upload_entries<Entry, kBytes>, {1, 128}, cuda, part, to + first);
   }
 }
-template <class Row>
-void upload_table(const Row* rows, std::int64_t first, std::int64_t last, double* to, const CudaStep& cuda) {
-  Row* const table = reinterpret_cast<Row*>(to);
-  static const bool large = [] {  // drivers before 530 take 4 KB of arguments, whatever toolkit built this
+template <class Entry>
+void upload_table(const Entry* entries, std::int64_t first, std::int64_t last, double* to, const CudaStep& cuda) {
+  Entry* const table = reinterpret_cast<Entry*>(to);
+  static const bool large = [] {  // drivers before 530 take 4 KB of arguments, whichever toolkit built this
     int driver = 0;
     cudaDriverGetVersion(&driver);
     return driver == 0 || driver >= 12010;
   }();
-  if (!large || last - first <= Entries<Row, kSmallUpload>::kMax) {
-    upload_entries_of<kSmallUpload>(rows, first, last, table, cuda);
+  if (!large || last - first <= Entries<Entry, kSmallUpload>::kMax) {
+    upload_entries_of<kSmallUpload>(entries, first, last, table, cuda);
   } else {
-    upload_entries_of<kLargeUpload>(rows, first, last, table, cuda);
+    upload_entries_of<kLargeUpload>(entries, first, last, table, cuda);
   }
 }
 
-// Brings the device's table of segments up to date, where it is not. A captured step writes all of it at every replay,
-// so from then on nobody knows what it holds.
+// Brings the device's table of segments up to date. A captured step writes the whole table at every replay, so after a
+// capture its content is unknown.
 void write_segments(const Step& step, CudaStep& cuda, const Workspace& at) {
   if (captures(cuda)) cuda.tables_unknown = true;
   std::int64_t first = 0, last = step.n_segments;
@@ -130,7 +130,7 @@ void write_groups(const Step& step, const CudaStep& cuda, const Workspace& at, A
   }
 }
 
-// A workspace for one call over flat buffers, and the step with everything in it on the device.
+// A temporary workspace for one call over flat buffers, and the step with all of its pointers on the device.
 class Scratch {
  public:
   Scratch(const Step& host, CudaStep& cuda) : step(host), cuda_(cuda), host_(host), group_(host.groups[0]) {
@@ -144,11 +144,11 @@ class Scratch {
     void* memory = nullptr;
     check(cudaMallocAsync(&memory, bytes, stream_of(cuda)), "workspace of " + std::to_string(bytes) + " bytes");
     cuda.workspace = static_cast<double*>(memory);
-    double* const numbers = cuda.workspace + at.of_flat;
-    step.scalars = reinterpret_cast<Scalars*>(numbers);
+    double* const values = cuda.workspace + at.of_flat;
+    step.scalars = reinterpret_cast<Scalars*>(values);
     segment_ = host.segments[0];
-    segment_.steps = numbers + kScalars + 1;
-    group_.alpha_prev = numbers + kScalars;
+    segment_.steps = values + kScalars + 1;
+    group_.alpha_prev = values + kScalars;
     step.segments = &segment_;
     step.groups = &group_;
     try {
@@ -162,8 +162,8 @@ class Scratch {
       throw;
     }
   }
-  // The numbers, back to the host. Waits.
-  void bring_back() const {
+  // Copies the scalars back to the host. Waits.
+  void copy_back() const {
     copy_to_host(host_.scalars, step.scalars, sizeof(Scalars), cuda_);
     copy_to_host(host_.groups[0].alpha_prev, group_.alpha_prev, sizeof(double), cuda_);
     copy_to_host(host_.segments[0].steps, segment_.steps, sizeof(double), cuda_);

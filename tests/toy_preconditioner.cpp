@@ -1,6 +1,6 @@
-// A preconditioner that the library does not have, made of the library's own parts: its passes, run by the CPU's machinery over
-// several parameters, groups and threads, against a plain loop. Prints the largest relative difference of every vector;
-// tests/test_pass.py compiles and runs it.
+// A preconditioner that the library does not have, made of the library's own parts: its passes, run by the CPU's
+// machinery over several parameters, groups and threads, against a plain loop. Prints the largest relative difference
+// of every vector; tests/test_pass.py compiles and runs it.
 //
 // Adagrad's diagonal: v = v + g^2, w = g / (sqrt(v) + eps), d = beta d - w, p = p + alpha d.
 #include <cmath>

@@ -1,5 +1,5 @@
 """The online stochastic line search of section 3.2.2: its four numbers. The formula itself is part of the native step
-(``csrc/nlcg_math.h``) and of the reference (:func:`fastnlcg.reference.line_search_scale`)."""
+(``csrc/decisions.h``) and of the reference (:func:`fastnlcg.reference.line_search_scale`)."""
 
 from __future__ import annotations
 

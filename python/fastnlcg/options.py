@@ -2,8 +2,8 @@
 the reference and the native side take them from here. Needs neither torch nor the native module.
 
 To add an option: a line of ``NLCG_OPTIONS`` in ``csrc/step_args.h``, a field of :class:`Options`, an argument of
-:class:`fastnlcg.NLCG`, and the formula that looks at it. To add a preconditioner: a section of ``csrc/passes.h``, a
-name in ``csrc/step_args.h``, a line of :data:`PRECONDITIONERS` and a class in :mod:`fastnlcg.reference`.
+:class:`fastnlcg.NLCG`, and the formula that uses it. To add a preconditioner: a header of its passes, a line of
+``csrc/preconditioners.h``, a line of :data:`PRECONDITIONERS` and a class in :mod:`fastnlcg.reference`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST_COUNT = 2**53  # of steps: whole numbers up to here are exact in a doubl
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """What Python has to know of a preconditioner; its formulas are in ``csrc/passes.h``."""
+    """What Python has to know of a preconditioner; its passes are in ``csrc/pass_*.h``."""
 
     native: str
     """its name there"""
