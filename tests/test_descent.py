@@ -17,6 +17,7 @@ import torch
 from backends import Backend
 from fastnlcg import CGDescent, HagerZhang, _native, full_batch, minimize, reference
 from fastnlcg.descent import BETA_RULES, Course, Descent, DescentOptions, Slopes, Sums
+from fastnlcg.layout import DLPACK_API
 from fastnlcg.wolfe import Point, Unbounded, search
 from torch import Tensor, nn
 
@@ -337,6 +338,35 @@ def test_passes_in_lockstep(lockstep_on: Backend, n: int, dtype: str, preconditi
     run.begin()
     run.iterate()
     assert both.compared > 10
+
+
+def test_a_trial_needs_no_gradient_and_stores_the_origin(lockstep_on: Backend) -> None:
+    """Parameters back to back, so that blocks of the flat index straddle them, and one of many tiles."""
+    sizes, alpha = [5, 7, 1, 40, 9000], 0.25
+    offsets = np.cumsum([0, *sizes])
+    table, device = lockstep_on.step("float64"), lockstep_on.device
+    segments = [
+        _native.SegmentSpec(offset=int(at), group=0, index=i, dtype="float64", shape=(size,), strides=(1,))
+        for i, (at, size) in enumerate(zip(offsets[:-1], sizes, strict=True))
+    ]
+    n = int(offsets[-1])
+    workspace = lockstep_on.workspace(n, len(sizes), 1)
+    keys = _native.StateKeys(direction="direction", origin="origin")
+    table.lay_out(n, segments, 1, keys, DLPACK_API, torch.Tensor, workspace)
+    start, d = ([torch.randn(size, dtype=torch.float64, device=device) for size in sizes] for _ in range(2))
+    params = [p.clone() for p in start]
+    origin = [torch.zeros_like(p) for p in start]
+    at = _native.Tensors(
+        params=params,
+        entries=[{"direction": x, "origin": y} for x, y in zip(d, origin, strict=True)],
+        scalars=torch.zeros(len(_native.SCALARS), dtype=torch.float64, device=device),
+        alpha_prev=[torch.zeros((), dtype=torch.float64, device=device)],
+    )
+    for k, first in enumerate((True, False)):
+        table.descend(at, _native.DescentPass("trial", alpha=alpha * (k + 1), first=first), 1)
+        for p, x, y, s in zip(params, start, origin, d, strict=True):
+            assert torch.equal(y, x)
+            assert torch.equal(p, x + alpha * (k + 1) * s)  # the same two roundings
 
 
 def test_the_passes_have_the_same_bits_however_they_run(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
