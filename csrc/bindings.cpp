@@ -142,14 +142,14 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
 
   py::class_<Descent>(m, "DescentPass", py::module_local())
       .def(py::init([](const std::string& kind, double alpha, bool first, bool preconditioned, bool update,
-                       double scale, double ys, double shs, double beta) {
+                       double scale, double ys, double shs, double beta, bool maximize) {
              const auto found = std::find(std::begin(kDescentNames), std::end(kDescentNames), kind);
              if (found == std::end(kDescentNames)) throw std::invalid_argument("unknown pass '" + kind + "'");
              const auto value = static_cast<Descent::Kind>(found - std::begin(kDescentNames));
-             return Descent{value, alpha, first, preconditioned, update, scale, ys, shs, beta};
+             return Descent{value, alpha, first, preconditioned, update, scale, ys, shs, beta, maximize};
            }),
            "kind"_a, py::kw_only(), "alpha"_a = 0.0, "first"_a = false, "preconditioned"_a = true, "update"_a = false,
-           "scale"_a = 1.0, "ys"_a = 0.0, "shs"_a = 0.0, "beta"_a = 0.0);
+           "scale"_a = 1.0, "ys"_a = 0.0, "shs"_a = 0.0, "beta"_a = 0.0, "maximize"_a = false);
 
   py::class_<NativeStep>(m, "NativeStep", py::module_local())
       .def("set_options", &NativeStep::set_options, "options"_a)

@@ -145,13 +145,16 @@ std::vector<double> NativeStep::run_descent_pass(const Descent& pass, int thread
   if (segments_.empty()) return sums;
   const bool trial = pass.kind == Descent::Kind::trial;
   std::string missing = missing_array(state_of(pass), segments_[0]);
-  if (missing.empty() && trial && segments_[0].p == nullptr) missing = "p";
+  const bool needs_p = trial || pass.kind == Descent::Kind::direction;
+  if (missing.empty() && needs_p && segments_[0].p == nullptr) missing = "p";
   if (missing.empty() && !trial && segments_[0].g == nullptr) missing = "g";
   if (!missing.empty()) {
     throw std::invalid_argument(std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] + "' needs " +
                                 missing);
   }
-  for (Group& group : groups_) group.weight_decay = 0.0, group.sign = group.factor = 1.0;
+  for (Group& group : groups_) {
+    group.weight_decay = 0.0, group.sign = pass.maximize ? -1.0 : 1.0, group.factor = group.sign;
+  }
   step_.threads = std::max(threads, 1);
   run([&] { cuda_descend(step_, cuda_, pass, sums.data()); },
       [&](const CpuKernels& kernels) { kernels.descend(step_, pass, sums.data()); });

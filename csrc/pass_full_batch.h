@@ -2,10 +2,14 @@
 // They run on the same machinery as the passes of a step (pass.h).
 //
 //     Trial         reads origin, d           writes p                                  12 bytes
-//                   the first of a search: reads p, d; writes p, origin                 16
+//                   the first of a search: reads p, d; writes p, origin; the mark       16
 //     Slope         reads g, d                sum(g d), max |g|                          8
 //     Curvature     reads g, g_prev, d, h     writes h; sum(g w), sum(y w), sum(y y/h)  20
-//     NewDirection  reads g, d, h             writes d, g_prev; sum(g d), sum(d h d)    20
+//     NewDirection  reads p, g, d, h          writes d, g_prev; sum(g d), sum(d h d),   24
+//                                             the mark
+//
+// The mark of a point is sum(p d), sum(p p): formed where an iteration ends and where the next one begins, in the same order.
+// They differ if p was written in between.
 //
 // per float32 element; 4 or 8 less without a preconditioner. A trial needs no gradient.
 #pragma once
@@ -15,9 +19,16 @@
 
 namespace fastnlcg {
 
+template <class At, class T>
+NLCG_HD void add_mark(At& at, int sum, T p, T d) {
+  const auto wide_p = at.wide(p);
+  at.add(sum, wide_p, at.wide(d));
+  at.add(sum + 1, wide_p, wide_p);
+}
+
 template <class T>
 struct Trial : PassDefaults {
-  static constexpr int kSums = 1;
+  static constexpr int kSums = 2;
   static constexpr bool kReadsGradient = false, kAppliesL2Decay = false, kStoresEvenAtZeroAlpha = true,
                         kUsesOrigin = true;
   T alpha;
@@ -27,9 +38,12 @@ struct Trial : PassDefaults {
 
   template <class At>
   NLCG_HD void operator()(At& at) const {
-    const T origin = first ? at.p() : at.origin();
-    if (first) at.set_origin(origin);
-    at.set_p(moves ? moved(origin, scaled_direction(alpha, at.d())) : origin);
+    const T origin = first ? at.p() : at.origin(), d = at.d();
+    if (first) {
+      at.set_origin(origin);
+      add_mark(at, 0, origin, d);
+    }
+    at.set_p(moves ? moved(origin, scaled_direction(alpha, d)) : origin);
   }
 };
 
@@ -81,11 +95,11 @@ struct Curvature : PassDefaults {
 
 template <class T>
 struct NewDirection : PassDefaults {
-  static constexpr int kSums = 2;
+  static constexpr int kSums = 4;
   static constexpr bool kBackward = true, kAppliesL2Decay = false;
   T beta;
   bool keeps, preconditioned;  // keeps = false: d = -w, whatever d held
-  NLCG_HD unsigned reads() const { return (keeps ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
+  NLCG_HD unsigned reads() const { return kP | (keeps ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
   NLCG_HD unsigned writes() const { return kD | kGradPrev; }
 
   template <class At>
@@ -98,6 +112,7 @@ struct NewDirection : PassDefaults {
     const auto wide_d = at.wide(d);
     at.add(0, at.wide(g), wide_d);
     at.add(1, at.wide(preconditioned ? hessian_times(at.diagonal(), d) : d), wide_d);
+    add_mark(at, 2, at.p(), d);
   }
 };
 

@@ -160,7 +160,8 @@ struct Descent {
   bool preconditioned = true;  // curvature, direction: there is an h
   bool update = false;         // curvature: h is updated, with these three
   double scale = 1, ys = 0, shs = 0;
-  double beta = 0;  // direction: of d = beta d - w
+  double beta = 0;        // direction: of d = beta d - w
+  bool maximize = false;  // all: the gradient is that of what is maximized
 };
 constexpr const char* kDescentNames[] = {"trial", "slope", "curvature", "direction"};
 
@@ -194,7 +195,7 @@ struct Step {
 // Tiles fix the order of every sum: the bits depend on the flat index alone. 4096 elements are few enough to balance
 // over threads and many enough that combining the partial sums costs nothing.
 constexpr std::int64_t kTile = 4096;
-constexpr int kMaxSums = 3;
+constexpr int kMaxSums = 4;
 
 // Sixteen consecutive elements are one block of the CPU's sums, and the most that a SIMD vector holds. If every
 // parameter begins at a block, vectors are aligned, because torch aligns memory to 64 bytes.

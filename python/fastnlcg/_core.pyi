@@ -103,6 +103,7 @@ class DescentPass:
         ys: float = 0.0,
         shs: float = 0.0,
         beta: float = 0.0,
+        maximize: bool = False,
     ) -> None: ...
 
 class NativeStep:

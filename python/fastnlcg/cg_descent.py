@@ -15,9 +15,23 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
 from fastnlcg import _native, distributed, groups
-from fastnlcg.descent import Course, Descent, DescentOptions, OutOfBudget, Sums, check_count, check_positive
+from fastnlcg.descent import (
+    NOT_FOUND,
+    RESOLUTION,
+    RESOLUTION_FLOAT32,
+    Course,
+    Descent,
+    DescentOptions,
+    Edited,
+    Mark,
+    OutOfBudget,
+    Sums,
+    check_count,
+    check_positive,
+)
 from fastnlcg.distributed import as_like, is_sharded, memory, shard_like
 from fastnlcg.layout import DLPACK_API, places
+from fastnlcg.options import check_real
 from fastnlcg.parameters import (
     DTYPES,
     check_mixture,
@@ -53,9 +67,14 @@ class CGDescent(torch.optim.Optimizer):
     at the first step: 16 bytes per float32 parameter, 12 without a preconditioner, whatever the number of steps. An
     iteration moves about 80 bytes per float32 parameter outside the closure; L-BFGS some 400 with a history of 10.
 
-    The function must not change between two steps, and its value must repeat: no mini-batches, no dropout. Where it
-    does change on purpose (new collocation points), call :meth:`restart`. Edits of parameters between steps are seen,
-    and begin anew from -P g.
+    The function must not change within a step, and its value must repeat: no mini-batches, no dropout. If it changes
+    between two steps on purpose (new collocation points), call :meth:`restart`. A step that is not told notices when
+    its first evaluation does not fit the last loss, or when the last step found nothing; it then evaluates the closure
+    at the parameters once more and starts from -P g, with a warning, once.
+
+    Parameters may be written between steps, in any way: the next step sees that, and starts from -P g. A parameter
+    whose gradient the closure leaves at None takes no part, and not a bit of it moves; it keeps its state, and takes
+    part again when it has a gradient.
 
     Over ranks: DTensor parameters (FSDP2, HSDP, tensor parallel) need no option; the closure returns each rank's own
     loss, whose mean over ranks is minimized, and every rank takes the same decisions, to the bit. Every rank has to
@@ -63,12 +82,15 @@ class CGDescent(torch.optim.Optimizer):
 
     Args:
         params: parameters, named or not, or groups, of float32 or float64, on one device. Groups have no options.
+        lr: for trainers, which pass one and read ``group["lr"]``. Nothing reads it here; a scheduler on it gets a
+            warning.
         beta: ``"hager_zhang"``, ``"polak_ribiere"`` (and 0 where that is negative), ``"fletcher_reeves"``,
             ``"dai_yuan"`` or ``"hestenes_stiefel"``.
         preconditioner: ``"bfgs"``, the diagonal h; or None.
         line_search: its constants, a :class:`HagerZhang`.
         max_iter: iterations per :meth:`step`.
         max_eval: calls of the closure per :meth:`step`; None: as many as it takes.
+        maximize: maximize the objective.
         tolerance_grad: a step ends where the largest element of the gradient is at most this.
         tolerance_change: a step ends where an iteration changes the loss by at most this.
         average_loss: True: minimize the mean of all ranks' losses, which data-parallel replicas (DDP averages their
@@ -97,6 +119,7 @@ class CGDescent(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1.0,
         *,
         beta: Literal[
             "hager_zhang", "polak_ribiere", "fletcher_reeves", "dai_yuan", "hestenes_stiefel"
@@ -107,36 +130,42 @@ class CGDescent(torch.optim.Optimizer):
         max_eval: int | None = None,
         tolerance_grad: float = 1e-7,
         tolerance_change: float = 0.0,
+        maximize: bool = False,
         average_loss: bool | None = None,
         process_group: Any = None,
     ) -> None:
         if not isinstance(average_loss, bool | None):
             raise TypeError(f"average_loss must be None or a bool, got {average_loss!r}")
+        if not isinstance(maximize, bool):
+            raise TypeError(f"maximize must be a bool, got {maximize!r}")
         if process_group is not None:
             distributed.check_group(process_group)
-        self._average_loss, self._process_group = average_loss, process_group
+        self._maximize, self._average_loss, self._process_group = maximize, average_loss, process_group
         self._options = DescentOptions(beta, preconditioner, line_search or HagerZhang())
         self._max_iter = check_count("max_iter", max_iter)
         self._max_eval = None if max_eval is None else check_count("max_eval", max_eval)
         self._tolerance_grad = check_positive("tolerance_grad", tolerance_grad)
         self._tolerance_change = check_positive("tolerance_change", tolerance_change)
+        self._lrs: list[float] = []
         self._reset()
-        super().__init__(params, {})
+        super().__init__(params, {"lr": check_real("lr", lr, minimum=0.0)})
 
     def _reset(self) -> None:
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
         self._table: _Table | None = None
-        self._warned = False
+        self._warned = self._warned_of_lr = False
         self._advice: list[str] = []
-        self._versions: list[int] | None = None
         self._stepping = False
+        self._lrs = [group.setdefault("lr", 1.0) for group in self.__dict__.get("param_groups", ())]
         self._message = ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch's optimizers do; the next step begins anew. Raises like the constructor."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            for p in self.param_groups[-1]["params"]:
+            group["lr"] = check_real("lr", group["lr"], minimum=0.0)
+            for p in group["params"]:
                 if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
                     raise TypeError(
                         f"parameter {self._all().index(p)} has dtype {p.dtype}; expected torch.float32 or "
@@ -145,6 +174,7 @@ class CGDescent(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self._lrs.append(group["lr"])
         self.restart()
 
     def _all(self) -> list[Tensor]:
@@ -155,22 +185,24 @@ class CGDescent(torch.optim.Optimizer):
     @_disable_dynamo
     def step(  # type: ignore[override]  # a closure is needed
         self, closure: Callable[[], float | Tensor], *, loss: Callable[[], float | Tensor] | None = None
-    ) -> float:
-        """Takes ``max_iter`` iterations, or fewer where one of the limits ends them. Parameters are left at the best
-        point; where no lower one is found, they are what they were, to the bit, and :meth:`diagnostics` says why.
+    ) -> float | Tensor:
+        """Takes ``max_iter`` iterations, or fewer if one of the limits ends them. Parameters are left at the lowest
+        point that was evaluated; if no lower one is found, they are what they were, to the bit, and
+        :meth:`diagnostics` says why. A step after one that found nothing, or that met ``tolerance_grad``, costs one
+        evaluation, unless that shows that something has changed.
 
         Args:
             closure: evaluates the loss and calls ``backward()``, after zeroing the gradients; called with gradients
-                enabled. Returns the loss.
-            loss: evaluates the loss alone, where that is cheaper. It is called once an iteration.
+                enabled, also under ``no_grad`` and ``inference_mode``. Returns the loss.
+            loss: evaluates the loss alone, if that is cheaper. It is called once an iteration.
 
         Returns:
-            The loss at the new parameters.
+            The loss at the parameters before the step, as ``torch.optim.LBFGS`` does: a tensor if the closure returns
+            one, else a float. The loss after the step is ``diagnostics()["loss"]``.
 
         Raises:
             TypeError, ValueError: for a closure that is none, or returns no loss; a parameter or gradient that cannot
-            be
-                stepped, named by index.
+                be stepped, named by index.
             RuntimeError: inside its own closure.
 
         Exceptions of the closure leave the parameters where the search began.
@@ -186,53 +218,60 @@ class CGDescent(torch.optim.Optimizer):
             raise RuntimeError("step() inside its own closure, or in another thread")
         self._stepping = True
         try:
-            value = self._step(closure, loss)
+            with torch.inference_mode(False):
+                value = self._step(closure, loss)
         finally:
             self._stepping = False
+        self._look_at_lr()
         while self._advice:
             warn(self._advice.pop())
         return value
 
-    def _step(self, closure: Callable[[], float | Tensor], loss: Callable[[], float | Tensor] | None) -> float:
+    def _step(self, closure: Callable[[], float | Tensor], loss: Callable[[], float | Tensor] | None) -> float | Tensor:
         course = self._course()
         budget = math.inf if self._max_eval is None else course.evaluations + self._max_eval
+        sign = -1.0 if self._maximize else 1.0
+        returned: float | Tensor = 0.0
+        set_is_known = False
 
-        def full() -> float:
+        def full(start: bool) -> float:
+            nonlocal returned, set_is_known
             if course.evaluations >= budget:
                 raise OutOfBudget
             with torch.enable_grad():
-                value = _number("closure", closure())
-            if self._table is None:
+                returned = closure()
+            value = sign * _number("closure", returned)
+            changed = self._table is None or self._table.set_has_changed()
+            if changed and (start or self._table is None):
                 self._table = self._new_table()
+            elif changed and not set_is_known:
+                course.evaluations += 1
+                raise Edited
+            # A later gradient of None is that of a branch not taken at a trial point: zeros.
+            set_is_known = True
             return value
 
         def loss_alone() -> float:
             assert loss is not None
-            return passes.mean(_number("loss", loss()))
+            return passes.mean(sign * _number("loss", loss()))
 
+        usable = self._table is not None and self._table.covers(self._all())
+        if not usable and not math.isnan(course.g_max):  # loaded, copied, or with other tensors of state
+            self._table = self._new_table(course.active)
         passes = _Passes(self, course)
         run = Descent(
-            passes, full, None if loss is None else loss_alone, self._options, x_max=passes.x_max, course=course
+            passes,
+            full,
+            None if loss is None else loss_alone,
+            self._options,
+            x_max=passes.x_max,
+            course=course,
+            resolution=RESOLUTION if self._dtype() == torch.float64 else RESOLUTION_FLOAT32,
+            trusted=self._max_eval is not None and self._max_eval < 3,  # too few to look at one point twice
+            sign=sign,
         )
-        seen = course.f
         try:
-            if math.isnan(course.g_max) or self._edited():
-                run.begin()
-            elif course.iterations == 1:  # once: does the loss repeat?
-                f, *_ = run.evaluate()
-                run.compare(seen, f)
-            self._message = ""
-            for _ in range(self._max_iter):
-                if course.g_max <= self._tolerance_grad:
-                    self._message = "the largest element of the gradient is at most tolerance_grad"
-                    break
-                f = course.f
-                self._message = run.iterate()
-                if self._message:
-                    break
-                if abs(course.f - f) <= self._tolerance_change:
-                    self._message = "the loss has changed by at most tolerance_change"
-                    break
+            self._message = self._iterate(run)
         except OutOfBudget:
             self._message = "max_eval is reached"
         except _native.RanksDisagree:
@@ -240,12 +279,49 @@ class CGDescent(torch.optim.Optimizer):
             assert self._table.ranks is not None
             self._table.ranks.explain("step()", course.evaluations, self._named(), [])
         finally:
-            self.param_groups[0]["course"] = course.as_dict()
             if self._table is not None:
-                self._versions = [p._version for p in self._table.params]
+                course.active = self._table.members
+            self.param_groups[0]["course"] = course.as_dict()
         if run.warning:
             self._advice.append(run.warning)
-        return course.f
+        before = sign * run.f_before
+        return torch.full_like(returned, before, requires_grad=False) if isinstance(returned, Tensor) else before
+
+    def _iterate(self, run: Descent) -> str:
+        """Takes the iterations of a step; why they ended early, or ""."""
+        course = run.course
+        if math.isnan(course.g_max):
+            run.begin()
+        elif course.stuck:
+            if not run.look():
+                return self._message or NOT_FOUND
+        elif course.g_max <= self._tolerance_grad or (course.iterations and not course.repeats):
+            run.look()
+        for _ in range(self._max_iter):
+            if course.g_max <= self._tolerance_grad:
+                return "the largest element of the gradient is at most tolerance_grad"
+            f = course.f
+            if message := run.iterate():
+                return message
+            if abs(course.f - f) <= self._tolerance_change:
+                return "the loss has changed by at most tolerance_change"
+        return ""
+
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self._all() if p.requires_grad), torch.float32)
+
+    def _look_at_lr(self) -> None:
+        """A scheduler has written ``initial_lr`` or another ``lr`` into the groups: a warning, once."""
+        scheduled = any(
+            "initial_lr" in group or group.get("lr", lr) != lr
+            for group, lr in zip(self.param_groups, self._lrs, strict=True)
+        )
+        if scheduled and not self._warned_of_lr:
+            self._warned_of_lr = True
+            self._advice.append(
+                "a scheduler, or another writer, sets the lr of CGDescent's groups, which nothing reads: its line "
+                "search finds the step lengths"
+            )
 
     def _makes_state_only(self) -> bool:
         """torch.distributed.checkpoint makes the state it loads into by ``step(None)`` on gradients of zero."""
@@ -259,9 +335,11 @@ class CGDescent(torch.optim.Optimizer):
     def _named(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""
         limits = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change")
-        return {**vars(self._options), **{name: getattr(self, f"_{name}") for name in limits}}
+        named = {name: getattr(self, f"_{name}") for name in limits}
+        return {**vars(self._options), **named, "maximize": self._maximize}
 
-    def _new_table(self) -> _Table:
+    def _new_table(self, members: list[int] | None = None) -> _Table:
+        """Over these parameters; None: those with a gradient."""
         params = self._all()
         ranks = distributed.find_ranks(params, self._process_group, self._average_loss, line_search=True)
         if ranks is None and self._average_loss is None and distributed.world_size() > 1 and not self._warned:
@@ -270,36 +348,19 @@ class CGDescent(torch.optim.Optimizer):
                 "the line search sees this rank's loss alone, and torch.distributed has more ranks: pass "
                 "average_loss=True, which data-parallel replicas need, or False where this is meant"
             )
-        return _Table(params, self.state, self._options, ranks, repr(self._named()))
+        return _Table(params, members, self.state, self._options, ranks, repr(self._named()), self._maximize)
 
     def _course(self) -> Course:
         """As the groups have it: loaded, or left by the last step."""
         kept = self.param_groups[0].get("course")
         return Course() if kept is None else Course(**kept)
 
-    def _edited(self) -> bool:
-        """Whether parameters were written since the last step, or others take part; a table then has to be made
-        anew."""
-        if self._table is None:  # after a load: the parameters are those of the file
-            self._table = self._new_table()
-            return False
-        params = self._all()
-        if any(p.grad is not None and p.numel() for p in self._table.resting) or not self._table.covers(params):
-            self._table = None
-            return True
-        return self._versions is not None and [p._version for p in self._table.params] != self._versions
-
     def restart(self) -> None:
         """Forgets the direction and the loss, and keeps h: the next step evaluates the closure, and begins along -P g.
         For a function that has changed."""
         kept = self.param_groups[0].get("course")
         if kept is not None:
-            self.param_groups[0]["course"] = {
-                **kept,
-                "f": math.nan,
-                "g_max": math.nan,
-                "iterations": kept["iterations"],
-            }
+            self.param_groups[0]["course"] = {**kept, "f": math.nan, "g_max": math.nan}
         self._table = None
 
     def diagnostics(self) -> dict[str, Any]:
@@ -308,7 +369,7 @@ class CGDescent(torch.optim.Optimizer):
         early, or ""."""
         at = self._course()
         return {
-            "loss": at.f,
+            "loss": -at.f if self._maximize else at.f,
             "gradient_max": at.g_max,
             "alpha": at.alpha,
             "beta": at.beta,
@@ -334,12 +395,16 @@ class CGDescent(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
             raise TypeError("an optimizer with process_group= cannot be pickled or copied; use its state_dict()")
-        own = ("_options", "_max_iter", "_max_eval", "_tolerance_grad", "_tolerance_change", "_average_loss")
+        own = (
+            *("_options", "_max_iter", "_max_eval", "_tolerance_grad", "_tolerance_change"),
+            *("_maximize", "_average_loss"),
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_maximize", False)
         self._reset()
 
 
@@ -363,6 +428,8 @@ def _check_state(given: Mapping[str, Any], params: list[Tensor], options: Descen
     names = {one.name for one in fields(Course)}
     if course is not None and not (isinstance(course, Mapping) and set(course) == names):
         raise ValueError("param_groups[0]['course'] is not that of a CGDescent")
+    if course is not None and not all(isinstance(i, int) and 0 <= i < len(params) for i in course["active"]):
+        raise ValueError(f"param_groups[0]['course']['active'] is {course['active']!r}, of {len(params)} parameters")
     for i, entry in given["state"].items():
         if not isinstance(i, int) or not 0 <= i < len(params):
             continue
@@ -402,12 +469,14 @@ class _Table:
     def __init__(
         self,
         params: list[Tensor],
+        members: list[int] | None,
         state: dict[Any, Any],
         options: DescentOptions,
         ranks: distributed.Ranks | None,
         everything: str,
+        maximize: bool,
     ) -> None:
-        with_gradient = [i for i, p in enumerate(params) if p.numel() and (p.grad is not None or state.get(p))]
+        with_gradient = _with_gradient(params) if members is None else list(members)
         if not with_gradient and ranks is None:
             raise RuntimeError("no parameter has a gradient: the closure must call backward()")
         for i in with_gradient:
@@ -415,11 +484,12 @@ class _Table:
             if params[i].dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"parameter {i} has dtype {params[i].dtype}; expected torch.float32 or torch.float64")
         check_mixture(with_gradient, params)
+        self.members, self.maximize = list(with_gradient), maximize
+        self.mark: Mark | None = None  # of this rank's elements; None after a load
         unowned = frozenset() if ranks is None else ranks.unowned
         with_gradient.sort(key=lambda i: i in unowned)
         self.all, self.options, self.state, self.ranks = list(params), options, state, ranks
         self.params = [params[i] for i in with_gradient]
-        self.resting = [p for i, p in enumerate(params) if i not in set(with_gradient)]
         for p in self.params:
             _make_state(p, state.setdefault(p, {}), options)
         self.entries = [state[p] for p in self.params]
@@ -487,12 +557,17 @@ class _Table:
             self.state.get(p) is entry for p, entry in zip(self.params, self.entries, strict=True)
         )
 
+    def set_has_changed(self) -> bool:
+        """Whether other parameters have a gradient than those that take part."""
+        return _with_gradient(self.all) != self.members
+
     def run(self, kind: str, **numbers: Any) -> list[float]:
         """One pass."""
         trial = kind == "trial"
         if self.on_gpu:
             self.native.stream = _native.current_stream(str(self.device))
-        pass_ = _native.DescentPass(kind, preconditioned=self.options.preconditioner is not None, **numbers)
+        preconditioned = self.options.preconditioner is not None
+        pass_ = _native.DescentPass(kind, preconditioned=preconditioned, maximize=self.maximize, **numbers)
         threads = _native.num_threads()
         sums = self.native.descend(self.at, pass_, threads) if trial or self.plain else None
         if sums is None:
@@ -502,12 +577,11 @@ class _Table:
             raise RuntimeError("a parameter or a tensor of the state was replaced, moved or resized during a step")
         return sums
 
-    def sums(self, kind: str, step: int, count: int, **numbers: Any) -> list[float]:
-        """Those of one pass, ``count`` of them, over all ranks."""
-        mine = self.run(kind, **numbers)[:count]
+    def total(self, sums: list[float], step: int) -> list[float]:
+        """These sums over all ranks."""
         if self.ranks is None or not self.ranks.every_decision:
-            return mine
-        return self.ranks.total(self.exchange(mine, step))
+            return sums
+        return self.ranks.total(self.exchange(sums, step))
 
     def exchange(self, values: list[float], step: int) -> list[list[float]]:
         """Everybody's values, by rank. All must have come from the same length of the same trial."""
@@ -530,11 +604,20 @@ class _Table:
         return found
 
 
+def _with_gradient(params: list[Tensor]) -> list[int]:
+    return [i for i, p in enumerate(params) if p.grad is not None and p.numel()]
+
+
+def _same(a: float, b: float, rtol: float) -> bool:
+    return abs(a - b) <= rtol * abs(b) or (math.isnan(a) and math.isnan(b)) or a == b
+
+
 class _Passes:
     """Of the optimizer's table, which a closure's first gradients make."""
 
     def __init__(self, owner: CGDescent, course: Course) -> None:
         self.owner, self.course = owner, course
+        self.edited, self.unchecked = False, 0.0
 
     @property
     def table(self) -> _Table:
@@ -543,7 +626,20 @@ class _Passes:
         return table
 
     def _over_ranks(self, values: list[float]) -> list[list[float]]:
-        return self.table.exchange(values, self.course.evaluations)
+        """Everybody's values, by rank. Edited if x was edited on one of them."""
+        ranks = self.table.ranks
+        assert ranks is not None
+        rows = self.table.exchange([*values, self.unchecked, float(self.edited)], self.course.evaluations)
+        edited = any(row[-1] for row in rows)
+        edited = edited or (self.unchecked > 0.0 and self._is_another(ranks.total(rows)[-2]))
+        self.edited, self.unchecked = False, 0.0
+        if edited:
+            raise Edited
+        return rows
+
+    def _is_another(self, xx: float) -> bool:
+        """After a load: whether x is not that of the file, up to the order in which its devices and ranks add up."""
+        return not _same(xx, self.course.mark[1], 1e-9)
 
     def mean(self, f: float) -> float:
         """The loss alone, over ranks."""
@@ -551,17 +647,28 @@ class _Passes:
             return f
         return _mean(row[0] for row in self._over_ranks([f]))
 
-    def trial(self, alpha: float, *, first: bool) -> None:
+    def trial(self, alpha: float, *, first: Mark | None) -> None:
         table = self.table
         table.alpha = alpha
         torch.autograd.graph.increment_version(table.params)
         with torch.no_grad():
-            if first:
+            if first is not None:
                 for p, here in table.copies:
                     here.copy_(p)
-            table.run("trial", alpha=alpha, first=first)
+            xd, xx, *_ = table.run("trial", alpha=alpha, first=first is not None)
             for p, here in table.copies:
                 p.copy_(here)
+        if first is None:
+            return
+        if table.mark is not None:
+            self.edited = not (_same(xd, table.mark[0], 0.0) and _same(xx, table.mark[1], 0.0))
+        elif table.ranks is None:
+            self.edited = self._is_another(xx)
+        else:
+            self.unchecked = xx
+        if self.edited and table.ranks is None:
+            self.edited = False
+            raise Edited
 
     def slope(self, f: float) -> tuple[float, float, float]:
         slope, largest, *_ = self.table.run("slope")
@@ -574,11 +681,14 @@ class _Passes:
     def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
         alpha, scale, ys, shs = update or (0.0, 1.0, 0.0, 0.0)
         numbers = {"alpha": alpha, "scale": scale, "ys": ys, "shs": shs}
-        return Sums(*self.table.sums("curvature", self.course.evaluations, 3, update=update is not None, **numbers))
+        sums = self.table.run("curvature", update=update is not None, **numbers)
+        return Sums(*self.table.total(sums[:3], self.course.evaluations))
 
-    def direction(self, beta: float) -> tuple[float, float]:
-        slope, dhd = self.table.sums("direction", self.course.evaluations, 2, beta=beta)
-        return slope, dhd
+    def direction(self, beta: float) -> tuple[float, float, Mark]:
+        sums = self.table.run("direction", beta=beta)[:4]
+        self.table.mark = sums[2], sums[3]
+        slope, dhd, xd, xx = self.table.total(sums, self.course.evaluations)
+        return slope, dhd, (xd, xx)
 
     def forget(self) -> None:
         for entry in self.table.entries:

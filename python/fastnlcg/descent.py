@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Protocol
 
 from fastnlcg.options import check_real
@@ -34,24 +35,40 @@ WINDOW, EXCESS = 11, 10.0
 curvature along the direction time after time, not once."""
 PROBE = 0.1
 """where the quadratic step looks at f: at this share of the last step length"""
+NOT_FOUND = "no step length was found: the loss is at the limit of rounding, not smooth, or unbounded below"
+ROUNDING = 64 * 2.0**-52
+"""of a loss in float64, relative to a running mean of |f|"""
+RESOLUTION = 2.0**-40
+"""of a loss that a function of float64 gives, likewise: 4096 units in the last place, for sums of many terms"""
+RESOLUTION_FLOAT32 = 1e-6
+"""of one that a function of float32 gives: eight units"""
+
+
+Mark = tuple[float, float]
+"""sum(x d) and sum(x x): what writes x between two iterations changes them, however it is written"""
+
+
+class Edited(Exception):  # noqa: N818
+    """x is not what the last iteration left, or other variables take part: go on from x as from a new start."""
 
 
 class Passes(Protocol):
     """The vectors: x, g, d, h, and those of the point that a search starts from. Each method is one pass over
     memory."""
 
-    def trial(self, alpha: float, *, first: bool) -> None:
-        """x = origin + alpha d; ``first`` of a search: from here on x is the origin."""
+    def trial(self, alpha: float, *, first: Mark | None) -> None:
+        """x = origin + alpha d. ``first``, in the first trial of a search: x becomes the origin, and Edited is raised,
+        now or at the next evaluation, if its mark is another."""
 
     def slope(self, f: float) -> tuple[float, float, float]:
-        """f, sum(g d), max |g|; the second is not finite where an element of g is not. Over ranks the mean of f, the
+        """f, sum(g d), max |g|; the second is not finite if an element of g is not. Over ranks: the mean of f, the
         sum, and the largest."""
 
     def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
-        """h, updated with (alpha, scale, ys, scale * shs) where given; and the sums over it."""
+        """h, updated with (alpha, scale, ys, scale * shs) if given; and the sums over it."""
 
-    def direction(self, beta: float) -> tuple[float, float]:
-        """d = beta d - P g, g_prev = g; sum(g d), sum(d h d)."""
+    def direction(self, beta: float) -> tuple[float, float, Mark]:
+        """d = beta d - P g, g_prev = g; sum(g d), sum(d h d), and the mark of x."""
 
     def forget(self) -> None:
         """h = 1."""
@@ -89,28 +106,28 @@ ETA = 0.4
 
 def hager_zhang(now: Sums, d: Slopes) -> float:
     """``(y P g - 2 (y P y) (d g) / (d y)) / (d y)``, at least ``eta (d g_prev) / (d h d)``; eta = 0.4."""
-    beta = (now.y_Pg - 2.0 * now.y_Py * (d.end / d.dy)) / d.dy
-    return max(beta, ETA * d.begin / d.dhd)
+    beta = quotient(now.y_Pg - 2.0 * now.y_Py * quotient(d.end, d.dy), d.dy)
+    return max(beta, quotient(ETA * d.begin, d.dhd))
 
 
 def polak_ribiere(now: Sums, d: Slopes) -> float:
     """``max(0, y P g / g_prev P g_prev)``"""
-    return max(0.0, now.y_Pg / d.g_Pg)
+    return max(0.0, quotient(now.y_Pg, d.g_Pg))
 
 
 def fletcher_reeves(now: Sums, d: Slopes) -> float:
     """``g P g / g_prev P g_prev``"""
-    return now.g_Pg / d.g_Pg
+    return quotient(now.g_Pg, d.g_Pg)
 
 
 def dai_yuan(now: Sums, d: Slopes) -> float:
     """``g P g / d y``"""
-    return now.g_Pg / d.dy
+    return quotient(now.g_Pg, d.dy)
 
 
 def hestenes_stiefel(now: Sums, d: Slopes) -> float:
     """``max(0, y P g / d y)``"""
-    return max(0.0, now.y_Pg / d.dy)
+    return max(0.0, quotient(now.y_Pg, d.dy))
 
 
 BETA_RULES: dict[str, Callable[[Sums, Slopes], float]] = {
@@ -120,10 +137,14 @@ BETA_RULES: dict[str, Callable[[Sums, Slopes], float]] = {
 
 def first_step(x_max: float, g_max: float, f: float, gg: float) -> float:
     """The first step length of a run: 0.01 of the largest |x| over the largest |g|, or, from x = 0, 0.01 |f| /
-    |g|^2."""
-    if x_max > 0.0:
-        return 0.01 * x_max / g_max
-    return 0.01 * abs(f) / gg if f != 0.0 else 1.0
+    |g|^2. 1 if no double holds that."""
+    length = 0.01 * quotient(x_max, g_max) if x_max > 0.0 else 0.01 * quotient(abs(f), gg)
+    return length if 0.0 < length < math.inf else 1.0
+
+
+def quotient(a: float, b: float) -> float:
+    """a / b; NaN if b is 0, as after an underflow."""
+    return a / b if b != 0.0 else math.nan
 
 
 # ---- options and state -----------------------------------------------------------------------------------------------
@@ -164,8 +185,10 @@ class Course:
     """sum(g d)"""
     dhd: float = 0.0
     g_Pg: float = 0.0  # noqa: N815
+    mark: Mark = (math.nan, math.nan)
+    """of x"""
     alpha: float = 0.0
-    """of the last step; 0: none yet"""
+    """of the last step, or the shortest length tried by a search that a limit has ended; 0: none yet"""
     beta: float = 0.0
     mean_f: float = 0.0
     """running mean of |f|, and its weight"""
@@ -176,8 +199,12 @@ class Course:
     """ys / shs of the last updates, as if h had had today's scale"""
     steepest: bool = True
     """d = -P g"""
+    stuck: bool = False
+    """the last search, along -P g with h = 1, has found no lower point"""
     unbounded: bool = False
     """the last search has found no end of a fall"""
+    repeats: bool = False
+    """one point has been evaluated twice, to see whether the loss repeats"""
     warned: bool = False
     """that the loss does not repeat"""
     iterations: int = 0
@@ -185,10 +212,11 @@ class Course:
     """of the loss and its gradient"""
     loss_evaluations: int = 0
     """of the loss alone"""
+    active: list[int] = field(default_factory=list)
+    """the parameters that take part, by index; of ``CGDescent``"""
 
-    def scale(self, ys: float, shs: float) -> float:
-        """L: by how much h is scaled before its update. Remembers the ratio."""
-        ratio = ys / shs
+    def scale(self, ratio: float) -> float:
+        """L: by how much h is scaled before its update, given ys / shs. Remembers the ratio."""
         if self.updates == 0:
             return FIRST_SCALE * ratio  # h is 1: shs is ss
         self.ratios = [*self.ratios, ratio][-WINDOW:]
@@ -200,7 +228,7 @@ class Course:
         return lower
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers, and a list of them that is never written again."""
+        """Numbers, and lists and pairs of them that are never written again."""
         return dict(vars(self))
 
 
@@ -213,173 +241,264 @@ class Descent:
 
     Args:
         passes: the vectors.
-        full: evaluates the loss and its gradient at x, and returns the loss.
-        loss: the loss alone, where that is cheaper; None: it is not.
+        full: ``full(start)`` evaluates the loss and its gradient at x, and returns the loss. At a ``start`` other
+            variables may take part than before.
+        loss: the loss alone, if that is cheaper; None: it is not.
         course: where a run stands; a new one by default.
         x_max: the largest |x|, asked for once, before the first step.
+        resolution: of a loss, relative to a running mean of |f|: two losses that differ by less are the same.
+        trusted: whether the loss in ``course`` is that of today's function. If not, the first evaluation is held
+            against it, and if it does not fit, x is evaluated again.
+        sign: -1 if ``full`` and ``loss`` give the loss with the other sign; for messages.
     """
 
     def __init__(
         self,
         passes: Passes,
-        full: Callable[[], float],
+        full: Callable[[bool], float],
         loss: Callable[[], float] | None,
         options: DescentOptions,
         *,
         x_max: Callable[[], float],
         course: Course | None = None,
+        resolution: float = RESOLUTION,
+        trusted: bool = True,
+        sign: float = 1.0,
     ) -> None:
         self.passes, self.full, self.loss, self.options, self.x_max = passes, full, loss, options, x_max
         self.course = course or Course()
+        self.resolution, self.trusted, self.sign = resolution, trusted, sign
         self.warning = ""
+        self.f_before = self.course.f
+        """the loss where the first iteration has begun"""
+        self._iterations = self.course.iterations
 
     @property
     def _preconditioned(self) -> bool:
         return self.options.preconditioner is not None
 
-    def evaluate(self) -> tuple[float, float, float]:
+    @property
+    def _epsilon(self) -> float:
+        """What counts as rounding in f, relative to its running mean."""
+        epsilon = self.options.line_search.epsilon
+        return self.resolution if epsilon is None else epsilon
+
+    def evaluate(self, *, start: bool = False) -> tuple[float, float, float]:
         """f, sum(g d) and max |g| at x."""
-        f = self.full()
+        f = self.full(start)
         self.course.evaluations += 1
         return self.passes.slope(f)
 
+    # ---- a start ---------------------------------------------------------------------------------------------------
+
     def begin(self) -> None:
         """Evaluates at x, and turns to -P g."""
+        self._start_from(*self.evaluate(start=True))
+
+    def _start_from(self, f: float, slope: float, g_max: float) -> None:
         at = self.course
-        at.f, slope, at.g_max = self.evaluate()
-        if not math.isfinite(slope):
-            at.g_max = math.nan
+        at.f, at.g_max = f, g_max if math.isfinite(slope) else math.nan
+        self.trusted = True
+        if at.iterations == self._iterations:
+            self.f_before = f
         self._turn_to_steepest()
 
     def _turn_to_steepest(self) -> None:
         at = self.course
-        at.steepest, at.beta = True, 0.0
+        at.steepest, at.stuck, at.beta = True, False, 0.0
         if math.isfinite(at.g_max):
-            at.slope, at.dhd = self.passes.direction(0.0)
+            at.slope, at.dhd, at.mark = self.passes.direction(0.0)
             at.g_Pg = -at.slope
 
-    def iterate(self) -> str:
-        """One iteration from a point that :meth:`begin` or an iteration has left. Returns "" where x has moved, else
-        why it has not; x is then what it was, to the bit."""
+    def look(self) -> bool:
+        """Evaluates at x once more. Whether x, the loss or the gradient has changed; the next iteration then starts
+        from the new values."""
         at = self.course
-        if not (math.isfinite(at.f) and math.isfinite(at.g_max)):
-            return "the loss or its gradient is not finite"
-        if at.g_max == 0.0:
-            return "the gradient is zero"
+        try:
+            self.passes.trial(0.0, first=at.mark)
+            f, slope, g_max = self.evaluate()
+        except Edited:
+            self.begin()
+            return True
+        self.trusted = at.repeats = True
+        same = self._same_loss(at.f, f) and all(
+            abs(now - before) <= 1e-6 * abs(before) for now, before in ((slope, at.slope), (g_max, at.g_max))
+        )
+        if not same:
+            self.compare(at.f, f)
+            self._start_from(f, slope, g_max)
+        return not same
+
+    def _same_loss(self, before: float, now: float) -> bool:
+        return abs(now - before) <= max(1e-5 * abs(before), self._epsilon * self.course.mean_f)
+
+    def compare(self, before: float, now: float) -> None:
+        """The loss at one point, evaluated twice: a warning for the caller, once, if it does not repeat."""
+        at = self.course
+        if self._same_loss(before, now) or not (math.isfinite(before) and math.isfinite(now)) or at.warned:
+            return
+        at.warned = True
+        self.warning = (
+            f"the loss does not repeat: {self.sign * before!r} and then {self.sign * now!r} at the same parameters. A "
+            "line search needs a function that stays: the full batch, no dropout, the averaged loss on data-parallel "
+            "ranks; call restart() if it changes on purpose. For mini-batches use NLCG"
+        )
+
+    # ---- an iteration ----------------------------------------------------------------------------------------------
+
+    def iterate(self) -> str:
+        """One iteration from a point that :meth:`begin` or an iteration has left. Returns "" if x has moved, else why
+        it has not; x is then what it was, to the bit."""
+        at = self.course
         while True:
-            if at.slope < 0.0 and math.isfinite(at.slope):
-                found = self._search()
-                if found is not None:
-                    self._conclude(found)
-                    return "the loss falls without bound" if at.unbounded else ""
-            else:
-                self.passes.trial(0.0, first=True)
+            if not (math.isfinite(at.f) and math.isfinite(at.g_max)):
+                return "the loss or its gradient is not finite"
+            if at.g_max == 0.0:
+                return "the gradient is zero"
+            try:
+                found = self._search() if at.slope < 0.0 and math.isfinite(at.slope) else None
+            except Edited:
+                self.begin()
+                continue
+            except _Suspect:
+                self.look()
+                continue
+            if found is not None:
+                self._conclude(found)
+                return "the loss falls without bound" if at.unbounded else ""
             # Nothing was found: what d and h say of the function is of no use here.
             f_before = at.f
             if not at.steepest:
                 self.begin()
-            elif at.updates:
+            elif at.updates or at.alpha != 0.0:
                 self.passes.forget()
                 at.updates, at.ratios, at.alpha = 0, [], 0.0
                 self.begin()
             else:
-                return "no step length was found: the loss is at the limit of rounding, not smooth, or unbounded below"
-            if not (math.isfinite(at.f) and math.isfinite(at.g_max)):
-                return "the loss or its gradient is not finite"
+                at.stuck = True
+                return NOT_FOUND
             self.compare(f_before, at.f)
 
-    def compare(self, before: float, now: float) -> None:
-        """The loss at one point, evaluated twice: a warning for the caller, once, where it does not repeat."""
-        slack = max(1e-5 * abs(before), self.options.line_search.epsilon * self.course.mean_f)
-        if abs(now - before) <= slack or not (math.isfinite(before) and math.isfinite(now)) or self.course.warned:
-            return
-        self.course.warned = True
-        self.warning = (
-            f"the loss does not repeat: {before!r} and then {now!r} at the same parameters. A line search needs a "
-            "function that stays: the full batch, no dropout, the averaged loss on data-parallel ranks; restart() "
-            "where it changes on purpose. For mini-batches use NLCG"
-        )
-
     def _search(self) -> Point | None:
-        """A step along d, which x and g are at afterwards; else x is back at the origin. OutOfBudget leaves x at the
-        best point, and where that is not the last, ``g_max`` NaN."""
+        """A step along d, which x and g are at afterwards; else x is back at the origin. No point that was evaluated
+        is lower. OutOfBudget leaves x at the lowest, and if that is not the last, ``g_max`` NaN."""
         at = self.course
         weight = 1.0 + 0.7 * at.weight
         mean_f = at.mean_f + (abs(at.f) - at.mean_f) / weight
-        slack = self.options.line_search.epsilon * mean_f
         start = Point(0.0, at.f, at.slope)
-        best, latest, g_max = start, start, at.g_max
+        # The mean lags behind a loss that falls by orders of magnitude, and is the scale of one that passes zero.
+        slack = max(self._epsilon * min(mean_f, abs(at.f)), ROUNDING * mean_f)
+        lowest, latest, probed, shortest, wanted, g_max = start, start, start, math.inf, 0.0, at.g_max
         moved = at.unbounded = False
 
         def move(alpha: float) -> None:
-            nonlocal moved
-            self.passes.trial(alpha, first=not moved)
-            moved = True
+            nonlocal moved, wanted
+            first, moved, wanted = None if moved else at.mark, True, alpha
+            self.passes.trial(alpha, first=first)
+
+        def saw(point: Point) -> None:
+            nonlocal latest, shortest
+            latest, shortest = point, min(shortest, point.alpha)
+            if not self.trusted:
+                self._check_start(start, point, slack)
 
         def phi(alpha: float) -> tuple[float, float]:
-            nonlocal best, latest, g_max
+            nonlocal lowest, g_max
             move(alpha)
             f, slope, g_max = self.evaluate()
-            latest = Point(alpha, f, slope)
-            if latest.finite and f < best.f:
-                best = latest
+            saw(Point(alpha, f, slope))
+            if latest.finite and f < lowest.f:
+                lowest = latest
             return f, slope
 
+        def probe(alpha: float) -> float:
+            """f alone: whether the gradient there is finite is not known."""
+            nonlocal probed
+            move(alpha)
+            assert self.loss is not None
+            f = self.loss()
+            at.loss_evaluations += 1
+            saw(Point(alpha, f, math.nan))
+            if math.isfinite(f) and f < start.f:
+                probed = latest
+            return f
+
+        def is_lower(a: Point, b: Point | None) -> bool:
+            return a is not start and (b is None or a.f < b.f - self.resolution * mean_f)
+
         try:
-            found = search(phi, start, self._first_length(start, move, phi), slack, self.options.line_search)
-            if found is None and best is not start:  # no Wolfe point, but a lower one
-                found = best if best is latest else Point(best.alpha, *phi(best.alpha))
-        except Unbounded:
-            at.unbounded, found = True, best
+            try:
+                found = search(phi, start, self._first_length(start, probe, phi), slack, self.options.line_search)
+            except Unbounded:
+                at.unbounded, found = lowest is not start, None
+            if is_lower(probed, found) and probed.f < lowest.f:
+                phi(probed.alpha)
+            if is_lower(lowest, found):
+                found = lowest
+            if found is not None and found != latest:
+                found = Point(found.alpha, *phi(found.alpha))
         except OutOfBudget:
-            if best is latest and best is not start:
+            target, longest = min(lowest, probed, key=lambda point: point.f), wanted
+            move(target.alpha)
+            if target is start:
+                at.alpha = shortest if shortest < math.inf else at.alpha
+            elif target is latest and target.finite:  # the gradient is still that of this point
                 at.g_max = g_max
-                self._conclude(best)
+                self._conclude(target)
+                at.alpha *= max(1.0, longest / target.alpha)  # the search was about to go there
             else:
-                move(best.alpha)
-                if best is not start:
-                    at.f, at.g_max = best.f, math.nan
+                at.f, at.g_max = target.f, math.nan
             raise
         except BaseException:
             if moved:
-                self.passes.trial(0.0, first=False)
+                self.passes.trial(0.0, first=None)
             raise
-        at.weight, at.mean_f = weight, mean_f
-        if found is None:
+        if found is None or not found.finite:
             move(0.0)
             return None
-        at.g_max = g_max
+        at.weight, at.mean_f, at.g_max = weight, mean_f, g_max
         return found
 
+    def _check_start(self, start: Point, seen: Point, slack: float) -> None:
+        """Whether the first point of a search fits the loss at its start: a parabola through both slopes (or, without
+        a slope, the tangent) meets the two losses. If the error is larger than the whole fall along the tangent, the
+        function may have changed: raises _Suspect."""
+        self.trusted = True
+        fall = -start.slope * seen.alpha
+        expected = -fall if math.isnan(seen.slope) else 0.5 * (seen.slope - start.slope) * seen.alpha - fall
+        if not abs(seen.f - start.f - expected) <= fall + slack:
+            raise _Suspect
+
     def _first_length(
-        self, start: Point, move: Callable[[float], None], phi: Callable[[float], tuple[float, float]]
+        self, start: Point, probe: Callable[[float], float], phi: Callable[[float], tuple[float, float]]
     ) -> float:
         """Where the search begins: I0 of Hager and Zhang, then their quadratic step."""
         at = self.course
         if at.alpha == 0.0:
             return first_step(self.x_max(), at.g_max, start.f, -start.slope)
-        probe = PROBE * at.alpha
+        alpha = PROBE * at.alpha
         if self.loss is None:  # a gradient comes with it: the secant of the slopes
-            f, slope = phi(probe)
-            curvature = (slope - start.slope) / probe
+            f, slope = phi(alpha)
+            curvature = quotient(slope - start.slope, alpha)
         else:
-            move(probe)
-            f = self.loss()
-            at.loss_evaluations += 1
-            curvature = 2.0 * (f - start.f - start.slope * probe) / (probe * probe)
+            f = probe(alpha)
+            curvature = quotient(2.0 * (f - start.f - start.slope * alpha), alpha * alpha)
+        length = 10.0 * at.alpha
         if not (math.isfinite(f) and f <= start.f and math.isfinite(curvature)):
-            return 2.0 * at.alpha
-        return -start.slope / curvature if curvature > 0.0 else 10.0 * at.alpha
+            length = 2.0 * at.alpha
+        elif curvature > 0.0:
+            length = quotient(-start.slope, curvature)
+        return length if 0.0 < length < math.inf else 2.0 * at.alpha
 
     def _conclude(self, found: Point) -> None:
         """At the new x and g: h, beta, d."""
         at, options = self.course, self.options
         slopes = Slopes(at.slope, found.slope, at.dhd, at.g_Pg)
         ys, shs = found.alpha * slopes.dy, found.alpha * found.alpha * at.dhd
-        curved = ys > 0.0 and 0.0 < shs < math.inf
+        curved = ys > 0.0 and 0.0 < shs < math.inf and 0.0 < FIRST_SCALE * (ys / shs) < math.inf
         update, scale = None, 1.0
         if curved and self._preconditioned:
-            scale = at.scale(ys, shs)
+            scale = at.scale(ys / shs)
             update = (found.alpha, scale, ys, scale * shs)
             at.updates += 1
             slopes = Slopes(at.slope, found.slope, scale * at.dhd, at.g_Pg)
@@ -387,26 +506,25 @@ class Descent:
         at.g_Pg, at.f = sums.g_Pg, found.f
         at.alpha = found.alpha * scale  # P has become 1 / scale of what it was
         at.iterations += 1
-        beta = 0.0
-        if curved:
-            try:
-                beta = BETA_RULES[options.beta](sums, slopes)
-            except ZeroDivisionError:
-                beta = 0.0
+        beta = BETA_RULES[options.beta](sums, slopes) if curved else 0.0
         at.beta = beta if math.isfinite(beta) else 0.0
-        at.slope, at.dhd = self.passes.direction(at.beta)
-        at.steepest = at.beta == 0.0
+        at.slope, at.dhd, at.mark = self.passes.direction(at.beta)
+        at.steepest, at.stuck = at.beta == 0.0, False
         if not (at.slope < 0.0 and math.isfinite(at.slope)):
             self._turn_to_steepest()
 
 
+class _Suspect(Exception):  # noqa: N818
+    """The first point of a search does not fit the loss at its start."""
+
+
 def check_count(name: str, value: object, *, minimum: int = 1) -> int:
     """A whole number >= ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"Invalid {name}: {value!r}; expected at least {minimum}")
-    return value
+    return int(value)
 
 
 def check_positive(name: str, value: object) -> float:

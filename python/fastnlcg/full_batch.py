@@ -3,16 +3,28 @@ may lie on a GPU."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from fastnlcg import _native
-from fastnlcg.descent import Course, Descent, DescentOptions, OutOfBudget, Sums, check_count, check_positive
+from fastnlcg.descent import (
+    RESOLUTION,
+    RESOLUTION_FLOAT32,
+    Course,
+    Descent,
+    DescentOptions,
+    Mark,
+    OutOfBudget,
+    Sums,
+    check_count,
+    check_positive,
+)
 from fastnlcg.warn import warn
 from fastnlcg.wolfe import HagerZhang
 
@@ -23,7 +35,8 @@ class OptimizeResult(dict[str, Any]):
     """What :func:`minimize` found; a dict whose entries are attributes too, as SciPy's.
 
     ``x``, ``fun`` and ``jac`` (the gradient) at the best point; ``nit`` iterations; ``nfev`` evaluations of the loss,
-    of which ``njev`` had a gradient; ``success``, ``status`` and ``message``:
+    of which ``njev`` had a gradient; ``allvecs``, the start and x after every iteration, with ``return_all``;
+    ``success``, ``status`` and ``message``:
 
     ====== ==========================================================================================
     0      the largest element of the gradient is at most ``gtol``
@@ -31,8 +44,8 @@ class OptimizeResult(dict[str, Any]):
     2      no step length was found: f is at the limit of rounding, not smooth there, or inconsistent
     3      f or its gradient is not finite at ``x0``
     4      ``maxtime`` is over
-    5      ``callback`` has stopped it
     6      f falls without bound
+    99     ``callback`` raised StopIteration
     ====== ==========================================================================================
     """
 
@@ -44,6 +57,12 @@ class OptimizeResult(dict[str, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
     def __repr__(self) -> str:
         return "\n".join(f"{key:>8}: {value!r}" for key, value in self.items())
@@ -80,9 +99,8 @@ class _Flat:
             _native.DescentPass(kind, preconditioned=self.preconditioned, **numbers), self.threads
         )
 
-    def trial(self, alpha: float, *, first: bool) -> None:
-        self._run("trial", alpha=alpha, first=first)
-        _native.mark_written(self.x)
+    def trial(self, alpha: float, *, first: Mark | None) -> None:
+        self._run("trial", alpha=alpha, first=first is not None)  # fun gets copies: nothing else writes x
 
     def slope(self, f: float) -> tuple[float, float, float]:
         slope, largest, *_ = self._run("slope")
@@ -93,9 +111,9 @@ class _Flat:
         sums = self._run("curvature", update=update is not None, alpha=alpha, scale=scale, ys=ys, shs=shs)
         return Sums(*sums[:3])
 
-    def direction(self, beta: float) -> tuple[float, float]:
-        slope, dhd, *_ = self._run("direction", beta=beta)
-        return slope, dhd
+    def direction(self, beta: float) -> tuple[float, float, Mark]:
+        slope, dhd, xd, xx, *_ = self._run("direction", beta=beta)
+        return slope, dhd, (xd, xx)
 
     def forget(self) -> None:
         if self.h is not None:
@@ -114,10 +132,18 @@ def _number(f: object) -> float:
     return _native.check_loss(f)
 
 
+def _check_gradient_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Dimensions of one element do not count: (n,), (n, 1) and (1, n) are one vector."""
+    if [n for n in shape if n != 1] != [n for n in expected if n != 1]:
+        raise ValueError(f"the gradient has shape {tuple(shape)}, expected that of x0, {tuple(expected)}")
+
+
 class _NumPy:
-    """A function of NumPy arrays."""
+    """A function of NumPy arrays. It gets copies of x, which are the user's to keep and to write."""
 
     def __init__(self, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], jac: object) -> None:
+        if isinstance(x0, np.ma.MaskedArray):
+            raise TypeError("x0 is a masked array, whose mask would be lost; expected an array without one")
         x = np.asarray(x0)
         if x.dtype.kind not in "fiu":
             raise TypeError(f"x0 has dtype {x.dtype}, expected real numbers")
@@ -130,13 +156,14 @@ class _NumPy:
                 f"its gradient; got jac={jac!r}"
             )
         self.g = np.zeros(0, dtype)
-        self.device, self.cheap_loss = "cpu", callable(jac)
+        # SciPy splits a fun that returns both into two that evaluate both: the loss alone is not cheaper then.
+        self.device, self.cheap_loss = "cpu", callable(jac) and getattr(jac, "__self__", None) is not fun
 
     def zeros(self) -> Any:
         return np.zeros(self.x.size, self.x.dtype)
 
     def _at(self) -> Any:
-        return self.x.reshape(self.shape).copy()  # the caller's to keep
+        return self.x.reshape(self.shape).copy()
 
     def loss(self) -> float:
         return _number(self.fun(self._at(), *self.args))
@@ -153,8 +180,7 @@ class _NumPy:
         g = np.asarray(g)
         if g.dtype.kind not in "fiu":
             raise TypeError(f"the gradient has dtype {g.dtype}, expected real numbers")
-        if g.size != self.x.size:
-            raise ValueError(f"the gradient has shape {g.shape}, x0 {self.shape}")
+        _check_gradient_shape(g.shape, self.shape)
         self.g = np.ascontiguousarray(g, self.x.dtype).reshape(-1)
         return _number(f)
 
@@ -166,16 +192,23 @@ class _NumPy:
 
 
 class _Torch:
-    """A function of torch tensors."""
+    """A function of torch tensors. It gets copies of x, which are the user's to keep and to write."""
 
     def __init__(self, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], jac: object) -> None:
         import torch
 
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "minimize() inside a torch.func transform (vmap, grad, jvp, functionalize, ...): a line search decides "
+                "by numbers, which a transform does not have. Call it outside, for each problem of a batch in turn"
+            )
+        if type(x0).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(f"x0 is a {type(x0).__name__}, without storage of its own; expected a plain tensor")
         if x0.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"x0 has dtype {x0.dtype}, expected torch.float32 or torch.float64")
         if x0.device.type not in ("cpu", "cuda") or x0.layout is not torch.strided:
             raise TypeError(f"x0 is on {x0.device} with layout {x0.layout}, expected a dense tensor on cpu or cuda")
-        if jac is not True and jac is not None and not callable(jac):
+        if not isinstance(jac, bool | None) and not callable(jac):
             raise TypeError(f"jac must be True, None or a function, got {jac!r}")
         if x0.device.type == "cuda" and _native.cuda_unavailable_reason():
             raise RuntimeError(f"x0 is on {x0.device}: {_native.cuda_unavailable_reason()}")
@@ -190,13 +223,16 @@ class _Torch:
 
     def loss(self) -> float:
         # x takes no gradient, so nothing is recorded; a fun that differentiates inside still may.
-        f = self.fun(self.x.view(self.shape), *self.args)
+        f = self.fun(self._at(), *self.args)
         return _number(f[0] if isinstance(f, tuple | list) else f)
+
+    def _at(self) -> Any:
+        return self.x.clone().view(self.shape)
 
     def full(self) -> float:
         torch = self.torch
         with torch.enable_grad():
-            at = self.x.detach().view(self.shape).requires_grad_(not callable(self.jac))
+            at = self._at().requires_grad_(not callable(self.jac))
             f = self.fun(at, *self.args)
             if callable(self.jac):
                 g = self.jac(at, *self.args)
@@ -211,8 +247,10 @@ class _Torch:
                     raise ValueError(f"fun must return a loss of one element, got shape {tuple(f.shape)}")
                 (g,) = torch.autograd.grad(f, at, allow_unused=True)
                 g = torch.zeros_like(at) if g is None else g
-        if not isinstance(g, torch.Tensor) or g.numel() != self.x.numel():
-            raise ValueError(f"the gradient is {getattr(g, 'shape', type(g).__name__)}, x0 {tuple(self.shape)}")
+        if not isinstance(g, torch.Tensor) or g.is_complex() or g.layout is not torch.strided:
+            kind = f"a tensor of {g.dtype}, {g.layout}" if isinstance(g, torch.Tensor) else type(g).__name__
+            raise TypeError(f"the gradient is {kind}; expected a real dense tensor")
+        _check_gradient_shape(g.shape, self.shape)
         self.g = g.detach().to(self.x).contiguous().view(-1)
         return _number(f)
 
@@ -246,49 +284,61 @@ def minimize(
     beta: str = "hager_zhang",
     preconditioner: str | None = "bfgs",
     line_search: HagerZhang | None = None,
-    gtol: float = 1e-5,
+    gtol: float | None = None,
     maxiter: int | None = None,
     maxfun: int | None = None,
     maxtime: float | None = None,
     callback: Callable[..., object] | None = None,
     progress: bool = False,
+    disp: bool = False,
+    return_all: bool = False,
     tol: float | None = None,
     hess: object = None,
     hessp: object = None,
     bounds: object = None,
-    constraints: Sequence[object] = (),
+    constraints: object = (),
+    **unknown: object,
 ) -> OptimizeResult:
     """Minimizes a smooth function by preconditioned nonlinear conjugate gradients with the line search of Hager and
-    Zhang. There is no learning rate. The state is five arrays of the size of ``x0``.
+    Zhang. There is no learning rate. The state is five arrays of the size of ``x0``. Also a method of SciPy's:
+    ``scipy.optimize.minimize(fun, x0, jac=True, method=fastnlcg.minimize, options={...})``.
 
     Args:
-        fun: ``fun(x, *args)``. Of a NumPy array: returns ``(loss, gradient)``, or the loss where ``jac`` is a function.
+        fun: ``fun(x, *args)``. Of a NumPy array: returns ``(loss, gradient)``, or the loss if ``jac`` is a function.
             Of a torch tensor: returns the loss, which torch differentiates, or ``(loss, gradient)``; it is also called
-            with an ``x`` that takes no gradient, where the loss alone is wanted. It must not change ``x``.
+            with an ``x`` that takes no gradient, when the loss alone is wanted. ``x`` is a copy, of the shape of
+            ``x0``.
         x0: where to start, of any shape: a NumPy array (or a list), or a torch tensor of float32 or float64. Unchanged.
         args: more arguments of ``fun`` and ``jac``.
-        jac: the gradient, ``jac(x, *args)``; True: ``fun`` gives it.
+        jac: the gradient, ``jac(x, *args)``; True: ``fun`` gives it. It has the shape of ``x0``, up to dimensions of
+            one element. None and False are True for torch, and refused for NumPy: there are no finite differences.
         beta: ``"hager_zhang"``, ``"polak_ribiere"`` (and 0 where that is negative), ``"fletcher_reeves"``,
             ``"dai_yuan"`` or ``"hestenes_stiefel"``.
         preconditioner: ``"bfgs"``, a diagonal of the Hessian that is learned on the way; or None.
         line_search: its constants, a :class:`HagerZhang`.
-        gtol: success where the largest element of the gradient is at most this, in absolute value; >= 0.
-        maxiter: at most so many iterations; default 200 times the size of ``x0``.
-        maxfun: at most so many evaluations of ``fun`` (one more where the best point is not the last).
+        gtol: success means that the largest element of the gradient is at most this, in absolute value; >= 0. Default
+            ``tol``, or 1e-5.
+        maxiter: at most so many iterations, >= 0; default 200 times the size of ``x0``.
+        maxfun: at most so many evaluations of ``fun``, >= 1 (one more if the best point is not the last).
         maxtime: no evaluation begins after so many seconds.
-        callback: called after every iteration with an :class:`OptimizeResult` that has ``x``, ``fun``, ``nit``,
-        ``nfev``;
-            stops where it raises StopIteration or returns True.
+        callback: called after every iteration, by SciPy's rule: ``callback(intermediate_result=...)``, with an
+            :class:`OptimizeResult` that has ``x``, ``fun``, ``nit`` and ``nfev``, if that is the name of its only
+            parameter; else ``callback(x)``. ``x`` is a copy. The run ends if it raises StopIteration; what it returns
+            does not count.
         progress: show a line, with tqdm.
-        tol, hess, hessp, bounds, constraints: for ``scipy.optimize.minimize(..., method=fastnlcg.minimize)``: ``tol``
-        is
-            ``gtol``; Hessians are not used; bounds and constraints are refused.
+        disp: print how the run ended.
+        return_all: keep x of every iteration, as ``allvecs``.
+        tol: ``gtol``, if that is not given.
+        hess, hessp: not used.
+        bounds, constraints: refused, unless they bind nothing: no bound, or infinite ones.
+        unknown: options of other methods. Ignored, with a warning that names them.
 
     Returns:
         The best point that was found, and how.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong kind or value.
+        RuntimeError: inside a transform of torch.func. What ``fun``, ``jac`` and ``callback`` raise is passed on.
 
     Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, 23 (2013) 2150; the diagonal: Adya et al., arXiv:1812.02886.
 
@@ -305,23 +355,42 @@ def minimize(
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {type(fun).__name__}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-    if bounds is not None or (constraints is not None and len(constraints)):
-        raise ValueError("bounds and constraints are not supported: the method is for unconstrained problems")
+    report = _callback_of(callback)
+    _refuse_bounds(bounds)
+    _refuse_constraints(constraints)
     args = args if isinstance(args, tuple) else (args,)
     options = DescentOptions(beta, preconditioner, line_search or HagerZhang())
-    gtol = check_positive("gtol", gtol if tol is None else tol)
-    for name, value in (("maxiter", maxiter), ("maxfun", maxfun)):
-        if value is not None:
-            check_count(name, value)
+    gtol = check_positive(*(("gtol", gtol) if gtol is not None else ("tol", 1e-5 if tol is None else tol)))
+    maxiter = _count("maxiter", maxiter, minimum=0)
+    maxfun = _count("maxfun", maxfun, minimum=1)
     if maxtime is not None:
         check_positive("maxtime", maxtime)
-    problem = (_Torch if _is_torch(x0) else _NumPy)(fun, x0, args, jac)
-    passes = _Flat(problem.x, problem.zeros, problem.device, preconditioned=preconditioner is not None)
-    limits = _Limits(maxfun, maxtime)
+    if not _is_torch(x0):
+        return _run(_NumPy(fun, x0, args, jac), options, gtol, maxiter, _Limits(maxfun, maxtime), report,
+                    progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
+    with sys.modules["torch"].inference_mode(False):  # which would record no gradient, and hand out frozen tensors
+        return _run(_Torch(fun, x0, args, jac), options, gtol, maxiter, _Limits(maxfun, maxtime), report,
+                    progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
 
-    def full() -> float:
+
+def _run(
+    problem: _NumPy | _Torch,
+    options: DescentOptions,
+    gtol: float,
+    maxiter: int | None,
+    limits: _Limits,
+    report: Callable[[OptimizeResult], object] | None,
+    *,
+    progress: bool,
+    disp: bool,
+    return_all: bool,
+    unknown: Mapping[str, object],
+) -> OptimizeResult:
+    if unknown:
+        warn(f"unknown options are ignored: {', '.join(sorted(unknown))}")
+    passes = _Flat(problem.x, problem.zeros, problem.device, preconditioned=options.preconditioner is not None)
+
+    def full(_: bool = True) -> float:
         limits.spend(gradient=True)
         f = problem.full()
         passes.set_gradient(problem.g)
@@ -331,10 +400,31 @@ def minimize(
         limits.spend(gradient=False)
         return problem.loss()
 
-    run = Descent(passes, full, loss if problem.cheap_loss else None, options, x_max=problem.x_max)
+    resolution = RESOLUTION if passes.x.dtype.itemsize == 8 else RESOLUTION_FLOAT32
+    run = Descent(
+        passes,
+        full,
+        loss if problem.cheap_loss else None,
+        options,
+        x_max=problem.x_max,
+        resolution=resolution,
+    )
     bar = _bar() if progress else None
+    path = [problem.out(problem.x)] if return_all else None
+
+    def after_iteration() -> None:
+        at = run.course
+        if path is not None:
+            path.append(problem.out(problem.x))
+        if bar is not None:
+            bar.update()
+            bar.set_postfix_str(f"f {at.f:.6g}, max |g| {at.g_max:.2e}", refresh=False)
+        if report is not None:
+            report(OptimizeResult(x=problem.out(problem.x), fun=at.f, nit=at.iterations, nfev=limits.evaluations))
+
     try:
-        status, message = _iterate(run, problem, gtol, maxiter or 200 * max(problem.n, 1), callback, bar, limits)
+        limit = 200 * max(problem.n, 1) if maxiter is None else maxiter
+        status, message = _iterate(run, gtol, limit, after_iteration)
     finally:
         if bar is not None:
             bar.close()
@@ -344,7 +434,7 @@ def minimize(
     if math.isnan(at.g_max) and status != 3:  # the best point is not the last that was evaluated
         limits.maxfun, limits.until = None, math.inf
         at.f = full()
-    return OptimizeResult(
+    result = OptimizeResult(
         x=problem.out(problem.x),
         fun=at.f,
         jac=problem.out(problem.g),
@@ -355,17 +445,18 @@ def minimize(
         success=status == 0,
         message=message,
     )
+    if path is not None:
+        result.allvecs = path
+    if disp:
+        print(message)
+        print(f"         Current function value: {at.f:f}")
+        print(f"         Iterations: {at.iterations}")
+        print(f"         Function evaluations: {limits.evaluations}")
+        print(f"         Gradient evaluations: {limits.gradients}")
+    return result
 
 
-def _iterate(
-    run: Descent,
-    problem: _NumPy | _Torch,
-    gtol: float,
-    maxiter: int,
-    callback: Callable[..., object] | None,
-    bar: Any,
-    limits: _Limits,
-) -> tuple[int, str]:
+def _iterate(run: Descent, gtol: float, maxiter: int, after_iteration: Callable[[], None]) -> tuple[int, str]:
     """Until something ends it: status and message."""
     at: Course = run.course
     try:
@@ -383,22 +474,70 @@ def _iterate(
             return _out_of(limit)
         if reason:
             return (6 if at.unbounded else 2), reason
-        if bar is not None:
-            bar.update()
-            bar.set_postfix_str(f"f {at.f:.6g}, max |g| {at.g_max:.2e}", refresh=False)
-        if callback is not None:
-            seen = OptimizeResult(x=problem.out(problem.x), fun=at.f, nit=at.iterations, nfev=limits.evaluations)
-            try:
-                if callback(seen) is True:
-                    return 5, "callback has stopped it"
-            except StopIteration:
-                return 5, "callback has stopped it"
+        try:
+            after_iteration()
+        except StopIteration:
+            return 99, "`callback` raised `StopIteration`."
     return 0, _CONVERGED
 
 
 def _out_of(limit: OutOfBudget) -> tuple[int, str]:
     which = str(limit)
     return (4, "maxtime is over") if which == "maxtime" else (1, "maxfun is reached")
+
+
+def _callback_of(callback: object) -> Callable[[OptimizeResult], object] | None:
+    """By SciPy's rule: what a callback is given goes by the name of its only parameter."""
+    if callback is None:
+        return None
+    if not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    try:
+        parameters = inspect.signature(callback).parameters
+    except (TypeError, ValueError):  # some builtins have no signature
+        return lambda result: callback(result.x)
+    if set(parameters) != {"intermediate_result"}:
+        return lambda result: callback(result.x)
+    if parameters["intermediate_result"].kind is inspect.Parameter.POSITIONAL_ONLY:
+        return callback
+    return lambda result: callback(intermediate_result=result)
+
+
+def _count(name: str, value: object, *, minimum: int) -> int | None:
+    """A whole number, also as a float, as SciPy takes them; None for no limit."""
+    if value is None or value == math.inf:
+        return None if value is None else sys.maxsize
+    return check_count(name, int(value) if isinstance(value, float) and value.is_integer() else value, minimum=minimum)
+
+
+_UNCONSTRAINED = "bounds and constraints are not supported: the method is for unconstrained problems"
+
+
+def _refuse_bounds(bounds: Any) -> None:
+    """ValueError if a variable has a bound."""
+    if bounds is None:
+        return
+    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
+        lower, upper = np.atleast_1d(np.asarray(bounds.lb, float)), np.atleast_1d(np.asarray(bounds.ub, float))
+    else:
+        try:
+            pairs = np.asarray([(low, high) for low, high in bounds], dtype=float)  # None becomes NaN
+        except (TypeError, ValueError):
+            raise ValueError(f"bounds must be (min, max) pairs or a scipy.optimize.Bounds, got {bounds!r}") from None
+        lower, upper = pairs.reshape(-1, 2).T
+    for name, side, free in (("lower", lower, -math.inf), ("upper", upper, math.inf)):
+        bound = np.flatnonzero(~np.isnan(side) & (side != free))
+        if bound.size:
+            i = int(bound[0])
+            raise ValueError(f"{_UNCONSTRAINED}; variable {i} has the {name} bound {side[i]:g}")
+
+
+def _refuse_constraints(constraints: Any) -> None:
+    """ValueError unless there are none."""
+    if constraints is None or (hasattr(constraints, "__len__") and not len(constraints)):
+        return
+    one = constraints if isinstance(constraints, dict) or not hasattr(constraints, "__getitem__") else constraints[0]
+    raise ValueError(f"{_UNCONSTRAINED}; got a constraint, {one!r}")
 
 
 def _bar() -> Any:

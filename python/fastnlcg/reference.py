@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnlcg.descent import Sums
+from fastnlcg.descent import Edited, Sums
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.options import Options, check_real
 
@@ -397,9 +397,15 @@ class DescentPasses:
         self.h = np.ones_like(x)
         self.preconditioned = preconditioned
 
-    def trial(self, alpha: float, *, first: bool) -> None:
-        """``x = origin + alpha d``"""
-        if first:
+    def _mark(self) -> tuple[float, float]:
+        """``sum(x d)``, ``sum(x x)``"""
+        return float(np.sum(self.x * self.d)), float(np.sum(self.x * self.x))
+
+    def trial(self, alpha: float, *, first: tuple[float, float] | None) -> None:
+        """``x = origin + alpha d``. ``first`` of a search: the mark that x must have."""
+        if first is not None:
+            if not np.allclose(self._mark(), first, rtol=1e-9, atol=1e-9 * first[1]):  # other orders of adding up
+                raise Edited
             self.origin[:] = self.x
         self.x[:] = self.origin + alpha * self.d if alpha != 0.0 else self.origin
 
@@ -417,13 +423,13 @@ class DescentPasses:
             self.h = scaled_bfgs_diagonal(self.h, y, alpha * self.d, ys, scaled_shs / scale, scale)
         return Sums(float(np.sum(g * g / self.h)), float(np.sum(y * g / self.h)), float(np.sum(y * y / self.h)))
 
-    def direction(self, beta: float) -> tuple[float, float]:
-        """``d = beta d - P g``; ``sum(g d)``, ``sum(d h d)``"""
+    def direction(self, beta: float) -> tuple[float, float, tuple[float, float]]:
+        """``d = beta d - P g``; ``sum(g d)``, ``sum(d h d)``, and the mark of x"""
         g = self.gradient()
         z = preconditioned_residual(g, self.h)
         self.d = conjugate_direction(z, beta, self.d) if beta != 0.0 else z
         self.g_prev = g.copy()
-        return float(np.sum(g * self.d)), float(np.sum(self.d * self.h * self.d))
+        return float(np.sum(g * self.d)), float(np.sum(self.d * self.h * self.d)), self._mark()
 
     def forget(self) -> None:
         """``h = 1``"""

@@ -30,14 +30,14 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class HagerZhang:
-    """The constants of the line search; their defaults are CG_DESCENT's.
+    """The constants of the line search; their defaults, but for epsilon, are CG_DESCENT's.
 
     Args:
         delta: of the sufficient decrease, in (0, 1/2).
         sigma: of the curvature condition, in [delta, 1): the smaller, the more exact the search.
-        epsilon: what counts as rounding in f, relative to a running mean of ``|f|``: within it the approximate Wolfe
-            conditions look at slopes alone.
-        theta: where an interval is cut that has its minimum in the first part, in (0, 1).
+        epsilon: what counts as rounding in f, relative to ``|f|``: within it the approximate Wolfe conditions look at
+            slopes alone. None: by the dtype of x, 1e-12 for float64 and 1e-6 for float32. Set it higher for a noisy f.
+        theta: at which fraction a bracket is subdivided, in (0, 1); 0.5 is bisection.
         gamma: how much shorter an interval must become in one round, in (0, 1).
         rho: how much farther the bracket reaches each time, > 1.
         max_rounds: rounds of the secant, and evaluations for a bracket, before the search gives up.
@@ -48,7 +48,7 @@ class HagerZhang:
 
     delta: float = 0.1
     sigma: float = 0.9
-    epsilon: float = 1e-6
+    epsilon: float | None = None
     theta: float = 0.5
     gamma: float = 0.66
     rho: float = 5.0
@@ -56,11 +56,12 @@ class HagerZhang:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            check_real(one.name, getattr(self, one.name))
+            if one.name != "epsilon" or self.epsilon is not None:
+                check_real(one.name, getattr(self, one.name))
         bounds = {
             "delta": 0.0 < self.delta < 0.5,
             "sigma": self.delta <= self.sigma < 1.0,
-            "epsilon": self.epsilon >= 0.0,
+            "epsilon": self.epsilon is None or self.epsilon >= 0.0,
             "theta": 0.0 < self.theta < 1.0,
             "gamma": 0.0 < self.gamma < 1.0,
             "rho": self.rho > 1.0,
@@ -134,6 +135,8 @@ class _Search:
         for _ in range(self.options.max_rounds):
             if point.finite and point.slope >= 0.0:
                 return left, point
+            if math.isinf(point.alpha):
+                break
             if not point.finite:  # out of f's domain: back by tenths, and once there are finite points, by halves
                 wall = point.alpha
                 point = self.at(left.alpha + (0.1 if left is self.start else 0.5) * (wall - left.alpha))
@@ -142,7 +145,7 @@ class _Search:
             else:
                 left = point
                 point = self.at(min(self.options.rho * point.alpha, 0.5 * (point.alpha + wall)))
-        if point.finite and wall == math.inf:
+        if left is not self.start and wall == math.inf:
             raise Unbounded
         return None
 

@@ -1,0 +1,755 @@
+"""``CGDescent``: what torch's users know of ``torch.optim.LBFGS`` and of optimizers in general holds for it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend
+from fastnlcg import CGDescent, minimize
+from torch import Tensor, nn
+
+
+def problem(dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu") -> tuple[nn.Module, Callable]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).to(device, dtype)
+    x = torch.rand(100, 2, dtype=dtype, device=device)
+    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
+    return model, lambda: ((model(x) - y) ** 2).mean()
+
+
+def closure_of(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    return closure
+
+
+def flat(parameters: Any) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+def test_it_descends(lockstep_on: Backend, preconditioner: str | None, dtype: torch.dtype) -> None:
+    model, loss = problem(dtype, device=lockstep_on.device)
+    optimizer = CGDescent(model.parameters(), preconditioner=preconditioner)
+    closure = closure_of(optimizer, loss)
+    begin, losses = loss().item(), []
+    for _ in range(60):
+        optimizer.step(closure)
+        losses.append(optimizer.diagnostics()["loss"])
+    assert losses[-1] < 0.02 * begin
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(losses))
+    seen = optimizer.diagnostics()
+    assert seen["iterations"] == 60
+    assert seen["loss"] == losses[-1] == pytest.approx(loss().item(), rel=1e-6)
+    sizes = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
+    elements = sum(p.numel() for p in model.parameters())
+    assert sizes == elements * (3 + (preconditioner is not None)) * torch.empty((), dtype=dtype).element_size()
+
+
+def test_one_parameter_has_the_bits_of_minimize() -> None:
+    """The table of tensors and the flat buffers run the same passes."""
+    x0 = torch.linspace(-1, 2, 50, dtype=torch.float64)
+    fun = lambda x: ((x - 0.3) ** 4 + torch.cos(x)).sum()  # noqa: E731
+    expected = minimize(fun, x0, maxiter=12, gtol=0.0)
+    p = nn.Parameter(x0.clone())
+    optimizer = CGDescent([p], max_iter=12, tolerance_grad=0.0)
+    assert optimizer.step(closure_of(optimizer, lambda: fun(p)), loss=lambda: fun(p.detach())) == fun(x0)
+    assert optimizer.diagnostics()["loss"] == expected.fun
+    assert torch.equal(p.detach(), expected.x)
+
+
+def test_parameters_of_every_layout() -> None:
+    """Slices, transposed, channels last, a frozen one, one without a gradient, two groups: as one flat vector."""
+    rng = torch.Generator().manual_seed(0)
+    base = [torch.randn(6, 8, generator=rng, dtype=torch.float64) for _ in range(4)]
+    fun = lambda ts: sum(((t - 0.5) ** 2 * k).sum() + torch.cos(t).sum() for k, t in enumerate(ts, 1))  # noqa: E731
+    room = torch.zeros(6, 16, dtype=torch.float64)
+    ps = [
+        nn.Parameter(room[:, ::2]),
+        nn.Parameter(torch.empty(8, 6, dtype=torch.float64).t()),
+        nn.Parameter(torch.empty(6, 8, dtype=torch.float64)),
+        nn.Parameter(torch.empty(6, 8, dtype=torch.float64)),
+    ]
+    with torch.no_grad():
+        for p, t in zip(ps, base, strict=True):
+            p.copy_(t)
+    frozen, unused = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = CGDescent([{"params": ps[:2]}, {"params": [*ps[2:], frozen, unused]}], tolerance_grad=0.0)
+    closure = closure_of(optimizer, lambda: fun(ps))
+    flat_p = nn.Parameter(torch.stack(base))
+    other = CGDescent([flat_p], tolerance_grad=0.0)
+    other_closure = closure_of(other, lambda: fun(list(flat_p)))
+    for _ in range(15):
+        optimizer.step(closure), other.step(other_closure)
+        for p, q in zip(ps, flat_p, strict=True):
+            assert torch.allclose(p, q, rtol=1e-7, atol=1e-9)
+    assert not room[:, 1::2].any()
+    assert unused.eq(1).all()
+    assert unused not in optimizer.state
+
+
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_a_checkpoint_resumes_to_the_bit(at: int) -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters())
+    closure = closure_of(optimizer, loss)
+    for _ in range(at):
+        optimizer.step(closure)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    data_model, data_loss = problem()
+    data_model.load_state_dict(saved["model"])
+    second = CGDescent(data_model.parameters())
+    second.load_state_dict(saved["optimizer"])
+    second_closure = closure_of(second, data_loss)
+    for _ in range(8):
+        assert optimizer.step(closure) == second.step(second_closure)
+        assert torch.equal(flat(model.parameters()), flat(data_model.parameters()))
+
+
+def test_copies_and_pickles_go_on() -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters())
+    closure = closure_of(optimizer, loss)
+    for _ in range(4):
+        optimizer.step(closure)
+    twin = copy.deepcopy(optimizer)
+    ps = twin.param_groups[0]["params"]
+    clone, loss_c = problem()
+    for p, q in zip(clone.parameters(), ps, strict=True):
+        p.data = q.data
+    for p, q in zip(clone.parameters(), ps, strict=True):
+        q.grad = None
+        del p
+
+    def twin_closure() -> Tensor:
+        value = loss_c()
+        grads = torch.autograd.grad(value, list(clone.parameters()))
+        for q, g in zip(ps, grads, strict=True):
+            q.grad = g
+        return value
+
+    for _ in range(4):
+        assert optimizer.step(closure) == twin.step(twin_closure)
+
+
+def test_an_exception_leaves_the_point_where_the_search_began() -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters())
+    closure = closure_of(optimizer, loss)
+    for _ in range(3):
+        optimizer.step(closure)
+    before, calls = flat(model.parameters()), 0
+
+    def failing() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(failing)
+    assert torch.equal(flat(model.parameters()), before)
+    reference_model, reference_loss = problem()
+    other = CGDescent(reference_model.parameters())
+    other_closure = closure_of(other, reference_loss)
+    for _ in range(4):
+        other.step(other_closure)
+    optimizer.step(closure)
+    assert torch.equal(flat(model.parameters()), flat(reference_model.parameters()))
+
+
+def test_edits_are_seen() -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters())
+    closure = closure_of(optimizer, loss)
+    for _ in range(5):
+        optimizer.step(closure)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    begin = loss().item()
+    assert optimizer.step(closure) == begin
+    assert optimizer.diagnostics()["loss"] < begin
+
+
+def test_a_function_that_changes_after_restart() -> None:
+    p = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    target = torch.ones(5, dtype=torch.float64)
+    optimizer = CGDescent([p], tolerance_grad=0.0)
+    closure = closure_of(optimizer, lambda: ((p - target) ** 4 + (p - target) ** 2).sum())
+    for _ in range(10):
+        optimizer.step(closure)
+    target = -target
+    optimizer.restart()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(25):
+            optimizer.step(closure)
+    assert torch.allclose(p.detach(), target, atol=1e-6)
+
+
+def test_a_closure_that_does_not_repeat() -> None:
+    p = nn.Parameter(torch.zeros(8))
+    optimizer = CGDescent([p])
+    generator = torch.Generator().manual_seed(0)
+    closure = closure_of(optimizer, lambda: ((p - torch.randn(8, generator=generator)) ** 2).sum())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            optimizer.step(closure)
+    assert "does not repeat" in str(seen[0].message)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+def test_limits_of_a_step() -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), max_iter=50, max_eval=9)
+    calls = []
+    inner = closure_of(optimizer, loss)
+    begin = loss().item()
+
+    def closure() -> Tensor:
+        calls.append(0)
+        return inner()
+
+    assert optimizer.step(closure) == begin
+    assert optimizer.diagnostics()["loss"] < begin
+    assert len(calls) == 9
+    assert optimizer.diagnostics()["message"] == "max_eval is reached"
+    for options, message in (
+        ({"tolerance_grad": 1e9}, "tolerance_grad"),
+        ({"tolerance_change": 1e9}, "tolerance_change"),
+    ):
+        optimizer = CGDescent(model.parameters(), max_iter=50, **options)
+        optimizer.step(closure_of(optimizer, loss))
+        assert message in optimizer.diagnostics()["message"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite(value: float) -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = CGDescent([p])
+    before = p.detach().clone()
+    optimizer.step(closure_of(optimizer, lambda: (p * value).sum()))
+    assert torch.equal(p.detach(), before)
+    assert "not finite" in optimizer.diagnostics()["message"]
+
+
+def test_no_step_is_a_message() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = CGDescent([p])
+
+    def closure() -> Tensor:  # the gradient has the wrong sign
+        p.grad = -2 * p.detach()
+        return (p.detach() ** 2).sum()
+
+    before = p.detach().clone()
+    assert optimizer.step(closure) == 4.0
+    assert torch.equal(p.detach(), before)
+    assert "no step length" in optimizer.diagnostics()["message"]
+
+
+def test_a_loss_without_bound() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = CGDescent([p])
+    assert optimizer.step(closure_of(optimizer, p.sum)) == 4.0
+    assert optimizer.diagnostics()["loss"] < -1e6
+    assert "without bound" in optimizer.diagnostics()["message"]
+
+
+def test_errors_of_the_optimizer() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = CGDescent([p])
+    for error, match, call in (
+        (TypeError, "closure must be callable", lambda: optimizer.step(None)),
+        (TypeError, "loss must be callable", lambda: optimizer.step(lambda: 0.0, loss=3)),
+        (RuntimeError, "no parameter has a gradient", lambda: optimizer.step(lambda: p.detach().sum())),
+        (TypeError, "closure must return the loss", lambda: optimizer.step(lambda: None)),
+        (TypeError, "dtype torch.bfloat16", lambda: CGDescent([nn.Parameter(torch.ones(2).bfloat16())])),
+        (TypeError, "max_iter", lambda: CGDescent([p], max_iter=1.0)),
+        (ValueError, "max_eval", lambda: CGDescent([p], max_eval=0)),
+        (ValueError, "tolerance_grad", lambda: CGDescent([p], tolerance_grad=-1.0)),
+        (ValueError, "beta must be one of", lambda: CGDescent([p], beta="cd")),
+        (ValueError, "empty", lambda: CGDescent([])),
+        (ValueError, "expected a state dict", lambda: optimizer.load_state_dict({})),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match):
+            call()
+    with pytest.raises(RuntimeError, match="inside its own closure"):
+        optimizer.step(lambda: optimizer.step(lambda: 0.0))
+    p.grad = torch.zeros(3).to_sparse()
+    with pytest.raises(RuntimeError, match="gradient of parameter 0"):
+        optimizer.step(lambda: 1.0)
+    model, loss = problem()
+    trained = CGDescent(model.parameters())
+    trained.step(closure_of(trained, loss))
+    plain = CGDescent(model.parameters(), preconditioner=None)
+    plain.step(closure_of(plain, loss))
+    with pytest.raises(ValueError, match="lacks .*hessian_diag"):
+        trained.load_state_dict(plain.state_dict())
+    damaged = copy.deepcopy(trained.state_dict())
+    damaged["state"][0]["direction"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="state 'direction' of parameter 0"):
+        trained.load_state_dict(damaged)
+
+
+def test_where_strong_wolfe_stalls_slopes_go_on() -> None:
+    """A convex function whose minimum is not 0: f stops moving at 1e-16 |f|, where the gradient is still 1e-8. The
+    approximate Wolfe conditions go on by slopes; torch's strong-Wolfe L-BFGS cannot."""
+    n = 60
+    k = torch.logspace(0, 2, n, dtype=torch.float64)
+    fun = lambda x: (torch.log(torch.cosh(k.sqrt() * (x - 0.7))) + 0.05 * k * (x - 0.7) ** 2).sum() + 100.0  # noqa: E731
+    x = nn.Parameter(torch.zeros(n, dtype=torch.float64))
+    optimizer = torch.optim.LBFGS([x], max_iter=2000, max_eval=10000, history_size=10, tolerance_grad=0.0,
+                                  tolerance_change=0.0, line_search_fn="strong_wolfe")  # fmt: skip
+    optimizer.step(closure_of(optimizer, lambda: fun(x)))
+    stalled = torch.autograd.grad(fun(x), x)[0].abs().max().item()
+    start = torch.autograd.grad(fun(z := torch.zeros_like(x, requires_grad=True)), z)[0].abs().max().item()
+    result = minimize(fun, torch.zeros(n, dtype=torch.float64), gtol=1e-12 * start, maxfun=10000)
+    assert result.success
+    assert result.jac.abs().max().item() <= 1e-12 * start
+    assert stalled > 1e-10 * start
+
+
+# ---- the lowest point ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"max_iter": 5}, {"max_eval": 2}, {"max_eval": 5, "max_iter": 9}])
+@pytest.mark.parametrize("cheap", [False, True])
+def test_no_point_evaluated_in_a_step_is_lower_than_where_it_ends(options: dict[str, int], cheap: bool) -> None:
+    for seed in range(12):
+        p = nn.Parameter(torch.empty(1 + seed % 3, dtype=torch.float64).uniform_(-6, 6))
+        optimizer, seen = CGDescent([p], **options), []
+
+        def fun(p: Tensor = p, seen: Any = seen) -> Tensor:
+            t = p - 0.3
+            value = (0.05 * t**2 - torch.cos(4 * t) + 0.4 * torch.sin(11 * t)).sum()
+            seen.append(value.item())
+            return value
+
+        closure = closure_of(optimizer, fun)
+        for _ in range(15):
+            seen.clear()
+            optimizer.step(closure, loss=(lambda fun=fun, p=p: fun(p.detach())) if cheap else None)
+            assert optimizer.diagnostics()["loss"] <= min(seen) + 1e-11  # 2^-40 of the loss's size
+            assert fun().item() == pytest.approx(optimizer.diagnostics()["loss"], abs=1e-13)
+
+
+# ---- who takes part --------------------------------------------------------------------------------------------------
+
+
+def freeze_nothing(layer: nn.Module) -> None:
+    """The gradient of a branch that is no longer taken is None."""
+
+
+def freeze(layer: nn.Module) -> None:
+    layer.requires_grad_(False)
+
+
+def freeze_and_clear(layer: nn.Module) -> None:
+    for p in layer.requires_grad_(False).parameters():
+        p.grad = None
+
+
+@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+@pytest.mark.parametrize("options", [{}, {"max_iter": 3}, {"max_eval": 3}])
+@pytest.mark.parametrize("how", [freeze_nothing, freeze, freeze_and_clear])
+def test_a_layer_without_a_gradient_does_not_move_a_bit(
+    how: Callable[[nn.Module], None], options: dict[str, int], preconditioner: str | None
+) -> None:
+    model, _ = problem()
+    x = torch.rand(100, 2, dtype=torch.float64)
+    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
+    through: list[Any] = [model]
+    optimizer = CGDescent(model.parameters(), preconditioner=preconditioner, **options)
+    closure = closure_of(optimizer, lambda: ((through[0](x) - y) ** 2).mean())
+    for _ in range(15):
+        optimizer.step(closure)
+    layer = model[0]
+    how(layer)
+    if how is freeze_nothing:
+        through[0] = lambda x: model[2](torch.tanh(x @ torch.ones(2, 16, dtype=torch.float64)))
+        optimizer.restart()  # another function
+    before = [p.detach().clone() for p in layer.parameters()]
+    other = model[2].weight.detach().clone()
+    losses = []
+    for _ in range(15):
+        optimizer.step(closure)
+        losses.append(optimizer.diagnostics()["loss"])
+        assert all(torch.equal(p, b) for p, b in zip(layer.parameters(), before, strict=True))
+    assert not torch.equal(model[2].weight, other)
+    assert losses[-1] <= losses[0]
+    layer.requires_grad_(True)
+    through[0] = model
+    if how is freeze_nothing:
+        optimizer.restart()
+    for _ in range(20):
+        optimizer.step(closure)
+    assert not torch.equal(layer.weight, before[0])  # takes part again
+    assert optimizer.diagnostics()["loss"] < losses[-1]
+
+
+def test_a_branch_not_taken_at_a_trial_point_has_gradient_zero() -> None:
+    """Which does not end the step: at the point where it began the branch was taken."""
+    p, q = (nn.Parameter(torch.tensor([2.0], dtype=torch.float64)) for _ in range(2))
+    optimizer = CGDescent([p, q], max_iter=10)
+
+    def loss() -> Tensor:
+        value = (p - 1).square().sum()
+        return value + (q - p.detach()).square().sum() if p.item() > 1.5 else value
+
+    closure = closure_of(optimizer, loss)
+    for _ in range(10):
+        optimizer.step(closure)
+    assert p.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_frozen_layer_stays_frozen_over_a_checkpoint() -> None:
+    def start() -> tuple[nn.Module, CGDescent, Callable[[], Tensor]]:
+        model, loss = problem()
+        optimizer = CGDescent(model.parameters())
+        return model, optimizer, closure_of(optimizer, loss)
+
+    model, optimizer, closure = start()
+    for _ in range(5):
+        optimizer.step(closure)
+    model[0].requires_grad_(False)
+    for _ in range(5):
+        optimizer.step(closure)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    second, resumed, second_closure = start()
+    second[0].requires_grad_(False)
+    second.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for _ in range(5):
+        assert optimizer.step(closure) == resumed.step(second_closure)
+        assert torch.equal(flat(model.parameters()), flat(second.parameters()))
+    assert optimizer.diagnostics()["evaluations"] == resumed.diagnostics()["evaluations"]
+
+
+# ---- who else writes -------------------------------------------------------------------------------------------------
+
+
+def clamp(p: nn.Parameter) -> None:
+    p.data.clamp_(max=0.8)
+
+
+def replace(p: nn.Parameter) -> None:
+    p.data = p.data * 0.9
+
+
+def copy_in(p: nn.Parameter) -> None:
+    with torch.no_grad():
+        p.copy_(p * 1.1)
+
+
+def permute(p: nn.Parameter) -> None:
+    p.data.copy_(p.data.flip(0))
+
+
+def one_element(p: nn.Parameter) -> None:
+    p.data[3] += 1e-3
+
+
+def through_numpy(p: nn.Parameter) -> None:
+    p.detach().numpy()[:5] = 0.1
+
+
+@pytest.mark.parametrize("write", [clamp, replace, copy_in, permute, one_element, through_numpy])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_whatever_writes_a_parameter_between_steps_is_seen(write: Callable[[nn.Parameter], None], gaps: bool) -> None:
+    """The step begins at the new point: two evaluations more at the most, the loss of before is not gone on from, and
+    nobody is told that the loss does not repeat."""
+    torch.manual_seed(0)
+    room = torch.rand(60, dtype=torch.float64)
+    p = nn.Parameter(room[::2] if gaps else room[:30].clone())
+    k = torch.logspace(0, 2, 30, dtype=torch.float64)
+    optimizer, calls = CGDescent([p], tolerance_grad=0.0), []
+
+    def loss() -> Tensor:
+        return (k * (p - torch.linspace(0, 1, 30, dtype=torch.float64)) ** 2 + torch.cos(3 * p)).sum()
+
+    inner = closure_of(optimizer, loss)
+
+    def closure() -> Tensor:
+        calls.append(0)
+        return inner()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(25):
+            optimizer.step(closure)
+            write(p)
+            begin = loss().item()
+            calls.clear()
+            assert optimizer.step(closure).item() == begin
+            assert optimizer.diagnostics()["loss"] < begin
+            assert len(calls) <= 12
+
+
+def test_a_projection_after_every_step_converges() -> None:
+    p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    target = torch.tensor([2.0, 0.5, -3.0, 0.1], dtype=torch.float64)
+    optimizer, calls = CGDescent([p]), []
+
+    def closure() -> Tensor:
+        calls.append(0)
+        optimizer.zero_grad()
+        loss = (torch.tensor([1.0, 5.0, 2.0, 9.0], dtype=torch.float64) * (p - target) ** 2).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(60):
+        optimizer.step(closure)
+        p.data.clamp_(-1, 1)
+    assert torch.allclose(p.detach(), target.clamp(-1, 1), atol=1e-3)
+    assert len(calls) <= 6 * 60  # the count was 61,911 for a problem of this kind
+
+
+def test_a_file_of_another_point_is_seen() -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters())
+    closure = closure_of(optimizer, loss)
+    for _ in range(5):
+        optimizer.step(closure)
+    other, other_loss = problem(seed=1)
+    second = CGDescent(other.parameters())
+    second.load_state_dict(optimizer.state_dict())
+    begin = other_loss().item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert second.step(closure_of(second, other_loss)) == begin
+    assert second.diagnostics()["loss"] < begin
+
+
+# ---- a function that changes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:the loss does not repeat")
+@pytest.mark.parametrize("options", [{}, {"max_iter": 20}, {"max_eval": 4}])
+def test_data_that_change_between_steps_are_noticed(options: dict[str, int]) -> None:
+    """As torch.optim.LBFGS, which evaluates first: no step goes on from the loss of other data."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    optimizer, calls = CGDescent([p], **options), []
+    target = torch.zeros(6, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        calls.append(0)
+        optimizer.zero_grad()
+        loss = ((p - target) ** 4 + (p - target) ** 2).sum()
+        loss.backward()
+        return loss
+
+    for k in range(12):
+        target = torch.full((6,), float((-1) ** k) * (1 + k), dtype=torch.float64)
+        begin = ((p - target) ** 4 + (p - target) ** 2).sum().item()
+        calls.clear()
+        for _ in range(12):
+            optimizer.step(closure)
+        assert optimizer.diagnostics()["loss"] < 0.05 * begin
+        assert len(calls) <= 60 * options.get("max_iter", 1)
+
+
+def test_a_step_where_nothing_was_found_costs_one_evaluation() -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer, calls = CGDescent([p]), []
+    wrong = -2.0  # the sign of the gradient
+
+    def closure() -> Tensor:
+        calls.append(0)
+        p.grad = wrong * p.detach()
+        return (p.detach() ** 2).sum()
+
+    for _ in range(2):  # the second is where one point is evaluated twice
+        optimizer.step(closure)
+    for _ in range(5):
+        calls.clear()
+        assert optimizer.step(closure) == 4.0
+        assert len(calls) == 1
+        assert "no step length" in optimizer.diagnostics()["message"]
+    wrong = 2.0
+    for _ in range(3):
+        optimizer.step(closure)
+    assert optimizer.diagnostics()["loss"] < 1e-6
+
+
+def test_a_step_after_the_tolerance_was_met_looks_once() -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer, calls = CGDescent([p], max_iter=100), []
+    target = 0.0
+
+    def closure() -> Tensor:
+        calls.append(0)
+        optimizer.zero_grad()
+        loss = (p - target).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    calls.clear()
+    optimizer.step(closure)
+    assert len(calls) == 1
+    assert "tolerance_grad" in optimizer.diagnostics()["message"]
+    target = 5.0
+    with pytest.warns(UserWarning, match="does not repeat"):
+        optimizer.step(closure)
+    assert torch.allclose(p.detach(), torch.full_like(p, 5.0))
+
+
+# ---- what LBFGS's users expect ---------------------------------------------------------------------------------------
+
+
+def test_step_returns_the_loss_before_it_as_lbfgs_does() -> None:
+    kinds = {}
+    for make in (CGDescent, functools.partial(torch.optim.LBFGS, line_search_fn="strong_wolfe", max_iter=1)):
+        model, loss = problem()
+        optimizer = make(model.parameters())
+        closure = closure_of(optimizer, loss)
+        for _ in range(4):
+            before = loss().item()
+            value = optimizer.step(closure)
+            assert value.item() == before
+            kinds[make] = type(value), value.dtype, value.shape
+        assert not (optimizer.step(closure).requires_grad and make is CGDescent)
+    assert len(set(kinds.values())) == 1
+    p = nn.Parameter(torch.ones(2))
+    optimizer = CGDescent([p])
+
+    def number() -> float:
+        p.grad = 2 * p.detach()
+        return float(p.detach().square().sum())
+
+    assert type(optimizer.step(number)) is float
+
+
+def test_a_closure_of_any_kind() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    class Closure:
+        def __call__(self) -> Tensor:
+            optimizer.zero_grad()
+            loss = (p**2).sum().reshape(1)  # one element, one dimension
+            loss.backward()
+            return loss
+
+    optimizer = CGDescent([p])
+    assert optimizer.step(Closure()).shape == (1,)
+    assert optimizer.step(functools.partial(Closure().__call__)).shape == (1,)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        p.data.fill_(1.0)
+        optimizer = CGDescent([p])
+        with mode:
+            optimizer.step(Closure())
+        assert optimizer.diagnostics()["loss"] < 2.0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize("cheap", [False, True])
+def test_a_budget_of_few_evaluations_still_descends(limit: int, cheap: bool) -> None:
+    model, loss = problem()
+    optimizer, calls = CGDescent(model.parameters(), max_eval=limit), []
+    inner = closure_of(optimizer, loss)
+
+    def closure() -> Tensor:
+        calls.append(0)
+        return inner()
+
+    begin = loss().item()
+    for _ in range(200 // limit):
+        calls.clear()
+        optimizer.step(closure, loss=(lambda: loss().detach()) if cheap else None)
+        assert len(calls) <= limit
+    assert optimizer.diagnostics()["loss"] < (0.1 if limit > 1 else 0.7) * begin
+
+
+def test_maximize_is_the_other_sign() -> None:
+    model, loss = problem()
+    twin, twin_loss = problem()
+    up, down = CGDescent(model.parameters(), maximize=True), CGDescent(twin.parameters())
+    climb, descend = closure_of(up, lambda: -loss()), closure_of(down, twin_loss)
+    for _ in range(10):
+        assert up.step(climb) == -down.step(descend)
+        assert up.diagnostics()["loss"] == -down.diagnostics()["loss"]
+        assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+    with pytest.raises(TypeError, match="maximize must be a bool"):
+        CGDescent(model.parameters(), maximize=1)
+
+
+# ---- trainers --------------------------------------------------------------------------------------------------------
+
+
+def test_groups_have_an_lr_that_nothing_reads() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    assert CGDescent([p]).param_groups[0]["lr"] == 1.0
+    assert CGDescent([p], lr=0.01).param_groups[0]["lr"] == 0.01
+    assert CGDescent([p], 0.5).param_groups[0]["lr"] == 0.5
+    assert [g["lr"] for g in CGDescent([{"params": [p]}, {"params": [q], "lr": torch.tensor(2.0)}]).param_groups] == [
+        1.0,
+        2.0,
+    ]
+    for lr, error in ((-1.0, ValueError), (math.nan, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match=r"lr must be|Invalid learning rate"):
+            CGDescent([p], lr=lr)
+    ends = []
+    for lr in (1.0, 0.01):
+        model, loss = problem()
+        optimizer = CGDescent(model.parameters(), lr=lr)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(5):
+                optimizer.step(closure_of(optimizer, loss))
+        ends.append(flat(model.parameters()))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: torch.optim.lr_scheduler.StepLR(o, 1),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    ],
+)
+def test_a_scheduler_on_it_warns_once(scheduler: Callable[[CGDescent], Any]) -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters())
+    schedule = scheduler(optimizer)
+    closure = closure_of(optimizer, loss)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(6):
+            value = optimizer.step(closure)
+            schedule.step(*([value + k] if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == 1
+    assert "which nothing reads" in messages[0]
+    assert caught[0].filename == __file__
+
+
+def test_a_pickle_keeps_its_options() -> None:
+    model, _ = problem()
+    optimizer = CGDescent(model.parameters(), 0.3, maximize=True, max_eval=7)
+    twin = copy.deepcopy(optimizer)
+    assert twin.param_groups[0]["lr"] == 0.3
+    assert (twin._maximize, twin._max_eval) == (True, 7)

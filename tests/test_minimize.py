@@ -1,0 +1,703 @@
+"""``minimize``, and what SciPy's users expect of it: directly and as a ``method=``, for NumPy and torch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backends import Backend
+from fastnlcg import HagerZhang, OptimizeResult, minimize
+from torch import Tensor
+
+optimize = pytest.importorskip("scipy.optimize")
+
+
+def rosenbrock(x: np.ndarray) -> tuple[float, np.ndarray]:
+    t, g = x[1:] - x[:-1] ** 2, np.zeros_like(x)
+    g[1:] = 200 * t
+    g[:-1] -= 400 * x[:-1] * t + 2 * (1 - x[:-1])
+    return float(np.sum(100 * t**2 + (1 - x[:-1]) ** 2)), g
+
+
+def quartic(x: np.ndarray) -> tuple[float, np.ndarray]:
+    """Its minimum is 0, at 1."""
+    t = np.asarray(x) - 1.0
+    return float(np.sum(t**2 + t**4)), 2 * t + 4 * t**3
+
+
+def quartic_of_torch(x: Tensor) -> Tensor:
+    return ((x - 1) ** 2 + (x - 1) ** 4).sum()
+
+
+def direct(fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
+    return minimize(fun, x0, **options)
+
+
+def through_scipy(fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
+    own = {k: options.pop(k) for k in ("callback", "bounds", "constraints", "tol", "hess", "hessp") if k in options}
+    return optimize.minimize(fun, x0, jac=True, method=minimize, options=options, **own)
+
+
+def of_torch(fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
+    return minimize(
+        lambda x: tuple(torch.as_tensor(v, dtype=torch.float64) for v in fun(x.detach().numpy())),
+        torch.as_tensor(x0, dtype=torch.float64),
+        **options,
+    )
+
+
+WAYS = pytest.mark.parametrize("way", [direct, through_scipy, of_torch])
+
+
+# ---- what it finds ---------------------------------------------------------------------------------------------------
+
+
+def test_minimize_numpy() -> None:
+    x0 = np.full((5, 2), -1.2)
+    kept = x0.copy()
+    result = minimize(lambda x: tuple(map(np.reshape, rosenbrock(x.ravel()), ((), (5, 2)))), x0, gtol=1e-8)
+    assert result.success
+    assert result.status == 0
+    assert result.x.shape == result.jac.shape == (5, 2)
+    assert np.allclose(result.x, 1.0)
+    assert result["fun"] == result.fun < 1e-12
+    assert result.njev == result.nfev > result.nit > 10
+    assert np.array_equal(x0, kept)
+    assert "success: True" in repr(result)
+    assert "nit" in dir(result)
+    with pytest.raises(AttributeError):
+        _ = result.nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_minimize_torch(lockstep_on: Backend, dtype: torch.dtype) -> None:
+    x0 = torch.full((4, 3), -0.5, dtype=dtype, requires_grad=True, device=lockstep_on.device)
+    flags = []
+
+    def fun(x: Tensor, shift: float) -> Tensor:
+        flags.append(x.requires_grad)
+        return ((x - shift) ** 4 + (x - shift) ** 2).sum()
+
+    result = minimize(fun, x0, (2.0,), gtol=1e-4)
+    assert result.success
+    assert result.x.dtype == dtype
+    assert not result.x.requires_grad
+    assert torch.allclose(result.x, torch.full_like(result.x, 2.0), atol=1e-3)
+    assert result.njev == sum(flags) < result.nfev == len(flags)
+    assert x0[0, 0].item() == -0.5
+
+
+def test_a_gradient_of_its_own() -> None:
+    x0 = np.zeros(6)
+    a = minimize(lambda x: rosenbrock(x)[0], x0, jac=lambda x: rosenbrock(x)[1], gtol=1e-9)
+    b = minimize(lambda x: tuple(map(torch.from_numpy, map(np.asarray, rosenbrock(x.detach().numpy())))),
+                 torch.zeros(6, dtype=torch.float64), gtol=1e-9)  # fmt: skip
+    assert a.success
+    assert b.success
+    assert a.nfev > a.njev
+    assert np.allclose(a.x, b.x.numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [({"maxiter": 3}, 1), ({"maxfun": 7}, 1), ({"maxfun": 1}, 1), ({"maxtime": 0.0}, 4)],
+)  # fmt: skip
+def test_limits(options: dict[str, Any], status: int) -> None:
+    begin = rosenbrock(np.full(10, -1.2))[0]
+    for fun, x0 in (
+        (rosenbrock, np.full(10, -1.2)),
+        (lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum(), torch.full((10,), -1.2).double()),
+    ):
+        result = minimize(fun, x0, **options)
+        assert not result.success
+        assert result.status == status
+        assert result.fun <= begin * (1 + 1e-6)  # torch's -1.2 is float32's
+        at = rosenbrock(np.asarray(result.x))
+        assert result.fun == pytest.approx(at[0], rel=1e-12)
+        assert np.allclose(np.asarray(result.jac), at[1])
+        assert result.nfev <= options.get("maxfun", 10**9) + 1
+
+
+def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
+    minimize(rosenbrock, np.zeros(3), progress=True)
+    assert "max |g|" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("x0", [np.zeros(3), torch.zeros(3)])
+def test_functions_that_are_not_what_they_should_be(x0: Any) -> None:
+    one = lambda x: (x**2).sum()  # noqa: E731
+    zero = minimize(lambda x: (0 * one(x), 0 * x), x0)
+    assert (zero.success, zero.nit) == (True, 0)
+    nan = minimize(lambda x: (one(x) * math.nan, x * math.nan), x0)
+    assert (nan.status, nan.nfev) == (3, 1)
+    assert "not finite at x0" in nan.message
+    down = minimize(lambda x: (x.sum(), x * 0 + 1), x0)
+    assert down.status == 6
+    assert down.fun < -1e6
+    kink = minimize(lambda x: (abs(x - 1).sum(), (x > 1) * 2.0 - 1.0 + 0 * x), x0 + 0.25, maxfun=2000)
+    assert not kink.success
+    assert kink.fun <= 0.75 * 3
+    inconsistent = minimize(lambda x: (one(x - 1), 2 * (1 - x)), x0)  # the gradient has the wrong sign
+    assert inconsistent.status == 2
+    assert "no step length" in inconsistent.message
+    assert np.array_equal(np.asarray(inconsistent.x), np.asarray(x0))
+
+
+def test_noise_is_warned_of() -> None:
+    rng = np.random.default_rng(0)
+
+    def noisy(x: np.ndarray) -> tuple[float, np.ndarray]:
+        t = x - rng.standard_normal(x.size)
+        return float(t @ t), 2 * t
+
+    with pytest.warns(UserWarning, match="the loss does not repeat"):
+        minimize(noisy, np.zeros(20), maxfun=500)
+
+
+def test_a_domain_with_a_wall() -> None:
+    """log x is not a number below 0; steps stay on this side."""
+
+    def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
+        with np.errstate(invalid="ignore"):
+            return float(np.sum(x - np.log(x))), 1 - 1 / x
+
+    result = minimize(fun, np.array([1e-3, 0.5, 30.0]), gtol=1e-8)
+    assert result.success
+    assert np.allclose(result.x, 1.0)
+
+
+def test_errors_of_minimize() -> None:
+    x0 = np.zeros(3)
+    good = lambda x: (float(x @ x), 2 * x)  # noqa: E731
+    for error, match, call in (
+        (TypeError, "fun must be callable", lambda: minimize(3, x0)),
+        (TypeError, "dtype complex128", lambda: minimize(good, x0 + 1j)),
+        (TypeError, "float16", lambda: minimize(good, torch.zeros(3).half())),
+        (TypeError, "must return .loss, gradient.", lambda: minimize(lambda x: float(x @ x), x0)),
+        (TypeError, "must give its gradient", lambda: minimize(good, x0, jac=None)),
+        (TypeError, "must return the loss", lambda: minimize(lambda x: (None, x), x0)),
+        (ValueError, r"gradient has shape \(2,\)", lambda: minimize(lambda x: (0.0, x[:2]), x0)),
+        (TypeError, "torch can differentiate", lambda: minimize(lambda x: x.detach().sum(), torch.zeros(3))),
+        (ValueError, "one element", lambda: minimize(lambda x: x * x, torch.zeros(3))),
+        (ValueError, "beta must be one of", lambda: minimize(good, x0, beta="newton")),
+        (TypeError, "beta must be one of", lambda: minimize(good, x0, beta=1)),
+        (ValueError, "preconditioner", lambda: minimize(good, x0, preconditioner="adam")),
+        (TypeError, "line_search", lambda: minimize(good, x0, line_search=0.1)),
+        (ValueError, "gtol", lambda: minimize(good, x0, gtol=-1)),
+        (TypeError, "maxiter", lambda: minimize(good, x0, maxiter=1.5)),
+        (ValueError, "maxfun", lambda: minimize(good, x0, maxfun=0)),
+        (TypeError, "callback", lambda: minimize(good, x0, callback=3)),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+def test_an_empty_array() -> None:
+    result = minimize(lambda x: (0.0, x), np.zeros(0))
+    assert result.success
+    assert result.x.shape == (0,)
+
+
+# ---- the best point that was seen ------------------------------------------------------------------------------------
+
+
+def gaussian_process(x: np.ndarray) -> tuple[float, np.ndarray]:
+    """The negative log marginal likelihood of an exact Gaussian process, over its log length scale, log amplitude and
+    log noise: two minima, one that explains the data by noise and one by the function."""
+    t = np.linspace(0, 1, 25)
+    y = np.sin(9 * t) + 0.15 * np.cos(40 * t + 1)
+    q = (t[:, None] - t[None, :]) ** 2
+    length, amplitude, noise = np.exp(np.clip(x, -30, 30))
+    e = amplitude * np.exp(-0.5 * q / length**2)
+    k = e + (noise + 1e-8 * amplitude) * np.eye(t.size)
+    try:
+        inverse = np.linalg.inv(np.linalg.cholesky(k))
+    except np.linalg.LinAlgError:
+        return math.nan, np.full(3, math.nan)
+    inverse = inverse.T @ inverse
+    a = inverse @ y
+    f = 0.5 * y @ a + 0.5 * np.linalg.slogdet(k)[1]
+    w = inverse - np.outer(a, a)
+    each = (e * q / length**2, e + 1e-8 * amplitude * np.eye(t.size), noise * np.eye(t.size))
+    return float(f / t.size), np.array([0.5 * np.sum(w * d) for d in each]) / t.size
+
+
+def two_basins(offset: float) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """Waves on a parabola: a search that jumps lands in another basin than the lowest it has seen."""
+
+    def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
+        t = x - 0.3
+        return (
+            offset + float(np.sum(0.05 * t**2 - np.cos(4 * t) + 0.4 * np.sin(11 * t))),
+            0.1 * t + 4 * np.sin(4 * t) + 4.4 * np.cos(11 * t),
+        )
+
+    return fun
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("limit", [{}, {"maxfun": 9}, {"maxfun": 17}, {"maxiter": 2}])
+@WAYS
+def test_a_fit_returns_the_lowest_point_that_it_evaluated(way: Any, limit: dict[str, int], offset: float) -> None:
+    functions = [(two_basins(offset), np.random.default_rng(k).uniform(-6, 6, 1 + k % 3)) for k in range(25)]
+    if not offset:
+        rng = np.random.default_rng(1)
+        functions += [(gaussian_process, rng.uniform(-3, 3, 3)) for _ in range(15)]
+    for fun, x0 in functions:
+        seen = []
+
+        def watched(x: np.ndarray, fun: Any = fun, seen: Any = seen) -> tuple[float, np.ndarray]:
+            f, g = fun(x)
+            if math.isfinite(f) and np.isfinite(g).all():
+                seen.append(f)
+            return f, g
+
+        result = way(watched, x0, **limit)
+        # Up to what rounding leaves of a difference: 2^-40 of f's size in each of the iterations.
+        assert result.fun <= min(seen) + 1e-10 * max(1.0, abs(offset))
+
+
+def test_a_search_that_saw_a_lower_point_ends_there() -> None:
+    """phi falls steeply into a narrow well, which the first trial hits, and is lower there than at the Wolfe point that
+    follows."""
+    seen = []
+
+    def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
+        (t,) = x
+        well = 2.0 * math.exp(-(((t - 0.01) / 0.004) ** 2))
+        f = -0.1 * t + 0.02 * t * t - well
+        seen.append(f)
+        return f, np.array([-0.1 + 0.04 * t + well * 2 * (t - 0.01) / 0.004**2])
+
+    result = minimize(fun, np.array([1.0]), maxiter=3)
+    assert result.fun <= min(seen) + 1e-12
+
+
+# ---- no function makes it raise --------------------------------------------------------------------------------------
+
+
+def gamma_likelihood(x: np.ndarray) -> tuple[float, np.ndarray]:
+    data = np.random.default_rng(0).uniform(0.1, 2.1, 400)
+    a, b = x
+    if not (a > 0 and b > 0):
+        return math.nan, np.full(2, math.nan)
+    lgamma = math.lgamma(a) if a < 1e300 else math.inf
+    digamma = math.log(a) - 0.5 / a if a > 1 else -1 / a
+    f = lgamma - a * math.log(b) - (a - 1) * np.log(data).mean() + b * data.mean()
+    return float(f), np.array([digamma - math.log(b) - np.log(data).mean(), -a / b + data.mean()])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("beta", ["hager_zhang", "polak_ribiere", "fletcher_reeves", "dai_yuan", "hestenes_stiefel"])
+@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+def test_no_function_raises_an_arithmetic_error(beta: str, preconditioner: str | None) -> None:
+    one = np.ones(3)
+    functions: list[tuple[Callable[..., Any], np.ndarray]] = [
+        (gamma_likelihood, np.array([50.0, 0.01])),
+        (lambda x: (-1e300 * x.sum(), -1e300 * one), one),
+        (lambda x: (-1e-300 * x.sum(), -1e-300 * one), one),
+        (lambda x: (1e-320 * x.sum(), 1e-320 * one), 1e-320 * one),
+        (lambda x: (1e308 * (x @ x), 1e308 * x), 1e-200 * one),
+        (lambda x: (1e-308 * (x @ x), 2e-308 * x), 1e150 * one),
+        (lambda x: (1e-200 * (x @ x), 2e-200 * x), 1e-200 * one),
+        (lambda x: (float(np.sum(np.sqrt(np.abs(x)))), 0.5 * np.sign(x) / np.sqrt(np.abs(x))), one),
+        (lambda x: (float(np.sum(np.exp(x))), np.exp(x)), 709 * one),
+        (lambda x: (float(-np.sum(np.exp(x))), -np.exp(x)), one),
+        (lambda x: (float(np.sum(-np.log(np.abs(x)))), -1 / x), 1e-300 * one),
+        (lambda x: (float(np.sum(np.where(x < 0.5, 1e300, 1e-300) * x)), np.where(x < 0.5, 1e300, 1e-300)), one),
+        (lambda x: (0.0, one), one),
+        (lambda x: (math.inf, one), one),
+        (lambda x: (1.0, math.inf * one), one),
+        (lambda x: (float(np.sum(x)), np.array([math.nan, 1.0, 1.0]) if x[0] < 0.99 else one), one),
+    ]
+    for fun, x0 in functions:
+        for dtype in (np.float64, np.float32):
+            result = minimize(fun, x0.astype(dtype), maxfun=400, beta=beta, preconditioner=preconditioner)
+            assert result.status in (0, 1, 2, 3, 6)
+            assert result.message
+
+
+# ---- the shape of a gradient -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "g_shape", "fits"),
+    [((3, 2), (2, 3), False), ((3, 2), (6,), False), ((6,), (3, 2), False), ((3, 2), (3, 2), True),
+     ((3, 2), (3, 2, 1), True), ((4,), (4, 1), True), ((4,), (1, 4), True), ((4, 1), (4,), True), ((4,), (4,), True),
+     ((4,), (2, 2), False), ((), (1,), True), ((1,), (), True), ((2, 3, 4), (4, 3, 2), False), ((3,), (4,), False)],
+)  # fmt: skip
+@pytest.mark.parametrize("own_jac", [True, False])
+@pytest.mark.parametrize("of", ["numpy", "torch"])
+def test_a_gradient_has_the_shape_of_x0(
+    of: str, own_jac: bool, x_shape: tuple[int, ...], g_shape: tuple[int, ...], fits: bool
+) -> None:
+    if of == "numpy":
+        x0, loss = np.zeros(x_shape), lambda x: quartic(x)[0]
+        g = lambda x: np.resize(quartic(x)[1], g_shape)  # noqa: E731
+    else:
+        x0, loss = torch.zeros(x_shape, dtype=torch.float64), quartic_of_torch
+        g = lambda x: torch.from_numpy(np.resize(quartic(x.detach().numpy())[1], g_shape))  # noqa: E731
+    run = (
+        (lambda: minimize(loss, x0, jac=g))
+        if own_jac
+        else (lambda: minimize(lambda x: (loss(x), g(x)), x0))
+    )  # fmt: skip
+    if fits:
+        result = run()
+        assert result.success
+        assert tuple(result.jac.shape) == tuple(result.x.shape) == x_shape
+    else:
+        with pytest.raises(ValueError, match="the gradient has shape") as error:
+            run()
+        assert str(g_shape) in str(error.value)
+        assert str(x_shape) in str(error.value)
+
+
+# ---- callbacks -------------------------------------------------------------------------------------------------------
+
+
+@WAYS
+def test_a_callback_gets_what_the_name_of_its_parameter_says(way: Any) -> None:
+    points: list[Any] = []
+    results: list[Any] = []
+
+    class Object:
+        def __call__(self, xk: Any) -> None:
+            points.append(xk)
+
+        def method(self, intermediate_result: Any) -> None:
+            results.append(intermediate_result)
+
+    def with_state(xk: Any, state: Any = None) -> None:
+        assert state is None
+        points.append(xk)
+
+    def keyword_only(*, intermediate_result: Any) -> None:
+        results.append(intermediate_result)
+
+    def several(intermediate_result: Any, more: int = 0) -> None:  # not its only parameter
+        points.append(intermediate_result)
+
+    def partial(keep: list[Any], intermediate_result: Any) -> None:
+        keep.append(intermediate_result)
+
+    x0 = np.full(3, -2.0)
+    for callback in (
+        points.append,
+        Object(),
+        with_state,
+        several,
+        lambda xk: points.append(xk),
+        lambda *x: points.extend(x),
+    ):
+        points.clear()
+        found = way(quartic, x0, callback=callback)
+        assert found.success
+        assert len(points) == found.nit > 1
+        assert np.allclose(points[-1], found.x)
+        assert all(p.shape == (3,) and not isinstance(p, dict) for p in points)
+        assert not np.array_equal(points[0], points[-1])  # copies
+    for callback in (Object().method, keyword_only, functools.partial(partial, results)):
+        results.clear()
+        found = way(quartic, x0, callback=callback)
+        assert len(results) == found.nit > 1
+        assert [r.nit for r in results] == list(range(1, found.nit + 1))
+        assert results[-1].fun == found.fun
+        assert np.allclose(results[-1].x, found.x)
+
+
+@WAYS
+def test_stop_iteration_ends_a_run_and_a_return_value_does_not(way: Any) -> None:
+    seen: list[Any] = []
+
+    def stop(xk: Any) -> None:
+        seen.append(xk)
+        if len(seen) == 2:
+            raise StopIteration
+
+    result = way(quartic, np.full(3, -20.0), callback=stop)
+    assert (result.nit, result.success, result.status) == (2, False, 99)
+    assert "StopIteration" in result.message
+    assert np.array_equal(result.x, seen[-1])
+    assert way(quartic, np.full(3, -20.0), callback=lambda xk: True).success
+
+    class TooLateError(Exception):
+        pass
+
+    def raising(xk: Any) -> None:
+        raise TooLateError
+
+    with pytest.raises(TooLateError):
+        way(quartic, np.full(3, -20.0), callback=raising)
+
+
+@WAYS
+def test_what_a_callback_writes_changes_nothing(way: Any) -> None:
+    def spoil(xk: Any) -> None:
+        xk[:] = 1e9
+
+    x0 = np.full(3, -2.0)
+    assert np.array_equal(way(quartic, x0, callback=spoil).x, way(quartic, x0).x)
+
+
+@pytest.mark.parametrize("loss_alone", [True, False])
+def test_what_fun_writes_into_its_x_changes_nothing(loss_alone: bool) -> None:
+    def spoil(x: Any) -> Any:
+        with torch.no_grad():
+            result = quartic_of_torch(x.detach()), 2 * (x - 1).detach() + 4 * (x - 1).detach() ** 3
+            x.mul_(0)
+        return result[0] if loss_alone and not x.requires_grad else result
+
+    expected = minimize(quartic_of_torch, torch.zeros(3).double() - 2, gtol=1e-9)
+    found = minimize(spoil, torch.zeros(3).double() - 2, gtol=1e-9)
+    assert torch.allclose(found.x, expected.x)
+    assert (found.nit, found.nfev) == (expected.nit, expected.nfev)
+
+    def spoil_array(x: np.ndarray) -> Any:
+        found = quartic(x)
+        x[:] = math.nan
+        return found
+
+    assert np.array_equal(minimize(spoil_array, np.zeros(3)).x, minimize(quartic, np.zeros(3)).x)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@WAYS
+def test_numpys_integers_and_whole_floats_are_counts(way: Any) -> None:
+    for one in (3, np.int64(3), np.uint8(3), 3.0, np.float64(3.0)):
+        result = way(quartic, np.full(3, -20.0), maxiter=one)
+        assert (result.nit, result.status, result.success) == (3, 1, False)
+        assert type(result.nit) is int
+    assert way(quartic, np.full(3, -20.0), maxfun=np.int32(5)).status == 1
+    assert way(quartic, np.full(3, -20.0), maxiter=math.inf, maxfun=math.inf).success
+    for bad in (True, 2.5, "3", np.bool_(True), None if way is direct else 2.5):
+        if bad is not None:
+            with pytest.raises(TypeError, match="maxiter must be an int"):
+                way(quartic, np.zeros(3), maxiter=bad)
+    with pytest.raises(ValueError, match="maxiter"):
+        way(quartic, np.zeros(3), maxiter=-1)
+
+
+@WAYS
+def test_no_iterations_evaluate_the_start(way: Any) -> None:
+    result = way(quartic, np.full(3, -2.0), maxiter=0)
+    assert (result.nit, result.nfev, result.status, result.success) == (0, 1, 1, False)
+    assert np.array_equal(result.x, np.full(3, -2.0))
+    assert result.fun == quartic(np.full(3, -2.0))[0]
+    assert np.allclose(result.jac, quartic(np.full(3, -2.0))[1])
+    assert way(quartic, np.ones(3), maxiter=0).success
+
+
+@WAYS
+def test_disp_prints_how_it_ended(way: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for disp in (True, 1):
+        result = way(quartic, np.zeros(3), disp=disp)
+        text = capsys.readouterr().out
+        assert result.message in text
+        assert f"Iterations: {result.nit}" in text
+        assert f"Function evaluations: {result.nfev}" in text
+    for disp in (False, 0, None):
+        way(quartic, np.zeros(3), disp=disp)
+        assert capsys.readouterr().out == ""
+
+
+@WAYS
+def test_return_all_keeps_every_point(way: Any) -> None:
+    x0 = np.full(3, -2.0)
+    result = way(quartic, x0, return_all=True)
+    assert len(result.allvecs) == result.nit + 1
+    assert np.array_equal(result.allvecs[0], x0)
+    assert np.array_equal(result.allvecs[-1], result.x)
+    assert "allvecs" not in way(quartic, x0)
+
+
+@WAYS
+def test_unknown_options_are_ignored_and_named(way: Any) -> None:
+    with pytest.warns(UserWarning, match="unknown options are ignored: ftol, maxcor"):
+        result = way(quartic, np.zeros(3), maxcor=10, ftol=1e-9)
+    assert result.success
+
+
+@WAYS
+def test_tol_is_gtol_unless_that_is_given(way: Any) -> None:
+    loose, tight = way(quartic, np.zeros(3), tol=1.0), way(quartic, np.zeros(3), tol=1.0, gtol=1e-10)
+    assert 1e-4 < np.abs(np.asarray(loose.jac)).max() <= 1.0
+    assert np.abs(np.asarray(tight.jac)).max() <= 1e-10
+    with pytest.raises(ValueError, match="Invalid tol"):
+        way(quartic, np.zeros(3), tol=-1.0)
+
+
+@WAYS
+def test_bounds_that_bind_nothing_are_none(way: Any) -> None:
+    for bounds in (
+        None, [], [(None, None)] * 3, [(-math.inf, math.inf)] * 3, [(None, math.inf)] * 3, optimize.Bounds(),
+        optimize.Bounds(-np.inf, np.full(3, np.inf)), np.tile([-np.inf, np.inf], (3, 1)),
+    ):  # fmt: skip
+        assert way(quartic, np.zeros(3), bounds=bounds).success
+    for bounds, name in (
+        ([(None, None), (0, None), (None, None)], "variable 1 has the lower bound 0"),
+        ([(None, 2.5)] * 3, "variable 0 has the upper bound 2.5"),
+        (optimize.Bounds([-np.inf, -1, -np.inf], np.inf), "variable 1 has the lower bound -1"),
+        (optimize.Bounds(0, 1), "variable 0 has the lower bound 0"),
+        (3, "bounds must be .min, max. pairs"),
+        ([1, 2, 3], "bounds must be .min, max. pairs"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            way(quartic, np.zeros(3), bounds=bounds)
+
+
+@WAYS
+def test_constraints_are_refused_by_name(way: Any) -> None:
+    for constraints in (None, (), [], {}):
+        assert way(quartic, np.zeros(3), constraints=constraints).success
+    one = {"type": "eq", "fun": lambda x: x[0]}
+    linear = optimize.LinearConstraint(np.eye(3), 0, 1)
+    for constraints in (one, [one], (one, one), linear, [linear], optimize.NonlinearConstraint(np.sum, 0, 1)):
+        with pytest.raises(ValueError, match="constraints are not supported"):
+            way(quartic, np.zeros(3), constraints=constraints)
+
+
+def test_hessians_and_more_arguments_are_taken() -> None:
+    fun = lambda x, a, b: (a * quartic(x)[0] + b, a * quartic(x)[1])  # noqa: E731
+    hess = lambda x, *args: np.eye(3)  # noqa: E731
+    result = optimize.minimize(fun, np.zeros(3), (2.0, 7.0), jac=True, method=minimize, hess=hess)
+    assert result.fun == pytest.approx(7.0)
+    single = minimize(lambda x, a: (a * quartic(x)[0], a * quartic(x)[1]), np.zeros(3), 3.0)  # SciPy: not a tuple
+    assert single.success
+
+
+def test_scipy_hands_over_its_forms_of_the_gradient() -> None:
+    calls = {"f": 0, "g": 0}
+
+    def f(x: np.ndarray) -> float:
+        calls["f"] += 1
+        return quartic(x)[0]
+
+    def g(x: np.ndarray) -> np.ndarray:
+        calls["g"] += 1
+        return quartic(x)[1]
+
+    result = optimize.minimize(f, np.full(3, -2.0), jac=g, method=minimize)
+    assert result.success
+    assert (result.nfev, result.njev) == (calls["f"], calls["g"])
+    both = {"n": 0}
+
+    def fg(x: np.ndarray) -> tuple[float, np.ndarray]:
+        both["n"] += 1
+        return quartic(x)
+
+    result = optimize.minimize(fg, np.full(3, -2.0), jac=True, method=minimize)
+    assert result.nfev == result.njev == both["n"]  # no gradient is thrown away
+    assert result.nfev == minimize(quartic, np.full(3, -2.0)).nfev
+    for jac in (None, False, "2-point"):
+        with pytest.raises(TypeError, match="must give its gradient"):
+            optimize.minimize(f, np.zeros(3), jac=jac, method=minimize)
+    x0 = torch.zeros(3, dtype=torch.float64)
+    for jac in (None, False, True):
+        assert minimize(quartic_of_torch, x0, jac=jac).success
+
+
+def test_it_serves_scipys_global_searches() -> None:
+    fun = lambda x: (float(x @ x - 10 * np.cos(2 * np.pi * x).sum()), 2 * x + 20 * np.pi * np.sin(2 * np.pi * x))  # noqa: E731
+    found = optimize.basinhopping(
+        fun, np.array([2.2, -1.7]), niter=100, rng=0, minimizer_kwargs={"method": minimize, "jac": True}
+    )
+    assert found.fun == pytest.approx(-20.0)
+    assert found.lowest_optimization_result.success
+
+
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+@WAYS
+def test_a_result_is_one_of_scipys(way: Any) -> None:
+    result = way(quartic, np.zeros(3))
+    assert {"x", "fun", "jac", "nit", "nfev", "njev", "status", "success", "message"} <= set(result)
+    for key in ("nit", "nfev", "njev", "status"):
+        assert type(result[key]) is int
+    assert type(result.success) is bool
+    assert type(result.fun) is float
+    assert type(result.message) is str
+    assert pickle.loads(pickle.dumps(result)).fun == result.fun
+    result.extra = 3
+    assert result["extra"] == 3
+    del result.extra
+    with pytest.raises(AttributeError, match="extra"):
+        _ = result.extra
+    with pytest.raises(AttributeError, match="extra"):
+        del result.extra
+    assert isinstance(result.copy(), dict)
+    assert "success" in dir(OptimizeResult(success=True))
+
+
+def test_x0_of_every_kind() -> None:
+    for x0 in (
+        [0.0, 0.0],
+        (0, 0),
+        np.zeros(2, np.int32),
+        np.zeros(2, np.float16),
+        np.zeros((2, 1)),
+        np.float64(0.0),
+        0,
+    ):
+        result = minimize(quartic, x0, gtol=1e-8)
+        assert result.success
+        assert result.x.dtype == np.float64
+        assert result.x.shape == np.shape(x0)
+    assert minimize(quartic, np.zeros(2, np.float32)).x.dtype == np.float32
+    with pytest.raises(TypeError, match="masked"):
+        minimize(quartic, np.ma.masked_array(np.zeros(2), [True, False]))
+    frozen = np.zeros(3)
+    frozen.flags.writeable = False
+    assert minimize(quartic, frozen).success
+
+
+# ---- torch's transforms ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of jvp
+def test_a_transform_of_torch_func_is_named() -> None:
+    def solve(x0: Tensor) -> Tensor:
+        return minimize(quartic_of_torch, x0).x
+
+    x0 = torch.zeros(4, 3, dtype=torch.float64)
+    for call in (
+        lambda: torch.vmap(solve)(x0),
+        lambda: torch.func.grad(lambda x: solve(x).sum())(x0[0]),
+        lambda: torch.func.jvp(solve, (x0[0],), (x0[0],)),
+        lambda: torch.vmap(lambda a: minimize(lambda x: (a * x).square().sum(), torch.zeros(3)).x)(x0),
+    ):
+        with pytest.raises(RuntimeError, match=r"minimize\(\) inside a torch.func transform"):
+            call()
+
+
+def test_inference_mode_and_no_grad_are_left_for_the_run() -> None:
+    for mode in (torch.inference_mode(), torch.no_grad()):
+        with mode:
+            result = minimize(quartic_of_torch, torch.zeros(3, dtype=torch.float64))
+        assert result.success
+        assert not result.x.is_inference()
+    with torch.device("meta"):
+        x0 = torch.zeros(3)
+    with pytest.raises(TypeError, match="x0 is on meta"):
+        minimize(quartic_of_torch, x0)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode, pytest.raises(TypeError, match="FakeTensor"):
+        minimize(quartic_of_torch, torch.zeros(3))
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.0, 1e-6])
+def test_what_counts_as_rounding_is_an_option(epsilon: float | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert minimize(quartic, np.zeros(5), line_search=HagerZhang(epsilon=epsilon)).success
