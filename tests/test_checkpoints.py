@@ -10,6 +10,7 @@ import copy
 import io
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from fastnlcg import NLCG, OnlineLineSearch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("state_*.pt"))
 KINDS: dict[str, dict[str, Any]] = {
@@ -142,6 +144,94 @@ def test_names_are_matched_where_both_sides_have_them() -> None:
         backwards.load_state_dict(saved)
     assert not backwards.state
     NLCG(net.parameters()).load_state_dict(saved)  # one side without names: by order
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    return torch.compile(net, backend="eager")  # inductor warns when it is imported
+
+
+def checkpointed(net: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(*(checkpoint_wrapper(layer) for layer in net))
+
+
+def as_fsdp1_names_them(named: Named) -> Named:
+    prefix = "_fsdp_wrapped_module."
+    return [(prefix + name.replace(".", f".{prefix}_checkpoint_wrapped_module."), p) for name, p in named]
+
+
+Named = list[tuple[str, nn.Parameter]]
+WRAPPED: dict[str, Callable[[nn.Sequential], Named]] = {
+    "plain": lambda net: list(net.named_parameters()),
+    "compiled": lambda net: list(compiled(net).named_parameters()),
+    "replicated": lambda net: list(nn.DataParallel(net).named_parameters()),
+    "compiled, replicated": lambda net: list(nn.DataParallel(compiled(net)).named_parameters()),
+    "replicated, compiled": lambda net: list(compiled(nn.DataParallel(net)).named_parameters()),
+    "replicated twice": lambda net: list(nn.DataParallel(nn.DataParallel(net)).named_parameters()),
+    "its layers compiled": lambda net: list(nn.Sequential(*map(compiled, net)).named_parameters()),
+    "a layer replicated": lambda net: list(nn.Sequential(nn.DataParallel(net[0]), *net[1:]).named_parameters()),
+    "checkpointed, compiled": lambda net: list(compiled(checkpointed(net)).named_parameters()),
+    "FSDP1, checkpointed": lambda net: as_fsdp1_names_them(list(net.named_parameters())),
+}
+
+
+@pytest.mark.parametrize("adamw", [False, True])
+@pytest.mark.parametrize(("first", "second"), [pair for x in WRAPPED for pair in {("plain", x), (x, "plain")}])
+def test_names_of_a_wrapped_model_are_the_models(first: str, second: str, adamw: bool) -> None:
+    """From the wrapped model to the plain one, and the other way round. Another order is refused all the same."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    optimizer = (torch.optim.AdamW if adamw else NLCG)(WRAPPED[first](net))
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    named = WRAPPED[second](net)
+    load = "load_adamw_state_dict" if adamw else "load_state_dict"
+    loaded = NLCG(named)
+    getattr(loaded, load)(saved)
+    assert loaded.param_groups[0]["param_names"] == [name for name, _ in named]
+    swapped = NLCG(named[2:] + named[:2])
+    with pytest.raises(ValueError, match=r"param_names'\]\[0\] is .*0.*weight', expected .*2.*weight'"):
+        getattr(swapped, load)(saved)
+    assert not swapped.state
+
+
+class OfTheUsers(nn.Module):
+    """Has a module called module, and by its side a parameter of the same name and shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+        self.module = nn.Linear(4, 4, bias=False)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel, compiled])
+def test_a_module_called_module_is_no_wrapper(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = OfTheUsers()
+    named = list(wrap(net).named_parameters())
+    saved = NLCG(named).state_dict()
+    NLCG(net.named_parameters()).load_state_dict(saved)
+    for ours in (net, wrap(net)):
+        with pytest.raises(ValueError, match="this one is another"):
+            NLCG(reversed(list(ours.named_parameters()))).load_state_dict(saved)
+
+
+def test_names_that_are_not_one_a_parameter() -> None:
+    optimizer = NLCG(model().named_parameters())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["param_names"].pop()
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['param_names'\] has 3 names"):
+        optimizer.load_state_dict(saved)
+
+
+def test_an_entry_that_reading_the_state_has_made() -> None:
+    net = model()
+    optimizer = NLCG(net.parameters())
+    assert not optimizer.state[net[0].weight]
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"] == {0: {}}
+    other = NLCG(model().parameters())
+    other.load_state_dict(saved)
+    assert not other.state
 
 
 def test_the_scalars_are_one_entry_of_a_group_and_not_printed() -> None:

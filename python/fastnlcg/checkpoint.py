@@ -17,6 +17,7 @@ from torch import Tensor
 from fastnlcg import _native, groups, layout
 from fastnlcg.distributed import as_like, memory, shard_like
 from fastnlcg.options import Options
+from fastnlcg.parameters import has_storage
 from fastnlcg.warn import warn
 
 if TYPE_CHECKING:
@@ -25,28 +26,52 @@ if TYPE_CHECKING:
 _SCALARS_OF_0_5 = 17
 
 
-def checked(optimizer: NLCG, given: object) -> dict[str, Any]:
-    """``given`` as it will be loaded. Raises ValueError unless ``optimizer`` can take it whole."""
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
+"""What wrappers of a module add to its parameters' names: torch.compile, FSDP1, activation checkpointing, Fabric."""
+
+
+def structure(given: object, own: list[dict[str, Any]]) -> tuple[dict[Any, Any], list[Mapping[str, Any]]]:
+    """State and groups of a state dict of any optimizer. ValueError unless it is one over parameters such as those of
+    the groups ``own``, in the same order. Empty entries are left out: reading ``optimizer.state[p]`` makes them."""
     if not isinstance(given, Mapping) or not {"state", "param_groups"} <= set(given):
-        raise ValueError("not a state dict: expected a mapping with the keys 'state' and 'param_groups'")
+        keys = f"the keys {sorted(map(str, given))[:4]}" if isinstance(given, Mapping) else type(given).__name__
+        raise ValueError(f"not a state dict: got {keys}, expected a mapping with the keys 'state' and 'param_groups'")
     state, saved = given["state"], given["param_groups"]
-    own = optimizer.param_groups
     if not isinstance(saved, list) or not all(isinstance(g, Mapping) and "params" in g for g in saved):
         raise ValueError("param_groups must be a list of mappings with the key 'params'")
     sizes, own_sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
     if sizes != own_sizes:
         raise ValueError(f"param_groups have {sizes} parameters, expected {own_sizes}")
-    indices = [index for g in saved for index in g["params"]]
-    if len(set(indices)) != len(indices):
-        raise ValueError(f"param_groups name a parameter twice: {indices}")
+    indices = {index for g in saved for index in g["params"]}
+    if len(indices) != sum(sizes):
+        raise ValueError(f"param_groups name a parameter twice: {[list(g['params']) for g in saved]}")
     if not isinstance(state, Mapping):
         raise ValueError(f"state must be a mapping, got {type(state).__name__}")
     _check_names(saved, own)
+    entries = {index: entry for index, entry in state.items() if not (isinstance(entry, Mapping) and not entry)}
+    for index in entries:
+        if index not in indices and not isinstance(index, str):  # a string may be a hook's
+            raise ValueError(f"state has an entry for parameter {index!r}, which no group names")
+    return entries, saved
+
+
+def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` as it will be loaded. Raises ValueError unless ``optimizer`` can take it whole."""
+    own = optimizer.param_groups
+    entries, saved = structure(given, own)
+    for k, group in enumerate(saved):
+        if not {"update", "preconditioner"} <= set(group):
+            raise ValueError(
+                f"param_groups[{k}] has {sorted(map(str, group))}, expected the keys of NLCG's, 'update' and "
+                "'preconditioner' among them; is it another optimizer's? load_adamw_state_dict() takes AdamW's"
+            )
     whole = [dict(group) for group in saved]
-    if not any(_is_ours(entry) for entry in state.values()) and not any("scalars" in group for group in whole):
+    if not any(_is_ours(entry) for entry in entries.values()) and not any("scalars" in group for group in whole):
         # of an optimizer that has never stepped: the numbers are those before the first step
         groups.complete(whole, optimizer.defaults)
-    entries = dict(state)
+    for group, ours in zip(whole, own, strict=True):
+        if "param_names" in group and "param_names" in ours:
+            group["param_names"] = ours["param_names"]  # those of this model, which may be wrapped otherwise
     if whole and isinstance(whole[0].get("scalars"), Mapping):
         _from_0_4(whole, entries)
     for group in whole:
@@ -62,15 +87,15 @@ def checked(optimizer: NLCG, given: object) -> dict[str, Any]:
     if whole:
         groups.check_together(whole)
         _share_scalars(whole)
-    own_parameters = layout.parameters(own)
-    parameters = dict(zip(indices, own_parameters, strict=True))
-    for index, entry in entries.items():
-        if isinstance(index, str) and index not in parameters:
-            continue  # not of a parameter: a hook's
-        if index not in parameters:
-            raise ValueError(f"state has an entry for parameter {index!r}, which no group names")
-        _check_entry(index, parameters[index], entry, whole[0])
+    for index, p in parameters(whole, own).items():
+        if index in entries:
+            _check_entry(index, p, entries[index], whole[0])
     return {**given, "state": entries, "param_groups": whole}
+
+
+def parameters(saved: list[Any], own: list[dict[str, Any]]) -> dict[Any, Tensor]:
+    """The parameters by what a state dict calls them."""
+    return dict(zip(layout.parameters(saved), layout.parameters(own), strict=True))
 
 
 def _share_scalars(whole: list[dict[str, Any]]) -> None:
@@ -132,48 +157,72 @@ def _from_0_4(whole: list[dict[str, Any]], entries: dict[Any, Any]) -> None:
 
 
 def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> None:
-    """Parameters are matched by their order: where both sides know the names, they must be in the same one."""
-    for k, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
-        if "param_names" not in theirs or "param_names" not in ours:
+    """Parameters are matched by their order: if both sides know the names, they must be in the same one."""
+    places, theirs, ours = [], [], []
+    for k, (group, mine) in enumerate(zip(saved, own, strict=True)):
+        names = group.get("param_names", group["params"])  # FSDP and torch.distributed.checkpoint have names there
+        if "param_names" not in mine or not (names and all(isinstance(name, str) for name in names)):
             continue
-        for i, (name, expected) in enumerate(zip(theirs["param_names"], ours["param_names"], strict=False)):
-            if name != expected:
-                raise ValueError(
-                    f"param_groups[{k}]['param_names'][{i}] is {name!r}, expected {expected!r}: state is matched to "
-                    "parameters by their order, and this one is another"
-                )
+        if len(names) != len(mine["param_names"]):
+            raise ValueError(f"param_groups[{k}]['param_names'] has {len(names)} names, expected one a parameter")
+        places += [(k, i) for i in range(len(names))]
+        theirs += names
+        ours += mine["param_names"]
+    for (k, i), name, expected, a, b in zip(places, theirs, ours, _bare(theirs), _bare(ours), strict=True):
+        if a != b:
+            raise ValueError(
+                f"param_groups[{k}]['param_names'][{i}] is {name!r}, expected {expected!r}: state is matched to "
+                "parameters by their order, and this one is another"
+            )
+
+
+def _bare(names: list[str]) -> list[tuple[str, ...]]:
+    """Names without what wrappers have added. ``module`` is what DDP adds, but may be a module of the user's: it is
+    left out if all names have it in front, and elsewhere only if no two names become one."""
+    parts = [tuple(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
+    while parts and all(len(x) > 1 and x[0] == "module" for x in parts):
+        parts = [x[1:] for x in parts]
+    short = [tuple(part for part in x if part != "module") for x in parts]
+    return short if len(set(short)) == len(short) else parts
 
 
 def _check_entry(index: Any, p: Tensor, entry: object, group: Mapping[str, Any]) -> None:
     where = f"state of parameter {index}"
-    finite = group["nonfinite"] == "skip"
     keys = {"step", *Options.of_group(group).streams()}
     if not isinstance(entry, Mapping) or not keys <= set(entry):
         got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
         whose = "" if _is_ours(entry) else "; is it another optimizer's?"
         raise ValueError(f"{where} has {got}, expected the keys {sorted(keys)}{whose}")
     for key in sorted(keys):
-        value = entry[key]
         if key == "step":
-            _check_step(where, value)
-            continue
-        if not isinstance(value, Tensor) or value.is_quantized or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{where}: {key!r} is {kind}, expected a floating-point tensor")
-        if value.shape != p.shape:
-            raise ValueError(f"{where}: {key!r} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
-        here = memory(value)
-        as_kept = here if p.dtype == torch.float64 else here.float()
-        sound = torch.isfinite(as_kept)
-        if key == "direction":  # infinite is what version 0.4 left behind for gradients near float32's largest
-            sound |= torch.isinf(here)
-        if finite and not bool(sound.all()):
-            raise ValueError(f"{where}: {key!r} has values that are not finite")
-        if finite and key in ("hessian_diag", "exp_avg_sq") and here.numel() and bool((here < 0).any()):
-            raise ValueError(f"{where}: {key!r} has negative values")
+            check_step(where, entry[key])
+        else:
+            check_tensor(where, key, entry[key], p, finite=group["nonfinite"] == "skip")
 
 
-def _check_step(where: str, value: object) -> None:
+def check_tensor(where: str, key: str, value: object, p: Tensor, *, finite: bool) -> None:
+    """ValueError unless ``value`` can be state of ``p``. ``finite``: NaN and Inf are damage, and negative squares."""
+    if not isinstance(value, Tensor) or value.is_quantized or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{where}: {key!r} is {kind}, expected a floating-point tensor")
+    if value.shape != p.shape:
+        raise ValueError(f"{where}: {key!r} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
+    here = memory(value)
+    if not has_storage(here) or here.is_meta:
+        kind = f"{type(here).__name__} on {here.device}"
+        raise ValueError(f"{where}: {key!r} is a {kind}, without values; expected a plain tensor or a DTensor")
+    as_kept = here if p.dtype == torch.float64 else here.float()
+    sound = torch.isfinite(as_kept)
+    if key == "direction":  # infinite is what version 0.4 left behind for gradients near float32's largest
+        sound |= torch.isinf(here)
+    if finite and not bool(sound.all()):
+        raise ValueError(f"{where}: {key!r} has values that are not finite")
+    if finite and key in ("hessian_diag", "exp_avg_sq") and here.numel() and bool((here < 0).any()):
+        raise ValueError(f"{where}: {key!r} has negative values")
+
+
+def check_step(where: str, value: object) -> None:
+    """ValueError unless ``value`` counts steps."""
     number = value
     if isinstance(value, Tensor):
         number = value.item() if value.numel() == 1 and not value.is_quantized else None
@@ -189,9 +238,8 @@ def _check_step(where: str, value: object) -> None:
 def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's own state as it was saved: copies, on the parameter's device, in the state's dtype. torch casts
     it to the parameter's dtype, which would round float32 state to bfloat16."""
-    indices = [index for group in whole["param_groups"] for index in group["params"]]
     found = {}
-    for index, p in zip(indices, layout.parameters(optimizer.param_groups), strict=True):
+    for index, p in parameters(whole["param_groups"], optimizer.param_groups).items():
         if index not in whole["state"]:
             continue
         saved = whole["state"][index]

@@ -18,7 +18,8 @@ DTYPES = {
 }
 
 
-def _has_storage(t: Tensor) -> bool:
+def has_storage(t: Tensor) -> bool:
+    """Whether ``t`` is a tensor of torch's own, with elements in memory."""
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
@@ -28,7 +29,7 @@ def check_parameter(index: int, p: Tensor) -> None:
         raise TypeError(f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}")
     what = f"parameter {index} of shape {tuple(p.shape)}, {p.dtype}, on {p.device},"
     here = memory(p)
-    if not _has_storage(here):
+    if not has_storage(here):
         raise TypeError(
             f"{what} is a {type(p).__name__}, a tensor without storage of its own; expected a plain tensor or a DTensor"
         )
@@ -103,7 +104,7 @@ def usable_gradient(index: int, p: Tensor, g: Tensor) -> Tensor:
     if is_sharded(p) and not (is_sharded(g) and g.placements == p.placements and g.device_mesh == p.device_mesh):  # type: ignore[attr-defined]
         placed = g.placements if is_sharded(g) else "nowhere"  # type: ignore[attr-defined]
         raise RuntimeError(f"{what} is placed {placed}, its parameter {p.placements}")  # type: ignore[attr-defined]
-    if not _has_storage(memory(g)) or is_sharded(g) != is_sharded(p):
+    if not has_storage(memory(g)) or is_sharded(g) != is_sharded(p):
         raise TypeError(f"{what} is a {type(g).__name__}, a tensor without storage of its own; expected a plain tensor")
     if g.dtype != p.dtype:
         raise RuntimeError(f"{what} has another dtype than its parameter, {p.dtype}")
