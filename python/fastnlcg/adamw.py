@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastnlcg import _native, groups, layout
+from fastnlcg import _native, checkpoint, groups, layout
 from fastnlcg.distributed import as_like, device_of, find_ranks, shard_like
-from fastnlcg.options import Options
+from fastnlcg.options import Options, check_real
+from fastnlcg.warn import warn
 
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
@@ -43,38 +44,70 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in found if group["params"]]
 
 
-def _checked(given: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[Mapping[str, Any]]]:
-    """State and groups of an Adam's or AdamW's state dict. ValueError for another, or what has no counterpart."""
-    if not isinstance(given, Mapping) or not {"state", "param_groups"} <= set(given):
-        raise ValueError("not a state dict: expected a mapping with the keys 'state' and 'param_groups'")
-    state, saved = given["state"], given["param_groups"]
+_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad")
+"""What every version of Adam and AdamW has in a group. RAdam, NAdam and other kin have no ``amsgrad``."""
+_ENTRY = {"step", "exp_avg", "exp_avg_sq"}
+"""What they have beside a parameter, and nothing else: another entry is that of another method."""
+_RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
+"""Rates that torch's schedulers keep in a group."""
+
+
+def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """State and groups of an Adam's or AdamW's state dict, numbers as floats. ValueError for another, or what has no
+    counterpart."""
+    state, saved = checkpoint.structure(given, optimizer.param_groups)
+    found = []
     for k, group in enumerate(saved):
         where = f"param_groups[{k}]"
-        betas = group.get("betas")
-        if not (isinstance(betas, tuple | list) and len(betas) == 2 and 0.0 <= float(betas[0]) < 1.0):
+        if missing := [key for key in _GROUP if key not in group]:
+            raise ValueError(f"{where} lacks {', '.join(missing)}: not the state dict of torch.optim.AdamW")
+        betas = group["betas"]
+        if not (isinstance(betas, tuple | list) and len(betas) == 2):
             raise ValueError(f"{where} has betas {betas!r}: not the state dict of torch.optim.AdamW")
-        if group.get("amsgrad"):
+        if group["amsgrad"]:
             raise ValueError(f"{where} has amsgrad=True, which has no counterpart")
-        if group.get("decoupled_weight_decay") is False and float(group["weight_decay"]) != 0.0:
+        numbers = {
+            key: _number(where, key, group[key]) for key in ("lr", "eps", "weight_decay", *_RATES) if key in group
+        }
+        found.append({**group, **numbers, "betas": [_number(where, "a beta", beta, below=1.0) for beta in betas]})
+        if group.get("decoupled_weight_decay") is False and numbers["weight_decay"] != 0.0:
             raise ValueError(
                 f"{where} is Adam's with L2 weight decay {group['weight_decay']!r}, and NLCG's is decoupled: set it to "
                 "0 in the file, and choose NLCG's"
             )
-    for i, entry in state.items():
-        if not {"step", "exp_avg", "exp_avg_sq"} <= set(entry):
-            raise ValueError(f"state of parameter {i} has {sorted(map(str, entry))}, expected AdamW's")
-    return state, saved
+    finite = optimizer.param_groups[0]["nonfinite"] == "skip"
+    for i, p in checkpoint.parameters(saved, optimizer.param_groups).items():
+        if i not in state:
+            continue
+        where, entry = f"state of parameter {i}", state[i]
+        if not isinstance(entry, Mapping) or set(entry) != _ENTRY:
+            got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+            raise ValueError(f"{where} has {got}, expected AdamW's {sorted(_ENTRY)}")
+        checkpoint.check_step(where, entry["step"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            checkpoint.check_tensor(where, key, entry[key], p, finite=finite)
+    return state, found
+
+
+def _number(where: str, key: str, value: object, *, below: float = math.inf) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    try:
+        number = check_real(key, value, minimum=0.0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if number >= below:
+        raise ValueError(f"{where}: Invalid {key}: {value!r}; expected a number in [0, {below:g})")
+    return number
 
 
 def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
     """An AdamW's state dict as one of ``optimizer``'s; see :meth:`NLCG.load_adamw_state_dict`."""
-    state, saved = _checked(given)
     own = [Options.of_group(group) for group in optimizer.param_groups]
     if any(options.preconditioner != "adam" for options in own):
         raise ValueError("AdamW's state is that of preconditioner='adam'; this optimizer has another")
-    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in optimizer.param_groups]:
-        sizes = [[len(group["params"]) for group in x] for x in (saved, optimizer.param_groups)]
-        raise ValueError(f"param_groups have {sizes[0]} parameters, expected {sizes[1]}")
+    state, saved = _checked(optimizer, given)
+    known = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
     new_groups: list[dict[str, Any]] = []
     entries: dict[Any, dict[str, Any]] = {}
     params = layout.parameters(optimizer.param_groups)
@@ -82,15 +115,15 @@ def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
     copies = set() if ranks is None else {id(params[k]) for k in ranks.unowned}
     rz = largest = steps = 0.0
     for theirs, ours, options in zip(saved, optimizer.param_groups, own, strict=True):
-        beta1, beta2 = (float(beta) for beta in theirs["betas"])
-        eps = float(theirs["eps"])
+        (beta1, beta2), eps = theirs["betas"], theirs["eps"]
         rest = {key: value for key, value in ours.items() if key not in ("params", "scalars", "alpha_prev")}
         new_groups.append(
             {
+                **{key: value for key, value in theirs.items() if key not in known},
                 **rest,
+                **{key: (1.0 - beta1) * theirs[key] for key in ("lr", *_RATES) if key in theirs},
                 "params": list(theirs["params"]),
-                "lr": (1.0 - beta1) * float(theirs["lr"]),
-                "weight_decay": float(theirs["weight_decay"]) / (1.0 - beta1),
+                "weight_decay": theirs["weight_decay"] / (1.0 - beta1),
                 "eps": eps,
                 "beta2": beta2,
                 "maximize": bool(theirs.get("maximize", False)),
@@ -119,15 +152,26 @@ def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
         rows = ranks.exchange([rz, largest], steps, "diagnostics", 0.0)
         rz, largest = ranks.total(rows)[0], max(row[1] for row in rows)
     scalars = groups.new_scalars()
-    at = list(_native.SCALARS).index
-    scalars[at("step")] = steps
-    scalars[at("rz")] = rz
-    scalars[at("direction_max")] = largest
-    scalars[at("active_set")] = 1.0
+    if steps:
+        at = list(_native.SCALARS).index
+        scalars[at("step")] = steps
+        scalars[at("rz")] = rz
+        scalars[at("direction_max")] = largest
+        scalars[at("active_set")] = 1.0
     for group in new_groups:
         group["scalars"] = scalars
-        group["alpha_prev"] = torch.tensor(group["lr"], dtype=torch.float64)
+        group["alpha_prev"] = torch.tensor(group["lr"] if steps else 0.0, dtype=torch.float64)
     return {"state": entries, "param_groups": new_groups}
+
+
+def warn_of_scheduler(given: Mapping[str, Any]) -> None:
+    """After the load of a file that was written under one: its own state dict has AdamW's rates."""
+    if any("initial_lr" in group for group in given["param_groups"]):
+        warn(
+            "AdamW's run had a learning-rate scheduler: lr and initial_lr are converted, but the scheduler's own state "
+            "dict still has AdamW's rates. After scheduler.load_state_dict(...), set scheduler.base_lrs = "
+            "[group['initial_lr'] for group in optimizer.param_groups], or its next step takes AdamW's",
+        )
 
 
 def _diagonal(v: Tensor, beta2: float, steps: float) -> Tensor:
@@ -147,10 +191,14 @@ def to_adamw(optimizer: NLCG, beta1: float) -> dict[str, Any]:
         beta2, eps = group["beta2"], group["eps"]
         found.append(
             {
+                **{
+                    key: value
+                    for key, value in group.items()
+                    if key not in ("scalars", "alpha_prev", *optimizer.defaults)
+                },
                 **{key: value for key, value in defaults.items() if key != "params"},
-                **({"param_names": group["param_names"]} if "param_names" in group else {}),
+                **{key: float(group[key]) / (1.0 - beta1) for key in ("lr", *_RATES) if key in group},
                 "params": list(group["params"]),
-                "lr": float(group["lr"]) / (1.0 - beta1),
                 "weight_decay": float(group["weight_decay"]) * (1.0 - beta1),
                 "betas": (beta1, beta2),
                 "eps": eps,
@@ -158,9 +206,9 @@ def to_adamw(optimizer: NLCG, beta1: float) -> dict[str, Any]:
             }
         )
         for i in group["params"]:
-            if i not in whole["state"]:
+            entry = whole["state"].get(i) or {}
+            if "direction" not in entry:
                 continue
-            entry = whole["state"][i]
             t, v, d = float(entry["step"]), entry["exp_avg_sq"], entry["direction"]
             state[i] = {
                 "step": torch.tensor(t, dtype=torch.float32),

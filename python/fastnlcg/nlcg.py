@@ -425,18 +425,23 @@ class NLCG(torch.optim.Optimizer):
         """Goes on from a run of ``torch.optim.AdamW`` (or Adam without weight decay) over the same parameters: v and
         the step counts are taken as they are, the direction is ``-exp_avg / ((1 - beta1) (h + eps))``. Of the groups,
         ``lr`` becomes ``(1 - beta1) lr`` and ``weight_decay`` ``weight_decay / (1 - beta1)``, which makes the same
-        moves; eps, beta2 and maximize are the file's, all other options this optimizer's. With
-        ``update="heavy_ball", beta_max=beta1`` the steps are AdamW's up to changes of h. Make schedulers after it.
+        moves; the rates that a scheduler keeps there (``initial_lr``, ``max_lr``, ``min_lr``) are converted as ``lr``
+        is; eps, beta2 and maximize are the file's, all other options this optimizer's. With
+        ``update="heavy_ball", beta_max=beta1`` the steps are AdamW's up to changes of h. A scheduler's own state dict
+        still has AdamW's rates; a file that was written under one warns, and says what to do. If both sides have
+        names, they must be in the same order.
 
         Raises:
             ValueError: for another optimizer's state dict, amsgrad, L2 weight decay, or another preconditioner than
                 ``"adam"``; the optimizer is unchanged then.
         """
         self.load_state_dict(adamw.from_adamw(self, state_dict))
+        adamw.warn_of_scheduler(state_dict)
 
     def adamw_state_dict(self, beta1: float = 0.9) -> dict[str, Any]:
         """The way back: a state dict for ``torch.optim.AdamW`` over the same parameters, with
-        ``exp_avg = -(1 - beta1) (h + eps) d``, lr and weight decay converted the other way.
+        ``exp_avg = -(1 - beta1) (h + eps) d``, rates and weight decay converted the other way. Those in a scheduler's
+        own state dict are still NLCG's: its ``base_lrs`` become the ``initial_lr`` of AdamW's groups.
 
         Raises:
             TypeError, ValueError: for a beta1 outside [0, 1), or another preconditioner than ``"adam"``.
