@@ -175,6 +175,35 @@ def test_spikes_are_skipped_and_counted(backend: Backend, preconditioner: str) -
     assert 0 < spikes < 8
 
 
+def test_a_skipped_step_warns_of_its_own_reason(preconditioner: str) -> None:
+    """Once each, whichever comes first. A norm that is infinite is above the bound, and not finite."""
+    kinds = {"spike": (20.0, "norm, 40.0, is above skip_grad_norm=15.0"), "bad": (math.nan, "is not finite")}
+    kinds["infinite"] = (math.inf, kinds["bad"][1])
+    for order in (["spike", "bad", "spike", "bad"], ["bad", "spike", "infinite"], ["infinite", "bad", "spike"]):
+        p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+        optimizer = NLCG([p], 0.1, skip_grad_norm=15.0, max_grad_norm=10.0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for kind in order:
+                p.grad = torch.full_like(p, kinds[kind][0])
+                optimizer.step()
+        expected = list(dict.fromkeys(kinds[kind][1] for kind in order))
+        assert len(caught) == len(expected) == 2
+        for warning, words in zip(caught, expected, strict=True):
+            assert words in str(warning.message)
+            assert warning.filename == __file__
+        assert optimizer.diagnostics().skipped_steps == len(order)
+
+
+def test_a_finite_gradient_below_the_bound_is_no_spike() -> None:
+    """Too large for the state, with a bound that is larger still."""
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = NLCG([p], 0.1, skip_grad_norm=1e35)
+    p.grad = torch.full_like(p, 1e30)
+    with pytest.warns(UserWarning, match="too large for the state's dtype"):
+        optimizer.step()
+
+
 def test_the_bound_may_change_between_steps(backend: Backend, preconditioner: str) -> None:
     ps = parameters(backend)
     optimizer = NLCG(ps, 0.01, max_grad_norm=15.0)

@@ -39,12 +39,19 @@ class Losses:
         return loss
 
 
-def warn_of_skip() -> None:
-    """At the first step that was skipped."""
-    warn(
-        "a step was skipped, because a gradient (or a sum over them) is not finite, or too large for the state's "
-        "dtype; diagnostics().skipped_steps counts further ones",
+def warn_of_skip(told: set[bool], norm: float, bound: float | None) -> None:
+    """Of a step that was skipped, once for each reason; ``told``: whether the earlier ones were spikes. ``norm``: the
+    gradient's, if there is a ``bound``."""
+    spike = bound is not None and bound < norm < math.inf
+    if spike in told:
+        return
+    told.add(spike)
+    reason = (
+        f"the gradient's norm, {norm!r}, is above skip_grad_norm={bound!r}"
+        if spike
+        else "a gradient (or a sum over them) is not finite, or too large for the state's dtype"
     )
+    warn(f"a step was skipped, because {reason}; diagnostics().skipped_steps counts further ones")
 
 
 def check_loss(loss: object) -> float | Tensor:

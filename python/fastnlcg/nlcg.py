@@ -147,7 +147,7 @@ class NLCG(torch.optim.Optimizer):
 
     _stepping = False
     _checked: list[Any]
-    _skipped: bool  # some step was, and a warning has said so
+    _skips: set[bool]  # reasons of which a warning has been given
 
     def __init__(
         self,
@@ -320,9 +320,9 @@ class NLCG(torch.optim.Optimizer):
                 )
                 if here.ranks is not None:
                     here.watch()
-                if not moved and not self._skipped:
-                    self._skipped = True
-                    warn_of_skip()
+                if not moved:
+                    norm = groups.named_scalars(self.param_groups[0])["grad_norm"]
+                    warn_of_skip(self._skips, norm, options.skip_grad_norm)
                 self._losses.next = None
             except BaseException:
                 # GradScaler sets these for one call and removes them after it, unless the call raises; and it
@@ -476,7 +476,7 @@ class NLCG(torch.optim.Optimizer):
         self._layout = layout.Layout(self._process_group, self.average_loss)
         self._checked = []
         self._losses = Losses()
-        self._skipped = False
+        self._skips = set()
 
 
 # A child forked while another thread steps must not wait for that thread, which it does not have.
