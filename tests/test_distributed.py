@@ -850,6 +850,40 @@ def test_a_checkpoint_resumes_to_the_bit_and_reshards(kind: str) -> None:
             compare(load_alone(folder, kind), written[0][0], start, 1e-5)
 
 
+def read_first(kind: str, backend: str) -> tuple[str, str, int]:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backends.use(backend, monkeypatch)
+        found = []
+        for read in (False, True):
+            net = sharded()
+            optimizer = optimizer_of(net.parameters(), kind)
+            if read:
+                state = get_optimizer_state_dict(net, optimizer)
+                assert all(entry["step"] == 0.0 for entry in state["state"].values())
+            train(net, optimizer, 0, 4)
+            found.append(repr([p.to_local() for p in net.parameters()]) + repr(optimizer.state_dict()))
+        # A warm-up from 0, and a first gradient that is zero on one rank: a step for all of them.
+        net = sharded()
+        optimizer = optimizer_of(net.parameters(), kind, lr=0.0)
+        loss_of(net, 0, dist.get_world_size(), dist.get_rank()).backward()
+        if dist.get_rank() == 1:
+            for p in net.parameters():
+                p.grad.to_local().zero_()
+        optimizer.step()
+        return found[0], found[1], optimizer.diagnostics().step
+
+
+@pytest.mark.parametrize("backend", backends.parameters("cpu", "emulated"))
+@pytest.mark.parametrize("kind", ["adam", "bfgs_pr", "search"])
+def test_reading_the_state_before_the_first_step_counts_nothing(kind: str, backend: str) -> None:
+    """On any rank, nor where one has nothing but zeros."""
+    for without, read, step in ranks(2)(read_first, kind, backend):
+        assert read == without
+        assert step == 1
+
+
 def load_whole(state: dict[str, Any], weights: dict[str, Tensor], kind: str) -> list[Tensor]:
     """What one process saved, into shards."""
     net = sharded()

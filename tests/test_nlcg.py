@@ -458,6 +458,49 @@ def test_a_step_with_zero_gradients_and_lr_0_creates_all_state_and_moves_nothing
     assert all(set(optimizer.state[p]) == STATE[preconditioner] for p in net.parameters())
 
 
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01, dtype=torch.float64)])
+@pytest.mark.parametrize("options", [{}, {"update": "polak_ribiere", "line_search": OnlineLineSearch()}])
+def test_reading_the_state_before_the_first_step_counts_nothing(options: dict, lr: float | Tensor) -> None:
+    """torch.distributed.checkpoint makes the state by a step of its own. The next ones are those of a run without it,
+    to the bit; so are those of a run that loads what was read."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    runs = []
+    for how in ("not read", "read", "loaded"):
+        net = model()
+        optimizer = NLCG(net.parameters(), lr, weight_decay=0.1, **options)
+        if how != "not read":
+            state = get_optimizer_state_dict(net, optimizer)
+            assert set(state["state"]) == {name for name, _ in net.named_parameters()}
+            assert all(entry["step"] == 0.0 for entry in state["state"].values())
+            scalars = state["param_groups"][0]["scalars"]
+            assert torch.equal(scalars.nan_to_num(), groups.new_scalars().nan_to_num())
+        if how == "loaded":
+            optimizer = NLCG(net.parameters(), lr, weight_decay=0.1, **options)
+            set_optimizer_state_dict(net, optimizer, state)
+        for _ in range(6):
+            loss = backward(net)
+            optimizer.step(loss=loss.detach())
+        runs.append((bits(net), optimizer.diagnostics()))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_other_steps_that_move_nothing_count() -> None:
+    """A warm-up that begins at 0, whose first gradient is one; gradients of zero at a rate; and both later on."""
+    for lr, scale, first in ((0.0, 1.0, True), (0.1, 0.0, True), (0.0, 0.0, False)):
+        net = model()
+        optimizer = NLCG(net.parameters(), 0.1)
+        if not first:
+            train(net, optimizer, 1)
+        optimizer.param_groups[0]["lr"] = lr
+        backward(net)
+        for p in net.parameters():
+            p.grad.mul_(scale)
+        optimizer.step()
+        assert optimizer.diagnostics().step == 2 - first
+        assert all(optimizer.state[p]["step"] == 2 - first for p in net.parameters())
+
+
 def test_distributed_checkpoint_takes_the_state_dict() -> None:
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,

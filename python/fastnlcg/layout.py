@@ -89,6 +89,7 @@ class Layout:
         self._amp: list[Tensor | None] = []
         self._known = 0.0  # disagreements of ranks that have been raised
         self._told: Tensor | None = None  # those the device has found, in pinned memory
+        self._begun = False  # a step was taken, or the state made for one
 
     def set_options(self, options: Options) -> None:
         """Options that may have changed since the last step. ValueError where the state would have to be another."""
@@ -145,6 +146,7 @@ class Layout:
                 self.explain("step()", param_groups)
             if moved is None:
                 continue
+            self._begun = True
             if moved and self._stepped:
                 with torch.no_grad():
                     for p, stepped in self._stepped:
@@ -152,6 +154,28 @@ class Layout:
             self._stepped = []
             return moved
         raise RuntimeError("a parameter, a gradient or a tensor of the state was changed while the step began")
+
+    def makes_state_only(self, param_groups: Groups, state: State, lr: list[float | Tensor]) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint makes the state that it reads or loads into:
+        the first, with rates of 0 and gradients of zero. The state is then made, and nothing is counted."""
+        if self._begun or (any(isinstance(rate, Tensor) for rate in lr) and _native.capturing()):
+            return False
+        params = parameters(param_groups)
+        if any(float(rate) != 0.0 for rate in lr) or any("direction" in (state.get(p) or ()) for p in params):
+            return False
+        groups.complete(param_groups, {})
+        if groups.named_scalars(param_groups[0])["step"] != 0.0:
+            return False  # a rank without any parameter has no state
+        self._rebuild(param_groups, state)
+        gradients = [memory(p.grad) for p in params if p.grad is not None]
+        rows = [[float(bool(gradients)), float(any(bool(g.any()) for g in gradients))]]
+        if self.ranks is not None and self.ranks.every_decision:
+            try:
+                rows = self.ranks.exchange(rows[0], 0.0, _native.diagnostics_moment, 1.0)
+            except _native.RanksDisagree:
+                self.explain("step()", param_groups)
+        self._begun = any(some for some, _ in rows) and not any(moves for _, moves in rows)
+        return self._begun
 
     def _fits(self, param_groups: Groups) -> bool:
         """Whether the parameters and numbers are the ones of the table. Tensors are the native side's to look at."""

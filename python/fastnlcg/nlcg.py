@@ -300,8 +300,12 @@ class NLCG(torch.optim.Optimizer):
             raise RuntimeError("this optimizer is stepping in another thread")
         with self._lock:  # diagnostics and loads may hold it for a moment
             self._stepping = True
+            self._opt_called = True  # for schedulers, which warn if they step first
             try:
                 options, lr, weight_decay, maximize = self._check_groups()
+                here = self._layout
+                if closure is None and loss is None and here.makes_state_only(self.param_groups, self.state, lr):
+                    return None
                 loss_seen: float | Tensor = math.nan
                 if options.line_search is not None:
                     given = loss if closure is None else value
