@@ -25,11 +25,12 @@ import io
 import itertools
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from fastnlcg import NLCG, OnlineLineSearch
+from fastnlcg import NLCG, OnlineLineSearch, warmup_cosine
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
@@ -640,6 +641,82 @@ def test_a_full_graph_forms_the_gradient_too(backend: str) -> None:
         runs.append(([step(torch.full_like(p, float(t))) for t in range(1, 5)], p.detach(), p.grad))
         assert p.grad is not None
     same(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [lambda o: warmup_cosine(o, 6), lambda o: StepLR(o, 2), lambda o: OneCycleLR(o, 0.1, 9, cycle_momentum=False)],
+)
+def test_a_full_graph_goes_on_under_a_scheduler(scheduler: Any, made: str) -> None:
+    """Whose wrapper around ``step`` no graph takes: there is none. Made before the first compiled step, or after it."""
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        net, x = conv(torch.float32)
+        optimizer = NLCG(net.parameters(), lr=0.01)
+        schedule = scheduler(optimizer) if made == "before" else None
+
+        def step(optimizer: NLCG = optimizer) -> None:
+            optimizer.step()
+
+        take = torch.compile(step, backend="eager", fullgraph=True) if compiled else step
+        for t in range(6):
+            optimizer.zero_grad()
+            net(x).sum().backward()
+            take()
+            schedule = schedule or scheduler(optimizer)
+            schedule.step()
+            if t == 2:
+                compiled_so_far = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_so_far
+        runs.append(([p.detach() for p in net.parameters()], optimizer.diagnostics(), schedule.get_last_lr()))
+    same(runs[0], runs[1])
+
+
+def test_a_scheduler_still_knows_the_order() -> None:
+    """Torch warns of a scheduler that goes first. A subclass with a step of its own is wrapped as ever."""
+
+    class Own(NLCG):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    for optimizer_of in (NLCG, Own):
+        for stepped in (True, False):
+            problem = Problem(torch.float32)
+            optimizer = optimizer_of(problem.params)
+            schedule = StepLR(optimizer, 1)
+            if stepped:
+                problem.train(optimizer, 1)
+            with pytest.warns(UserWarning, match="before `optimizer.step") if not stepped else nullcontext():
+                schedule.step()
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_one_compiled_function_takes_twenty_optimizers(fullgraph: bool) -> None:
+    """Each its own, also after others have gone. The compiler knows optimizers by identity and makes a graph for each,
+    eight by default: without fullgraph the others are stepped outside of it."""
+    torch._dynamo.reset()
+
+    def step(optimizer: NLCG) -> None:
+        optimizer.step()
+
+    limit = {"recompile_limit": 64} if fullgraph else {}
+    take = torch.compile(step, backend="eager", fullgraph=fullgraph)
+    with torch._dynamo.config.patch(**limit):
+        nets = [conv(torch.float32)[0] for _ in range(20)]
+        optimizers = [NLCG(net.parameters(), lr=0.01 * (k + 1)) for k, net in enumerate(nets)]
+        twins = copy.deepcopy(nets)
+        expected = [NLCG(net.parameters(), lr=0.01 * (k + 1)) for k, net in enumerate(twins)]
+        for t in range(3):
+            for k in range(4 * t, 20):
+                for net, optimizer, how in ((nets[k], optimizers[k], take), (twins[k], expected[k], step)):
+                    for p in net.parameters():
+                        p.grad = torch.full_like(p, 1.0 + t)
+                    how(optimizer)
+            for k in range(4 * t, 4 * t + 4):
+                optimizers[k] = None
+            same([list(net.parameters()) for net in nets], [list(net.parameters()) for net in twins])
 
 
 def test_a_full_graph_says_what_it_cannot_hold() -> None:

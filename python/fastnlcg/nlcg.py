@@ -286,6 +286,9 @@ class NLCG(torch.optim.Optimizer):
             return None
         return self._step(closure, loss)
 
+    # A scheduler of torch's wraps a step without this mark, to set _opt_called, and no graph takes the wrapper.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
     @_disable_dynamo  # native code and addresses
     def _step(self, closure: Callable[[], float] | None, loss: float | Tensor | None) -> float | None:
         if closure is not None and not callable(closure):
@@ -310,7 +313,6 @@ class NLCG(torch.optim.Optimizer):
                 if options.line_search is not None:
                     given = loss if closure is None else value
                     loss_seen = self._losses.take(given, one_of_many=self._one_of_many())
-                here = self._layout
                 moved = here.step(
                     self.param_groups,
                     self.state,
