@@ -25,13 +25,13 @@ struct WithNorm : First {
   }
 
   template <class Broadcast>
-  NLCG_HD static WithNorm from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
-    return {First::from_plan(c, o, broadcast)};
+  NLCG_HD static WithNorm from_plan(const StepPlan& plan, const Options& o, Broadcast broadcast) {
+    return {First::from_plan(plan, o, broadcast)};
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double largest, double n,
+  NLCG_HD static void update_plan(StepPlan& plan, const Options& o, const double* sums, double largest, double n,
                                   double limit) {
-    decide_clipping(c, o, sums[First::kSums]);
-    if (!c.skip && !c.again) First::update_plan(c, o, sums, largest, n, limit);
+    decide_clipping(plan, o, sums[First::kSums]);
+    if (!plan.skip && !plan.again) First::update_plan(plan, o, sums, largest, n, limit);
   }
 };
 
@@ -40,8 +40,8 @@ template <class First>
 struct Repeated : First {
   static constexpr bool kFirstPass = false, kOnlyIfClipped = true;
   template <class Broadcast>
-  NLCG_HD static Repeated from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
-    return {First::from_plan(c, o, broadcast)};
+  NLCG_HD static Repeated from_plan(const StepPlan& plan, const Options& o, Broadcast broadcast) {
+    return {First::from_plan(plan, o, broadcast)};
   }
 };
 
@@ -63,9 +63,9 @@ struct GradientNorm : PassDefaults {
   NLCG_HD static GradientNorm from_plan(const StepPlan&, const Options&, Broadcast) {
     return {};
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double, double, double) {
-    decide_clipping(c, o, sums[0]);
-    c.again = !c.skip;
+  NLCG_HD static void update_plan(StepPlan& plan, const Options& o, const double* sums, double, double, double) {
+    decide_clipping(plan, o, sums[0]);
+    plan.again = !plan.skip;
   }
 };
 

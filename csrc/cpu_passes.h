@@ -112,9 +112,9 @@ void form_factors(const Step& step, double clip) {
 
 // One pass, and its decision. False if the step ends here.
 template <class S, class Pass, bool kLast>
-bool pass_and_decide(const Step& step, StepPlan& c) {
+bool pass_and_decide(const Step& step, StepPlan& plan) {
   if (Pass::kFirstPass) form_factors(step, 1.0);
-  const Pass pass = Pass::from_plan(c, step.options, LaneBroadcast<S>{});
+  const Pass pass = Pass::from_plan(plan, step.options, LaneBroadcast<S>{});
   double sums[kMaxSums + 1];
   reduce<S>(step, pass, sums);
   RankRow row = {};
@@ -130,21 +130,22 @@ bool pass_and_decide(const Step& step, StepPlan& c) {
     gather(exchange, row);
   }
   if (Pass::kFirstPass) {
-    c = begin_step(step.options, *step.scalars, step.active_set, row, exchange.ranks > 0);
-    for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * c.next.ls_scale;
+    plan = begin_step(step.options, *step.scalars, step.active_set, row, exchange.ranks > 0);
+    for (std::int64_t i = 0; i < step.n_groups; ++i) step.groups[i].alpha = step.groups[i].lr * plan.next.ls_scale;
   }
-  if (c.nothing_to_do) return false;
-  Pass::update_plan(c, step.options, row.column, row.column[kLargestElement], static_cast<double>(step.n), kLargest<S>);
-  if (Pass::kFirstPass && c.again) form_factors(step, c.clip);
-  return !c.skip;
+  if (plan.nothing_to_do) return false;
+  Pass::update_plan(plan, step.options, row.column, row.column[kLargestElement], static_cast<double>(step.n),
+                    kLargest<S>);
+  if (Pass::kFirstPass && plan.again) form_factors(step, plan.clip);
+  return !plan.skip;
 }
 
 template <class S, class First, class... Rest>
-bool every_pass(const Step& step, StepPlan& c) {
-  if (!First::kOnlyIfClipped || c.again) {
-    if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, c)) return false;
+bool every_pass(const Step& step, StepPlan& plan) {
+  if (!First::kOnlyIfClipped || plan.again) {
+    if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, plan)) return false;
   }
-  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, c);
+  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, plan);
   return true;
 }
 // 1 - beta2^k and the next, for every segment's k.
@@ -162,12 +163,12 @@ template <class S, template <class> class... P>
 void take_step(const Step& step, PassList<P...>) {
   constexpr bool kAnyUsesStepCounts = (P<Vector<S>>::kUsesStepCounts || ...);
   if constexpr (kAnyUsesStepCounts) form_bias(step);
-  StepPlan c = {};
-  if (!every_pass<S, P<Vector<S>>...>(step, c)) {
-    if (!c.nothing_to_do) count_skip(c, *step.scalars);
+  StepPlan plan = {};
+  if (!every_pass<S, P<Vector<S>>...>(step, plan)) {
+    if (!plan.nothing_to_do) count_skip(plan, *step.scalars);
     return;
   }
-  *step.scalars = c.next;
+  *step.scalars = plan.next;
   for (std::int64_t i = 0; i < step.n_groups; ++i) *step.groups[i].alpha_prev = step.groups[i].alpha;
   for (std::int64_t i = 0; i < step.n_segments; ++i) *step.segments[i].steps += 1.0;
 }

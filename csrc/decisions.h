@@ -95,55 +95,56 @@ struct StepPlan {
 // After pass 1, before its decision: the line search, and whether the last step's vectors still apply.
 NLCG_HD StepPlan begin_step(const Options& o, const Scalars& now, double active_set, const RankRow& row,
                             bool distributed) {
-  StepPlan c{now, false, false, false, false, false, distributed, now.step == 0.0 ? 0.0 : o.eps};
-  c.history_valid = now.step != 0.0 && row.column[kChanged] == 0.0;
-  c.nothing_to_do = row.column[kSegments] == 0.0 || row.column[kFoundInf] != 0.0;
-  c.next.gs = row.column[kGs];
-  c.next.shs = row.column[kShs];
+  StepPlan plan{now, false, false, false, false, false, distributed, now.step == 0.0 ? 0.0 : o.eps};
+  plan.history_valid = now.step != 0.0 && row.column[kChanged] == 0.0;
+  plan.nothing_to_do = row.column[kSegments] == 0.0 || row.column[kFoundInf] != 0.0;
+  plan.next.gs = row.column[kGs];
+  plan.next.shs = row.column[kShs];
   const double loss = row.column[kLoss];
   if (o.line_search && is_finite(loss)) {
     const double signed_loss = o.maximize ? -loss : loss;
-    if (is_finite(now.loss_prev)) c.next.ls_scale = line_search_scale(o, now.ls_scale, signed_loss, now.loss_prev);
-    c.next.loss_prev = signed_loss;
+    if (is_finite(now.loss_prev)) plan.next.ls_scale = line_search_scale(o, now.ls_scale, signed_loss, now.loss_prev);
+    plan.next.loss_prev = signed_loss;
   }
-  c.next.active_set = active_set;
-  return c;
+  plan.next.active_set = active_set;
+  return plan;
 }
 
 // After a first pass that forms gg = sum(g g): the factor of torch.nn.utils.clip_grad_norm_, and whether |g| is above
 // skip_grad_norm.
-NLCG_HD void decide_clipping(StepPlan& c, const Options& o, double gg) {
+NLCG_HD void decide_clipping(StepPlan& plan, const Options& o, double gg) {
   const double norm = __builtin_sqrt(gg);
   const double factor = o.max_grad_norm / (norm + 1e-6);
-  c.clip = factor >= 1.0 || o.max_grad_norm > kLargestDouble ? 1.0 : factor;  // NaN is passed on
-  c.next.grad_norm = norm;
-  c.next.clip = c.clip;
-  c.skip = norm > o.skip_grad_norm || (o.skip_nonfinite && !is_finite(norm));
-  c.again = !c.skip && c.clip != 1.0;
+  plan.clip = factor >= 1.0 || o.max_grad_norm > kLargestDouble ? 1.0 : factor;  // NaN is passed on
+  plan.next.grad_norm = norm;
+  plan.next.clip = plan.clip;
+  plan.skip = norm > o.skip_grad_norm || (o.skip_nonfinite && !is_finite(norm));
+  plan.again = !plan.skip && plan.clip != 1.0;
 }
 
 // The scalars that a skipped step writes.
-NLCG_HD void count_skip(const StepPlan& c, Scalars& now) {
+NLCG_HD void count_skip(const StepPlan& plan, Scalars& now) {
   now.skipped_steps += 1.0;
-  now.grad_norm = c.next.grad_norm;
+  now.grad_norm = plan.next.grad_norm;
 }
 
 // bfgs, after pass 1: decides whether h is updated. `gs` = sum(g s) over this gradient and the last move.
-NLCG_HD void decide_curvature(StepPlan& c, const Options& o, double gs, double grad_max, double n, double limit) {
-  c.skip = o.skip_nonfinite && !(is_finite(gs) && is_finite(grad_max));
-  c.next.ys = c.history_valid ? gs - c.next.gs : 0.0;
-  c.next.shs_used = c.history_valid ? c.next.shs : 0.0;
-  c.curvature = c.history_valid && curvature_accepted(c.next.ys, c.next.shs, o.curvature_eps);
+NLCG_HD void decide_curvature(StepPlan& plan, const Options& o, double gs, double grad_max, double n, double limit) {
+  plan.skip = o.skip_nonfinite && !(is_finite(gs) && is_finite(grad_max));
+  plan.next.ys = plan.history_valid ? gs - plan.next.gs : 0.0;
+  plan.next.shs_used = plan.history_valid ? plan.next.shs : 0.0;
+  plan.curvature = plan.history_valid && curvature_accepted(plan.next.ys, plan.next.shs, o.curvature_eps);
   // If y or y^2 / ys may leave the state's type, h would not be what it is in exact arithmetic: such a gradient is
   // treated as one that is not finite.
-  const double y_max = grad_max + c.next.grad_max;
-  if (c.curvature && o.skip_nonfinite && !(y_max < limit && y_max / c.next.ys * y_max < 1e-3 * limit)) c.skip = true;
+  const double y_max = grad_max + plan.next.grad_max;
+  if (plan.curvature && o.skip_nonfinite && !(y_max < limit && y_max / plan.next.ys * y_max < 1e-3 * limit))
+    plan.skip = true;
   // Pass 2 divides by eps in the state's type, in which a tiny eps is 0.
-  const double eps = limit < 2.0 * kLargestFloat ? static_cast<double>(static_cast<float>(c.eps)) : c.eps;
-  c.deferred =
-      c.curvature && (c.distributed || (o.skip_nonfinite && may_overflow(grad_max, c.next.grad_max, eps, n, limit)));
-  c.next.updated = c.curvature ? 1.0 : 0.0;
-  c.next.grad_max = grad_max;
+  const double eps = limit < 2.0 * kLargestFloat ? static_cast<double>(static_cast<float>(plan.eps)) : plan.eps;
+  plan.deferred = plan.curvature &&
+                  (plan.distributed || (o.skip_nonfinite && may_overflow(grad_max, plan.next.grad_max, eps, n, limit)));
+  plan.next.updated = plan.curvature ? 1.0 : 0.0;
+  plan.next.grad_max = grad_max;
 }
 
 // Whether the options use sum(g g_prev / (h + eps)), which needs g_prev in the state.
@@ -151,15 +152,16 @@ NLCG_HD bool needs_rz_mid(const Options& o) { return o.update == UpdateRule::pol
 
 // After the pass that forms rz: beta. `z_max` is a bound of |z|; if d might leave the state's type, the step is
 // skipped.
-NLCG_HD void decide_direction(StepPlan& c, const Options& o, double rz_new, double rz_mid, double z_max, double limit) {
-  c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));
-  c.next.beta = c.history_valid ? conjugacy(o, c.next.rz, rz_new, rz_mid) : 0.0;
-  c.next.rz = rz_new;
-  c.next.direction_max = z_max + (c.next.beta != 0.0 ? c.next.beta * c.next.direction_max : 0.0);
-  if (o.skip_nonfinite && !(c.next.direction_max < limit)) c.skip = true;
+NLCG_HD void decide_direction(StepPlan& plan, const Options& o, double rz_new, double rz_mid, double z_max,
+                              double limit) {
+  plan.skip = plan.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));
+  plan.next.beta = plan.history_valid ? conjugacy(o, plan.next.rz, rz_new, rz_mid) : 0.0;
+  plan.next.rz = rz_new;
+  plan.next.direction_max = z_max + (plan.next.beta != 0.0 ? plan.next.beta * plan.next.direction_max : 0.0);
+  if (o.skip_nonfinite && !(plan.next.direction_max < limit)) plan.skip = true;
 }
 
 // After the last pass.
-NLCG_HD void finish_step(StepPlan& c) { c.next.step += 1.0; }
+NLCG_HD void finish_step(StepPlan& plan) { plan.next.step += 1.0; }
 
 }  // namespace fastnlcg

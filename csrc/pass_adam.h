@@ -51,8 +51,8 @@ struct AdamDots : PassDefaults {
   NLCG_HD static AdamDots from_plan(const StepPlan&, const Options& o, Broadcast broadcast) {
     return {{}, adam_constants(o, 0, broadcast), needs_rz_mid(o)};
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
-    decide_direction(c, o, sums[0], sums[1], 0.0, limit);  // |z| <= 1 / sqrt(1 - beta2), far from any overflow
+  NLCG_HD static void update_plan(StepPlan& plan, const Options& o, const double* sums, double, double, double limit) {
+    decide_direction(plan, o, sums[0], sums[1], 0.0, limit);  // |z| <= 1 / sqrt(1 - beta2), far from any overflow
   }
 };
 
@@ -84,18 +84,18 @@ struct AdamMove : PassDefaults {
   }
 
   template <class Broadcast>
-  NLCG_HD static AdamMove from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
-    return {{}, adam_constants(o, c.next.beta, broadcast), needs_rz_mid(o), true};
+  NLCG_HD static AdamMove from_plan(const StepPlan& plan, const Options& o, Broadcast broadcast) {
+    return {{}, adam_constants(o, plan.next.beta, broadcast), needs_rz_mid(o), true};
   }
   template <class Broadcast>
   NLCG_HD void assume_constants(Broadcast) {
     move = true;
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options&, const double* sums, double, double, double) {
-    finish_step(c);
-    c.next.updated = 1.0;
-    c.next.gg = sums[0];
-    c.next.gd = sums[1];
+  NLCG_HD static void update_plan(StepPlan& plan, const Options&, const double* sums, double, double, double) {
+    finish_step(plan);
+    plan.next.updated = 1.0;
+    plan.next.gg = sums[0];
+    plan.next.gd = sums[1];
   }
 };
 

@@ -42,9 +42,9 @@ struct CurvatureDot : PassDefaults {
   NLCG_HD static CurvatureDot from_plan(const StepPlan&, const Options&, Broadcast) {
     return {};
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double largest, double n,
+  NLCG_HD static void update_plan(StepPlan& plan, const Options& o, const double* sums, double largest, double n,
                                   double limit) {
-    decide_curvature(c, o, sums[0], largest, n, limit);
+    decide_curvature(plan, o, sums[0], largest, n, limit);
   }
 };
 
@@ -102,20 +102,20 @@ struct CurvatureAndDots : PassDefaults {
   }
 
   template <class Broadcast>
-  NLCG_HD static CurvatureAndDots from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
+  NLCG_HD static CurvatureAndDots from_plan(const StepPlan& plan, const Options& o, Broadcast broadcast) {
     return {{},
-            bfgs_constants(c.eps, 0, c.next.ys, c.next.shs_used, broadcast),
-            c.curvature,
-            !c.deferred,
-            c.history_valid && needs_rz_mid(o)};
+            bfgs_constants(plan.eps, 0, plan.next.ys, plan.next.shs_used, broadcast),
+            plan.curvature,
+            !plan.deferred,
+            plan.history_valid && needs_rz_mid(o)};
   }
   template <class Broadcast>
   NLCG_HD void assume_constants(Broadcast broadcast) {
     c.bound = broadcast(0.25 * kLargest<typename Broadcast::Scalar>);
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double z_max, double,
+  NLCG_HD static void update_plan(StepPlan& plan, const Options& o, const double* sums, double z_max, double,
                                   double limit) {
-    decide_direction(c, o, sums[0], sums[1], z_max, limit);
+    decide_direction(plan, o, sums[0], sums[1], z_max, limit);
   }
 };
 
@@ -153,18 +153,22 @@ struct CurvatureAndMove : PassDefaults {
   }
 
   template <class Broadcast>
-  NLCG_HD static CurvatureAndMove from_plan(const StepPlan& c, const Options&, Broadcast broadcast) {
-    return {{}, bfgs_constants(c.eps, c.next.beta, c.next.ys, c.next.shs_used, broadcast), true, true, c.deferred};
+  NLCG_HD static CurvatureAndMove from_plan(const StepPlan& plan, const Options&, Broadcast broadcast) {
+    return {{},
+            bfgs_constants(plan.eps, plan.next.beta, plan.next.ys, plan.next.shs_used, broadcast),
+            true,
+            true,
+            plan.deferred};
   }
   template <class Broadcast>
   NLCG_HD void assume_constants(Broadcast broadcast) {
     c.bound = broadcast(0.25 * kLargest<typename Broadcast::Scalar>);
     keep_grad = move = true;
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options&, const double* sums, double, double, double) {
-    finish_step(c);
-    c.next.gs = sums[0];
-    c.next.shs = sums[1];
+  NLCG_HD static void update_plan(StepPlan& plan, const Options&, const double* sums, double, double, double) {
+    finish_step(plan);
+    plan.next.gs = sums[0];
+    plan.next.shs = sums[1];
   }
 };
 

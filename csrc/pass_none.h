@@ -26,8 +26,8 @@ struct PlainDots : PassDefaults {
   NLCG_HD static PlainDots from_plan(const StepPlan&, const Options& o, Broadcast) {
     return {{}, needs_rz_mid(o)};
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
-    decide_direction(c, o, sums[0], sums[1], __builtin_sqrt(sums[0]), limit);  // |z_i| <= sqrt(sum(g g))
+  NLCG_HD static void update_plan(StepPlan& plan, const Options& o, const double* sums, double, double, double limit) {
+    decide_direction(plan, o, sums[0], sums[1], __builtin_sqrt(sums[0]), limit);  // |z_i| <= sqrt(sum(g g))
   }
 };
 
@@ -50,15 +50,15 @@ struct PlainMove : PassDefaults {
   }
 
   template <class Broadcast>
-  NLCG_HD static PlainMove from_plan(const StepPlan& c, const Options&, Broadcast broadcast) {
-    return {{}, broadcast(c.next.beta), true, true};
+  NLCG_HD static PlainMove from_plan(const StepPlan& plan, const Options&, Broadcast broadcast) {
+    return {{}, broadcast(plan.next.beta), true, true};
   }
   template <class Broadcast>
   NLCG_HD void assume_constants(Broadcast) {
     keep_grad = move = true;
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options&, const double*, double, double, double) {
-    finish_step(c);
+  NLCG_HD static void update_plan(StepPlan& plan, const Options&, const double*, double, double, double) {
+    finish_step(plan);
   }
 };
 

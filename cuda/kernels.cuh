@@ -89,15 +89,15 @@ __device__ double value_of_scalar(DeviceScalar x) {
 
 // Before the first decision, in the thread that decides: the line search and every group's step length.
 __device__ __forceinline__ StepPlan begin_on_device(const Arguments& a, const RankRow& row) {
-  StepPlan c = begin_step(a.options, *a.scalars, a.active_set, row, a.exchange.ranks > 0);
+  StepPlan plan = begin_step(a.options, *a.scalars, a.active_set, row, a.exchange.ranks > 0);
   for (std::int64_t i = 0; i < a.n_groups; ++i) {
     const GroupInput& in = group_inputs(a)[i];
     const double lr = in.lr_on_device.address != nullptr ? value_of_scalar(in.lr_on_device) : in.lr;
-    a.alpha[i] = lr * c.next.ls_scale;
+    a.alpha[i] = lr * plan.next.ls_scale;
     // The host checks an lr that it can see; one on the device is checked here.
-    if (!(is_finite(lr) && lr >= 0.0)) c.skip = true;
+    if (!(is_finite(lr) && lr >= 0.0)) plan.skip = true;
   }
-  return c;
+  return plan;
 }
 
 // This rank's row after a pass.
@@ -144,20 +144,20 @@ struct NextOf<First, Rest...> : std::conditional_t<First::kOnlyIfClipped, NextOf
 // The decision after a pass, in one thread.
 template <class S, class Pass, class Next>
 __device__ __forceinline__ void decide(const Arguments& a, const RankRow& row) {
-  StepPlan& c = a.control->plan;
+  StepPlan& plan = a.control->plan;
   bool bad_lr = false;
   if (Pass::kFirstPass) {
-    c = begin_on_device(a, row);
-    bad_lr = c.skip;
+    plan = begin_on_device(a, row);
+    bad_lr = plan.skip;
   }
-  Pass::update_plan(c, a.options, row.column, row.column[kLargestElement], static_cast<double>(a.n), kLargest<S>);
-  c.skip = c.skip || bad_lr || c.nothing_to_do;
-  if (c.nothing_to_do) return;
+  Pass::update_plan(plan, a.options, row.column, row.column[kLargestElement], static_cast<double>(a.n), kLargest<S>);
+  plan.skip = plan.skip || bad_lr || plan.nothing_to_do;
+  if (plan.nothing_to_do) return;
   if constexpr (!std::is_same_v<Next, NoPass>) {
-    hand_over(a.control->next_pass, Next::from_plan(c, a.options, ElementBroadcast<S>{}));
-    if (c.skip) count_skip(c, *a.scalars);
+    hand_over(a.control->next_pass, Next::from_plan(plan, a.options, ElementBroadcast<S>{}));
+    if (plan.skip) count_skip(plan, *a.scalars);
   } else {  // the step completes: whether it may write was decided before
-    *a.scalars = c.next;
+    *a.scalars = plan.next;
     for (std::int64_t i = 0; i < a.n_groups; ++i) *group_inputs(a)[i].alpha_prev = a.alpha[i];
   }
 }

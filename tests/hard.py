@@ -287,7 +287,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "sums[j] = static_cast<float>(sums[j] + partial[j]);",
     ),
     "a lost tail": (ARGS, "n / kTile + (n % kTile != 0)", "n / kTile + (n % kTile > 1)"),
-    "a stale scalar: rz": (DECISIONS, "  c.next.rz = rz_new;\n", ""),
+    "a stale scalar: rz": (DECISIONS, "  plan.next.rz = rz_new;\n", ""),
     "the curvature condition without y s": (
         DECISIONS,
         "ys > curvature_eps && shs > curvature_eps",
@@ -300,7 +300,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "a NaN in the second sum is not seen": (
         DECISIONS,
-        "c.skip = c.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));",
+        "plan.skip = plan.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));",
         "(void)o;",
     ),
     "bfloat16 rounds ties up": (HALF, "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "(u + 0x8000u) >> 16"),
@@ -311,8 +311,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "the step forgets nothing": (
         DECISIONS,
-        "c.history_valid = now.step != 0.0 && row.column[kChanged] == 0.0;",
-        "c.history_valid = now.step != 0.0;",
+        "plan.history_valid = now.step != 0.0 && row.column[kChanged] == 0.0;",
+        "plan.history_valid = now.step != 0.0;",
     ),
     "CUDA: a lane less": (
         "cuda/reduce.cuh",

@@ -37,8 +37,8 @@ struct AdagradDots : PassDefaults {
   NLCG_HD static AdagradDots from_plan(const StepPlan&, const Options& o, Broadcast broadcast) {
     return {{}, broadcast(o.eps)};
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options& o, const double* sums, double, double, double limit) {
-    decide_direction(c, o, sums[0], 0.0, 1.0, limit);  // |w| <= 1
+  NLCG_HD static void update_plan(StepPlan& plan, const Options& o, const double* sums, double, double, double limit) {
+    decide_direction(plan, o, sums[0], 0.0, 1.0, limit);  // |w| <= 1
   }
 };
 
@@ -60,11 +60,11 @@ struct AdagradMove : PassDefaults {
   }
 
   template <class Broadcast>
-  NLCG_HD static AdagradMove from_plan(const StepPlan& c, const Options& o, Broadcast broadcast) {
-    return {{}, broadcast(o.eps), broadcast(c.next.beta)};
+  NLCG_HD static AdagradMove from_plan(const StepPlan& plan, const Options& o, Broadcast broadcast) {
+    return {{}, broadcast(o.eps), broadcast(plan.next.beta)};
   }
-  NLCG_HD static void update_plan(StepPlan& c, const Options&, const double*, double, double, double) {
-    finish_step(c);
+  NLCG_HD static void update_plan(StepPlan& plan, const Options&, const double*, double, double, double) {
+    finish_step(plan);
   }
 };
 
