@@ -216,7 +216,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
     with_element_type<S>(segment.dtype, [&](auto element) {
       const auto from = arrays_at<decltype(element), S>(segment, position + lane);
       if (from.p) block.p[lane] = value_of(*from.p);
-      if (from.g) block.g[lane] = value_of(*from.g);
+      if (Pass::kReadsGradient && from.g) block.g[lane] = value_of(*from.g);
       if (from.grad_prev) block.grad_prev[lane] = *from.grad_prev;
       if (from.d) block.d[lane] = *from.d;
       if (from.diagonal) block.diagonal[lane] = *from.diagonal;
@@ -271,7 +271,9 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     const unsigned reads = pass.reads(), writes = pass.writes();
     const SegmentLanes<S> lanes = lanes_of<S, Pass>(step, segment);
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(S);
-    for (int lane = 0; at.g && lane < count; ++lane) g[lane] = value_of(at.g[lane]);
+    if (Pass::kReadsGradient) {
+      for (int lane = 0; lane < count; ++lane) g[lane] = value_of(at.g[lane]);
+    }
     if ((reads & kP) || lanes.decays) {
       for (int lane = 0; lane < count; ++lane) p[lane] = value_of(at.p[lane]);
     }

@@ -256,8 +256,8 @@ bool TensorTable::follow(const Tensors& at, Reads reads) {
   }
   live_.reserve(6 * n + 1 + groups_.size());
   for (std::size_t i = 0; i < n; ++i) {
-    // They may have been freed since the last step. A trial does not read g, and leaves the address as it was, so that
-    // a GPU's table of segments need not be written before and after it.
+    // They may have been freed since the last step. A trial does not read g, so its address may stay, and a GPU's table
+    // of segments need not be written before and after the trial.
     if (reads != Reads::parameters) segments_[i].g = nullptr;
     if (!with_parameters) segments_[i].p = nullptr;
     if (with_parameters && !follow_parameter(at, i)) return false;
