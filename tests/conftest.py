@@ -12,7 +12,7 @@ THOROUGH = {
     "test_bits.py": "",  # compiles the kernels for itself; test_step.py compares instruction sets
     "test_build.py": "nvcc|openmp",  # configures CMake; make cuda compiles
     # the study's rows are in test_docs.py
-    "test_convergence.py": "plots_and_tables|y_from_one_batch|relative_schedule",
+    "test_convergence.py": "plots_and_tables|relative_schedule",
     # the emulated exchange is that of the CPU's but for the kernel that decides: one kind of it is left
     "test_distributed.py": "emulated_gpu.(?!adam.)|test_fsdp1|checkpoints|whatever_its_placement|emulated.*bfgs",
     # the optimizer itself is in test_nlcg.py

@@ -30,22 +30,28 @@ COSTS = (ROOT / "docs" / "costs.md").read_text()
 
 def test_the_study() -> None:
     folder = RESULTS / "convergence"
-    names = ("rivals", "paper", "tuned", "cost")
-    of_rivals, paper, tuned, cost = (study.read(folder / f"{name}.jsonl") for name in names)
-    tables = plots.tuned_tables(tuned) | rival_tables.tables(of_rivals)
-    text = (ROOT / "docs" / "study.md").read_text()
-    for name, table in (tables | plots.paper_tables(paper) | {"Cost": plots.costs(cost)}).items():
-        assert table in text, name
-    assert tables["Settings"] in README
-    assert tables["Parameters in bfloat16"] in (ROOT / "docs" / "distributed.md").read_text()
+    names = ("rivals", "options", "paper", "cost")
+    of_rivals, options, paper, cost = (study.read(folder / f"{name}.jsonl") for name in names)
+    pages = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("study-rivals", "study-paper")}
+    tables = rival_tables.tables(of_rivals)
+    assert tables.pop("Settings") in README
+    for name, table in tables.items():
+        assert table in pages["study-rivals"], name
+    for name, table in plots.paper_tables(paper).items():
+        assert table in pages["study-paper"], name
+    assert plots.costs(cost) in COSTS
+    of_options = plots.option_tables(options)
+    assert of_options["Options"] in (ROOT / "docs" / "algorithm.md").read_text()
+    assert of_options["Parameters in bfloat16"] in (ROOT / "docs" / "distributed.md").read_text()
     fields = {field.name for field in dataclasses.fields(Run)}
-    for rows in (of_rivals, paper, tuned):
+    for rows in (of_rivals, options, paper):
         assert all(fields <= set(row) for row in rows)
         configurations = [tuple(row[name] for name in sorted(fields)) for row in rows]
         assert len(set(configurations)) == len(rows)
     assert {row["schedule"] for row in paper} == {"paper"}
-    assert {row["schedule"] for row in of_rivals + tuned} == {"cosine"}
+    assert {row["schedule"] for row in of_rivals + options} == {"cosine"}
     assert {row["precision"] for row in of_rivals} == {"float32"}
+    assert not study.missing("options", folder, "bfloat16")
 
 
 def test_the_step_times() -> None:

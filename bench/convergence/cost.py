@@ -28,8 +28,8 @@ from torch.nn.functional import cross_entropy
 from train import fast_precision
 
 NAMES = (
-    *("nlcg", "nlcg_fr", "nlcg_pr", "nlcg_fr_search", "nlcg_fr_none"),
-    *("sgd", "momentum", "rmsprop", "lars", "lamb", "adamw", "nadamw", "schedule_free", "muon", "soap"),
+    *("nlcg", "nlcg_fr", "nlcg_pr", "nlcg_fr_none"),
+    *("sgd", "momentum", "rmsprop", "lamb", "adamw", "nadamw", "schedule_free", "muon", "soap"),
 )
 BATCHES = (256, 1024, 4096, 16384)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytorch_optimizer
 import torch
 from fastnlcg import NLCG, OnlineLineSearch
-from safeguards import SafeguardedNLCG, Safeguards
 from torch import Tensor, nn
 from variants import VariantNLCG
 
@@ -60,10 +59,6 @@ def capped(**options: object) -> Maker:
     return lambda net, lr, decay, beta1: NLCG(net.parameters(), lr, weight_decay=decay, beta_max=beta1, **options)
 
 
-def safeguarded(**options: object) -> Maker:
-    return lambda net, lr, decay, beta1: SafeguardedNLCG(list(net.parameters()), lr, Safeguards(**options))
-
-
 def variant(rule: str) -> Maker:
     return lambda net, lr, decay, beta1: VariantNLCG(list(net.parameters()), lr, rule, beta_max=beta1)
 
@@ -84,49 +79,25 @@ OPTIMIZERS: dict[str, Maker] = {
     # Without torch's schedule of the momentum, which halves beta1 in short trainings: that of Dahl et al. (2306.07179).
     "nadamw": peer(torch.optim.NAdam, momentum_decay=1e6, decoupled_weight_decay=True),
     "lamb": peer(pytorch_optimizer.Lamb),
-    "adabelief": peer(pytorch_optimizer.AdaBelief),
     "muon": Muon,
     # The published beta2 is its default; eigenvectors every 10 steps.
     "soap": peer(pytorch_optimizer.SOAP, beta2=0.95),
     "schedule_free": peer(pytorch_optimizer.ScheduleFreeAdamW),
     "momentum": lambda net, lr, decay, beta1: torch.optim.SGD(net.parameters(), lr, momentum=beta1, weight_decay=decay),
-    # beta1 in the name, the form of the first rows
-    "nlcg_adam": nlcg(),
-    "nlcg_adam_pr": nlcg(**PR),
-    "nlcg_adam_search": nlcg(line_search=OnlineLineSearch()),
-    "nlcg_adam_08": nlcg(beta_max=0.8),
-    "nlcg_adam_095": nlcg(beta_max=0.95),
-    "nlcg_adam_stochastic": nlcg(stochastic_rounding=True),
-    "nlcg_adam_1": nlcg(beta_max=1.0),
-    "nlcg_adam_constant_80": nlcg(update="heavy_ball", beta_max=0.8),
+    # NLCG's options, one at a time
+    "nlcg_polak_ribiere": capped(**PR),
+    "nlcg_line_search": capped(line_search=OnlineLineSearch()),
+    "nlcg_stochastic": capped(stochastic_rounding=True),
+    # The paper's form: beta is at most 1.
     "nlcg_fr": nlcg(**BFGS),
     "nlcg_pr": nlcg(**BFGS, **PR),
-    "nlcg_fr_search": nlcg(**BFGS, line_search=OnlineLineSearch()),
     "nlcg_pr_search": nlcg(**BFGS, line_search=OnlineLineSearch(), **PR),
     "nlcg_fr_none": nlcg(preconditioner=None),
-    "nlcg_pr_none": nlcg(preconditioner=None, **PR),
-    "nlcg_fr_same_batch": safeguarded(same_batch=True),
-    "nlcg_fr_mean": safeguarded(mean=0.9),
-    "nlcg_fr_damped": safeguarded(damped=(0.2, 1.0)),
-    "nlcg_fr_cosine": safeguarded(cosine=0.2),
-    "nlcg_fr_signal": safeguarded(signal=0.5),
-    "nlcg_fr_h_max": safeguarded(h_max=10.0),
-    "nlcg_fr_rescaled": safeguarded(rescaled=True),
-    "nlcg_fr_beta_max": safeguarded(beta_max=0.9),
     # the settings of the authors' CIFAR script
     "rmsprop": lambda net, lr, decay, beta1: torch.optim.RMSprop(
         net.parameters(), lr, alpha=0.9, momentum=0.9, eps=1.0, weight_decay=decay
     ),
     "sgd": lambda net, lr, decay, beta1: torch.optim.SGD(net.parameters(), lr, weight_decay=decay),
-    "adamw_08": lambda net, lr, decay, beta1: torch.optim.AdamW(
-        net.parameters(), lr, betas=(0.8, 0.999), weight_decay=decay
-    ),
-    "nadam": lambda net, lr, decay, beta1: torch.optim.NAdam(
-        net.parameters(), lr, weight_decay=decay, decoupled_weight_decay=True
-    ),
-    "lars": lambda net, lr, decay, beta1: pytorch_optimizer.LARS(
-        net.parameters(), lr, momentum=0.9, weight_decay=decay
-    ),
 }
 
 

@@ -6,10 +6,6 @@ Of NLCG and its rivals (rival_tables.py):
 
     rivals.png                         training loss per step at best choices
 
-Of the earlier tuned comparison, with products in bfloat16:
-
-    tuned.png                          training loss per step at the full setting and of the transformer, at best peaks
-
 On the paper's schedule:
 
     loss-steps.png, loss-seconds.png   training loss at batch 4096 (the paper's figures 2 and 3)
@@ -23,7 +19,6 @@ other work.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -34,48 +29,21 @@ import rival_tables
 from numpy.typing import ArrayLike
 from PIL import Image
 from rival_tables import markdown
-from study import ALSO, PAPER, PURE, SMALL_STEPS, Rows, best_peak, like, read, settings_of
-from train import Run
+from study import ALSO, OF_OPTIONS, PAPER, PEAKS, SMALL_PEAK, Rows, read
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 LABELS = {
     "nlcg": "NLCG, Adam's diagonal",
-    "nlcg_adam": "NLCG, Adam's diagonal",
-    "nlcg_adam_08": "NLCG, Adam's diagonal, beta at most 0.8",
-    "nlcg_adam_095": "NLCG, Adam's diagonal, beta at most 0.95",
-    "nlcg_adam_1": "NLCG, Adam's diagonal, beta at most 1",
-    "nlcg_adam_pr": "NLCG, Adam's diagonal, Polak-Ribiere",
-    "nlcg_adam_search": "NLCG, Adam's diagonal, line search",
-    "nlcg_adam_constant_80": "NLCG, Adam's diagonal, beta constant at 0.8",
-    "adamw": "AdamW, beta1 0.9",
-    "adamw_08": "AdamW, beta1 0.8",
-    "lamb": "LAMB",
-    "nadam": "NAdam",
     "nlcg_fr": "NLCG-FR",
     "nlcg_pr": "NLCG-PR",
-    "nlcg_fr_search": "NLCG-FR, line search",
     "nlcg_pr_search": "NLCG-PR, line search",
     "nlcg_fr_none": "NLCG-FR, no preconditioner",
-    "nlcg_pr_none": "NLCG-PR, no preconditioner",
-    "nlcg_fr_descent": "NLCG-FR, descent restarts (gone)",
-    "nlcg_pr_descent": "NLCG-PR, descent restarts (gone)",
-    "nlcg_fr_powell": "NLCG-FR, Powell restarts (gone)",
-    "nlcg_pr_powell": "NLCG-PR, Powell restarts (gone)",
-    "nlcg_fr_same_batch": "NLCG-FR, y from one batch",
-    "nlcg_fr_mean": "NLCG-FR, running means of y and s",
-    "nlcg_fr_damped": "NLCG-FR, damped pairs",
-    "nlcg_fr_cosine": "NLCG-FR, cos(y, s) at least 0.2",
-    "nlcg_fr_signal": "NLCG-FR, no pair where the slope is gone",
-    "nlcg_fr_h_max": "NLCG-FR, h at most 10",
-    "nlcg_fr_rescaled": "NLCG-FR, h scaled to a mean of 1 / h of 1",
-    "nlcg_fr_beta_max": "NLCG-FR, beta at most 0.9",
     "momentum": "Momentum",
     "rmsprop": "RMSProp",
     "sgd": "SGD",
-    "lars": "LARS",
-    **{name: rival_tables.LABELS[name] for name in ("nadamw", "schedule_free", "muon", "soap")},
+    **{name: rival_tables.LABELS[name] for name in ("adamw", "nadamw", "lamb", "schedule_free", "muon", "soap")},
 }
 
 
@@ -185,8 +153,7 @@ def by_batch(rows: Rows, key: str, digits: int) -> str:
 
 
 def comparable(rows: Rows) -> Rows:
-    """The largest group that differs in nothing but optimizer, batch and seed, on the paper's schedule and peak;
-    without what was merely tried."""
+    """The largest group that differs in nothing but optimizer, batch and seed, on the paper's schedule and peak."""
     rows = [row for row in rows if row["optimizer"] in {*PAPER, *ALSO} and row["peak"] == 1.0]
     return max(grouped(rows, "model", "train_images", "epochs", "micro", "augment", "precision").values(), key=len)
 
@@ -208,16 +175,6 @@ def settings(rows: Rows) -> str:
     return markdown(["", *header], lines)
 
 
-def safeguards(rows: Rows) -> str:
-    """Where many were tried, at one small batch: what they do to h by the last epoch."""
-    lines = []
-    for name, own in of_optimizers(rows).items():
-        h = [row["h_quantiles"][-1] for row in own if row["h_quantiles"][-1]]
-        middle, largest = (f"{np.median([q[k] for q in h]):.3g}" if h else "" for k in (2, 4))
-        lines.append([LABELS[name], cell(own, "final_accuracy", 1), cell(own, "final_loss", 3), middle, largest])
-    return markdown(["", "test accuracy, %", "training loss", "median of h", "largest h"], lines)
-
-
 def paper_tables(rows: Rows) -> dict[str, str]:
     main_rows = comparable(rows)
     found = {
@@ -229,152 +186,66 @@ def paper_tables(rows: Rows) -> dict[str, str]:
     of_settings = [row for row in alike if (row["batch"], row["peak"]) == (4096, 1.0)]
     if len(grouped(of_settings, "model", "augment", "micro")) > 1:
         found["Test accuracy, %, batch 4096, by setting"] = settings(of_settings)
-    small = [row for row in rows if (row["batch"], row["train_images"]) == (128, 4096)]
-    return found | ({"Safeguards, batch 128, 4096 images": safeguards(small)} if small else {})
-
-
-# ---- tuned -----------------------------------------------------------------------------------------------------------
-
-
-def result_of(rows: Rows) -> tuple[str, str, int]:
-    """What a setting is judged by: its name, its key, digits."""
-    text = rows[0]["model"].startswith("transformer")
-    return ("validation loss", "final_test_loss", 3) if text else ("test accuracy, %", "final_accuracy", 1)
-
-
-def over_peaks(rows: Rows) -> str:
-    """Of one setting: the training loss of seed 0 over peaks; then, at the best, the means over seeds."""
-    name_of_result, key, digits = result_of(rows)
-    peaks = sorted({row["peak"] for row in rows if row["seed"] == 0})
-    lines = []
-    for name, own in of_optimizers(rows).items():
-        first = {row["peak"]: row for row in own if row["seed"] == 0}
-        best = best_peak(own, name)
-        if best is None:
-            continue
-        cells = [f"{first[peak]['final_loss']:.3f}" if peak in first else "" for peak in peaks]
-        cells = [f"**{text}**" if peak == best else text for peak, text in zip(peaks, cells, strict=True)]
-        at_best = [row for row in own if row["peak"] == best]
-        lines.append([LABELS[name], *cells, cell(at_best, "final_loss", 3), cell(at_best, key, digits)])
-    return markdown(["", *(f"{peak:g}" for peak in peaks), "training loss at the best", name_of_result], lines)
-
-
-def over_batches(settings: list[Rows]) -> str:
-    """Test accuracy at the best peaks, by batch."""
-    lines, batches = [], [rows[0]["batch"] for rows in settings]
-    for name in LABELS:
-        of_batches = [[row for row in rows if row["optimizer"] == name] for rows in settings]
-        if sum(bool(own) for own in of_batches) < len(settings):
-            continue
-        at_best = [[row for row in own if row["peak"] == best_peak(own, name)] for own in of_batches]
-        lines.append([LABELS[name], *(cell(own, "final_accuracy", 1) for own in at_best)])
-    return markdown(["", *(f"batch {batch}" for batch in batches)], lines)
-
-
-def at_full_setting(rows: Rows) -> str:
-    """Each at its best peak."""
-    lines = []
-    for name, own in of_optimizers(rows).items():
-        peak = best_peak(own, name)
-        at_best = [row for row in own if row["peak"] == peak]
-        results = (("final_accuracy", 1), ("final_loss", 3), ("final_test_loss", 3))
-        lines.append([LABELS[name], f"{peak:g}", *(cell(at_best, key, digits) for key, digits in results)])
-    return markdown(["", "peak", "test accuracy, %", "training loss", "test loss"], lines)
-
-
-def with_test_loss(rows: Rows) -> Rows:
-    return [{**row, "final_test_loss": row["test_loss"][-1]} for row in rows]
-
-
-# 0: float32 parameters, 1: bfloat16
-PURE_LABELS = {
-    (0, "nlcg_adam"): "NLCG, float32 parameters",
-    (1, "nlcg_adam"): "NLCG, bfloat16 parameters, rounded to nearest",
-    (1, "nlcg_adam_stochastic"): "NLCG, bfloat16 parameters, stochastic rounding",
-    (0, "adamw"): "AdamW, float32 parameters",
-    (1, "adamw"): "AdamW, bfloat16 parameters, rounded to nearest",
-}
-FULL_SETTING = Run("", 4096, schedule="cosine")
-
-
-def tuned_tables(rows: Rows) -> dict[str, str]:
-    rows = with_test_loss(rows)
-    precision = rows[0]["precision"]
-    ablated = {name for name in LABELS if name.startswith("nlcg_adam_")}
-    found, proxies = {}, []
-    for config, _ in settings_of(precision):
-        own = [row for row in like(rows, config) if row["optimizer"] not in ablated]
-        if not own:
-            continue
-        text = config.model == "transformer"
-        found["Transformer, over peaks" if text else f"Batch {config.batch}, over peaks"] = over_peaks(own)
-        proxies += [] if text else [own]
-        of_ablations = [row for row in like(rows, config) if row["optimizer"] in {*ablated, "nlcg_adam"}]
-        if len({row["optimizer"] for row in of_ablations}) > 1:
-            found[f"{'Transformer' if text else f'Batch {config.batch}'}, options"] = over_peaks(of_ablations)
-    found["Test accuracy, %, by batch"] = over_batches(sorted(proxies, key=lambda own: own[0]["batch"]))
-    at_full = like(rows, dataclasses.replace(FULL_SETTING, precision=precision))
-    if at_full:
-        found["Full setting, batch 4096"] = at_full_setting(at_full)
-        found["Full setting, batch 4096, over peaks"] = over_peaks(at_full)
-    if any(row["precision"] == "pure_bfloat16" for row in rows):
-        found["Parameters in bfloat16"] = pure_bfloat16(rows, precision)
     return found
 
 
-def pure_bfloat16(rows: Rows, precision: str) -> str:
-    """At the best peaks of float32 parameters: those, and bfloat16 ones rounded to nearest and stochastically."""
-    header, lines = [""], {name: [text] for name, text in PURE_LABELS.items()}
-    for config, _ in settings_of(precision):
-        own = [like(rows, dataclasses.replace(config, precision=p)) for p in (precision, "pure_bfloat16")]
-        if not own[1]:
-            continue
-        header += [f"batch {config.batch}: training loss", "test accuracy, %"]
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+# By optimizer and beta1; the first is the default.
+OPTION_LABELS = {
+    ("nlcg", 0.9): "NLCG",
+    ("nlcg", 0.8): "beta at most 0.8",
+    ("nlcg", 0.95): "beta at most 0.95",
+    ("nlcg", 1.0): "beta at most 1",
+    ("nlcg_polak_ribiere", 0.9): "Polak-Ribiere",
+    ("nlcg_line_search", 0.9): "line search",
+    ("nlcg_constant", 0.8): "beta constant at 0.8",
+}
+# By the type of the parameters and optimizer
+PURE_LABELS = {
+    ("float32", "nlcg"): "NLCG, float32 parameters",
+    ("bfloat16", "nlcg"): "NLCG, bfloat16 parameters, rounded to nearest",
+    ("bfloat16", "nlcg_stochastic"): "NLCG, bfloat16 parameters, stochastic rounding",
+    ("float32", "adamw"): "AdamW, float32 parameters",
+    ("bfloat16", "adamw"): "AdamW, bfloat16 parameters, rounded to nearest",
+}
+
+
+def option_tables(rows: Rows) -> dict[str, str]:
+    return {"Options": of_options(rows), "Parameters in bfloat16": pure_bfloat16(rows)}
+
+
+def of_options(rows: Rows) -> str:
+    """The training loss of seed 0 over peaks; then, at the best of them, the means over seeds."""
+    rows = [row for row in rows if row["batch"] == OF_OPTIONS.batch and row["precision"] != "pure_bfloat16"]
+    found = grouped(rows, "optimizer", "beta1")
+    peaks = sorted({row["peak"] for row in found["nlcg", 0.9]})
+    lines = []
+    for name, label in OPTION_LABELS.items():
+        first = {row["peak"]: row["final_loss"] for row in found[name] if row["seed"] == 0}
+        best = min(first, key=lambda peak: first[peak])
+        cells = [f"{first[peak]:.3f}" if peak in first else "" for peak in peaks]
+        cells = [f"**{text}**" if peak == best else text for peak, text in zip(peaks, cells, strict=True)]
+        own = [row for row in found[name] if row["peak"] == best]
+        lines.append([label, *cells, cell(own, "final_loss", 3), cell(own, "final_accuracy", 1)])
+    header = [f"{peak:g}" for peak in peaks]
+    return markdown(["", *header, "training loss at the best", "test accuracy, %"], lines)
+
+
+def pure_bfloat16(rows: Rows) -> str:
+    """At the best peaks of float32 parameters, and far below: float32 parameters, and bfloat16 ones rounded to nearest
+    and stochastically."""
+    header, lines = [""], {key: [text] for key, text in PURE_LABELS.items()}
+    small = {"nlcg": SMALL_PEAK}
+    for batch, peaks, what in (*((b, p, "") for b, p in PEAKS.items()), (128, small, f", peak {SMALL_PEAK:g}")):
+        header += [f"batch {batch}{what}: training loss", "test accuracy, %"]
+        at = grouped([r for r in rows if (r["batch"], r["beta1"]) == (batch, 0.9)], "optimizer", "peak", "precision")
         for (parameters, name), cells in lines.items():
-            of_peak = PURE[name]
-            at_best = [r for r in own[parameters] if (r["optimizer"], r["peak"]) == (name, best_peak(own[0], of_peak))]
-            cells += [cell(at_best, "final_loss", 3), cell(at_best, "final_accuracy", 1)]
-    header += [f"batch {SMALL_STEPS.batch}, peak {SMALL_STEPS.peak:g}: training loss", "test accuracy, %"]
-    for (parameters, name), cells in lines.items():
-        config = dataclasses.replace(SMALL_STEPS, precision=(precision, "pure_bfloat16")[parameters])
-        own = [r for r in like(rows, config) if (r["optimizer"], r["peak"]) == (name, SMALL_STEPS.peak)]
-        cells += [cell(own, "final_loss", 3), cell(own, "final_accuracy", 1)] if own else ["", ""]
+            peak = peaks.get("adamw" if name == "adamw" else "nlcg")
+            precisions = ("pure_bfloat16",) if parameters == "bfloat16" else ("float32", "bfloat16")
+            own = [row for precision in precisions for row in at[name, peak, precision]]
+            cells += [cell(own, "final_loss", 3), cell(own, "final_accuracy", 1)]
     return markdown(header, list(lines.values()))
-
-
-def tuned_picture(rows: Rows, path: Path) -> None:
-    precision = rows[0]["precision"]
-    *_, (text, _) = settings_of(precision)
-    panels = (
-        ("ResNet-8, CIFAR-10 (JPEG), batch 4096", dataclasses.replace(FULL_SETTING, precision=precision), (1.1, 2.2)),
-        ("transformer, characters, 384 sequences a batch", text, (1.8, 3.4)),
-    )
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    kernel = np.ones(4) / 4
-    for axis, (title, config, limits) in zip(axes, panels, strict=True):
-        for name, own in of_optimizers(like(rows, config)).items():
-            peak = best_peak(own, name)
-            at_best = complete([row for row in own if row["peak"] == peak])
-            if name.startswith("nlcg_adam_") or not at_best:
-                continue
-            mean, deviation = spread([np.convolve(row["loss"], kernel, "valid") for row in at_best])
-            width = 2.2 if name == "nlcg_adam" else 1.2
-            (line,) = axis.plot(np.arange(4, 4 + len(mean)), mean, label=f"{LABELS[name]}, lr {peak:g}", lw=width)
-            axis.fill_between(
-                np.arange(4, 4 + len(mean)),
-                mean - deviation,
-                mean + deviation,
-                color=line.get_color(),
-                alpha=0.12,
-                lw=0,
-            )
-        axis.set(xlabel="optimizer steps", title=title, ylim=limits)
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel("training loss")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def costs(cost: Rows, batches: tuple[str, ...] = ("256", "4096")) -> str:
@@ -391,14 +262,13 @@ def costs(cost: Rows, batches: tuple[str, ...] = ("256", "4096")) -> str:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    rivals, paper, tuned, cost = (read(folder / f"{name}.jsonl") for name in ("rivals", "paper", "tuned", "cost"))
+    rivals, options, paper, cost = (read(folder / f"{name}.jsonl") for name in ("rivals", "options", "paper", "cost"))
     found = {}
     if rivals:
         rival_tables.picture(rivals, folder / "rivals.png")
         found |= rival_tables.tables(rivals)
-    if tuned:
-        tuned_picture(tuned, folder / "tuned.png")
-        found |= tuned_tables(tuned)
+    if options:
+        found |= option_tables(options)
     if paper:
         shared = comparable(paper)
         batches = sorted({row["batch"] for row in shared})

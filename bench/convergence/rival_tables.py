@@ -1,4 +1,4 @@
-"""Tables and the picture of rivals.jsonl: what docs/study.md and the README show. plots.py calls them."""
+"""Tables and the picture of rivals.jsonl: what docs/study-rivals.md and the README show. plots.py calls them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ LABELS = {
 SETTINGS = {"Transformer": rivals.TEXT, "Small images": rivals.IMAGES, "Images": rivals.FULL}
 RULES = tuple(f"nlcg_{rule}" for rule in rivals.VARIANTS)
 WHAT = ("test accuracy, %", "validation loss")
-TARGET = 2.3
-"""nats a character: a training loss that every batch reaches with every optimizer"""
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -143,21 +141,6 @@ def by_beta(rows: Rows, config: Run) -> str:
     return markdown(["", *(f"{beta1:g}" for beta1 in betas)], lines)
 
 
-def by_decay(rows: Rows, config: Run) -> str:
-    """What a decay of 0.1 does at the best pair of peak and beta1; means of two seeds."""
-    lines = []
-    for name in rivals.NAMES:
-        losses = Losses(rows, config, name)
-        for choice in losses.ranked(2, rivals.DECAY)[:1]:
-            plain, decayed = (rows_at(rows, config, name, (*choice[:2], decay))[:2] for decay in (0.0, rivals.DECAY))
-            digits = 3 if config.model == "transformer" else 1
-            cells = [f"{statistics.mean(map(result, own)):.{digits}f}" for own in (plain, decayed)]
-            losses_of = [f"{statistics.mean(row['final_loss'] for row in own):.3f}" for own in (plain, decayed)]
-            lines.append([LABELS[name], *losses_of, *cells])
-    what = WHAT[config.model == "transformer"]
-    return markdown(["", "training loss", f"with {rivals.DECAY:g}", what, f"with {rivals.DECAY:g}"], lines)
-
-
 def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES) -> str:
     """Differences to NLCG seed by seed (the same data and the same network at the start), mean and standard deviation,
     and on how many seeds NLCG's training loss is the lower. Nothing, if none of the names has rows."""
@@ -180,24 +163,17 @@ def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES) -> st
     return markdown(["less NLCG", "peak", "training loss", what, "NLCG lower on"], lines) if lines else ""
 
 
-def steps_to(row: dict[str, object], target: float, window: int = 5) -> int | None:
-    """The first step by which the mean of the last few training losses is at most the target."""
-    means = np.convolve(row["loss"], np.ones(window) / window, "valid")
-    below = np.flatnonzero(means <= target)
-    return int(below[0]) + window if len(below) else None
-
-
 def three_seeds(rows: Rows, config: Run, name: str) -> Rows:
     choice = best_choice(rows, config, name)
     return rows_at(rows, config, name, choice)[:3] if choice else []
 
 
 def over_batches(rows: Rows, precision: str) -> dict[str, str]:
-    """The transformer at three batches, 120 steps and three seeds each: training loss at the end, its differences to
-    NLCG's seed by seed, and steps to the target."""
+    """The transformer at three batches, 120 steps and three seeds each: training loss at the end, and its differences
+    to NLCG's seed by seed."""
     middle = dataclasses.replace(rivals.TEXT, precision=precision)
     configs = [rivals.at_batch(middle, batch) for batch in sorted((middle.batch, *rivals.BATCHES))]
-    ends, differences, steps = ([[LABELS[name]] for name in rivals.OF_BATCHES] for _ in range(3))
+    ends, differences = ([[LABELS[name]] for name in rivals.OF_BATCHES] for _ in range(2))
     for config in configs:
         of_names = [three_seeds(rows, config, name) for name in rivals.OF_BATCHES]
         for k, own in enumerate(of_names):
@@ -207,13 +183,10 @@ def over_batches(rows: Rows, precision: str) -> dict[str, str]:
             differences[k].append(
                 f"{plus_minus(less, 3, 3)}, {sum(x > 0 for x in less)} of {len(less)}" if less else ""
             )
-            took = [steps_to(row, TARGET) for row in own]
-            steps[k].append(f"{statistics.mean(took):.0f}" if took and None not in took else "")
     header = [f"{config.batch * 64:,} characters" for config in configs]
     return {
         "Batches": markdown(["", *header], ends),
         "Batches, paired": markdown(["less NLCG, NLCG lower on", *header], differences[1:]),
-        "Batches, steps": markdown([f"steps to {TARGET:g}", *header], steps),
     }
 
 
@@ -229,7 +202,6 @@ def tables(rows: Rows) -> dict[str, str]:
         found[f"{title}, ranking"] = ranking(rows, config)
         if tuned(config):
             found[f"{title}, beta1"] = by_beta(rows, config)
-            found[f"{title}, decay"] = by_decay(rows, config)
         found[f"{title}, paired"] = paired(rows, config)
         if rules := paired(rows, config, RULES):
             found[f"{title}, rules"] = rules

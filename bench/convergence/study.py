@@ -1,33 +1,25 @@
-"""The study: many runs, a few at a time, one row each; those that have a row already are not run again.
+"""The study: many runs, a few at a time, one row each; a run that has a row is not run again.
 
     make study DATA=FOLDER                                            the CPU study, into build/study
-    python bench/convergence/study.py --data FOLDER --out build/study --studies grids seeds --jobs 2
+    python bench/convergence/study.py --data FOLDER --out build/study --studies text rules --jobs 2
 
-Three parts, each with its file of rows: rivals.jsonl, tuned.jsonl, paper.jsonl. In the order in which they are run:
+Three files of rows. In the order in which they are run:
 
-rivals: NLCG beside seven others, tuned alike (rivals.py), in float32
+rivals.jsonl: NLCG and seven others, tuned alike (rivals.py), in float32
 
     text, images, rules, batches, full32
 
-tuned: one relative schedule for all (fastnlcg.warmup_cosine), each optimizer at its own best peak, which is that of the
-lowest training loss of seed 0 on a grid of factors of 3
+options.jsonl: NLCG's options, one at a time, and parameters in bfloat16; peaks as an earlier study had found them
 
-    grids        seed 0 over the grids: images of 16 x 16, half of them, at four batches; and the transformer
-    seeds        the other seeds at the best peaks of the grids
-    full         images of 32 x 32, all of them, batch 4096: seed 0 at the two best peaks of the grid at batch 2048, the
-                 other seeds at the better of them
-    ablations    the options of NLCG with Adam's diagonal, one at a time
-    bfloat16     parameters in bfloat16, with and without stochastic rounding, at the best peaks of the grids
+    options
 
-paper: the paper's schedule, absolute, the same for all
+paper.jsonl: the paper's schedule, absolute, the same for all
 
     batch4096, batch16384, batch1024    every optimizer, three seeds
-    small                               batches 256 and 128
-    tried                               safeguards against the noise of small batches: 4096 images, batch 128
+    small                               one seed at batch 256
     setting                             one seed at batch 4096: plain images, batch normalization over the whole batch,
                                         a network with projections
-    more                                two more seeds of those that the claim is about, at batch 4096
-    gpu                                 ResNet-32 on all images, 60 epochs: make gpu-study, where there is a GPU
+    gpu                                 ResNet-32 on all images, 60 epochs: make gpu-study, on a machine with a GPU
 """
 
 from __future__ import annotations
@@ -49,15 +41,8 @@ from train import Run, fast_precision, run
 Rows = list[dict[str, object]]
 SEEDS = (0, 1, 2)
 PAPER = ("nlcg_fr", "nlcg_pr", "momentum", "rmsprop", "nlcg_pr_search", "nlcg_fr_none")
-ALSO = ("nlcg_fr_search", "sgd")
-CLAIM = ("nlcg_fr", "momentum", "rmsprop", "nlcg_pr")
-FEW = (*CLAIM, "nlcg_fr_none")
-# Against the noise of small batches: where the numbers are small enough to try many.
-TRIED = (
-    *("nlcg_fr", "nlcg_fr_none", "momentum", "nlcg_fr_same_batch", "nlcg_fr_mean", "nlcg_fr_damped", "nlcg_fr_cosine"),
-    *("nlcg_fr_signal", "nlcg_fr_h_max", "nlcg_fr_rescaled", "nlcg_fr_beta_max"),
-    *("nlcg_pr", "nlcg_pr_none"),
-)
+ALSO = ("sgd",)
+FEW = ("nlcg_fr", "momentum", "rmsprop", "nlcg_pr", "nlcg_fr_none")
 
 
 def shared(batch: int) -> Callable[[Rows], Iterator[Run]]:
@@ -67,13 +52,7 @@ def shared(batch: int) -> Callable[[Rows], Iterator[Run]]:
 
 
 def small(rows: Rows) -> Iterator[Run]:
-    return (Run(optimizer, batch) for batch in (256, 128) for optimizer in FEW)
-
-
-def tried(rows: Rows) -> Iterator[Run]:
-    for seed in SEEDS:
-        yield Run("nlcg_fr_same_batch", 4096, seed)
-        yield from (Run(name, 128, seed, train_images=4096) for name in TRIED)
+    return (Run(optimizer, 256) for optimizer in FEW)
 
 
 def setting(rows: Rows) -> Iterator[Run]:
@@ -84,129 +63,6 @@ def setting(rows: Rows) -> Iterator[Run]:
         yield from (Run(name, 4096, **change) for name in ("nlcg_fr", "momentum"))
 
 
-def more(rows: Rows) -> Iterator[Run]:
-    return (Run(name, 4096, seed) for seed in (3, 4) for name in CLAIM)
-
-
-# ---- tuned -----------------------------------------------------------------------------------------------------------
-
-# Peak learning rates, factors of 3 apart.
-GRID = {
-    "nlcg_adam": (0.001, 0.003, 0.01, 0.03),
-    "adamw": (0.003, 0.01, 0.03, 0.1),
-    "adamw_08": (0.003, 0.01, 0.03, 0.1),
-    "lamb": (0.01, 0.03, 0.1),
-    "nadam": (0.003, 0.01, 0.03),
-    "nlcg_fr_none": (0.1, 0.3, 1.0, 3.0),
-    "nlcg_fr": (0.3, 1.0, 3.0),
-    "momentum": (0.1, 0.3, 1.0, 3.0),
-}
-# By steps: 24 epochs of half the images at half the side and half the batch are as many steps as at the full setting.
-PROXY = {"schedule": "cosine", "side": 16, "train_images": 8192}
-BATCHES = (2048, 8192, 512, 128)
-ADAPTIVE = ("nlcg_adam", "adamw", "adamw_08", "lamb")
-TEXT = {"model": "transformer", "schedule": "cosine", "train_images": 11520, "test_images": 1024, "epochs": 4}
-TEXT |= {"batch": 384, "micro": 96}
-FULL = ("nlcg_adam", "adamw", "adamw_08", "lamb", "momentum", "nlcg_fr_none")
-# Options of NLCG with Adam's diagonal, at its best peak and one lower.
-ABLATIONS = (
-    "nlcg_adam_08",
-    "nlcg_adam_095",
-    "nlcg_adam_1",
-    "nlcg_adam_pr",
-    "nlcg_adam_search",
-    "nlcg_adam_constant_80",
-)
-# Far below the best peak, where most updates are below the resolution of a bfloat16 parameter.
-SMALL_STEPS = Run("", 128, peak=0.0003, precision="pure_bfloat16", **PROXY)
-# With parameters in bfloat16, and whose best peak each takes.
-PURE = {"nlcg_adam": "nlcg_adam", "nlcg_adam_stochastic": "nlcg_adam", "adamw": "adamw"}
-
-
-def like(rows: Rows, config: Run) -> Rows:
-    """Those that differ from ``config`` in optimizer, seed and peak only."""
-    free = {"optimizer", "seed", "peak"}
-    names = [field.name for field in dataclasses.fields(Run) if field.name not in free]
-    return [row for row in rows if all(row[name] == getattr(config, name) for name in names)]
-
-
-def best_peak(rows: Rows, optimizer: str) -> float | None:
-    """By the mean training loss over seeds, so that the test part has no say, of the peaks that were tried with the
-    most seeds: the grid has seed 0 alone, and its best gets the others."""
-    losses: dict[float, list[float]] = {}
-    for row in rows:
-        if row["optimizer"] == optimizer and row["final_loss"] == row["final_loss"]:
-            losses.setdefault(row["peak"], []).append(row["final_loss"])
-    if not losses:
-        return None
-    most = max(map(len, losses.values()))
-    means = {peak: sum(found) / most for peak, found in losses.items() if len(found) == most}
-    return min(means, key=lambda peak: means[peak])
-
-
-def settings_of(precision: str) -> Iterator[tuple[Run, tuple[str, ...]]]:
-    """Every setting with a grid, as a run to copy, and the optimizers compared there."""
-    for batch in BATCHES:
-        names = (
-            tuple(GRID) if batch == 2048 else (*ADAPTIVE, "momentum", "nlcg_fr_none") if batch == 8192 else ADAPTIVE[:3]
-        )
-        yield Run("", batch, precision=precision, **PROXY), names
-    yield Run("", precision=precision, **TEXT), ADAPTIVE
-
-
-def grids(rows: Rows, precision: str) -> Iterator[Run]:
-    for config, names in settings_of(precision):
-        for name in names:
-            yield from (dataclasses.replace(config, optimizer=name, peak=peak) for peak in GRID[name])
-
-
-def seeds(rows: Rows, precision: str) -> Iterator[Run]:
-    for config, names in settings_of(precision):
-        for seed in SEEDS[1:]:
-            for name in names:
-                peak = best_peak(like(rows, config), name)
-                if peak is not None:
-                    yield dataclasses.replace(config, optimizer=name, peak=peak, seed=seed)
-
-
-def full(rows: Rows, precision: str) -> Iterator[Run]:
-    on_proxy = like(rows, next(settings_of(precision))[0])
-    config = Run("", 4096, schedule="cosine", precision=precision)
-    for name in FULL:
-        tried = [row for row in on_proxy if (row["optimizer"], row["seed"]) == (name, 0)]
-        for row in sorted(tried, key=lambda row: row["final_loss"])[:2]:
-            yield dataclasses.replace(config, optimizer=name, peak=row["peak"])
-    for seed in SEEDS[1:]:
-        for name in FULL:
-            peak = best_peak(like(rows, config), name)
-            if peak is not None:
-                yield dataclasses.replace(config, optimizer=name, seed=seed, peak=peak)
-
-
-def ablations(rows: Rows, precision: str) -> Iterator[Run]:
-    config = next(settings_of(precision))[0]
-    for name in ABLATIONS:
-        yield from (dataclasses.replace(config, optimizer=name, peak=peak) for peak in (0.003, 0.01))
-
-
-def bfloat16(rows: Rows, precision: str) -> Iterator[Run]:
-    for config, _ in settings_of(precision):
-        if config.model != "transformer" and config.batch in (2048, 128):
-            for seed in SEEDS:
-                for name, like_that_of in PURE.items():
-                    peak = best_peak(like(rows, config), like_that_of)
-                    if peak is not None:
-                        changes = {"optimizer": name, "seed": seed, "peak": peak, "precision": "pure_bfloat16"}
-                        yield dataclasses.replace(config, **changes)
-    for seed in SEEDS:
-        yield dataclasses.replace(SMALL_STEPS, optimizer="nlcg_adam", seed=seed, precision=precision)
-        for name in ("nlcg_adam", "nlcg_adam_stochastic"):
-            yield dataclasses.replace(SMALL_STEPS, optimizer=name, seed=seed)
-
-
-# ---- the list --------------------------------------------------------------------------------------------------------
-
-
 def gpu(rows: Rows) -> Iterator[Run]:
     for seed in SEEDS:
         for batch in (4096, 16384, 512):
@@ -214,18 +70,56 @@ def gpu(rows: Rows) -> Iterator[Run]:
                 yield Run(optimizer, batch, seed, model="resnet32", epochs=60, train_images=None, test_images=None)
 
 
-TUNED = {"grids": grids, "seeds": seeds, "full": full, "ablations": ablations, "bfloat16": bfloat16}
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+OF_OPTIONS = Run("", 2048, schedule="cosine", side=16, train_images=8192)  # 96 steps
+# The best peaks of seed 0 on a grid of factors of 3.
+PEAKS = {2048: {"nlcg": 0.01, "adamw": 0.03}, 128: {"nlcg": 0.003, "adamw": 0.03}}
+# One option other than the default: the optimizer, beta1 and the peaks that were run.
+ABLATIONS = (
+    ("nlcg", 0.8, (0.003, 0.01)),
+    ("nlcg", 0.95, (0.003, 0.01)),
+    ("nlcg", 1.0, (0.003,)),
+    ("nlcg_polak_ribiere", 0.9, (0.01,)),
+    ("nlcg_line_search", 0.9, (0.01,)),
+    ("nlcg_constant", 0.8, (0.003,)),
+)
+SMALL_PEAK = 0.0003  # at batch 128: most updates are below the resolution of a bfloat16 parameter
+
+
+def options(rows: Rows, precision: str) -> Iterator[Run]:
+    base = dataclasses.replace(OF_OPTIONS, precision=precision)
+    yield from (dataclasses.replace(base, optimizer="nlcg", peak=peak) for peak in (0.001, 0.003, 0.01, 0.03))
+    for name, beta1, peaks in ABLATIONS:
+        yield from (dataclasses.replace(base, optimizer=name, beta1=beta1, peak=peak) for peak in peaks)
+    for seed in SEEDS:
+        for batch, peaks in PEAKS.items():
+            for name, peak in peaks.items():
+                at_best = dataclasses.replace(base, optimizer=name, batch=batch, peak=peak, seed=seed)
+                yield from in_both(at_best)
+        yield from in_both(dataclasses.replace(base, optimizer="nlcg", batch=128, peak=SMALL_PEAK, seed=seed))
+
+
+def in_both(config: Run) -> Iterator[Run]:
+    """With parameters in float32 and in bfloat16; NLCG also with stochastic rounding."""
+    pure = dataclasses.replace(config, precision="pure_bfloat16")
+    yield from (config, pure)
+    if config.optimizer == "nlcg":
+        yield dataclasses.replace(pure, optimizer="nlcg_stochastic")
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+RELATIVE = {**rivals.PARTS, "options": options}
 PAPERS: dict[str, Callable[[Rows], Iterator[Run]]] = {
     "batch4096": shared(4096),
     "batch16384": shared(16384),
     "batch1024": shared(1024),
     "small": small,
-    "tried": tried,
     "setting": setting,
-    "more": more,
     "gpu": gpu,
 }
-STUDIES = (*rivals.PARTS, *TUNED, *PAPERS)
+STUDIES = (*RELATIVE, *PAPERS)
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Run) if field.name != "optimizer"}
 
 
@@ -240,7 +134,7 @@ def read(path: Path) -> Rows:
 
 
 def rows_of(name: str, folder: Path) -> Path:
-    part = "rivals" if name in rivals.PARTS else "tuned" if name in TUNED else "paper"
+    part = "rivals" if name in rivals.PARTS else "options" if name == "options" else "paper"
     return folder / f"{part}.jsonl"
 
 
@@ -250,8 +144,7 @@ def missing(name: str, folder: Path, precision: str) -> list[Run]:
     every = read(rows_of(name, folder))
     rows = [row for row in every if row["precision"] == precision]
     done = {json.dumps({k: row[k] for k in names}, sort_keys=True) for row in every}
-    tuned = {**TUNED, **rivals.PARTS}
-    runs = tuned[name](rows, precision) if name in tuned else PAPERS[name](rows)
+    runs = PAPERS[name](rows) if name in PAPERS else RELATIVE[name](rows, precision)
     own = ("pure_bfloat16",)  # what no argument chooses
     wanted = dict.fromkeys(
         key(run if run.precision in own else dataclasses.replace(run, precision=precision)) for run in runs
@@ -289,7 +182,7 @@ def work(name: str, arguments: argparse.Namespace, pool: ProcessPoolExecutor) ->
                 broken += 1
                 print(f"{what}: {error!r}", flush=True)
                 continue
-            if name in rivals.PARTS:
+            if name in RELATIVE:
                 row = short(row)
             with rows_of(name, arguments.out).open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -18,7 +18,6 @@ import torch
 from data import ImageNet, Images, Pairs, load
 from fastnlcg import NLCG, Diagnostics, paper_schedule, warmup_cosine
 from optimizers import OPTIMIZERS, with_averages
-from safeguards import SafeguardedNLCG
 from text import Text
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -106,7 +105,6 @@ def schedule_of(config: Run, optimizer: torch.optim.Optimizer, steps: int) -> to
 def quantiles_of_h(optimizer: torch.optim.Optimizer) -> list[float]:
     """Least, 1 %, half, 99 %, largest; nothing without a preconditioner."""
     h = [state["hessian_diag"].flatten() for state in optimizer.state.values() if "hessian_diag" in state]
-    h += [optimizer.h] if isinstance(optimizer, SafeguardedNLCG) else []
     if not h:
         return []
     sorted_h = torch.cat(h).sort().values
@@ -164,7 +162,6 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
             loss += value.detach() * (len(x) / config.batch)
         return loss
 
-    again = isinstance(optimizer, SafeguardedNLCG) and optimizer.safeguards.same_batch
     if compiled:  # before the clock starts; the step leaves no trace
         kept = copy.deepcopy(net.state_dict())
         gradients(itertools.islice(next(data.epoch(config.batch, micro, torch.Generator(device))), 1))
@@ -173,17 +170,13 @@ def run(config: Run, folder: Path, device: str = "cpu", *, compiled: bool = True
     for _ in range(config.epochs):
         of_epoch = []
         for batch in data.epoch(config.batch, micro, generator, config.augment):
-            pairs = list(batch) if again else batch
-            loss = gradients(pairs)
+            loss = gradients(batch)
             if config.clip is not None:
                 nn.utils.clip_grad_norm_(ps, config.clip)
             if isinstance(optimizer, NLCG):
                 optimizer.step(loss=loss)
             else:
                 optimizer.step()
-            if again:
-                gradients(pairs)
-                optimizer.observe()
             schedule.step()
             losses.append(float(loss))
             if isinstance(optimizer, NLCG):
