@@ -1,5 +1,5 @@
 """Everything that needs a GPU, in one go: build, suite, sanitizers, step times, a stress test of the barrier, a profile
-of each pass, the model's predictions beside what was measured, a whole training step; one JSON.
+of each pass, a whole training step; one JSON.
 
     make gpu                                  on a machine with a GPU, nvcc and torch; downloads nothing
     python bench/gpu.py --only step_times     one part; the parts are the functions of PARTS below
@@ -485,16 +485,6 @@ def profile() -> Row:
     return rows
 
 
-def model(measured: Path = ROOT / "build" / "gpu.json") -> Row:
-    """What gpu_model.py predicts of the step times above, where they are in the file."""
-    import gpu_model
-    import sass
-
-    if sass.tool("cuobjdump") is None or sass.tool("nvdisasm") is None:
-        return {"not_run": "no cuobjdump or nvdisasm"}
-    return {"table": list(gpu_model.against(measured))} if measured.exists() else {"not_run": f"no {measured}"}
-
-
 PARTS: dict[str, Callable[[], Row]] = {
     "facts": facts,
     "build": build,
@@ -503,7 +493,6 @@ PARTS: dict[str, Callable[[], Row]] = {
     "step_times": step_times,
     "stress": stress,
     "profile": profile,
-    "model": model,
     "training_step": training_step,
 }
 
@@ -517,11 +506,10 @@ def main() -> int:
     sys.path[:0] = [str(INSTALLED), str(ROOT / "bench")]
     result: Row = {}
     failed = False
-    parts = PARTS | {"model": lambda: model(arguments.out)}
     for name in arguments.only:
         start = time.perf_counter()
         try:
-            part = parts[name]()
+            part = PARTS[name]()
         except Exception as error:
             part = {"error": f"{type(error).__name__}: {error}"[:2000]}
         failed |= "error" in part or bool(part.get("failures")) or bool(part.get("errors"))

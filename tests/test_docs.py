@@ -93,15 +93,6 @@ def test_hessian_by_differences_and_its_condition() -> None:
     assert full_batch.condition(np.ones((2, 2))) is None
 
 
-def test_the_models_predictions() -> None:
-    rows = [line.split("|") for line in (RESULTS / "gpu_model.md").read_text().splitlines() if "| ResNet-50 |" in line]
-    assert len(rows) == 8
-    text = " ".join((ROOT / "docs" / "gpu.md").read_text().split())
-    for column, peer in ((8, "fused AdamW"), (9, "foreach RMSProp")):
-        ratios = [float(row[column]) for row in rows]
-        assert f"{min(ratios):.2f} to {max(ratios):.2f} times {peer}" in text
-
-
 def test_what_was_tried_to_break_it() -> None:
     results = json.loads((RESULTS / "hard.json").read_text())
     assert hard.table(results) in (ROOT / "docs" / "reliability.md").read_text()
