@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,27 +114,6 @@ class Kernel:
         close(self.code[-1])
         return found
 
-    def path(self, group: Group, weight: Callable[[Instruction], int], choose: Callable[[int, int], int] = max) -> int:
-        """The sum of weights from a group's first load to its sums or the end, along the branches that make
-        it largest (or least: `choose`). Called functions, the slow ways of division and roots, do not count."""
-        start, last = group.loads[0].address, group.loads[-1].address
-        value: dict[int, int] = {}
-        following = 0
-        for i in reversed(self.code):
-            if i.address < start:
-                break
-            to = value.get(i.target, 0) if i.target is not None else 0
-            if i.opcode in ("SHFL", "BAR") or (i.opcode in ("EXIT", "RET", "BRX") and not i.predicate):
-                following = 0
-            elif i.opcode in ("BRA", "JMP"):
-                conditional = i.predicate or ".U" in i.name or ".DIV" in i.name
-                following = choose(following, to) if conditional else to
-            if i.stream_bytes and i.address > last:
-                following = 0  # the next group's
-            following += weight(i)
-            value[i.address] = following
-        return following
-
 
 def short(names: Sequence[str]) -> list[str]:
     """Demangled names without namespaces, arguments and return type."""
@@ -222,5 +201,4 @@ if __name__ == "__main__":
         if any(i.stream_bytes for i in kernel.code):
             print(f"{kernel.name}: {kernel.registers} registers, {len(kernel.code)} instructions")
             for group in kernel.groups():
-                count = kernel.path(group, lambda i: 1)
-                print("   ", *group.widths, " until ", group.until, "  longest path", count)
+                print("   ", *group.widths, " until ", group.until)
