@@ -151,7 +151,7 @@ def plot(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
 # ---- full batch ------------------------------------------------------------------------------------------------------
 
 EVALUATIONS = 1000
-FULL_BATCH = ("NLCG", "L-BFGS 10", "L-BFGS 100")
+FULL_BATCH = ("CGDescent", "L-BFGS 10", "L-BFGS 100")
 
 
 class Recorder(Meter):

@@ -159,8 +159,8 @@ def scipys(meter: Meter, method: str) -> None:
 
 
 METHODS: dict[str, Callable[[Meter], None]] = {
-    "NLCG": ours,
-    "NLCG, no preconditioner": lambda meter: ours(meter, preconditioner=None),
+    "CGDescent": ours,
+    "CGDescent, no preconditioner": lambda meter: ours(meter, preconditioner=None),
     "L-BFGS 10": lambda meter: lbfgs(meter, 10),
     "L-BFGS 100": lambda meter: lbfgs(meter, 100),
     "SciPy CG": lambda meter: scipys(meter, "CG"),

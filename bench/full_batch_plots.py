@@ -11,7 +11,7 @@ import numpy as np
 
 Row = dict[str, Any]
 METHODS = (
-    *("NLCG", "NLCG, no preconditioner", "L-BFGS 10", "L-BFGS 100", "SciPy L-BFGS-B", "SciPy CG"),
+    *("CGDescent", "CGDescent, no preconditioner", "L-BFGS 10", "L-BFGS 100", "SciPy L-BFGS-B", "SciPy CG"),
     *("pytorch-minimize CG", "ncg-optimizer"),
 )
 COLORS = dict(zip(METHODS, ("C3", "C1", "C0", "C9", "C2", "C7", "C4", "C5"), strict=True))
@@ -108,9 +108,9 @@ def cutest_table(rows: list[Row]) -> str:
 
 
 def scale_table(rows: list[Row], hessians: list[Row]) -> str:
-    """Evaluations over NLCG's, geometric means over the problems that both solved, by what scaling the diagonal of the
-    Hessian to 1 does to its condition number; and how many NLCG solved and the other did not."""
-    methods = [m for m in cutest_methods(rows) if m != "NLCG"]
+    """Evaluations over CGDescent's, by what scaling the diagonal of the Hessian to 1 does to its condition number:
+    geometric means over the problems that both solved, and how many CGDescent solved and the other did not."""
+    methods = [m for m in cutest_methods(rows) if m != "CGDescent"]
     grouped = _grouped(rows, ("cutest",))
     gains = {
         row["problem"]: row["condition"] / row["scaled"] if row["condition"] and row["scaled"] else math.nan
@@ -128,13 +128,13 @@ def scale_table(rows: list[Row], hessians: list[Row]) -> str:
         for method in methods:
             ratios, alone = [], 0
             for problem in problems:
-                ours, theirs = (grouped[problem][m][0] for m in ("NLCG", method))
+                ours, theirs = (grouped[problem][m][0] for m in ("CGDescent", method))
                 if ours["ended"] == theirs["ended"] == "solved":
                     ratios.append(theirs["cost"] / ours["cost"])
                 alone += ours["ended"] == "solved" != theirs["ended"]
             line.append((f"{geometric_mean(ratios):.2f}" if ratios else "") + (f" (alone: {alone})" if alone else ""))
         body.append(line)
-    return _markdown(["condition number, once scaled", "problems", *(f"{m} / NLCG" for m in methods)], body)
+    return _markdown(["condition number, once scaled", "problems", *(f"{m} / CGDescent" for m in methods)], body)
 
 
 def time_table(timed: list[Row]) -> str:
