@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from fastnlcg import NLCG, OnlineLineSearch, _native, ops
-from fastnlcg.layout import DLPACK_API
 from fastnlcg.options import Options
+from fastnlcg.tensors.table import DLPACK_API
 from torch import nn
 
 REFUSALS = (TypeError, ValueError, RuntimeError)

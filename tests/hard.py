@@ -330,12 +330,12 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "Python: one lr for all groups": (
-        "python/fastnlcg/layout.py",
+        "python/fastnlcg/tensors/table.py",
         "rates, threads = [float(rate) for rate in lr]",
         "rates, threads = [float(lr[0]) for rate in lr]",
     ),
     "Python: alpha_prev is not loaded": (
-        "python/fastnlcg/checkpoint.py",
+        "python/fastnlcg/tensors/state_dict.py",
         'group["alpha_prev"].detach().to("cpu", torch.float64, copy=True)',
         'torch.zeros_like(group["alpha_prev"])',
     ),

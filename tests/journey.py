@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastnlcg import NLCG, OnlineLineSearch, groups, reference
+from fastnlcg import NLCG, OnlineLineSearch, reference
+from fastnlcg.tensors import groups
 from torch import Tensor, nn
 
 SHAPES = [(1,), (7,), (3, 5), (16,), (65,), (2, 3, 4), (4097,), (0,)]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import backends
 import numpy as np
 import torch
-from fastnlcg import _native, layout, reference
+from fastnlcg import _native, reference
+from fastnlcg.tensors.table import DLPACK_API
 from torch import Tensor
 
 K = 16
@@ -119,7 +120,7 @@ class Lockstep:
             )
             for i in self.active
         ]
-        self.native.lay_out(self.n, segments, len(self.lr), keys, layout.DLPACK_API, Tensor, workspace)
+        self.native.lay_out(self.n, segments, len(self.lr), keys, DLPACK_API, Tensor, workspace)
 
     def tensors(self) -> object:
         """What the native side reads addresses of."""

@@ -232,25 +232,6 @@ def test_the_norm_has_to_be_asked_for() -> None:
     assert float(measured.last_grad_norm) == 0.0
 
 
-def test_a_file_of_0_5_and_0_6_has_two_scalars_less(preconditioner: str) -> None:
-    ps = [nn.Parameter(torch.linspace(-1.0, 1.0, 9))]
-    optimizer = NLCG(ps, 0.01)
-    for t in range(3):
-        ps[0].grad = torch.cos(torch.arange(9.0) + t) + ps[0].detach()
-        optimizer.step()
-    saved = copy.deepcopy(optimizer.state_dict())
-    for group in saved["param_groups"]:
-        group["scalars"] = group["scalars"][:17].clone()
-        del group["max_grad_norm"], group["skip_grad_norm"]
-    other = [nn.Parameter(ps[0].detach().clone())]
-    loaded = NLCG(other, 0.01)
-    loaded.load_state_dict(saved)
-    for p, o in ((ps[0], optimizer), (other[0], loaded)):
-        p.grad = torch.ones(9)
-        o.step()
-    assert torch.equal(ps[0], other[0])
-
-
 def test_amp_is_unscaled_first(preconditioner: str) -> None:
     """The bound is of the unscaled gradient, whoever unscales."""
     runs: list[list[Tensor]] = []

@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 import torch
 from backends import Backend
-from fastnlcg import NLCG, OnlineLineSearch, _native, groups, layout, ops, reference
+from fastnlcg import NLCG, OnlineLineSearch, _native, ops, reference
 from fastnlcg.reference import Options
+from fastnlcg.tensors import groups, table
 from lockstep import Cut, Lockstep
 from test_step import random_cuts
 from torch import Tensor, nn
@@ -299,7 +300,7 @@ def set_gradients(ps: list[nn.Parameter], scale: float = 1.0) -> Tensor:
 
 def bits(optimizer: NLCG) -> str:
     state = optimizer.state_dict()
-    tensors = [p.detach() for p in layout.parameters(optimizer.param_groups)]
+    tensors = [p.detach() for p in table.parameters(optimizer.param_groups)]
     tensors += [t for entry in state["state"].values() for t in entry.values()]
     scalars = [
         groups.named_scalars(g) | {"skipped_steps": 0.0, "alpha_prev": g["alpha_prev"].item()}

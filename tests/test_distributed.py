@@ -13,8 +13,9 @@ import backends
 import pytest
 import torch
 import torch.distributed as dist
-from fastnlcg import NLCG, OnlineLineSearch, _native, groups
-from fastnlcg.distributed import _GATHER
+from fastnlcg import NLCG, OnlineLineSearch, _native
+from fastnlcg.tensors import groups
+from fastnlcg.tensors.ranks import _GATHER
 from ranks import ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh

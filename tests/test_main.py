@@ -76,7 +76,7 @@ def test_options_and_scalars_have_one_list() -> None:
 
 
 def test_dtypes_have_one_order() -> None:
-    from fastnlcg.parameters import DTYPES
+    from fastnlcg.tensors.checks import DTYPES
 
     assert tuple(DTYPES.values()) == _native.DTYPES == tuple(_native.ITEMSIZE)
     assert [dtype.itemsize for dtype in DTYPES] == list(_native.ITEMSIZE.values())

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from backends import only_adam, only_bfgs
-from fastnlcg import NLCG, OnlineLineSearch, groups, paper_schedule, reference, warmup_cosine
+from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference, warmup_cosine
+from fastnlcg.tensors import groups
 from torch import Tensor, nn
 
 UPDATES = ("fletcher_reeves", "polak_ribiere")

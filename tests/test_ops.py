@@ -354,7 +354,7 @@ def test_40_dlpack_fields_are_honoured_and_the_deleter_called_once() -> None:
 
 def test_42_native_lengths_are_checked_again() -> None:
     import torch
-    from fastnlcg.layout import DLPACK_API
+    from fastnlcg.tensors.table import DLPACK_API
 
     step = _native.TensorTable("float32")
     keys = _native.StateKeys(direction="direction", steps="step")

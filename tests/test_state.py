@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastnlcg import NLCG, OnlineLineSearch, _native, groups, reference
+from fastnlcg import NLCG, OnlineLineSearch, _native, reference
 from fastnlcg.options import Options
+from fastnlcg.tensors import groups
 from torch import Tensor, nn
 
 SHAPES = [(5,), (3, 4), (70,), (2, 3, 4), (1,)]

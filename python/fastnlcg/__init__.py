@@ -20,15 +20,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastnlcg import _native, ops, reference
-from fastnlcg.full_batch import OptimizeResult, minimize
+from fastnlcg.full_batch.hager_zhang import HagerZhang
+from fastnlcg.full_batch.minimize import OptimizeResult, minimize
 from fastnlcg.line_search import OnlineLineSearch
-from fastnlcg.wolfe import HagerZhang
 
 if TYPE_CHECKING:
-    from fastnlcg.adamw import decay_groups
-    from fastnlcg.cg_descent import CGDescent
+    from fastnlcg.full_batch.cg_descent import CGDescent
     from fastnlcg.nlcg import NLCG, Diagnostics
     from fastnlcg.schedules import paper_schedule, warmup_cosine
+    from fastnlcg.tensors.adamw_state import decay_groups
 
 __all__ = [
     "NLCG",
@@ -50,9 +50,9 @@ __version__ = _native.version
 
 _NEED_TORCH = {
     "NLCG": "nlcg",
-    "CGDescent": "cg_descent",
+    "CGDescent": "full_batch.cg_descent",
     "Diagnostics": "nlcg",
-    "decay_groups": "adamw",
+    "decay_groups": "tensors.adamw_state",
     "paper_schedule": "schedules",
     "warmup_cosine": "schedules",
 }

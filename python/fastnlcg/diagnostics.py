@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastnlcg import _native, groups
+from fastnlcg import _native
+from fastnlcg.tensors import groups
 
 if TYPE_CHECKING:
-    from fastnlcg.layout import Layout
+    from fastnlcg.tensors.table import Layout
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from fastnlcg import _native
-from fastnlcg.parameters import DTYPES
+from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.warn import warn
 
 _PATIENCE = 10  # steps without a loss

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
-from fastnlcg import _native, adamw, checkpoint, compiled, diagnostics, distributed, groups, layout
+from fastnlcg import _native, compiled, diagnostics
 from fastnlcg.diagnostics import Diagnostics
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.losses import Losses, check_loss, warn_of_skip
 from fastnlcg.options import SHARED, Options, check_real
-from fastnlcg.parameters import DTYPES
+from fastnlcg.tensors import adamw_state, groups
+from fastnlcg.tensors.checks import DTYPES
+from fastnlcg.tensors.dtensor import is_sharded
+from fastnlcg.tensors.ranks import check_group, check_whole, shapes_of, world_size
+from fastnlcg.tensors.state_dict import checked, entries_for
+from fastnlcg.tensors.table import Layout, parameters
 
 __all__ = ["NLCG", "Diagnostics"]
 
@@ -177,7 +182,7 @@ class NLCG(torch.optim.Optimizer):
         if not isinstance(average_loss, bool | None):
             raise TypeError(f"average_loss must be None or a bool, got {average_loss!r}")
         if process_group is not None:
-            distributed.check_group(process_group)
+            check_group(process_group)
         options = Options(
             update=update,
             preconditioner=preconditioner,
@@ -232,7 +237,7 @@ class NLCG(torch.optim.Optimizer):
         group.setdefault("scalars", self.param_groups[0].get("scalars"))
         groups.complete(self.param_groups[-1:], {})
         self._n_params += len(group["params"])
-        self._shapes.append(distributed.shapes_of(group))
+        self._shapes.append(shapes_of(group))
 
     def _check_groups(self) -> tuple[Options, list[float | Tensor], list[float], list[bool]]:
         """The shared options; lr, weight_decay and maximize per group. All checked, where they have changed."""
@@ -240,7 +245,7 @@ class NLCG(torch.optim.Optimizer):
         if not found:
             raise RuntimeError("no parameter groups are left to step")
         if self._shapes:
-            distributed.check_whole(found, self._shapes, over_ranks=self._process_group is not None)
+            check_whole(found, self._shapes, over_ranks=self._process_group is not None)
         lr: list[float | Tensor] = []
         for group in found:
             groups.plain_numbers(group)
@@ -348,12 +353,12 @@ class NLCG(torch.optim.Optimizer):
 
     def _one_of_many(self) -> bool:
         """Whether other ranks have losses of their own, and nobody has said what to do about it."""
-        if self.average_loss is not None or self._process_group is not None or distributed.world_size() == 1:
+        if self.average_loss is not None or self._process_group is not None or world_size() == 1:
             return False
         return not self._has_sharded()
 
     def _has_sharded(self) -> bool:
-        return any(map(distributed.is_sharded, layout.parameters(self.param_groups)))
+        return any(map(is_sharded, parameters(self.param_groups)))
 
     # ---- what it did ---------------------------------------------------------------------------------------------
 
@@ -411,8 +416,8 @@ class NLCG(torch.optim.Optimizer):
         entries: dict[Tensor, dict[str, Any]] = {}
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            whole = checkpoint.checked(self, given)
-            entries.update(checkpoint.entries_for(self, whole))
+            whole = checked(self, given)
+            entries.update(entries_for(self, whole))
             return whole
 
         with self._lock:
@@ -441,8 +446,8 @@ class NLCG(torch.optim.Optimizer):
             ValueError: for another optimizer's state dict, amsgrad, L2 weight decay, or another preconditioner than
                 ``"adam"``; the optimizer is unchanged then.
         """
-        self.load_state_dict(adamw.from_adamw(self, state_dict))
-        adamw.warn_of_scheduler(state_dict)
+        self.load_state_dict(adamw_state.from_adamw(self, state_dict))
+        adamw_state.warn_of_scheduler(state_dict)
 
     def adamw_state_dict(self, beta1: float = 0.9) -> dict[str, Any]:
         """The way back: a state dict for ``torch.optim.AdamW`` over the same parameters, with
@@ -455,7 +460,7 @@ class NLCG(torch.optim.Optimizer):
         beta1 = check_real("beta1", beta1, minimum=0.0)
         if beta1 >= 1.0:
             raise ValueError(f"Invalid beta1: {beta1!r}; expected a number in [0, 1)")
-        return adamw.to_adamw(self, beta1)
+        return adamw_state.to_adamw(self, beta1)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
@@ -468,7 +473,7 @@ class NLCG(torch.optim.Optimizer):
         self.__dict__.setdefault("average_loss", None)
         self.__dict__.setdefault("_process_group", None)
         groups.complete(self.param_groups, self.defaults)
-        self._shapes = list(map(distributed.shapes_of, self.param_groups))
+        self._shapes = list(map(shapes_of, self.param_groups))
         self._n_params = sum(len(group["params"]) for group in self.param_groups)
         self._step_supports_amp_scaling = self.defaults.get("capturable", False)
         self._reset_caches()
@@ -479,7 +484,7 @@ class NLCG(torch.optim.Optimizer):
             self._lock = threading.RLock()
             self._number = compiled.number_of(self)
         _LIVE.add(self)
-        self._layout = layout.Layout(self._process_group, self.average_loss)
+        self._layout = Layout(self._process_group, self.average_loss)
         self._checked = []
         self._losses = Losses()
         self._skips = set()

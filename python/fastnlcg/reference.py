@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnlcg.descent import Edited, Sums
+from fastnlcg.full_batch.iteration import Edited, Sums
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.options import Options, check_real
 
@@ -382,8 +382,8 @@ def nlcg_step(
 
 
 class DescentPasses:
-    """The vectors of :mod:`fastnlcg.descent`, in float64. Its decisions are scalar, and there; each method here is an
-    equation or two.
+    """The vectors of :mod:`fastnlcg.full_batch.iteration`, in float64. It takes the decisions, on scalars; each
+    method here is an equation or two.
 
     Args:
         x: where to start, shape (n,); written.

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastnlcg import _native, checkpoint, groups, layout
-from fastnlcg.distributed import as_like, device_of, find_ranks, shard_like
+from fastnlcg import _native
 from fastnlcg.options import Options, check_real
+from fastnlcg.tensors import groups, state_dict
+from fastnlcg.tensors.dtensor import as_like, shard_like
+from fastnlcg.tensors.ranks import device_of, find_ranks
+from fastnlcg.tensors.table import parameters, state_dtype
 from fastnlcg.warn import warn
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ _RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """State and groups of an Adam's or AdamW's state dict, numbers as floats. ValueError for another, or what has no
     counterpart."""
-    state, saved = checkpoint.structure(given, optimizer.param_groups)
+    state, saved = state_dict.structure(given, optimizer.param_groups)
     found = []
     for k, group in enumerate(saved):
         where = f"param_groups[{k}]"
@@ -76,16 +79,16 @@ def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any],
                 "0 in the file, and choose NLCG's"
             )
     finite = optimizer.param_groups[0]["nonfinite"] == "skip"
-    for i, p in checkpoint.parameters(saved, optimizer.param_groups).items():
+    for i, p in state_dict.named(saved, optimizer.param_groups).items():
         if i not in state:
             continue
         where, entry = f"state of parameter {i}", state[i]
         if not isinstance(entry, Mapping) or set(entry) != _ENTRY:
             got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
             raise ValueError(f"{where} has {got}, expected AdamW's {sorted(_ENTRY)}")
-        checkpoint.check_step(where, entry["step"])
+        state_dict.check_step(where, entry["step"])
         for key in ("exp_avg", "exp_avg_sq"):
-            checkpoint.check_tensor(where, key, entry[key], p, finite=finite)
+            state_dict.check_tensor(where, key, entry[key], p, finite=finite)
     return state, found
 
 
@@ -110,7 +113,7 @@ def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
     known = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
     new_groups: list[dict[str, Any]] = []
     entries: dict[Any, dict[str, Any]] = {}
-    params = layout.parameters(optimizer.param_groups)
+    params = parameters(optimizer.param_groups)
     ranks = find_ranks(params, optimizer._process_group, None, line_search=False)
     copies = set() if ranks is None else {id(params[k]) for k in ranks.unowned}
     rz = largest = steps = 0.0
@@ -133,9 +136,7 @@ def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
             if i not in state:
                 continue
             t = float(state[i]["step"])
-            m, v = (
-                shard_like(state[i][key], p).detach().to(layout.state_dtype(p)) for key in ("exp_avg", "exp_avg_sq")
-            )
+            m, v = (shard_like(state[i][key], p).detach().to(state_dtype(p)) for key in ("exp_avg", "exp_avg_sq"))
             h = _diagonal(v, beta2, t)
             d = m / (-(1.0 - beta1) * (h + eps))
             made = {"direction": d, "exp_avg_sq": v}

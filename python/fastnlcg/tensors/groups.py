@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastnlcg import _native
 from fastnlcg.options import SHARED, Options, check_real
-from fastnlcg.parameters import DTYPES
+from fastnlcg.tensors.checks import DTYPES
 
 COUNTS = ("step", "skipped_steps", "disagreements")
 """Scalars that are whole numbers."""
@@ -129,7 +129,7 @@ def check_numbers(k: int, group: Mapping[str, Any], *, finite: bool = True) -> N
         if not isinstance(value, Tensor) or value.is_quantized or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else "missing" if key not in group else type(value).__name__
             raise ValueError(f"{where} is {got}, expected a floating-point tensor")
-        if key == "scalars" and (value.dim() != 1 or value.numel() < len(_native.SCALARS)):
+        if key == "scalars" and (value.dim() != 1 or value.numel() != len(_native.SCALARS)):
             raise ValueError(f"{where} has shape {tuple(value.shape)}, expected ({len(_native.SCALARS)},)")
         if key == "alpha_prev" and value.dim():
             raise ValueError(f"{where} has shape {tuple(value.shape)}, expected ()")

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Protocol
 
+from fastnlcg.full_batch.hager_zhang import HagerZhang, Point, Unbounded, search
 from fastnlcg.options import check_real
-from fastnlcg.wolfe import HagerZhang, Point, Unbounded, search
 
 __all__ = ["BETA_RULES", "Course", "Descent", "DescentOptions", "Passes", "Sums", "first_step"]
 

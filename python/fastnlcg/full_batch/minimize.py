@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from fastnlcg import _native
-from fastnlcg.descent import (
+from fastnlcg.full_batch.hager_zhang import HagerZhang
+from fastnlcg.full_batch.iteration import (
     RESOLUTION,
     RESOLUTION_FLOAT32,
     Course,
@@ -26,7 +27,6 @@ from fastnlcg.descent import (
     check_positive,
 )
 from fastnlcg.warn import warn
-from fastnlcg.wolfe import HagerZhang
 
 __all__ = ["OptimizeResult", "minimize"]
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnlcg import _native, distributed, groups
-from fastnlcg.distributed import as_like, is_sharded, memory
+from fastnlcg import _native
 from fastnlcg.options import Options
-from fastnlcg.parameters import (
+from fastnlcg.tensors import groups
+from fastnlcg.tensors.checks import (
     DTYPES,
     check_mixture,
     check_parameter,
@@ -37,6 +37,8 @@ from fastnlcg.parameters import (
     missing_bytes,
     usable_gradient,
 )
+from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, place_of
+from fastnlcg.tensors.ranks import Ranks, device_of, find_ranks
 
 DLPACK_API: Any = Tensor.__dlpack_c_exchange_api__  # torch >= 2.10
 _HUGE = 1 << 22  # bytes of state from which huge pages are asked for
@@ -62,7 +64,7 @@ class Layout:
         self.process_group, self.average_loss = process_group, average_loss
         self.options: Options | None = None
         self.native: _native.TensorTable | None = None
-        self.ranks: distributed.Ranks | None = None
+        self.ranks: Ranks | None = None
         self.device = torch.device("cpu")
         self.params: list[Tensor] = []
         """every parameter of every group"""
@@ -171,7 +173,7 @@ class Layout:
         rows = [[float(bool(gradients)), float(any(bool(g.any()) for g in gradients))]]
         if self.ranks is not None and self.ranks.every_decision:
             try:
-                rows = self.ranks.exchange(rows[0], 0.0, _native.diagnostics_moment, 1.0)
+                rows = self.ranks.exchange(rows[0], 0.0, "diagnostics", 1.0)
             except _native.RanksDisagree:
                 self.explain("step()", param_groups)
         self._begun = any(some for some, _ in rows) and not any(moves for _, moves in rows)
@@ -330,7 +332,7 @@ class Layout:
         ranks = self.ranks
         if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
             search = self.options.line_search is not None
-            ranks = distributed.find_ranks(params, self.process_group, self.average_loss, search)
+            ranks = find_ranks(params, self.process_group, self.average_loss, search)
         unowned = frozenset() if ranks is None else ranks.unowned
         stateful.sort(key=lambda i: i in unowned)  # stable: the order of the groups, copies last
         groups.complete(param_groups, {})
@@ -338,7 +340,7 @@ class Layout:
             return  # no parameter has ever had a gradient: nothing to do
 
         first = memory(params[stateful[0]]) if stateful else None
-        device = first.device if first is not None else distributed.device_of(ranks, params, self.device)
+        device = first.device if first is not None else device_of(ranks, params, self.device)
         entries = {i: self._entry(i, params[i], state.get(params[i]) or {}) for i in stateful}
         active = [i for i in stateful if (params[i].numel() if to_look else i in usable)]
         if _native.on_gpu(device) and _native.capturing() and any(new for new in entries.values()):
@@ -363,7 +365,7 @@ class Layout:
             here = memory(params[i])
             shape, strides = ((1,), (1,)) if here.numel() == 0 else (here.shape, dense_strides(here))
             begin, run, skip = (
-                distributed.place_of(params[i], self.process_group) if self.options.stochastic_rounding else (0, 0, 0)
+                place_of(params[i], self.process_group) if self.options.stochastic_rounding else (0, 0, 0)
             )
             segments.append(
                 _native.SegmentSpec(

@@ -7,24 +7,20 @@ Entries of others in a parameter's state are theirs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastnlcg import _native, groups, layout
-from fastnlcg.distributed import as_like, memory, shard_like
 from fastnlcg.options import Options
-from fastnlcg.parameters import has_storage
-from fastnlcg.warn import warn
+from fastnlcg.tensors import groups
+from fastnlcg.tensors.checks import has_storage
+from fastnlcg.tensors.dtensor import as_like, memory, shard_like
+from fastnlcg.tensors.table import parameters, state_dtype
 
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
-
-_SCALARS_OF_0_5 = 17
-
 
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
 """What wrappers of a module add to its parameters' names: torch.compile, FSDP1, activation checkpointing, Fabric."""
@@ -72,10 +68,7 @@ def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
     for group, ours in zip(whole, own, strict=True):
         if "param_names" in group and "param_names" in ours:
             group["param_names"] = ours["param_names"]  # those of this model, which may be wrapped otherwise
-    if whole and isinstance(whole[0].get("scalars"), Mapping):
-        _from_0_4(whole, entries)
     for group in whole:
-        _complete_scalars(group)
         for key, value in optimizer.defaults.items():
             group.setdefault(key, value)
     for k, group in enumerate(whole):
@@ -87,73 +80,26 @@ def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
     if whole:
         groups.check_together(whole)
         _share_scalars(whole)
-    for index, p in parameters(whole, own).items():
+    for index, p in named(whole, own).items():
         if index in entries:
             _check_entry(index, p, entries[index], whole[0])
     return {**given, "state": entries, "param_groups": whole}
 
 
-def parameters(saved: list[Any], own: list[dict[str, Any]]) -> dict[Any, Tensor]:
+def named(saved: list[Any], own: list[dict[str, Any]]) -> dict[Any, Tensor]:
     """The parameters by what a state dict calls them."""
-    return dict(zip(layout.parameters(saved), layout.parameters(own), strict=True))
+    return dict(zip(parameters(saved), parameters(own), strict=True))
 
 
 def _share_scalars(whole: list[dict[str, Any]]) -> None:
-    known = len(_native.SCALARS)
-    scalars = whole[0]["scalars"]
-    if scalars.numel() > known:
-        warn(
-            f"the state dict has {scalars.numel() - known} scalars that this version of fastnlcg does not know, and "
-            "leaves them out",
-        )
-    kept = scalars.detach().to("cpu", torch.float64, copy=True)[:known].contiguous()
+    kept = whole[0]["scalars"].detach().to("cpu", torch.float64, copy=True).contiguous()
     for group in whole:
         group["scalars"] = kept
         group["alpha_prev"] = group["alpha_prev"].detach().to("cpu", torch.float64, copy=True)
 
 
-def _complete_scalars(group: dict[str, Any]) -> None:
-    """Those of version 0.5 and 0.6 lack what has been added behind them since."""
-    scalars = group.get("scalars")
-    if isinstance(scalars, Tensor) and scalars.dim() == 1 and _SCALARS_OF_0_5 <= scalars.numel() < len(_native.SCALARS):
-        group["scalars"] = torch.cat([scalars, groups.new_scalars().to(scalars)[scalars.numel() :]])
-
-
 def _is_ours(entry: object) -> bool:
     return isinstance(entry, Mapping) and "direction" in entry
-
-
-def _from_0_4(whole: list[dict[str, Any]], entries: dict[Any, Any]) -> None:
-    """Brings a file of version 0.4 up to this one's form: its scalars were a mapping, ``step`` the optimizer's when the
-    parameter last moved, and ``beta2_power`` beta2^k for k updates of v."""
-    scalars = whole[0]["scalars"]
-    new = groups.new_scalars()
-    for k, (key, start) in enumerate(_native.SCALARS.items()):
-        value = scalars.get(key, start)
-        if value is None:
-            value = start  # no loss yet
-        if isinstance(value, bool) or not isinstance(value, float | int):
-            raise ValueError(f"param_groups[0]['scalars'][{key!r}] is {value!r}, expected a number")
-        new[k] = float(value)
-    order = [index for group in whole for index in group["params"]]
-    last, known = [], []
-    for place, index in enumerate(order):
-        entry = entries.get(index)
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("step"), Tensor):
-            continue
-        known.append(place)
-        if float(entry["step"]) == float(new[0]):
-            last.append(place)
-        if "beta2_power" in entry:
-            power, beta2 = float(entry["beta2_power"]), float(whole[0]["beta2"])
-            updates = 0 if power >= 1.0 or not beta2 > 0.0 else round(math.log(max(power, 5e-324)) / math.log(beta2))
-            rest = {key: value for key, value in entry.items() if key not in ("beta2_power", "step")}
-            entries[index] = {**rest, "step": torch.tensor(float(updates), dtype=torch.float64, device="cpu")}
-    new[list(_native.SCALARS).index("active_set")] = layout.name_of(last, known)
-    for group in whole:
-        alpha_prev = group["scalars"].get("alpha_prev", 0.0) if isinstance(group.get("scalars"), Mapping) else 0.0
-        group["scalars"] = new
-        group["alpha_prev"] = torch.tensor(float(alpha_prev), dtype=torch.float64, device="cpu")
 
 
 def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> None:
@@ -239,7 +185,7 @@ def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[
     """Every parameter's own state as it was saved: copies, on the parameter's device, in the state's dtype. torch casts
     it to the parameter's dtype, which would round float32 state to bfloat16."""
     found = {}
-    for index, p in parameters(whole["param_groups"], optimizer.param_groups).items():
+    for index, p in named(whole["param_groups"], optimizer.param_groups).items():
         if index not in whole["state"]:
             continue
         saved = whole["state"][index]
@@ -247,6 +193,6 @@ def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[
         entry: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), dtype=torch.float64, device=here.device)}
         for key in Options.of_group(whole["param_groups"][0]).streams():
             shard = shard_like(saved[key], p).detach()
-            entry[key] = as_like(shard.to(here.device, layout.state_dtype(p), copy=True), p)
+            entry[key] = as_like(shard.to(here.device, state_dtype(p), copy=True), p)
         found[p] = entry
     return found

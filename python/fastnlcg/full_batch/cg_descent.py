@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
-from fastnlcg import _native, distributed, groups
-from fastnlcg.descent import (
+from fastnlcg import _native
+from fastnlcg.full_batch.hager_zhang import HagerZhang
+from fastnlcg.full_batch.iteration import (
     NOT_FOUND,
     RESOLUTION,
     RESOLUTION_FLOAT32,
@@ -29,10 +30,9 @@ from fastnlcg.descent import (
     check_count,
     check_positive,
 )
-from fastnlcg.distributed import as_like, is_sharded, memory, shard_like
-from fastnlcg.layout import DLPACK_API, places
 from fastnlcg.options import check_real
-from fastnlcg.parameters import (
+from fastnlcg.tensors import groups
+from fastnlcg.tensors.checks import (
     DTYPES,
     check_mixture,
     check_parameter,
@@ -41,8 +41,10 @@ from fastnlcg.parameters import (
     is_dense,
     usable_gradient,
 )
+from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
+from fastnlcg.tensors.ranks import Ranks, check_group, device_of, find_ranks, world_size
+from fastnlcg.tensors.table import DLPACK_API, places
 from fastnlcg.warn import warn
-from fastnlcg.wolfe import HagerZhang
 
 __all__ = ["CGDescent"]
 
@@ -139,7 +141,7 @@ class CGDescent(torch.optim.Optimizer):
         if not isinstance(maximize, bool):
             raise TypeError(f"maximize must be a bool, got {maximize!r}")
         if process_group is not None:
-            distributed.check_group(process_group)
+            check_group(process_group)
         self._maximize, self._average_loss, self._process_group = maximize, average_loss, process_group
         self._options = DescentOptions(beta, preconditioner, line_search or HagerZhang())
         self._max_iter = check_count("max_iter", max_iter)
@@ -341,8 +343,8 @@ class CGDescent(torch.optim.Optimizer):
     def _new_table(self, members: list[int] | None = None) -> _Table:
         """Over these parameters; None: those with a gradient."""
         params = self._all()
-        ranks = distributed.find_ranks(params, self._process_group, self._average_loss, line_search=True)
-        if ranks is None and self._average_loss is None and distributed.world_size() > 1 and not self._warned:
+        ranks = find_ranks(params, self._process_group, self._average_loss, line_search=True)
+        if ranks is None and self._average_loss is None and world_size() > 1 and not self._warned:
             self._warned = True
             self._advice.append(
                 "the line search sees this rank's loss alone, and torch.distributed has more ranks: pass "
@@ -472,7 +474,7 @@ class _Table:
         members: list[int] | None,
         state: dict[Any, Any],
         options: DescentOptions,
-        ranks: distributed.Ranks | None,
+        ranks: Ranks | None,
         everything: str,
         maximize: bool,
     ) -> None:
@@ -507,7 +509,7 @@ class _Table:
         self.plain = all(params[i] is stepped for i, stepped in zip(self.index, self.stepped, strict=True))
         first = memory(params[with_gradient[0]]) if with_gradient else None
         self.dtype = DTYPES[torch.float32 if first is None else first.dtype]
-        self.device = first.device if first is not None else distributed.device_of(ranks, params, torch.device("cpu"))
+        self.device = first.device if first is not None else device_of(ranks, params, torch.device("cpu"))
         self.on_gpu = _native.on_gpu(self.device)
         rows = [
             _native.SegmentSpec(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnlcg import _native
-from fastnlcg.distributed import is_sharded, memory
+from fastnlcg.tensors.dtensor import is_sharded, memory
 
 DTYPES = {
     torch.float64: "float64",
