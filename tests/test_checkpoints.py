@@ -162,7 +162,9 @@ WRAPPED: dict[str, Callable[[nn.Sequential], Named]] = {
 
 
 @pytest.mark.parametrize("adamw", [False, True])
-@pytest.mark.parametrize(("first", "second"), [pair for x in WRAPPED for pair in {("plain", x), (x, "plain")}])
+@pytest.mark.parametrize(
+    ("first", "second"), [pair for x in WRAPPED for pair in dict.fromkeys([("plain", x), (x, "plain")])]
+)
 def test_names_of_a_wrapped_model_are_the_models(first: str, second: str, adamw: bool) -> None:
     """From the wrapped model to the plain one, and the other way round. Another order is refused all the same."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
