@@ -1,21 +1,21 @@
-# make demo      NLCG beside AdamW, Momentum and RMSProp on real images: builds the CPU part, then two minutes
+# make demo      NLCG next to AdamW, Momentum and RMSProp on real images: builds the CPU part, then two minutes
 # make test      the tests: at most five minutes on two cores, and the set-up
 # make test-all  all of them, the thorough ones too
 # make sanitize  the tests of memory with AddressSanitizer and UndefinedBehaviorSanitizer in the module
 # make hard      fuzzing, kills, mutations and a soak, 40 minutes: a table of figures, into build/hard.json
-# make bench     step times beside torch's optimizers, one thread: a table and a picture
+# make bench     step times next to torch's optimizers, one thread: a table and a picture
 # make docs      the documentation, into build/docs, warnings as errors
 # make arm       the kernels for aarch64 (needs g++-aarch64-linux-gnu, qemu-user-static): the bits of x86-64
 # make lint      ruff, mypy --strict, clang-format
 # make cuda      compile the CUDA part for all architectures, warnings as errors, and read its machine code (needs nvcc)
 # make gpu       on a machine with a GPU, nvcc and torch, and nothing to download: everything that needs a GPU, into
 #                build/gpu.json
-# make study     the convergence study on the CPU: make study DATA=folder-of-images (hours; goes on where it was cut off)
+# make study     the convergence study on the CPU: make study DATA=folder-of-images (hours; a second call continues)
 # make gpu-study its part for a GPU, on a machine as for make gpu: make gpu-study DATA=folder-of-images
 # make format    what lint asks for
 #
 # Everything happens in .venv, which is made when it is missing and brought up to date when the sources have changed. Each
-# target installs what it needs and no more. The CUDA part is built where there is a GPU to run it, for that GPU.
+# target installs what it needs and no more. The CUDA part is built if there is a GPU to run it, for that GPU.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -148,7 +148,7 @@ clean:
 	@$(BIN)/python -m fastnlcg
 	@touch .venv/fastnlcg $@
 
-# and with sanitizers, beside it
+# the same with sanitizers, in a folder of its own
 .venv/sanitized: .venv/emulation
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C build-dir=build/sanitized-cmake \
 	  -C cmake.define.FASTNLCG_SANITIZE=ON -C cmake.define.FASTNLCG_EMULATION=ON -C cmake.define.FASTNLCG_CUDA=OFF \

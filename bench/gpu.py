@@ -116,7 +116,7 @@ torch.cuda.synchronize()
 def sanitizers() -> Row:
     found: Row = {}
     for tool in ("memcheck", "racecheck", "synccheck"):
-        # Only our kernels: torch's are its own affair.
+        # Only our kernels, not torch's.
         only = ["--kernel-name", "kernel_substring=fastnlcg"]
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only, sys.executable, "-c", SMALL]
         done = run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -124,12 +124,12 @@ def sanitizers() -> Row:
     return found
 
 
-# ---- the grid-wide barrier, and where the time of a pass goes --------------------------------------------------------
+# ---- the grid-wide barrier, and the time of each pass ----------------------------------------------------------------
 
 
 def stress(replays: int = 100_000) -> Row:
     """One launch, from graphs, on grids of one block to all that fit, while another stream takes multiprocessors away:
-    always the bits of separate launches, which know no barrier between blocks."""
+    always the bits of separate launches, which have no barrier between blocks."""
     import torch
     from fastnlcg import NLCG
 
@@ -190,7 +190,7 @@ METRICS = (
 
 
 def profile() -> Row:
-    """Per pass, where ncu is: time, bandwidth, double precision, and warps that wait for memory."""
+    """Per pass, if ncu is installed: time, bandwidth, double precision, and warps that wait for memory."""
     if shutil.which("ncu") is None:
         return {"not_run": "no ncu"}
     rows: Row = {}

@@ -1,9 +1,9 @@
 """What the compiled kernels do: their machine code, read instruction by instruction with its control codes.
 
 Since Volta an instruction carries, in the high word of its 128 bits, which of six scoreboards it holds until its result
-is there (bits 46-48; 7: none) and which it waits for (52-57). So the code says which load is waited for where: what is
-in flight together can be read off, without a GPU. nvdisasm prints the words; NVIDIA does not document them, others have
-(Jia et al., arXiv:1804.06826, section 2.1).
+is there (bits 46-48; 7: none) and which it waits for (52-57). So the code shows which loads are in flight together,
+without a GPU. nvdisasm prints the words; NVIDIA does not document them, but Jia et al. do (arXiv:1804.06826, section
+2.1).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Instruction:
 
     @property
     def stream_bytes(self) -> int:
-        """What a load of a stream brings a thread; 0: another instruction. The hints that tile.cuh gives those loads,
-        not to be allocated in L1 or evicted first, mark them."""
+        """Bytes that a load of a stream brings a thread; 0 for other instructions. The hints that tile.cuh gives those
+        loads, not to be allocated in L1 or to be evicted first, identify them."""
         name = self.name
         if self.opcode != "LDG" or not (".NA" in name or ".EF" in name):
             return 0
@@ -91,8 +91,9 @@ class Kernel:
         return Counter(i.opcode for i in self.code)
 
     def groups(self) -> list[Group]:
-        """Loads of streams, in the order of the code, cut where the first of a group is waited for, where the code ends
-        or goes back, and where a jump from elsewhere arrives. A branch over some of them cuts nothing: nobody waits."""
+        """Loads of streams, in the order of the code. A group ends at the instruction that waits for its first load, at
+        the end of the code, at a jump back, and at the target of a jump from elsewhere. A branch over some of the loads
+        ends nothing, because no instruction waits."""
         found: list[Group] = []
         now: list[Instruction] = []
         held = 0
@@ -161,7 +162,7 @@ def read(listing: str, resources: str) -> dict[str, Kernel]:
 
 
 def kernels_of(module: Path, architecture: str) -> dict[str, Kernel]:
-    """The kernels in a compiled module for an architecture, such as "90"; empty where it holds none."""
+    """The kernels in a compiled module for an architecture, such as "90"; empty if it holds none."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         raise RuntimeError("needs cuobjdump and nvdisasm")
@@ -178,7 +179,7 @@ def kernels_of(module: Path, architecture: str) -> dict[str, Kernel]:
 
 
 def ptx_of(module: Path) -> str:
-    """The portable code in a compiled module, which a newer GPU's driver compiles; "" where it holds none."""
+    """The portable code in a compiled module, which a newer GPU's driver compiles; "" if it holds none."""
     cuobjdump = tool("cuobjdump")
     if cuobjdump is None:
         raise RuntimeError("needs cuobjdump")

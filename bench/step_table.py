@@ -1,6 +1,6 @@
 """Step times at a glance, from the rows of ``make bench``: the table and the sentence of docs/costs.md, and a picture.
 
-python bench/step_table.py build/step_cpu.json      prints them; the picture goes beside the rows
+python bench/step_table.py build/step_cpu.json      prints them; the picture goes next to the rows
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def clipping_table(rows: list[dict[str, object]]) -> str:
-    """The same with gradient clipping: milliseconds, and relative to AdamW behind torch's."""
+    """The same with gradient clipping: milliseconds, and relative to AdamW after torch's clipping."""
     found = by_list(rows)
     lines = [["one step", *(f"{name}: ms | / AdamW, clipping" for name in LISTS.values())], ["---"] * 7]
     for optimizer, label in CLIPPING.items():

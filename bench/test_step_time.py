@@ -1,11 +1,11 @@
-"""Time of one optimizer step, beside torch's optimizers, on the CPU.
+"""Time of one optimizer step, next to torch's optimizers, on the CPU.
 
     make bench                       one thread, all lists, writes JSON
     pytest bench/test_step_time.py   the same, with pytest's and pytest-benchmark's options
 
-Machines are shared and noisy, so no time stands alone: in every round the peers, fused AdamW, the same behind
-clip_grad_norm_, fused SGD with momentum and the faster of torch's two RMSProps with momentum, take one step over the
-same parameters too, each behind a fresh gradient, and a ratio is the median over rounds. Gradients are those of a
+Machines are shared and noisy, so times are ratios to peers: fused AdamW, the same after clip_grad_norm_, fused SGD with
+momentum and the faster of torch's two RMSProps with momentum. In every round each peer takes one step over the same
+parameters, with a fresh gradient, and a ratio is the median over rounds. Gradients are those of a
 random diagonal quadratic, in fresh memory at every step as after zero_grad(): NLCG's curvature update is at work
 (asserted), and its table of pointers refreshed every time.
 """
@@ -52,7 +52,7 @@ def resnet50() -> list[tuple[int, ...]]:
 
 
 class PlainNLCG(torch.optim.Optimizer):
-    """The same step (Fletcher-Reeves) from torch's foreach operations, its sums in float32 by torch.dot: what one gets
+    """The same step (Fletcher-Reeves) from torch's foreach operations, its sums in float32 by torch.dot: the cost
     without a fused kernel."""
 
     def __init__(self, params: list[Parameter], lr: float) -> None:
@@ -92,7 +92,7 @@ class PlainNLCG(torch.optim.Optimizer):
 
 
 class ClippedAdamW:
-    """Fused AdamW behind torch's clipping, which multiplies whether the norm is above the bound or not."""
+    """Fused AdamW after torch's clipping, which multiplies whether the norm is above the bound or not."""
 
     def __init__(self, params: list[Parameter], lr: float) -> None:
         self.params, self.optimizer = params, torch.optim.AdamW(params, lr, fused=True)
@@ -127,7 +127,7 @@ OPTIMIZERS = {
     "adamw_clipped": lambda ps: ClippedAdamW(ps, LR),
     "nlcg_plain_torch": lambda ps: PlainNLCG(ps, LR),
 }
-# Counted traffic in bytes per float32 parameter, where every pass over memory is ours to count.
+# Counted traffic in bytes per float32 parameter, for the optimizers whose passes over memory we know.
 BYTES = {
     "nlcg_adam": 36,
     "nlcg_adam_pr": 44,

@@ -1,4 +1,4 @@
-"""Training with NLCG, alone or on many ranks, that goes on where it was killed.
+"""Training with NLCG, alone or on many ranks, that resumes after a kill.
 
     python examples/train.py                                                      one process
     torchrun --nproc-per-node=2 examples/train.py                                 DDP
@@ -6,7 +6,7 @@
 
 A perceptron learns scikit-learn's digits. Every optimizer step sees --batch images, the ranks' shares together, each in
 micro-batches of --micro (virtual batching). --out gets losses.csv and checkpoints by torch.distributed.checkpoint; a
-run that finds one there goes on from it, to the same losses bit for bit, also after SIGKILL. --logdir adds TensorBoard.
+run that finds one there resumes from it, to the same losses bit for bit, also after SIGKILL. --logdir adds TensorBoard.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, step: int, net: nn.Module, optimizer: NLCG, schedule: Any) -> None:
-    """Written under another name, so that a checkpoint that is there is whole."""
+    """Writes under another name first, so that every checkpoint under its own name is complete."""
     weights, state = get_state_dict(net, optimizer)
     unfinished, done = folder / "unfinished", folder / f"step-{step:08}"
     if dist.get_rank() == 0:
@@ -132,7 +132,7 @@ def save(folder: Path, step: int, net: nn.Module, optimizer: NLCG, schedule: Any
 
 
 def resume(folder: Path, net: nn.Module, optimizer: NLCG, schedule: Any) -> int:
-    """Takes over the newest checkpoint; the steps that it has seen."""
+    """Loads the newest checkpoint; returns its number of steps."""
     found = checkpoints(folder)
     if not found:
         return 0
@@ -145,7 +145,7 @@ def resume(folder: Path, net: nn.Module, optimizer: NLCG, schedule: Any) -> int:
 
 
 class Log:
-    """losses.csv, TensorBoard where asked for, and a progress bar; on rank 0."""
+    """losses.csv, TensorBoard if asked for, and a progress bar; on rank 0."""
 
     def __init__(self, args: argparse.Namespace, begin: int, end: int) -> None:
         self.file, self.events = None, None
@@ -156,7 +156,9 @@ class Log:
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, FIELDS)
         self.writer.writeheader()
-        self.writer.writerows(row for row in before if int(row["step"]) < begin)  # what came after the checkpoint
+        self.writer.writerows(
+            row for row in before if int(row["step"]) < begin
+        )  # without the rows after the checkpoint
         if args.logdir:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -223,7 +225,7 @@ def main() -> None:
             f"{end} steps on {world} ranks: training accuracy {100 * accuracy:.1f} %, losses in {args.out}/losses.csv"
         )
     del net, optimizer, schedule, loss
-    gc.collect()  # torch 2.13 sometimes aborts where a DDP outlives the process group
+    gc.collect()  # torch 2.13 sometimes aborts if a DDP outlives the process group
     dist.destroy_process_group()
 
 

@@ -3,7 +3,7 @@
     python examples/with_accelerate.py          or: accelerate launch examples/with_accelerate.py
 
 accelerate wraps the optimizer, and the wrapped step() takes no loss=. Two ways lead to the line search: a closure that
-returns the loss, as below, or optimizer.optimizer.set_loss(loss) before the step, which also works where a GradScaler
+returns the loss, as below, or optimizer.optimizer.set_loss(loss) before the step, which also works if a GradScaler
 (mixed_precision="fp16") takes the step. Under data parallelism average_loss=True makes all ranks decide alike.
 """
 

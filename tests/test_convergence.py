@@ -272,7 +272,7 @@ def test_rivals_are_tuned_alike(tmp_path: Path) -> None:
         assert rivals.chosen(rows, rivals.TEXT, name) == choice
         losses = rivals.Losses(rows, rivals.TEXT, name)
         assert set(losses.found[choice]) == set(rivals.SEEDS)
-        assert all(losses.mean(c, 2) is not None for c in rivals.beside((*choice[:2], 0.0)))
+        assert all(losses.mean(c, 2) is not None for c in rivals.neighbours((*choice[:2], 0.0)))
         k = rivals.BETAS.index(choice[1])
         assert {c[1] for c in losses.found} >= set(rivals.BETAS[k - 1 : k + 2])
     assert rivals.chosen(rows[:50], rivals.TEXT, "nlcg") is None

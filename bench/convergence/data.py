@@ -45,8 +45,8 @@ class Images:
         return len(self.train_y)
 
     def epoch(self, batch: int, micro: int, generator: torch.Generator, augment: bool = True) -> Iterator[Pairs]:
-        """Every batch, as its micro-batches, each drawn from ``generator`` when its turn comes. What does not fill a
-        batch is left out."""
+        """Every batch, as its micro-batches, each drawn from ``generator`` when its turn comes. An incomplete
+        last batch is left out."""
         drawn = self.augmented if augment else lambda x, _: x
         order = torch.randperm(len(self), generator=generator, device=self.train_x.device)
         for indices in order[: len(self) // batch * batch].split(batch):

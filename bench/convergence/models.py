@@ -57,7 +57,7 @@ class CifarResNet(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Causal attention and a perceptron, each behind its normalization (pre-norm)."""
+    """Causal attention and a perceptron, each after its normalization (pre-norm)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

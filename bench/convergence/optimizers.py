@@ -12,7 +12,7 @@ from variants import VariantNLCG
 
 Maker = Callable[[nn.Module, float, float, float], torch.optim.Optimizer]
 """Of a network, a learning rate, a (decoupled) weight decay and beta1: the coefficient of the first moment, momentum's,
-or the cap of a conjugate beta. Those that have no such coefficient, or fix it in their name, do not read it."""
+or the cap of a conjugate beta. Optimizers without such a coefficient, or with a fixed one, ignore it."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -102,7 +102,7 @@ OPTIMIZERS: dict[str, Maker] = {
 
 
 def with_averages(optimizer: torch.optim.Optimizer, evaluate: Callable[[], object]) -> object:
-    """Evaluated where Schedule-Free says: at its averages."""
+    """Evaluates Schedule-Free at its averaged weights, as its authors demand, and others at their weights."""
     if not isinstance(optimizer, pytorch_optimizer.ScheduleFreeAdamW):
         return evaluate()
     optimizer.eval()

@@ -13,8 +13,8 @@ On the paper's schedule:
     accuracy-epochs.png                test accuracy over epochs at the largest batch (figures 5, 6 and 8)
 
 tables.md has the tables of all. Lines are means over seeds, shades and bars one standard deviation. Seconds are steps
-times the time per step that cost.py measured for all in one run: those of the runs themselves tell of the machine's
-other work.
+times the time per step that cost.py measured for all optimizers in one run, because the runs' own seconds include the
+machine's other work.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def of_optimizers(rows: Rows) -> dict[str, Rows]:
 
 
 def seconds_per_step(cost: Rows, row: dict[str, object]) -> float | None:
-    """None where cost.py has not measured that network and optimizer."""
+    """None if cost.py has not measured that network and optimizer."""
     for measured in cost:
         if measured["model"] == row["model"] and row["optimizer"] in measured["step_ms"]:
             gradient_ms = measured["gradient_ms"] * row["batch"] / measured["micro"]
@@ -132,7 +132,7 @@ def accuracies(rows: Rows, folder: Path) -> None:
 
 
 def cell(own: Rows, key: str, digits: int) -> str:
-    """Mean and standard deviation, and of how many where it is not three."""
+    """Mean and standard deviation; of how many, if not of three."""
     if not own:
         return ""
     mean, deviation = spread([row[key] for row in own])

@@ -65,7 +65,7 @@ def best_choice(rows: Rows, config: Run, name: str) -> Choice | None:
 
 
 def plus_minus(values: list[float], digits: int, usual: int) -> str:
-    """Mean and standard deviation; of how many, where it is not the usual."""
+    """Mean and standard deviation; of how many, if not of the usual number."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}" + ("" if len(values) == usual else f" ({len(values)})")
 
@@ -80,7 +80,7 @@ def results(own: Rows, usual: int) -> list[str]:
 
 
 def ranking(rows: Rows, config: Run) -> str:
-    """Every optimizer at its best peak, beta1 and decay, the lowest training loss first. Where the choice was made in
+    """Every optimizer at its best peak, beta1 and decay, the lowest training loss first. If the choice was made in
     this setting: the training loss of the seeds that had no say in it, and what a peak lower or higher by sqrt(3)
     costs, by means of two seeds."""
     usual = usual_seeds(config)
@@ -92,7 +92,7 @@ def ranking(rows: Rows, config: Run) -> str:
         own = rows_at(rows, config, name, choice)
         losses = Losses(rows, config, name)
         pair = (*choice[:2], 0.0)
-        near = [losses.mean(c, 2) for c in rivals.beside(pair)]
+        near = [losses.mean(c, 2) for c in rivals.neighbours(pair)]
         at_pair = losses.mean(pair, 2)
         wide = [f"{x - at_pair:+.2f}" if x is not None and at_pair is not None else "" for x in near]
         loss = [row["final_loss"] for row in own]
@@ -126,8 +126,7 @@ def settings(rows: Rows) -> str:
 
 
 def by_beta(rows: Rows, config: Run) -> str:
-    """Training loss of seed 0 at the best peak of each beta1; of the grid of factors of 3, where all had the same
-    chance."""
+    """Training loss of seed 0 at the best peak of each beta1, on the grid of factors of 3, which all shared."""
     lines = []
     of_names = {name: Losses(rows, config, name) for name in rivals.NAMES}
     betas = [b for b in rivals.BETAS if any(c[1] == b for losses in of_names.values() for c in losses.ranked(1))]

@@ -1,17 +1,17 @@
 """NLCG and its rivals, tuned alike: which runs, in which order.
 
-For each setting and optimizer, by training loss, so that the test part has no say:
+For each setting and optimizer, by training loss, so that the test data has no influence:
 
     grid       seed 0 at every pair of a peak (factors of 3) and beta1; peaks, then beta1, are added until the best pair
-               lies inside
-    seeds      seed 1 at the four best pairs; then the peaks beside the best of them, a factor of sqrt(3) away, until
-               the mean of two seeds is lower than on either side: no best falls between two points of its grid
+               is inside
+    seeds      seed 1 at the four best pairs; then the peaks next to the best of them, a factor of sqrt(3) away, until
+               the mean of two seeds is lower than on either side: so no best is missed between two points of a grid
     decay      the best pair again, with weight decay, both seeds
     more       three more seeds at the best of all these
 
-Like this for the transformer and, but for two of them, the small images. Then, on the transformer: the rules for beta,
-and other batches, of as many steps, at the beta1 and decay chosen above. Last, images of full size, with what was
-chosen on the small ones.
+This is done on the transformer and, without two of the optimizers, on the small images. Then follow, on the
+transformer, the rules for beta, and other batches with as many steps at the beta1 and decay chosen above; last, images
+of full size with the choices of the small ones.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Losses:
                 self.found.setdefault(choice, {})[row["seed"]] = loss if math.isfinite(loss) else math.inf
 
     def mean(self, choice: Choice, seeds: int) -> float | None:
-        """Over the first seeds; None where one is missing."""
+        """Over the first seeds; None if one is missing."""
         of = self.found.get(choice, {})
         return sum(of[seed] for seed in range(seeds)) / seeds if all(seed in of for seed in range(seeds)) else None
 
@@ -97,18 +97,18 @@ class Losses:
         return sorted((c for c, mean in means.items() if mean is not None), key=lambda c: means[c])
 
     def betas(self) -> list[float]:
-        """Of the grid: those at first, and one more beside the best by seed 0 if it is the first or last of them."""
+        """Of the grid: the first three, and one more next to the best by seed 0 if that is at an edge."""
         tried = sorted({*BETAS_AT_FIRST, *(c[1] for c in self.found)})
         k = BETAS.index(self.ranked(1)[0][1])
         return sorted({*tried, *BETAS[max(k - 1, 0) : k + 2]})
 
     def edges(self, beta1: float, decay: float = 0.0, peaks: tuple[float, ...] = PEAKS) -> list[Choice]:
-        """What to add beside the best peak that seed 0 has with this beta1: nothing, if it lies inside."""
+        """What to add next to the best peak that seed 0 has with this beta1: nothing if it is inside the grid."""
         tried = [c for c in self.ranked(1, decay) if c[1] == beta1 and c[0] in peaks]
-        return [c for c in beside(tried[0], peaks) if self.mean(c, 1) is None] if tried else []
+        return [c for c in neighbours(tried[0], peaks) if self.mean(c, 1) is None] if tried else []
 
 
-def beside(choice: Choice, peaks: tuple[float, ...] = FINE) -> list[Choice]:
+def neighbours(choice: Choice, peaks: tuple[float, ...] = FINE) -> list[Choice]:
     k = peaks.index(choice[0])
     return [(peaks[j], *choice[1:]) for j in (k - 1, k + 1) if 0 <= j < len(peaks)]
 
@@ -117,7 +117,7 @@ def chosen(rows: Rows, config: Run, name: str) -> Choice | None:
     """The best by the mean of two seeds, once it is bracketed and was tried with weight decay."""
     losses = Losses(rows, config, name)
     pairs = losses.ranked(2)
-    if not pairs or any(losses.mean(c, 2) is None for c in (*beside(pairs[0]), (*pairs[0][:2], DECAY))):
+    if not pairs or any(losses.mean(c, 2) is None for c in (*neighbours(pairs[0]), (*pairs[0][:2], DECAY))):
         return None
     return losses.ranked(2, decay=None)[0]
 
@@ -138,7 +138,7 @@ def tuning(rows: Rows, config: Run, names: tuple[str, ...]) -> Iterator[Run]:
             wanted = [(c, 1) for c in best if losses.mean(c, 2) is None]
         if not wanted:
             pair = losses.ranked(2)[0]
-            wanted = [(c, seed) for c in beside(pair) for seed in (0, 1) if seed not in losses.found.get(c, {})]
+            wanted = [(c, seed) for c in neighbours(pair) for seed in (0, 1) if seed not in losses.found.get(c, {})]
         if not wanted:
             decayed = (*pair[:2], DECAY)
             wanted = [(decayed, seed) for seed in (0, 1) if seed not in losses.found.get(decayed, {})]
@@ -167,8 +167,8 @@ def rules(rows: Rows, precision: str) -> Iterator[Run]:
 
 
 def batches(rows: Rows, precision: str) -> Iterator[Run]:
-    """With the beta1 and decay of the middle batch; the peak anew: seed 1 at the two that seed 0 likes best, seed 2 at
-    the better of them."""
+    """With the beta1 and decay of the middle batch; the peak is searched again: seed 1 at the two best of seed 0,
+    seed 2 at the better of them."""
     middle = dataclasses.replace(TEXT, precision=precision)
     for batch in BATCHES:
         config = at_batch(middle, batch)

@@ -25,11 +25,11 @@ from torch.nn.functional import cross_entropy
 
 @dataclass(frozen=True)
 class Run:
-    """``schedule`` is ``"paper"``, absolute, where ``peak`` is a factor on the paper's 0.1 * batch / 256; or
-    ``"cosine"`` (fastnlcg.warmup_cosine), relative, where ``peak`` is the learning rate itself. ``micro`` samples pass
+    """``schedule`` is ``"paper"``, absolute, with ``peak`` a factor on the paper's 0.1 * batch / 256; or ``"cosine"``
+    (fastnlcg.warmup_cosine), relative, with ``peak`` the learning rate itself. ``micro`` samples pass
     through the network at once, and images among them share the statistics of batch normalization, whatever the batch.
     ``precision`` is that of the network's products (torch.autocast); parameters, gradients and the optimizer's state
-    are float32, but for ``"pure_bfloat16"``, where parameters and gradients are bfloat16 too. ``augment``: crops and
+    are float32; with ``"pure_bfloat16"`` parameters and gradients are bfloat16 too. ``augment``: crops and
     flips. ``side``: images are averaged down to that many pixels a side. A sample of the ``"transformer"`` is a
     sequence; an epoch draws ``train_images`` of them. Schedule-Free has ``"cosine"``'s warm-up and no decay: that
     is its method. ``beta1``: see optimizers.Maker. ``clip``: the largest norm of the gradient,

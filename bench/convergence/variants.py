@@ -1,12 +1,12 @@
 """Other betas on Adam's diagonal; for the study, not for use.
 
-NLCG with Adam's diagonal from torch's operations in plain sight (docs/algorithm.md), so that a rule for beta is a line:
+NLCG with Adam's diagonal, written in torch's operations (docs/algorithm.md), so that a rule for beta is one line:
 
     fletcher_reeves    rz / rz_prev, the default of fastnlcg.NLCG (tests/test_convergence.py)
     late               that of the step before: known before the gradient is read, so one pass would do
     plain              sum(g^2) / sum(g_prev^2): without the preconditioner
     per_tensor         rz / rz_prev of each tensor
-    dai_yuan           the smaller of Fletcher-Reeves' and Dai-Yuan's rz / sum(d (g - g_prev)), 0 where that is negative
+    dai_yuan           the smaller of Fletcher-Reeves' and Dai-Yuan's rz / sum(d (g - g_prev)), 0 if that is negative
     smoothed           the ratio of exponential means of rz, of factor 0.9
 
 Each at most beta_max and at least 0.
