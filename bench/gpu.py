@@ -100,7 +100,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 for p in ps:
                     p.grad = 2 * p.detach()
                 optimizer.step()
-                optimizer._layout.native.set_launch(form)
+                optimizer._table.native.set_launch(form)
             assert optimizer.diagnostics().step == 4
 x = [torch.rand(5001, device="cuda")[1:] for _ in range(5)]
 ops.nlcg_step(*x, ops.Scalars(), lr=0.1, preconditioner="bfgs")
@@ -147,7 +147,7 @@ def stress(replays: int = 100_000) -> Row:
                 p.grad = p.detach().clone()
                 optimizer = NLCG([p], 1e-3, preconditioner=preconditioner, capturable=True)
                 optimizer.step()
-                optimizer._layout.native.set_launch(form, blocks=blocks)
+                optimizer._table.native.set_launch(form, blocks=blocks)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     p.grad.copy_(p.detach())
@@ -175,7 +175,7 @@ for kind in ("adam", "bfgs"):
     for _ in range(4):
         p.grad = p.detach().clone()
         optimizer.step()
-        optimizer._layout.native.set_launch("separate")
+        optimizer._table.native.set_launch("separate")
 torch.cuda.synchronize()
 """
 METRICS = (

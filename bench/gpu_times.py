@@ -85,7 +85,7 @@ def steppers(ps: list, lr: float) -> dict[str, Callable[[], Callable[[], object]
     def nlcg(form: str, **options: object) -> Callable[[], object]:
         optimizer = NLCG(ps, lr, capturable=True, **options)
         optimizer.step()
-        optimizer._layout.native.set_launch(form)
+        optimizer._table.native.set_launch(form)
         return optimizer.step
 
     def plain(compiled: bool) -> Callable[[], object]:

@@ -150,7 +150,7 @@ optimizer = NLCG([p], 0.1)
 for _ in range(3):
     p.grad = p.detach() * 2
     optimizer.step()
-optimizer._layout.native.set_launch("one")  # asked for, and refused
+optimizer._table.native.set_launch("one")  # asked for, and refused
 p.grad = p.detach() * 2
 optimizer.step()
 print(optimizer.diagnostics().launches, p.sum().item())
@@ -527,7 +527,7 @@ def test_graph_replay_has_the_bits_of_eager_steps(gpu: Backend, preconditioner: 
         with torch.cuda.stream(side):
             for _ in range(3):
                 one_step()
-                optimizer._layout.native.set_launch(form)
+                optimizer._table.native.set_launch(form)
         torch.cuda.current_stream().wait_stream(side)
         if graphed:
             graph = torch.cuda.CUDAGraph()

@@ -10,7 +10,7 @@ from fastnlcg import _native
 from fastnlcg.tensors import groups
 
 if TYPE_CHECKING:
-    from fastnlcg.tensors.table import Layout
+    from fastnlcg.tensors.step_table import StepTable
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Diagnostics:
     """CUDA launches of the step's passes: 1 (cooperative), or one for each; 0 on the CPU"""
 
 
-def read(of: Layout, param_groups: list[dict[str, Any]], state: Any) -> Diagnostics:
+def read(of: StepTable, param_groups: list[dict[str, Any]], state: Any) -> Diagnostics:
     """Of the last step. Waits for the device; where parameters are spread over ranks, all have to call it."""
     gg, dd, gd = of.state_norms(param_groups, state)
     if of.native is None or of.options is None:
         return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
-    of.use_stream()
+    of.join_stream()
     s = groups.named_scalars(param_groups[0])
     if not of.options.keeps_gradient:  # the step has kept the sums instead
         gg, gd = s["gg"], s["gd"]

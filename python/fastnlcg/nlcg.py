@@ -24,7 +24,8 @@ from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.tensors.dtensor import is_sharded
 from fastnlcg.tensors.ranks import check_group, check_whole, shapes_of, world_size
 from fastnlcg.tensors.state_dict import checked, entries_for
-from fastnlcg.tensors.table import Layout, parameters
+from fastnlcg.tensors.step_table import StepTable
+from fastnlcg.tensors.table import parameters
 
 __all__ = ["NLCG", "Diagnostics"]
 
@@ -257,9 +258,9 @@ class NLCG(torch.optim.Optimizer):
             for group in found:
                 groups.check(group)
             groups.check_together(found)
-            self._layout.set_options(Options.of_group(found[0]))
+            self._table.set_options(Options.of_group(found[0]))
             self._checked = current
-        options = self._layout.options
+        options = self._table.options
         assert options is not None
         return options, lr, weight_decay, maximize
 
@@ -311,7 +312,7 @@ class NLCG(torch.optim.Optimizer):
             self._opt_called = True  # for schedulers, which warn if they step first
             try:
                 options, lr, weight_decay, maximize = self._check_groups()
-                here = self._layout
+                here = self._table
                 if closure is None and loss is None and here.makes_state_only(self.param_groups, self.state, lr):
                     return None
                 loss_seen: float | Tensor = math.nan
@@ -373,7 +374,7 @@ class NLCG(torch.optim.Optimizer):
         if not Options.of_group(self.param_groups[0]).measures_norm:
             raise RuntimeError("last_grad_norm needs max_grad_norm=; inf measures the norm and clips nothing")
         groups.complete(self.param_groups, {})
-        self._layout.use_stream()
+        self._table.join_stream()
         scalars: Tensor = self.param_groups[0]["scalars"]
         return scalars[list(_native.SCALARS).index("grad_norm")].clone()
 
@@ -384,7 +385,7 @@ class NLCG(torch.optim.Optimizer):
         with self._lock:
             if self._stepping:  # the lock is this thread's: a signal handler, or a hook of the exchange
                 raise RuntimeError("diagnostics() inside a step of the same thread")
-            here = self._layout
+            here = self._table
             if here.options is None:
                 here.set_options(Options.of_group(self.param_groups[0]))
             return diagnostics.read(here, self.param_groups, self.state)
@@ -401,7 +402,7 @@ class NLCG(torch.optim.Optimizer):
         one tensor for all, and ``"alpha_prev"``. On a GPU it follows the last step on torch's current stream."""
         for group in self.param_groups:
             groups.plain_numbers(group)
-        self._layout.use_stream()
+        self._table.join_stream()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -484,7 +485,7 @@ class NLCG(torch.optim.Optimizer):
             self._lock = threading.RLock()
             self._number = compiled.number_of(self)
         _LIVE.add(self)
-        self._layout = Layout(self._process_group, self.average_loss)
+        self._table = StepTable(self._process_group, self.average_loss)
         self._checked = []
         self._losses = Losses()
         self._skips = set()

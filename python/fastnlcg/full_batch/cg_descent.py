@@ -4,7 +4,6 @@ stochastic step."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
 
 from fastnlcg import _native
+from fastnlcg.full_batch.descent_table import DescentTable, TablePasses, state_arrays
 from fastnlcg.full_batch.hager_zhang import HagerZhang
 from fastnlcg.full_batch.iteration import (
     NOT_FOUND,
@@ -24,26 +24,14 @@ from fastnlcg.full_batch.iteration import (
     Descent,
     DescentOptions,
     Edited,
-    Mark,
     OutOfBudget,
-    Sums,
     check_count,
     check_positive,
 )
 from fastnlcg.options import check_real
-from fastnlcg.tensors import groups
-from fastnlcg.tensors.checks import (
-    DTYPES,
-    check_mixture,
-    check_parameter,
-    copy_in_order,
-    dense_strides,
-    is_dense,
-    usable_gradient,
-)
-from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
-from fastnlcg.tensors.ranks import Ranks, check_group, device_of, find_ranks, world_size
-from fastnlcg.tensors.table import DLPACK_API, places
+from fastnlcg.tensors.dtensor import memory
+from fastnlcg.tensors.ranks import check_group, find_ranks, world_size
+from fastnlcg.tensors.table import parameters
 from fastnlcg.warn import warn
 
 __all__ = ["CGDescent"]
@@ -154,7 +142,7 @@ class CGDescent(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
-        self._table: _Table | None = None
+        self._table: DescentTable | None = None
         self._warned = self._warned_of_lr = False
         self._advice: list[str] = []
         self._stepping = False
@@ -180,7 +168,7 @@ class CGDescent(torch.optim.Optimizer):
         self.restart()
 
     def _all(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return parameters(self.param_groups)
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -260,7 +248,7 @@ class CGDescent(torch.optim.Optimizer):
         usable = self._table is not None and self._table.covers(self._all())
         if not usable and not math.isnan(course.g_max):  # loaded, copied, or with other tensors of state
             self._table = self._new_table(course.active)
-        passes = _Passes(self, course)
+        passes = TablePasses(lambda: self._table, course)
         run = Descent(
             passes,
             full,
@@ -340,7 +328,7 @@ class CGDescent(torch.optim.Optimizer):
         named = {name: getattr(self, f"_{name}") for name in limits}
         return {**vars(self._options), **named, "maximize": self._maximize}
 
-    def _new_table(self, members: list[int] | None = None) -> _Table:
+    def _new_table(self, members: list[int] | None = None) -> DescentTable:
         """Over these parameters; None: those with a gradient."""
         params = self._all()
         ranks = find_ranks(params, self._process_group, self._average_loss, line_search=True)
@@ -350,7 +338,8 @@ class CGDescent(torch.optim.Optimizer):
                 "the line search sees this rank's loss alone, and torch.distributed has more ranks: pass "
                 "average_loss=True, which data-parallel replicas need, or False where this is meant"
             )
-        return _Table(params, members, self.state, self._options, ranks, repr(self._named()), self._maximize)
+        agreed = repr(self._named())
+        return DescentTable(params, members, self.state, self._options, ranks, agreed=agreed, maximize=self._maximize)
 
     def _course(self) -> Course:
         """As the groups have it: loaded, or left by the last step."""
@@ -416,12 +405,6 @@ def _number(name: str, value: object) -> float:
     return _native.check_loss(value)
 
 
-def _streams(options: DescentOptions) -> dict[str, float]:
-    """The tensors of a parameter's state, and what they hold at first."""
-    found = {"direction": 0.0, "grad_prev": 0.0, "origin": 0.0}
-    return found if options.preconditioner is None else {**found, "hessian_diag": 1.0}
-
-
 def _check_state(given: Mapping[str, Any], params: list[Tensor], options: DescentOptions) -> None:
     """ValueError for a state dict that does not fit."""
     if not isinstance(given, Mapping) or not isinstance(given.get("param_groups"), list) or "state" not in given:
@@ -435,7 +418,7 @@ def _check_state(given: Mapping[str, Any], params: list[Tensor], options: Descen
     for i, entry in given["state"].items():
         if not isinstance(i, int) or not 0 <= i < len(params):
             continue
-        keys = set(_streams(options))
+        keys = set(state_arrays(options))
         if not isinstance(entry, Mapping) or not keys <= set(entry):
             raise ValueError(f"the state of parameter {i} lacks {sorted(keys - set(entry))}: another preconditioner?")
         for key in keys:
@@ -444,267 +427,3 @@ def _check_state(given: Mapping[str, Any], params: list[Tensor], options: Descen
                     f"state {key!r} of parameter {i} is {tuple(getattr(entry[key], 'shape', ()))}, expected "
                     f"{tuple(params[i].shape)}"
                 )
-
-
-def _make_state(p: Tensor, entry: dict[str, Any], options: DescentOptions) -> None:
-    """What is missing in a parameter's state, or has to be another tensor: made, or converted."""
-    here = memory(p)
-    strides = dense_strides(here)
-    for key, start in _streams(options).items():
-        value = entry.get(key)
-        held = None if value is None else shard_like(value, p)
-        if (
-            value is None
-            or held is None
-            or held is not memory(value)
-            or is_sharded(value) != is_sharded(p)
-            or (held.dtype, held.device, held.stride()) != (here.dtype, here.device, strides)
-        ):
-            room = torch.empty_strided(here.shape, strides, dtype=here.dtype, device=here.device)
-            entry[key] = as_like(room.fill_(start) if held is None else room.copy_(held), p)
-
-
-class _Table:
-    """Which parameters take part, their state, and the native side over both. ``everything``: what has to be the same
-    on all ranks, in words."""
-
-    def __init__(
-        self,
-        params: list[Tensor],
-        members: list[int] | None,
-        state: dict[Any, Any],
-        options: DescentOptions,
-        ranks: Ranks | None,
-        everything: str,
-        maximize: bool,
-    ) -> None:
-        with_gradient = _with_gradient(params) if members is None else list(members)
-        if not with_gradient and ranks is None:
-            raise RuntimeError("no parameter has a gradient: the closure must call backward()")
-        for i in with_gradient:
-            check_parameter(i, params[i])
-            if params[i].dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"parameter {i} has dtype {params[i].dtype}; expected torch.float32 or torch.float64")
-        check_mixture(with_gradient, params)
-        self.members, self.maximize = list(with_gradient), maximize
-        self.mark: Mark | None = None  # of this rank's elements; None after a load
-        unowned = frozenset() if ranks is None else ranks.unowned
-        with_gradient.sort(key=lambda i: i in unowned)
-        self.all, self.options, self.state, self.ranks = list(params), options, state, ranks
-        self.params = [params[i] for i in with_gradient]
-        for p in self.params:
-            _make_state(p, state.setdefault(p, {}), options)
-        self.entries = [state[p] for p in self.params]
-        offsets, owned, n = places(params, with_gradient, unowned)
-        placed = [
-            (i, offset)
-            for i, offset in zip(with_gradient, offsets, strict=True)
-            if memory(params[i]).numel()  # a shard may have none
-        ]
-        self.index = [i for i, _ in placed]
-        # Parameters with gaps in memory are stepped in copies.
-        here = [memory(params[i]) for i in self.index]
-        self.stepped = [p if is_dense(p) and not p.is_neg() else copy_in_order(p, dense_strides(p)) for p in here]
-        self.copies = [(p, stepped) for p, stepped in zip(here, self.stepped, strict=True) if p is not stepped]
-        self.plain = all(params[i] is stepped for i, stepped in zip(self.index, self.stepped, strict=True))
-        first = memory(params[with_gradient[0]]) if with_gradient else None
-        self.dtype = DTYPES[torch.float32 if first is None else first.dtype]
-        self.device = first.device if first is not None else device_of(ranks, params, torch.device("cpu"))
-        self.on_gpu = _native.on_gpu(self.device)
-        rows = [
-            _native.SegmentSpec(
-                offset=offset, group=0, index=i, dtype=self.dtype, shape=p.shape, strides=dense_strides(p)
-            )
-            for (i, offset), p in zip(placed, here, strict=True)
-        ]
-        self.native = self._make_native(n, rows)
-        if ranks is not None:
-            ranks.connect(self.native, owned, self.device)
-        self.everything, self.alpha = everything, math.nan
-        scalars = groups.new_scalars().to(self.device)
-        alpha = torch.zeros((), dtype=torch.float64, device=self.device)
-        held = [x for p, entry in state.items() if not isinstance(p, str) for x in (p, entry)]
-        local = [state[params[i]] for i in self.index]
-        if not self.plain:
-            local = [
-                {key: memory(value) for key, value in entry.items() if isinstance(value, Tensor)} for entry in local
-            ]
-        self._fixed: Any = {
-            "params": self.stepped,
-            "entries": local,
-            "state": state,
-            "expected_state": held,
-            "scalars": scalars,
-            "alpha_prev": [alpha],
-        }
-        self.at = _native.Tensors(**self._fixed)
-
-    def _make_native(self, n: int, segments: list[_native.SegmentSpec]) -> _native.TensorTable:
-        dtype, workspace = self.dtype, None
-        diagonal = None if self.options.preconditioner is None else "hessian_diag"
-        keys = _native.StateKeys(grad_prev="grad_prev", direction="direction", diagonal=diagonal, origin="origin")
-        if self.on_gpu:
-            stream = _native.current_stream(str(self.device))
-            native = _native.TensorTable(dtype, f"cuda:{self.device.index or 0}", stream)
-            doubles = _native.workspace_doubles(n, len(segments), 1)
-            workspace = _native.Buffer(torch.zeros(doubles, dtype=torch.float64, device=self.device))
-        else:
-            native = _native.TensorTable(dtype)
-        native.lay_out(n, segments, 1, keys, DLPACK_API, Tensor, workspace)
-        return native
-
-    def covers(self, params: list[Tensor]) -> bool:
-        """Whether these are the parameters it was made of, with their state."""
-        return _native.same_objects(params, self.all) and all(
-            self.state.get(p) is entry for p, entry in zip(self.params, self.entries, strict=True)
-        )
-
-    def set_has_changed(self) -> bool:
-        """Whether other parameters have a gradient than those that take part."""
-        return _with_gradient(self.all) != self.members
-
-    def run(self, kind: str, **numbers: Any) -> list[float]:
-        """One pass."""
-        trial = kind == "trial"
-        if self.on_gpu:
-            self.native.stream = _native.current_stream(str(self.device))
-        preconditioned = self.options.preconditioner is not None
-        pass_ = _native.DescentPass(kind, preconditioned=preconditioned, maximize=self.maximize, **numbers)
-        threads = _native.num_threads()
-        sums = self.native.descend(self.at, pass_, threads) if trial or self.plain else None
-        if sums is None:
-            at = self.at if trial else _native.Tensors(gradients=self._gradients(), **self._fixed)
-            sums = self.native.descend(at, pass_, threads)
-        if sums is None:
-            raise RuntimeError("a parameter or a tensor of the state was replaced, moved or resized during a step")
-        return sums
-
-    def total(self, sums: list[float], step: int) -> list[float]:
-        """These sums over all ranks."""
-        if self.ranks is None or not self.ranks.every_decision:
-            return sums
-        return self.ranks.total(self.exchange(sums, step))
-
-    def exchange(self, values: list[float], step: int) -> list[list[float]]:
-        """Everybody's values, by rank. All must have come from the same length of the same trial."""
-        assert self.ranks is not None
-        digest = hashlib.blake2b(f"{self.everything} {self.alpha!r}".encode(), digest_size=6).digest()
-        return self.ranks.exchange(values, float(step), "full_batch", float(int.from_bytes(digest, "little")))
-
-    def _gradients(self) -> list[Tensor]:
-        """Where they are not all plain: in the memory order of the parameters; zeros for one that is None."""
-        found = []
-        for i, stepped in zip(self.index, self.stepped, strict=True):
-            p = self.all[i]
-            if p.grad is None:
-                found.append(
-                    torch.empty_strided(stepped.shape, stepped.stride(), dtype=p.dtype, device=p.device).zero_()
-                )
-            else:
-                g = usable_gradient(i, p, p.grad)
-                found.append(g if g.stride() == stepped.stride() else copy_in_order(g, stepped.stride()))
-        return found
-
-
-def _with_gradient(params: list[Tensor]) -> list[int]:
-    return [i for i, p in enumerate(params) if p.grad is not None and p.numel()]
-
-
-def _same(a: float, b: float, rtol: float) -> bool:
-    return abs(a - b) <= rtol * abs(b) or (math.isnan(a) and math.isnan(b)) or a == b
-
-
-class _Passes:
-    """Of the optimizer's table, which a closure's first gradients make."""
-
-    def __init__(self, owner: CGDescent, course: Course) -> None:
-        self.owner, self.course = owner, course
-        self.edited, self.unchecked = False, 0.0
-
-    @property
-    def table(self) -> _Table:
-        table = self.owner._table
-        assert table is not None
-        return table
-
-    def _over_ranks(self, values: list[float]) -> list[list[float]]:
-        """Everybody's values, by rank. Edited if x was edited on one of them."""
-        ranks = self.table.ranks
-        assert ranks is not None
-        rows = self.table.exchange([*values, self.unchecked, float(self.edited)], self.course.evaluations)
-        edited = any(row[-1] for row in rows)
-        edited = edited or (self.unchecked > 0.0 and self._is_another(ranks.total(rows)[-2]))
-        self.edited, self.unchecked = False, 0.0
-        if edited:
-            raise Edited
-        return rows
-
-    def _is_another(self, xx: float) -> bool:
-        """After a load: whether x is not that of the file, up to the order in which its devices and ranks add up."""
-        return not _same(xx, self.course.mark[1], 1e-9)
-
-    def mean(self, f: float) -> float:
-        """The loss alone, over ranks."""
-        if self.table.ranks is None:
-            return f
-        return _mean(row[0] for row in self._over_ranks([f]))
-
-    def trial(self, alpha: float, *, first: Mark | None) -> None:
-        table = self.table
-        table.alpha = alpha
-        torch.autograd.graph.increment_version(table.params)
-        with torch.no_grad():
-            if first is not None:
-                for p, here in table.copies:
-                    here.copy_(p)
-            xd, xx, *_ = table.run("trial", alpha=alpha, first=first is not None)
-            for p, here in table.copies:
-                p.copy_(here)
-        if first is None:
-            return
-        if table.mark is not None:
-            self.edited = not (_same(xd, table.mark[0], 0.0) and _same(xx, table.mark[1], 0.0))
-        elif table.ranks is None:
-            self.edited = self._is_another(xx)
-        else:
-            self.unchecked = xx
-        if self.edited and table.ranks is None:
-            self.edited = False
-            raise Edited
-
-    def slope(self, f: float) -> tuple[float, float, float]:
-        slope, largest, *_ = self.table.run("slope")
-        ranks = self.table.ranks
-        if ranks is None:
-            return f, slope, largest
-        rows = self._over_ranks([f, slope, largest])
-        return _mean(row[0] for row in rows), ranks.total(rows)[1], max(row[2] for row in rows)
-
-    def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
-        alpha, scale, ys, shs = update or (0.0, 1.0, 0.0, 0.0)
-        numbers = {"alpha": alpha, "scale": scale, "ys": ys, "shs": shs}
-        sums = self.table.run("curvature", update=update is not None, **numbers)
-        return Sums(*self.table.total(sums[:3], self.course.evaluations))
-
-    def direction(self, beta: float) -> tuple[float, float, Mark]:
-        sums = self.table.run("direction", beta=beta)[:4]
-        self.table.mark = sums[2], sums[3]
-        slope, dhd, xd, xx = self.table.total(sums, self.course.evaluations)
-        return slope, dhd, (xd, xx)
-
-    def forget(self) -> None:
-        for entry in self.table.entries:
-            if "hessian_diag" in entry:
-                entry["hessian_diag"].fill_(1.0)
-
-    def x_max(self) -> float:
-        with torch.no_grad():
-            largest = max((float(p.abs().max()) for p in self.table.stepped), default=0.0)
-        if self.table.ranks is None:
-            return largest
-        return max(row[0] for row in self._over_ranks([largest]))
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

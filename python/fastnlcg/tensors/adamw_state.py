@@ -19,7 +19,8 @@ from fastnlcg.options import Options, check_real
 from fastnlcg.tensors import groups, state_dict
 from fastnlcg.tensors.dtensor import as_like, shard_like
 from fastnlcg.tensors.ranks import device_of, find_ranks
-from fastnlcg.tensors.table import parameters, state_dtype
+from fastnlcg.tensors.state import state_dtype
+from fastnlcg.tensors.table import parameters
 from fastnlcg.warn import warn
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from fastnlcg.options import Options
 from fastnlcg.tensors import groups
 from fastnlcg.tensors.checks import has_storage
 from fastnlcg.tensors.dtensor import as_like, memory, shard_like
-from fastnlcg.tensors.table import parameters, state_dtype
+from fastnlcg.tensors.state import state_dtype
+from fastnlcg.tensors.table import parameters
 
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG

@@ -1,50 +1,36 @@
-"""Which tensors a step works on, checked and laid out: parameters, gradients, and the state that lies beside each
-parameter.
+"""The table of parameters that an optimizer works on: which take part, where in the flat index, with which state, and
+the native table over them. NLCG and CGDescent each fill one.
 
-State is what it is for torch's own optimizers: a tensor of its own for each parameter and stream, in
-``optimizer.state``. Nothing is kept but the objects; the native side reads their addresses at every step, so tensors
-may be moved, shared, off-loaded or replaced between two steps, and what they hold then is what counts. Where anything
-but an address differs from the table, the native side says so, and the table is made anew.
+Nothing is kept but the tensors' objects; the native side reads their addresses at every step, so tensors may be moved,
+shared, off-loaded or replaced between two steps, and the step uses what they then hold. If anything but an address
+differs from the table, the native side says so, and the table is made again.
 
 A parameter's place in the flat index, over which sums run, is a multiple of 16 elements. A DTensor stands for its
-shard. A parameter with gaps in memory (a slice of a larger tensor) is stepped in a copy, and copied back. A parameter
-of which another rank has everything takes part with one element that is always zero, so that all ranks count the same
-steps of it.
+shard. A parameter with gaps in memory (a slice of a larger tensor) is stepped in a copy, and copied back. NLCG steps an
+empty shard as one dummy element that is always zero, so that step counts agree across ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import math
-from collections.abc import MutableMapping, Sequence
-from operator import is_
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnlcg import _native
-from fastnlcg.options import Options
-from fastnlcg.tensors import groups
-from fastnlcg.tensors.checks import (
-    DTYPES,
-    check_mixture,
-    check_parameter,
-    copy_in_order,
-    dense_strides,
-    is_dense,
-    missing_bytes,
-    usable_gradient,
-)
-from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, place_of
-from fastnlcg.tensors.ranks import Ranks, device_of, find_ranks
+from fastnlcg.tensors.checks import DTYPES, check_mixture, check_parameter, copy_in_order, dense_strides, is_dense
+from fastnlcg.tensors.dtensor import is_sharded, memory
+from fastnlcg.tensors.ranks import Ranks, device_of
+from fastnlcg.tensors.state import state_dtype
 
 DLPACK_API: Any = Tensor.__dlpack_c_exchange_api__  # torch >= 2.10
-_HUGE = 1 << 22  # bytes of state from which huge pages are asked for
 
 Groups = list[dict[str, Any]]
 State = MutableMapping[Any, Any]
+Place = tuple[int, int, int]
+"""Begin, run and skip of :func:`fastnlcg.tensors.dtensor.place_of`."""
 
 
 def parameters(param_groups: Groups) -> list[Tensor]:
@@ -52,327 +38,59 @@ def parameters(param_groups: Groups) -> list[Tensor]:
     return [p for group in param_groups for p in group["params"]]
 
 
-def state_dtype(p: Tensor) -> torch.dtype:
-    """Of the state beside ``p``."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+class ParameterTable:
+    """The native table over some parameters, their state and their gradients, on one device."""
 
-
-class Layout:
-    """The table of one optimizer's last step, and the native side over it."""
-
-    def __init__(self, process_group: Any, average_loss: bool | None) -> None:
-        self.process_group, self.average_loss = process_group, average_loss
-        self.options: Options | None = None
+    def __init__(self) -> None:
         self.native: _native.TensorTable | None = None
         self.ranks: Ranks | None = None
         self.device = torch.device("cpu")
-        self.params: list[Tensor] = []
-        """every parameter of every group"""
-        self.groups: Groups = []
-        self._group_params: list[list[Tensor]] = []
-        self.active: list[int] = []
-        """those with a gradient and at least one element: one segment each, in the order of the flat index"""
-        self.active_set = 0.0
-        """names the set of ``active``"""
-        self.plain = True
-        """whether all of ``active``, and their gradients, are plain tensors that are used in place"""
-        self.current = False
-        """whether the table is that of a step, and may be used again"""
-        self._at: Any = None
-        self._active_params: list[Tensor] = []
-        self._inactive: list[Tensor] = []
-        self._everything: list[Tensor] = []
-        self._stepped: list[tuple[Tensor, Tensor]] = []
-        self._held: list[Any] = []
-        self._entries: list[dict[str, Tensor]] = []
-        self._workspace: Tensor | None = None
-        self._ranks_known = self._sums_known = False
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        """the memory of a parameter with gaps, and the copy in which it is stepped"""
         self._dtype = torch.float32
-        self._amp: list[Tensor | None] = []
-        self._known = 0.0  # disagreements of ranks that have been raised
-        self._told: Tensor | None = None  # those the device has found, in pinned memory
-        self._begun = False  # a step was taken, or the state made for one
+        self._workspace: Tensor | None = None
 
-    def set_options(self, options: Options) -> None:
-        """Options that may have changed since the last step. ValueError where the state would have to be another."""
-        old = self.options
-        if old is not None and self.native is not None:
-            if options.preconditioner != old.preconditioner:
-                raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
-            if options.streams() != old.streams():
-                raise ValueError(
-                    "update cannot change to one that needs other state (grad_prev) once there is some; make a new "
-                    "optimizer"
-                )
-            self.native.set_options(options.native())
-            if (options.line_search is None) != (old.line_search is None):
-                self.current, self._ranks_known = False, False  # other ranks may have a say in the loss
-        self.options = options
+    def device_for(self, params: Sequence[Tensor], stateful: Sequence[int], ranks: Ranks | None) -> torch.device:
+        """The device of these parameters; a rank that has none exchanges its sums there."""
+        return memory(params[stateful[0]]).device if stateful else device_of(ranks, params, self.device)
 
-    # ---- the step ------------------------------------------------------------------------------------------------
-
-    def step(
+    def lay_out(
         self,
-        param_groups: Groups,
-        state: State,
-        lr: list[float | Tensor],
-        weight_decay: list[float],
-        maximize: list[bool],
-        loss: float | Tensor,
+        params: Sequence[Tensor],
+        stateful: Sequence[int],
+        active: Sequence[int],
+        ranks: Ranks | None,
+        keys: _native.StateKeys,
         *,
-        capturable: bool,
-        amp: tuple[float | Tensor | None, float | Tensor | None],
-    ) -> bool:
-        """Takes one. False where it was skipped, or there was nothing to do."""
-        for attempt in range(2):
-            if attempt or not self._fits(param_groups):
-                self._rebuild(param_groups, state)
-            native, ranks = self.native, self.ranks
-            if native is None or not (self.active or ranks is not None):
-                return True
-            on_gpu = _native.on_gpu(self.device)
-            if capturable and not on_gpu:
-                raise RuntimeError("capturable=True needs CUDA parameters; these are on the CPU")
-            if on_gpu and ranks is not None and not _native.capturing():
-                self._raise_disagreement()
-            at = self._tensors(param_groups, state)
-            # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
-            torch.autograd.graph.increment_version(self._active_params)
-            try:
-                if on_gpu:
-                    moved = self._on_gpu(native, at, lr, weight_decay, maximize, loss, capturable, amp)
-                else:
-                    rates, threads = [float(rate) for rate in lr], _native.num_threads()
-                    moved = native.step(at, rates, weight_decay, maximize, self.active_set, float(loss), threads)
-            except _native.RanksDisagree:
-                self.explain("step()", param_groups)
-            if moved is None:
-                continue
-            self._begun = True
-            if moved and self._stepped:
-                with torch.no_grad():
-                    for p, stepped in self._stepped:
-                        p.copy_(stepped)
-            self._stepped = []
-            return moved
-        raise RuntimeError("a parameter, a gradient or a tensor of the state was changed while the step began")
+        options: Mapping[str, Any] | None = None,
+        group_of: Sequence[int] | None = None,
+        n_groups: int = 1,
+        place: Callable[[Tensor], Place] | None = None,
+    ) -> None:
+        """Makes the native table: places for the parameters ``stateful``, in their order (see :func:`in_order`), and a
+        segment for each of them that is ``active``.
 
-    def makes_state_only(self, param_groups: Groups, state: State, lr: list[float | Tensor]) -> bool:
-        """Whether this is the step by which torch.distributed.checkpoint makes the state that it reads or loads into:
-        the first, with rates of 0 and gradients of zero. The state is then made, and nothing is counted."""
-        if self._begun or (any(isinstance(rate, Tensor) for rate in lr) and _native.capturing()):
-            return False
-        params = parameters(param_groups)
-        if any(float(rate) != 0.0 for rate in lr) or any("direction" in (state.get(p) or ()) for p in params):
-            return False
-        groups.complete(param_groups, {})
-        if groups.named_scalars(param_groups[0])["step"] != 0.0:
-            return False  # a rank without any parameter has no state
-        self._rebuild(param_groups, state)
-        gradients = [memory(p.grad) for p in params if p.grad is not None]
-        rows = [[float(bool(gradients)), float(any(bool(g.any()) for g in gradients))]]
-        if self.ranks is not None and self.ranks.every_decision:
-            try:
-                rows = self.ranks.exchange(rows[0], 0.0, "diagnostics", 1.0)
-            except _native.RanksDisagree:
-                self.explain("step()", param_groups)
-        self._begun = any(some for some, _ in rows) and not any(moves for _, moves in rows)
-        return self._begun
-
-    def _fits(self, param_groups: Groups) -> bool:
-        """Whether the parameters and numbers are the ones of the table. Tensors are the native side's to look at."""
-        if not self.current or not _native.same_objects(param_groups, self.groups):
-            return False
-        scalars = param_groups[0].get("scalars")
-        for group, params in zip(param_groups, self._group_params, strict=True):
-            if group.get("scalars") is not scalars or not _native.same_objects(group["params"], params):
-                return False
-        return True
-
-    def _tensors(self, param_groups: Groups, state: State) -> Any:
-        """What the native side reads addresses of."""
-        numbers = [group.get("alpha_prev") for group in param_groups]
-        if self.plain:
-            objects = [state, param_groups[0]["scalars"], *numbers]
-            if self._at is None or not all(map(is_, self._at[1], objects)):
-                at = _native.Tensors(
-                    params=self._active_params,
-                    entries=self._entries,
-                    inactive_params=self._inactive,
-                    state=state,
-                    expected_state=self._held,
-                    scalars=objects[1],
-                    alpha_prev=numbers,
-                )
-                self._at = at, objects
-            return self._at[0]
-        self._at = None
-        if any(self.params[i].grad is None for i in self.active):
-            return _native.Tensors()  # does not fit
-        params, gradients, entries = self._prepared()
-        return _native.Tensors(
-            params=params,
-            gradients=gradients,
-            entries=entries,
-            inactive_params=self._inactive,
-            state=state,
-            expected_state=self._held,
-            scalars=param_groups[0]["scalars"],
-            alpha_prev=numbers,
-        )
-
-    def _prepared(self) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
-        """This rank's memory of parameters, gradients and state, with copies where memory has gaps."""
-        params, gradients = [], []
-        self._stepped, direct = [], True
-        for i in self.active:
-            p = self.params[i]
-            here = memory(p)
-            assert p.grad is not None
-            g = usable_gradient(i, p, p.grad)
-            if here.numel() == 0:
-                here = g = torch.zeros(1, dtype=here.dtype, device=here.device)
-            elif not _in_place(here):
-                stepped = copy_in_order(here, dense_strides(here))
-                self._stepped.append((here, stepped))
-                here = stepped
-            params.append(here)
-            gradients.append(g)
-            direct = direct and here is p and g is p.grad
-        self.plain = direct  # from the next step on
-        return params, gradients, self._local_entries()
-
-    def _local_entries(self) -> list[dict[str, Tensor]]:
-        """This rank's memory of the state; one element for a shard that has none."""
-        assert self.options is not None
-        found = []
-        for entry in self._entries:
-            local = {key: memory(value) for key, value in entry.items() if isinstance(value, Tensor)}
-            if "direction" in local and local["direction"].numel() == 0:
-                for key, start in self.options.streams().items():
-                    local[key] = torch.full((1,), start, dtype=local[key].dtype, device=local[key].device)
-            found.append(local)
-        return found
-
-    def _on_gpu(
-        self,
-        native: _native.TensorTable,
-        at: Any,
-        lr: list[float | Tensor],
-        weight_decay: list[float],
-        maximize: list[bool],
-        loss: float | Tensor,
-        capturable: bool,
-        amp: tuple[float | Tensor | None, float | Tensor | None],
-    ) -> bool | None:
-        """Enqueues the step on torch's current stream. Numbers that lie on the device are read there."""
-        for name, x in (("loss", loss), *(("lr", rate) for rate in lr)):
-            if isinstance(x, Tensor) and x.device != self.device:
-                raise RuntimeError(f"{name} is on {x.device}, the parameters on {self.device}")
-        if not capturable and _native.capturing():
-            raise RuntimeError("a step can be captured into a CUDA graph only with capturable=True")
-        native.stream = _native.current_stream(str(self.device))
-        self._amp = [_float32_on(self.device, x) for x in amp]  # alive until the step has run
-        return native.step(
-            at,
-            [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
-            weight_decay,
-            maximize,
-            self.active_set,
-            math.nan if isinstance(loss, Tensor) else loss,
-            1,
-            lr_on_device=[_device_scalar(rate) for rate in lr],
-            loss_on_device=_device_scalar(loss),
-            grad_scale=_device_scalar(self._amp[0]),
-            found_inf=_device_scalar(self._amp[1]),
-        )
-
-    # ---- ranks that disagree ---------------------------------------------------------------------------------------
-
-    def explain(self, moment: str, param_groups: Groups) -> None:
-        """Raises on every rank what differs between them."""
-        assert self.ranks is not None
-        assert self.options is not None
-        step = groups.named_scalars(param_groups[0])["step"]
-        self.ranks.explain(moment, step, vars(self.options), param_groups)
-
-    def _raise_disagreement(self) -> None:
-        """On a GPU only the device knows at once: the steps since then have changed nothing."""
-        assert self.ranks is not None
-        if self._told is not None and self._told.item() > self._known:
-            self._known = self._told.item()
-            raise RuntimeError(f"a step before has changed nothing: {self.ranks.who_disagreed()}")
-
-    def watch(self) -> None:
-        """After a step over ranks on a GPU: lets the host hear of a disagreement without waiting."""
-        if self.ranks is None or not _native.on_gpu(self.device) or _native.capturing():
-            return
-        told = self.groups[0]["scalars"][list(_native.SCALARS).index("disagreements")]
-        if self._told is None:
-            self._told = torch.zeros((), dtype=torch.float64, device="cpu", pin_memory=told.is_cuda)
-        self._told.copy_(told, non_blocking=True)
-
-    # ---- the table -------------------------------------------------------------------------------------------------
-
-    def _rebuild(self, param_groups: Groups, state: State, *, to_look: bool = False) -> None:
-        """Checks every parameter and gradient, makes the state that is missing, and a new table. ``to_look``: over all
-        parameters with state, not for a step."""
-        assert self.options is not None
-        params = parameters(param_groups)
-        grads = [None if to_look else p.grad for p in params]
-        stateful = [i for i, p in enumerate(params) if grads[i] is not None or "direction" in (state.get(p) or ())]
-        for i in stateful:
-            check_parameter(i, params[i])
-        check_mixture(stateful, params)
-        usable = {
-            i: usable_gradient(i, p, g)
-            for i, (p, g) in enumerate(zip(params, grads, strict=True))
-            if g is not None and p.numel()
-        }
-        ranks = self.ranks
-        if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
-            search = self.options.line_search is not None
-            ranks = find_ranks(params, self.process_group, self.average_loss, search)
-        unowned = frozenset() if ranks is None else ranks.unowned
-        stateful.sort(key=lambda i: i in unowned)  # stable: the order of the groups, copies last
-        groups.complete(param_groups, {})
-        if not stateful and ranks is None and self.native is None:
-            return  # no parameter has ever had a gradient: nothing to do
-
-        first = memory(params[stateful[0]]) if stateful else None
-        device = first.device if first is not None else device_of(ranks, params, self.device)
-        entries = {i: self._entry(i, params[i], state.get(params[i]) or {}) for i in stateful}
-        active = [i for i in stateful if (params[i].numel() if to_look else i in usable)]
-        if _native.on_gpu(device) and _native.capturing() and any(new for new in entries.values()):
-            raise RuntimeError(
-                "state cannot be made while a CUDA graph is captured: take a step with these parameters first"
-            )
-
-        # Everything has been checked: from here on state and groups are written.
-        groups.place_numbers(param_groups, device)
-        self._rename_set(params, stateful, state, param_groups[0]["scalars"])
-        for i, new in entries.items():
-            if new or params[i] not in state:
-                state.setdefault(params[i], {}).update(new)
-        same_ranks = ranks is self.ranks
-        offsets, owned, n = places(params, stateful, unowned)
-        self._make_native(first, device, n, len(stateful), len(param_groups))
-        assert self.native is not None
+        Args:
+            keys: the names of the state arrays.
+            options: of the native step, if it takes any.
+            group_of: the group of each parameter; all are of one group by default.
+            place: where a parameter's elements are in the whole parameter.
+        """
+        device = self.device_for(params, stateful, ranks)
+        dtype = state_dtype(memory(params[stateful[0]])) if stateful else torch.float32
+        offsets, owned, n = places(params, stateful, frozenset() if ranks is None else ranks.unowned)
         offset_of = dict(zip(stateful, offsets, strict=True))
-        group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
         segments = []
         for i in active:
-            here = memory(params[i])
-            shape, strides = ((1,), (1,)) if here.numel() == 0 else (here.shape, dense_strides(here))
-            begin, run, skip = (
-                place_of(params[i], self.process_group) if self.options.stochastic_rounding else (0, 0, 0)
-            )
+            local = memory(params[i])
+            shape, strides = ((1,), (1,)) if local.numel() == 0 else (local.shape, dense_strides(local))
+            begin, run, skip = (0, 0, 0) if place is None else place(params[i])
             segments.append(
                 _native.SegmentSpec(
                     offset=offset_of[i],
-                    group=group_of[i],
+                    group=0 if group_of is None else group_of[i],
                     index=i,
-                    dtype=DTYPES[here.dtype],
+                    dtype=DTYPES[local.dtype],
                     shape=shape,
                     strides=strides,
                     begin=begin,
@@ -380,193 +98,88 @@ class Layout:
                     skip=skip,
                 )
             )
-        keys = _native.StateKeys(
-            grad_prev="grad_prev" if self.options.keeps_gradient else None,
-            direction="direction",
-            diagonal=self.options.kind.diagonal,
-            steps="step",
-        )
-        workspace = None if self._workspace is None else _native.Buffer(self._workspace)
-        self.native.lay_out(n, segments, len(param_groups), keys, DLPACK_API, Tensor, workspace)
+        if self.native is None or self.device != device or self._dtype != dtype:
+            self.device, self._dtype, self._workspace = device, dtype, None
+            place_of_work = ("cpu", 0)
+            if _native.on_gpu(device):
+                place_of_work = f"cuda:{device.index or 0}", _native.current_stream(str(device))
+            self.native = _native.TensorTable(DTYPES[dtype], *place_of_work)
+        if options is not None:
+            self.native.set_options(options)
+        workspace = self._workspace_for(_native.workspace_doubles(n, len(stateful), n_groups))
+        self.native.lay_out(n, segments, n_groups, keys, DLPACK_API, Tensor, workspace)
         if ranks is not None:
             ranks.connect(self.native, owned, device)
-        self.ranks, self.device, self.params, self.groups = ranks, device, params, list(param_groups)
-        self._group_params = [list(group["params"]) for group in param_groups]
-        self._ranks_known = True
-        self.active, self.active_set = active, name_of(active, _with_elements(params, stateful))
-        self._active_params = [params[i] for i in active]
-        self._everything = [params[i] for i in _with_elements(params, stateful)]
-        self._inactive = [p for p, g in zip(params, grads, strict=True) if g is None]
-        self.plain = not to_look and all(memory(params[i]) is params[i] and _in_place(params[i]) for i in active)
-        self.plain = self.plain and all(usable[i] is grads[i] for i in active)
-        self.current = not to_look and bool(active or ranks is not None)  # without any, the next gradient is looked for
-        self._at = None
-        self._entries = [state[params[i]] for i in active]
-        self._held = [x for p, entry in state.items() if not isinstance(p, str) for x in (p, entry)]
-        self._sums_known = self._sums_known and same_ranks
-        kept = param_groups[0]["scalars"][list(_native.SCALARS).index("active_set")]
-        if self.options.kind.sums_last_move and not (self._sums_known or to_look) and kept.item() == self.active_set:
-            # A file has one rank's share of these sums, and may come from other ranks.
-            self._sums_known = True
-            self.native.stream = _native.current_stream(str(device)) if _native.on_gpu(device) else 0
-            numbers = [group["alpha_prev"] for group in param_groups]
-            self.native.last_move(self.look_at(param_groups[0]["scalars"], numbers), _native.num_threads())
+        self.ranks = ranks
 
-    def _make_native(self, first: Tensor | None, device: torch.device, n: int, segments: int, n_groups: int) -> None:
-        """The native side for such a state, and its workspace on a GPU."""
-        assert self.options is not None
-        dtype = torch.float32 if first is None else state_dtype(first)
-        on_gpu = _native.on_gpu(device)
-        if self.native is None or self.device != device or self._dtype != dtype:
-            if on_gpu:
-                stream = _native.current_stream(str(device))
-                self.native = _native.TensorTable(DTYPES[dtype], f"cuda:{device.index or 0}", stream)
-            else:
-                self.native = _native.TensorTable(DTYPES[dtype])
-            self._workspace = None
-        self._dtype = dtype
-        self.native.set_options(self.options.native())
-        if on_gpu:
-            doubles = _native.workspace_doubles(n, segments, n_groups)
-            if self._workspace is None or self._workspace.numel() < doubles:
-                if _native.capturing():
-                    raise RuntimeError(
-                        "the workspace cannot grow while a CUDA graph is captured: take a step with these parameters "
-                        "first"
-                    )
-                self._workspace = torch.zeros(doubles, dtype=torch.float64, device=device)
-
-    def _entry(self, i: int, p: Tensor, held: MutableMapping[str, Any]) -> dict[str, Tensor]:
-        """What is missing in a parameter's state, or has to be another tensor: made, or converted."""
-        assert self.options is not None
-        here = memory(p)
-        strides, dtype = dense_strides(here), state_dtype(p)
-        new: dict[str, Tensor] = {}
-        for key, start in self.options.streams().items():
-            value = held.get(key)
-            if value is None:
-                room = torch.empty_strided(here.shape, strides, dtype=dtype, device=here.device)
-                if room.numel() * room.element_size() >= _HUGE and room.device.type == "cpu":
-                    _native.Buffer(room.as_strided((room.numel(),), (1,))).advise_huge_pages()
-                new[key] = as_like(room.fill_(start), p)
-                continue
-            local = memory(value) if isinstance(value, Tensor) else None
-            if local is None or value.shape != p.shape or local.shape != here.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    def _workspace_for(self, doubles: int) -> _native.Buffer | None:
+        """Memory for partial sums on a GPU, which is kept while it is large enough."""
+        if not _native.on_gpu(self.device):
+            return None
+        if self._workspace is None or self._workspace.numel() < doubles:
+            if _native.capturing():
                 raise RuntimeError(
-                    f"parameter {i} has shape {tuple(p.shape)}, its state {key!r} {got}: it was resized; add the new "
-                    "parameter to a new optimizer"
+                    "the workspace cannot grow while a CUDA graph is captured: take a step with these parameters first"
                 )
-            if missing := missing_bytes(local):
-                raise RuntimeError(f"state {key!r} of parameter {i} has {missing} bytes less of storage than it takes")
-            fits = (
-                type(local) is Tensor
-                and is_sharded(value) == is_sharded(p)
-                and local.dtype == dtype
-                and local.device == here.device
-                and not local.is_neg()
-                and _same_strides(local, strides)
-            )
-            if not fits:
-                room = torch.empty_strided(here.shape, strides, dtype=dtype, device=here.device)
-                new[key] = as_like(room.copy_(local.detach()), p)
-        step = held.get("step")
-        if not (
-            isinstance(step, Tensor)
-            and not (step.dim() or step.is_neg())
-            and step.dtype == torch.float64
-            and step.device == here.device
-        ):
-            number = 0.0 if step is None else float(step)
-            new["step"] = torch.full((), number, dtype=torch.float64, device=here.device)
-        return new
+            self._workspace = torch.zeros(doubles, dtype=torch.float64, device=self.device)
+        return _native.Buffer(self._workspace)
 
-    def _rename_set(self, params: list[Tensor], stateful: list[int], state: State, scalars: Tensor) -> None:
-        """The name of the last step's set, which goes by the order of the parameters and by which of them have state,
-        in the new order. A set that is no longer whole is forgotten."""
-        everything = _with_elements(params, stateful)
-        place = {id(params[i]): i for i in everything if "direction" in (state.get(params[i]) or ())}
-        # On a GPU only the device knows whether the last step was skipped, and the set is an older one.
-        # Loaded, or copied: if it was all of them, it is now all that had state.
-        known: dict[float, list[int | None]] = {1.0: list(place.values())}
-        same_order = True
-        if self.native is not None:
-            known = {1.0: [place.get(id(p)) for p in self._everything]}
-            known[self.active_set] = [place.get(id(p)) for p in self._active_params]
-            same_order = len(params) >= len(self.params) and all(map(is_, params, self.params))
-        names = {
-            then: -1.0 if None in members else name_of([i for i in members if i is not None], everything)
-            for then, members in known.items()
-        }
-        if all(then == now for then, now in names.items()) and same_order:
-            return
-        at = list(_native.SCALARS).index("active_set")
-        old = scalars[at].clone()
-        new = old if same_order else torch.full_like(old, -1.0)
-        for then, now in names.items():
-            new = torch.where(old == then, now, new)
-        scalars[at].copy_(new)
+    def memory_of(self, params: Sequence[Tensor], active: Sequence[int]) -> list[Tensor]:
+        """This rank's memory of each parameter: in ``copies``, a dense copy if it has gaps; for an empty shard one
+        element of zero."""
+        self.copies, stepped = [], []
+        for i in active:
+            local = memory(params[i])
+            if local.numel() == 0:
+                local = torch.zeros(1, dtype=local.dtype, device=local.device)
+            elif not in_place(local):
+                copy = copy_in_order(local, dense_strides(local))
+                self.copies.append((local, copy))
+                local = copy
+            stepped.append(local)
+        return stepped
 
-    # ---- to look at it ---------------------------------------------------------------------------------------------
-
-    def look_at(self, scalars: Tensor, alpha_prev: list[Tensor]) -> Any:
-        """What the native side reads of the state alone."""
-        return _native.Tensors(entries=self._local_entries(), scalars=scalars, alpha_prev=alpha_prev)
-
-    def state_norms(self, param_groups: Groups, state: State) -> tuple[float, float, float]:
-        """|g_prev|^2, |d|^2, g_prev . d over the parameters of the last step; after a load, over all."""
-        for attempt in range(2):
-            if attempt or self.native is None:
-                self._rebuild(param_groups, state, to_look=True)
-            if self.native is None:
-                break
-            self.use_stream()
-            numbers = [group["alpha_prev"] for group in self.groups]
-            norms = self.native.state_norms(self.look_at(param_groups[0]["scalars"], numbers), _native.num_threads())
-            if norms is not None:
-                return norms
-        return 0.0, 0.0, 0.0
+    def write_back(self) -> None:
+        """From the copies into the parameters."""
+        with torch.no_grad():
+            for p, copy in self.copies:
+                p.copy_(copy)
 
     def use_stream(self) -> None:
-        """On a GPU: what torch's current stream does next follows the last step."""
+        """On a GPU: native work goes to torch's current stream."""
         if self.native is not None and _native.on_gpu(self.device):
             self.native.stream = _native.current_stream(str(self.device))
-            self.native.join_stream()
 
 
-def _in_place(p: Tensor) -> bool:
+def in_order(params: Sequence[Tensor], stateful: Sequence[int], ranks: Ranks | None) -> list[int]:
+    """These parameters, checked, in the order of the flat index: that of the groups, and copies that another rank
+    counts last.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: for a parameter that cannot be stepped, or not with the others.
+    """
+    for i in stateful:
+        check_parameter(i, params[i])
+    check_mixture(stateful, params)
+    unowned = frozenset() if ranks is None else ranks.unowned
+    return sorted(stateful, key=lambda i: i in unowned)
+
+
+def write_state(state: State, params: Sequence[Tensor], new: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Puts new state arrays of these parameters into ``state``."""
+    for i, arrays in new.items():
+        if arrays or params[i] not in state:
+            state.setdefault(params[i], {}).update(arrays)
+
+
+def expected_state(state: State) -> list[Any]:
+    """Parameters and their entries, alternating: what the native side expects to find again in ``state``."""
+    return [x for p, entry in state.items() if not isinstance(p, str) for x in (p, entry)]
+
+
+def in_place(p: Tensor) -> bool:
+    """Whether this memory is stepped as it is, without a copy."""
     return is_dense(p) and not p.is_neg()
-
-
-def _same_strides(t: Tensor, strides: Sequence[int]) -> bool:
-    return all(a == b for a, b, size in zip(t.stride(), strides, t.shape, strict=True) if size != 1)
-
-
-def _float32_on(device: torch.device, x: float | Tensor | None) -> Tensor | None:
-    """What AMP sets, where the kernels can read it: GradScaler's own tensors may lie on another GPU, a user's be of
-    another dtype, or no tensor."""
-    if x is None:
-        return None
-    return torch.as_tensor(x).detach().to(device, torch.float32, non_blocking=True)
-
-
-def _device_scalar(x: float | Tensor | None) -> _native.DeviceScalar | None:
-    """What the kernels read a tensor of one element through; None for a number of the host."""
-    return _native.DeviceScalar(address=x.data_ptr(), dtype=DTYPES[x.dtype]) if isinstance(x, Tensor) else None
-
-
-def name_of(active: Sequence[int], everything: Sequence[int]) -> float:
-    """A number for this set of parameters, of those with state. The native side compares it with that of the last step
-    that was not skipped, which on a GPU only the device knows; so it is a hash, and nothing has to be remembered: 53
-    bits, exact in a double. All of them, the usual case, have one name on all ranks, whoever has which parameters."""
-    if sorted(active) == sorted(everything):
-        return 1.0
-    digest = hashlib.blake2b(repr(tuple(sorted(active))).encode(), digest_size=8).digest()
-    return float(int.from_bytes(digest, "little") >> 11)
-
-
-def _with_elements(params: Sequence[Tensor], stateful: Sequence[int]) -> list[int]:
-    return [i for i in stateful if params[i].numel()]
 
 
 def places(params: Sequence[Tensor], stateful: Sequence[int], unowned: frozenset[int]) -> tuple[list[int], int, int]:

@@ -1,0 +1,440 @@
+"""The table of an NLCG step: the parameters with a gradient, what the step is told about them, and what it reports."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnlcg import _native
+from fastnlcg.options import Options
+from fastnlcg.tensors import groups
+from fastnlcg.tensors.checks import DTYPES, usable_gradient
+from fastnlcg.tensors.dtensor import memory, place_of
+from fastnlcg.tensors.ranks import find_ranks
+from fastnlcg.tensors.state import local_arrays, missing_arrays
+from fastnlcg.tensors.table import (
+    Groups,
+    ParameterTable,
+    State,
+    expected_state,
+    in_order,
+    in_place,
+    parameters,
+    write_state,
+)
+
+
+class StepTable(ParameterTable):
+    """The table of one NLCG's last step."""
+
+    def __init__(self, process_group: Any, average_loss: bool | None) -> None:
+        super().__init__()
+        self.process_group, self.average_loss = process_group, average_loss
+        self.options: Options | None = None
+        self.params: list[Tensor] = []
+        """every parameter of every group"""
+        self.groups: Groups = []
+        self._group_params: list[list[Tensor]] = []
+        self.active: list[int] = []
+        """those with a gradient and at least one element: one segment each, in the order of the flat index"""
+        self.active_set = 0.0
+        """names the set of ``active``"""
+        self.plain = True
+        """whether all of ``active``, and their gradients, are plain tensors that are used in place"""
+        self.current = False
+        """whether the table is that of a step, and may be used again"""
+        self._at: Any = None
+        self._active_params: list[Tensor] = []
+        self._inactive: list[Tensor] = []
+        self._everything: list[Tensor] = []
+        self._expected_state: list[Any] = []
+        self._entries: list[dict[str, Tensor]] = []
+        self._ranks_known = self._sums_known = False
+        self._amp: list[Tensor | None] = []
+        self._known = 0.0  # disagreements of ranks that have been raised
+        self._told: Tensor | None = None  # those the device has found, in pinned memory
+        self._begun = False  # a step was taken, or the state made for one
+
+    def set_options(self, options: Options) -> None:
+        """Options that may have changed since the last step. ValueError where the state would have to be another."""
+        old = self.options
+        if old is not None and self.native is not None:
+            if options.preconditioner != old.preconditioner:
+                raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
+            if options.streams() != old.streams():
+                raise ValueError(
+                    "update cannot change to one that needs other state (grad_prev) once there is some; make a new "
+                    "optimizer"
+                )
+            self.native.set_options(options.native())
+            if (options.line_search is None) != (old.line_search is None):
+                self.current, self._ranks_known = False, False  # other ranks may have a say in the loss
+        self.options = options
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        param_groups: Groups,
+        state: State,
+        lr: list[float | Tensor],
+        weight_decay: list[float],
+        maximize: list[bool],
+        loss: float | Tensor,
+        *,
+        capturable: bool,
+        amp: tuple[float | Tensor | None, float | Tensor | None],
+    ) -> bool:
+        """Takes one. False where it was skipped, or there was nothing to do."""
+        for attempt in range(2):
+            if attempt or not self._fits(param_groups):
+                self._rebuild(param_groups, state)
+            native, ranks = self.native, self.ranks
+            if native is None or not (self.active or ranks is not None):
+                return True
+            on_gpu = _native.on_gpu(self.device)
+            if capturable and not on_gpu:
+                raise RuntimeError("capturable=True needs CUDA parameters; these are on the CPU")
+            if on_gpu and ranks is not None and not _native.capturing():
+                self._raise_disagreement()
+            at = self._tensors(param_groups, state)
+            # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
+            torch.autograd.graph.increment_version(self._active_params)
+            try:
+                if on_gpu:
+                    moved = self._on_gpu(native, at, lr, weight_decay, maximize, loss, capturable, amp)
+                else:
+                    rates, threads = [float(rate) for rate in lr], _native.num_threads()
+                    moved = native.step(at, rates, weight_decay, maximize, self.active_set, float(loss), threads)
+            except _native.RanksDisagree:
+                self.explain("step()", param_groups)
+            if moved is None:
+                continue
+            self._begun = True
+            if moved:
+                self.write_back()
+            self.copies = []
+            return moved
+        raise RuntimeError("a parameter, a gradient or a tensor of the state was changed while the step began")
+
+    def makes_state_only(self, param_groups: Groups, state: State, lr: list[float | Tensor]) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint makes the state that it reads or loads into:
+        the first, with rates of 0 and gradients of zero. The state is then made, and nothing is counted."""
+        if self._begun or (any(isinstance(rate, Tensor) for rate in lr) and _native.capturing()):
+            return False
+        params = parameters(param_groups)
+        if any(float(rate) != 0.0 for rate in lr) or any("direction" in (state.get(p) or ()) for p in params):
+            return False
+        groups.complete(param_groups, {})
+        if groups.named_scalars(param_groups[0])["step"] != 0.0:
+            return False  # a rank without any parameter has no state
+        self._rebuild(param_groups, state)
+        gradients = [memory(p.grad) for p in params if p.grad is not None]
+        rows = [[float(bool(gradients)), float(any(bool(g.any()) for g in gradients))]]
+        if self.ranks is not None and self.ranks.every_decision:
+            try:
+                rows = self.ranks.exchange(rows[0], 0.0, "diagnostics", 1.0)
+            except _native.RanksDisagree:
+                self.explain("step()", param_groups)
+        self._begun = any(some for some, _ in rows) and not any(moves for _, moves in rows)
+        return self._begun
+
+    def _fits(self, param_groups: Groups) -> bool:
+        """Whether the parameters and numbers are the ones of the table. Tensors are the native side's to look at."""
+        if not self.current or not _native.same_objects(param_groups, self.groups):
+            return False
+        scalars = param_groups[0].get("scalars")
+        for group, params in zip(param_groups, self._group_params, strict=True):
+            if group.get("scalars") is not scalars or not _native.same_objects(group["params"], params):
+                return False
+        return True
+
+    def _tensors(self, param_groups: Groups, state: State) -> Any:
+        """What the native side reads addresses of."""
+        numbers = [group.get("alpha_prev") for group in param_groups]
+        if self.plain:
+            objects = [state, param_groups[0]["scalars"], *numbers]
+            if self._at is None or not all(map(is_, self._at[1], objects)):
+                at = _native.Tensors(
+                    params=self._active_params,
+                    entries=self._entries,
+                    inactive_params=self._inactive,
+                    state=state,
+                    expected_state=self._expected_state,
+                    scalars=objects[1],
+                    alpha_prev=numbers,
+                )
+                self._at = at, objects
+            return self._at[0]
+        self._at = None
+        if any(self.params[i].grad is None for i in self.active):
+            return _native.Tensors()  # does not fit
+        params, gradients, entries = self._prepared()
+        return _native.Tensors(
+            params=params,
+            gradients=gradients,
+            entries=entries,
+            inactive_params=self._inactive,
+            state=state,
+            expected_state=self._expected_state,
+            scalars=param_groups[0]["scalars"],
+            alpha_prev=numbers,
+        )
+
+    def _prepared(self) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
+        """This rank's memory of parameters, gradients and state, with copies of what has gaps."""
+        params, gradients = self.memory_of(self.params, self.active), []
+        for i, local in zip(self.active, params, strict=True):
+            p = self.params[i]
+            assert p.grad is not None
+            g = usable_gradient(i, p, p.grad)
+            gradients.append(g if g.numel() else torch.zeros_like(local))
+        objects = zip(self.active, params, gradients, strict=True)
+        self.plain = all(self.params[i] is p and self.params[i].grad is g for i, p, g in objects)  # from now on
+        return params, gradients, self._local_entries()
+
+    def _local_entries(self) -> list[dict[str, Tensor]]:
+        """This rank's memory of the state; one element for a shard that has none."""
+        assert self.options is not None
+        found = []
+        for entry in self._entries:
+            local = local_arrays(entry)
+            if "direction" in local and local["direction"].numel() == 0:
+                for key, start in self.options.streams().items():
+                    local[key] = torch.full((1,), start, dtype=local[key].dtype, device=local[key].device)
+            found.append(local)
+        return found
+
+    def _on_gpu(
+        self,
+        native: _native.TensorTable,
+        at: Any,
+        lr: list[float | Tensor],
+        weight_decay: list[float],
+        maximize: list[bool],
+        loss: float | Tensor,
+        capturable: bool,
+        amp: tuple[float | Tensor | None, float | Tensor | None],
+    ) -> bool | None:
+        """Enqueues the step on torch's current stream. Numbers that lie on the device are read there."""
+        for name, x in (("loss", loss), *(("lr", rate) for rate in lr)):
+            if isinstance(x, Tensor) and x.device != self.device:
+                raise RuntimeError(f"{name} is on {x.device}, the parameters on {self.device}")
+        if not capturable and _native.capturing():
+            raise RuntimeError("a step can be captured into a CUDA graph only with capturable=True")
+        self.use_stream()
+        self._amp = [_float32_on(self.device, x) for x in amp]  # alive until the step has run
+        return native.step(
+            at,
+            [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
+            weight_decay,
+            maximize,
+            self.active_set,
+            math.nan if isinstance(loss, Tensor) else loss,
+            1,
+            lr_on_device=[_device_scalar(rate) for rate in lr],
+            loss_on_device=_device_scalar(loss),
+            grad_scale=_device_scalar(self._amp[0]),
+            found_inf=_device_scalar(self._amp[1]),
+        )
+
+    # ---- ranks that disagree ---------------------------------------------------------------------------------------
+
+    def explain(self, moment: str, param_groups: Groups) -> None:
+        """Raises on every rank what differs between them."""
+        assert self.ranks is not None
+        assert self.options is not None
+        step = groups.named_scalars(param_groups[0])["step"]
+        self.ranks.explain(moment, step, vars(self.options), param_groups)
+
+    def _raise_disagreement(self) -> None:
+        """On a GPU only the device knows at once: the steps since then have changed nothing."""
+        assert self.ranks is not None
+        if self._told is not None and self._told.item() > self._known:
+            self._known = self._told.item()
+            raise RuntimeError(f"a step before has changed nothing: {self.ranks.who_disagreed()}")
+
+    def watch(self) -> None:
+        """After a step over ranks on a GPU: lets the host hear of a disagreement without waiting."""
+        if self.ranks is None or not _native.on_gpu(self.device) or _native.capturing():
+            return
+        told = self.groups[0]["scalars"][list(_native.SCALARS).index("disagreements")]
+        if self._told is None:
+            self._told = torch.zeros((), dtype=torch.float64, device="cpu", pin_memory=told.is_cuda)
+        self._told.copy_(told, non_blocking=True)
+
+    # ---- the table -------------------------------------------------------------------------------------------------
+
+    def _rebuild(self, param_groups: Groups, state: State, *, to_look: bool = False) -> None:
+        """Checks every parameter and gradient, makes the state that is missing, and a new table. ``to_look``: over all
+        parameters with state, not for a step."""
+        assert self.options is not None
+        params = parameters(param_groups)
+        grads = [None if to_look else p.grad for p in params]
+        stateful = [i for i, p in enumerate(params) if grads[i] is not None or "direction" in (state.get(p) or ())]
+        usable = {
+            i: usable_gradient(i, p, g)
+            for i, (p, g) in enumerate(zip(params, grads, strict=True))
+            if g is not None and p.numel()
+        }
+        ranks = self.ranks
+        if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            search = self.options.line_search is not None
+            ranks = find_ranks(params, self.process_group, self.average_loss, search)
+        stateful = in_order(params, stateful, ranks)
+        groups.complete(param_groups, {})
+        if not stateful and ranks is None and self.native is None:
+            return  # no parameter has ever had a gradient: nothing to do
+
+        device = self.device_for(params, stateful, ranks)
+        entries = {i: self._missing(i, params[i], state.get(params[i]) or {}) for i in stateful}
+        active = [i for i in stateful if (params[i].numel() if to_look else i in usable)]
+        if _native.on_gpu(device) and _native.capturing() and any(new for new in entries.values()):
+            raise RuntimeError(
+                "state cannot be made while a CUDA graph is captured: take a step with these parameters first"
+            )
+
+        # Everything has been checked: from here on state and groups are written.
+        groups.place_numbers(param_groups, device)
+        self._rename_set(params, stateful, state, param_groups[0]["scalars"])
+        write_state(state, params, entries)
+        same_ranks = ranks is self.ranks
+        rounding = self.options.stochastic_rounding
+        self.lay_out(
+            params,
+            stateful,
+            active,
+            ranks,
+            _native.StateKeys(
+                grad_prev="grad_prev" if self.options.keeps_gradient else None,
+                direction="direction",
+                diagonal=self.options.kind.diagonal,
+                steps="step",
+            ),
+            options=self.options.native(),
+            group_of=[k for k, group in enumerate(param_groups) for _ in group["params"]],
+            n_groups=len(param_groups),
+            place=(lambda p: place_of(p, self.process_group)) if rounding else None,
+        )
+        assert self.native is not None
+        self.params, self.groups = params, list(param_groups)
+        self._group_params = [list(group["params"]) for group in param_groups]
+        self._ranks_known = True
+        self.active, self.active_set = active, name_of(active, _with_elements(params, stateful))
+        self._active_params = [params[i] for i in active]
+        self._everything = [params[i] for i in _with_elements(params, stateful)]
+        self._inactive = [p for p, g in zip(params, grads, strict=True) if g is None]
+        self.plain = not to_look and all(memory(params[i]) is params[i] and in_place(params[i]) for i in active)
+        self.plain = self.plain and all(usable[i] is grads[i] for i in active)
+        self.current = not to_look and bool(active or ranks is not None)  # without any, the next gradient is looked for
+        self._at = None
+        self._entries = [state[params[i]] for i in active]
+        self._expected_state = expected_state(state)
+        self._sums_known = self._sums_known and same_ranks
+        kept = param_groups[0]["scalars"][list(_native.SCALARS).index("active_set")]
+        if self.options.kind.sums_last_move and not (self._sums_known or to_look) and kept.item() == self.active_set:
+            # A file has one rank's share of these sums, and may come from other ranks.
+            self._sums_known = True
+            self.use_stream()
+            numbers = [group["alpha_prev"] for group in param_groups]
+            self.native.last_move(self.look_at(param_groups[0]["scalars"], numbers), _native.num_threads())
+
+    def _missing(self, i: int, p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The state that parameter ``i`` lacks, with its count of steps."""
+        assert self.options is not None
+        new = missing_arrays(i, p, entry, self.options.streams())
+        step, device = entry.get("step"), memory(p).device
+        fits = (
+            isinstance(step, Tensor)
+            and not (step.dim() or step.is_neg())
+            and step.dtype == torch.float64
+            and step.device == device
+        )
+        if not fits:
+            new["step"] = torch.full((), 0.0 if step is None else float(step), dtype=torch.float64, device=device)
+        return new
+
+    def _rename_set(self, params: list[Tensor], stateful: list[int], state: State, scalars: Tensor) -> None:
+        """The name of the last step's set, which goes by the order of the parameters and by which of them have state,
+        in the new order. A set that is no longer whole is forgotten."""
+        everything = _with_elements(params, stateful)
+        place = {id(params[i]): i for i in everything if "direction" in (state.get(params[i]) or ())}
+        # On a GPU only the device knows whether the last step was skipped, and the set is an older one.
+        # Loaded, or copied: if it was all of them, it is now all that had state.
+        known: dict[float, list[int | None]] = {1.0: list(place.values())}
+        same_order = True
+        if self.native is not None:
+            known = {1.0: [place.get(id(p)) for p in self._everything]}
+            known[self.active_set] = [place.get(id(p)) for p in self._active_params]
+            same_order = len(params) >= len(self.params) and all(map(is_, params, self.params))
+        names = {
+            then: -1.0 if None in members else name_of([i for i in members if i is not None], everything)
+            for then, members in known.items()
+        }
+        if all(then == now for then, now in names.items()) and same_order:
+            return
+        at = list(_native.SCALARS).index("active_set")
+        old = scalars[at].clone()
+        new = old if same_order else torch.full_like(old, -1.0)
+        for then, now in names.items():
+            new = torch.where(old == then, now, new)
+        scalars[at].copy_(new)
+
+    # ---- to look at it ---------------------------------------------------------------------------------------------
+
+    def look_at(self, scalars: Tensor, alpha_prev: list[Tensor]) -> Any:
+        """What the native side reads of the state alone."""
+        return _native.Tensors(entries=self._local_entries(), scalars=scalars, alpha_prev=alpha_prev)
+
+    def state_norms(self, param_groups: Groups, state: State) -> tuple[float, float, float]:
+        """|g_prev|^2, |d|^2, g_prev . d over the parameters of the last step; after a load, over all."""
+        for attempt in range(2):
+            if attempt or self.native is None:
+                self._rebuild(param_groups, state, to_look=True)
+            if self.native is None:
+                break
+            self.join_stream()
+            numbers = [group["alpha_prev"] for group in self.groups]
+            norms = self.native.state_norms(self.look_at(param_groups[0]["scalars"], numbers), _native.num_threads())
+            if norms is not None:
+                return norms
+        return 0.0, 0.0, 0.0
+
+    def join_stream(self) -> None:
+        """On a GPU: what torch's current stream does next follows the last step."""
+        self.use_stream()
+        if self.native is not None and _native.on_gpu(self.device):
+            self.native.join_stream()
+
+
+def _float32_on(device: torch.device, x: float | Tensor | None) -> Tensor | None:
+    """What AMP sets, where the kernels can read it: GradScaler's own tensors may lie on another GPU, a user's be of
+    another dtype, or no tensor."""
+    if x is None:
+        return None
+    return torch.as_tensor(x).detach().to(device, torch.float32, non_blocking=True)
+
+
+def _device_scalar(x: float | Tensor | None) -> _native.DeviceScalar | None:
+    """What the kernels read a tensor of one element through; None for a number of the host."""
+    return _native.DeviceScalar(address=x.data_ptr(), dtype=DTYPES[x.dtype]) if isinstance(x, Tensor) else None
+
+
+def name_of(active: Sequence[int], everything: Sequence[int]) -> float:
+    """A number for this set of parameters, of those with state. The native side compares it with that of the last step
+    that was not skipped, which on a GPU only the device knows; so it is a hash, and nothing has to be remembered: 53
+    bits, exact in a double. All of them, the usual case, have one name on all ranks, whoever has which parameters."""
+    if sorted(active) == sorted(everything):
+        return 1.0
+    digest = hashlib.blake2b(repr(tuple(sorted(active))).encode(), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11)
+
+
+def _with_elements(params: Sequence[Tensor], stateful: Sequence[int]) -> list[int]:
+    return [i for i in stateful if params[i].numel()]
