@@ -106,16 +106,17 @@ class ParameterTable:
             self.native = _native.TensorTable(DTYPES[dtype], *place_of_work)
         if options is not None:
             self.native.set_options(options)
-        workspace = self._workspace_for(_native.workspace_doubles(n, len(stateful), n_groups))
+        workspace = self._workspace_for(n, len(stateful), n_groups)
         self.native.lay_out(n, segments, n_groups, keys, DLPACK_API, Tensor, workspace)
         if ranks is not None:
             ranks.connect(self.native, owned, device)
         self.ranks = ranks
 
-    def _workspace_for(self, doubles: int) -> _native.Buffer | None:
+    def _workspace_for(self, n: int, segments: int, n_groups: int) -> _native.Buffer | None:
         """Memory for partial sums on a GPU, which is kept while it is large enough."""
         if not _native.on_gpu(self.device):
             return None
+        doubles = _native.workspace_doubles(n, segments, n_groups)
         if self._workspace is None or self._workspace.numel() < doubles:
             if _native.capturing():
                 raise RuntimeError(
