@@ -118,7 +118,7 @@ import torch
 from fastnlcg import NLCG
 p = torch.nn.Parameter(torch.ones(100_000)); p.grad = torch.ones_like(p)
 torch.set_num_threads(2); NLCG([p]).step(); p.sum()
-print(*sorted(set(re.findall(r"/\\S*lib[gi]omp\\S*", open("/proc/self/maps").read()))))
+print(*sorted(set(re.findall(r"/\\S*lib[gi]?omp\\S*", open("/proc/self/maps").read()))))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = done.stdout.split()
