@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One glibc, one argument, two results: exp, log, sin, cos, pow, tan and atan exist twice in libm for x86-64, compiled
-# with and without FMA, and the loader picks by the processor (sysdeps/x86_64/fpu/multiarch/ifunc-fma.h). Both are within
+# One glibc, one argument, two results: exp, log, sin, cos, pow and others exist twice in libm for x86-64, compiled with
+# and without FMA, and the loader picks by the processor (sysdeps/x86_64/fpu/multiarch/ifunc-fma.h). Both are within
 # an ulp, and they are not the same ulp. GLIBC_TUNABLES hides the processor's FMA here, as an older one lacks it.
 # It hurts learning rates from math.cos, and everything else that is to have the same bits on another machine.
 set -euo pipefail
