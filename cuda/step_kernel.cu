@@ -120,8 +120,7 @@ const Limits& limits(int device) {
 
 // ---- the step ----------------------------------------------------------------------------------------------------
 
-// Up to this size bench/gpu_model.py predicts one launch to be faster on an H100, despite its lower occupancy. Not
-// measured.
+// Up to this size one launch is estimated to be faster on an H100, despite its lower occupancy. Not measured.
 constexpr std::int64_t kOneLaunchElements = 16'000'000;
 
 template <class S, class Preconditioner>

@@ -55,7 +55,7 @@ class CGDescent(torch.optim.Optimizer):
 
     State is four tensors per parameter in its dtype (``direction``, ``grad_prev``, ``hessian_diag``, ``origin``), made
     at the first step: 16 bytes per float32 parameter, 12 without a preconditioner, whatever the number of steps. An
-    iteration moves about 80 bytes per float32 parameter outside the closure; L-BFGS some 400 with a history of 10.
+    iteration moves about 84 bytes per float32 parameter outside the closure; L-BFGS some 400 with a history of 10.
 
     The function must not change within a step, and its value must repeat: no mini-batches, no dropout. If it changes
     between two steps on purpose (new collocation points), call :meth:`restart`. A step that is not told notices when
