@@ -34,7 +34,7 @@ demo: .venv/fastnlcg
 	@echo "training: five optimizers, five peaks, five seeds; about two minutes"
 	@$(BIN)/python bench/demo.py
 
-# The thorough tests take long for what they add: tests/conftest.py lists them, and what covers their paths.
+# The thorough tests take long for what they add: the comment at their mark says what covers their paths.
 # Two workers, one thread each: OpenMP's threads would wait for each other, spinning.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup
 test: .venv/emulation

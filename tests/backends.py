@@ -83,16 +83,29 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     return backend
 
 
-def parameters(*names: str) -> list[Any]:
+def parameters(*names: str, thorough: tuple[str, ...] = ()) -> list[Any]:
     """For ``pytest.mark.parametrize`` and fixtures. What is not here is skipped, with the reason; but a test for others
-    too just runs without the GPU that is not there, as the report's header says."""
+    too just runs without the GPU that is not there, as the report's header says. Those in ``thorough`` are not in
+    make test."""
     if len(names) > 1 and not GPU:
         names = tuple(name for name in names if name != "cuda")
     marks = {
-        "emulated": pytest.mark.skipif(not EMULATION, reason=NO_EMULATION),
-        "cuda": pytest.mark.skipif(not GPU, reason=NO_GPU),
+        "emulated": [pytest.mark.skipif(not EMULATION, reason=NO_EMULATION)],
+        "cuda": [pytest.mark.skipif(not GPU, reason=NO_GPU)],
     }
-    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
+    slow = [pytest.mark.thorough]
+    return [pytest.param(name, marks=marks.get(name, []) + (slow if name in thorough else [])) for name in names]
+
+
+def thorough(*values: Any) -> list[Any]:
+    """Parameters that are not in make test."""
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
+
+
+# The emulated kernels of a trajectory take seconds; test_step.py and test_cuda.py compare every step of theirs.
+emulated_is_thorough = pytest.mark.parametrize(
+    "cpu_or_emulated", parameters("cpu", "emulated", thorough=("emulated",)), indirect=True
+)
 
 
 @functools.cache

@@ -1,39 +1,8 @@
 from __future__ import annotations
 
-import re
-
 import backends
 import pytest
 from fastnlcg import NLCG, _native
-
-# What make test leaves to make test-all: by file, the tests whose name matches. Each takes long, and each path of
-# theirs is taken by another test of make test, which the comment names.
-THOROUGH = {
-    "test_bits.py": "",  # compiles the kernels for itself; test_step.py compares instruction sets
-    "test_build.py": "nvcc|openmp",  # configures CMake; make cuda compiles
-    # the study's rows are in test_docs.py
-    "test_convergence.py": "plots_and_tables|relative_schedule",
-    # the emulated exchange is that of the CPU's but for the kernel that decides: one kind of it is left
-    "test_distributed.py": "emulated_gpu.(?!adam.)|test_fsdp1|checkpoints|whatever_its_placement|emulated.*bfgs",
-    # the optimizer itself is in test_nlcg.py
-    "test_examples.py": "trainers|killed|ranks_follow|notebook|large_batch|tensorboard|minimal",
-    # emulated trajectories: test_cuda.py and test_step.py compare every step
-    "test_nlcg.py": "(60_steps|resume_at_step_10|it_trains).*emulated|digits_at_large_batch",
-    "test_properties.py": r"two_ranks.(?![0-3]\])",
-    "test_race.py": "",  # ThreadSanitizer builds
-    "test_cuda.py": "(same_bits_for_any_form).*(bfgs_pr|none_pr)|without_cooperative",
-}
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests whose processes take steps together are one group (pytest-xdist): two would wait for each other."""
-    for item in items:
-        name = item.path.name
-        if "ranks" in item.name or name in ("test_distributed.py", "test_examples.py"):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        if name in THOROUGH and re.search(THOROUGH[name], item.name):
-            item.add_marker(pytest.mark.thorough)
 
 
 def pytest_report_header() -> str:

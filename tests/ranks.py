@@ -1,5 +1,6 @@
 """Processes that take steps together: gloo on the CPU, started once a session and a size, because importing torch takes
-longer than the tests.
+longer than the tests. What uses them is marked as the group "ranks", which pytest-xdist keeps on one worker: two
+workers would start them twice, and wait for each other.
 
     results = ranks(3)(function, *arguments)    # function(*arguments) on every rank; its results, by rank
 

@@ -518,6 +518,7 @@ def over_shards() -> tuple[list[Tensor], float]:
     return switched(sharded())
 
 
+@pytest.mark.xdist_group("ranks")  # see ranks.py
 def test_shards_follow_one_process() -> None:
     """AdamW over FSDP2, then NLCG over the same shards."""
     expected, rz = switched(model())

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from fastnlcg import _native
 
+# Compiles the kernels for itself; test_step.py compares the instruction sets of this processor.
+pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).parent.parent
 EXPECTED = ROOT / "tests" / "fixtures" / "bits.txt"
 # As CMakeLists.txt has them.

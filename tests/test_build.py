@@ -50,6 +50,7 @@ def pretends(release: str, *refused: str) -> str:
 
 
 @needs_nvcc
+@pytest.mark.thorough  # configures CMake; make cuda compiles
 def test_an_older_nvcc_is_asked_for_the_architectures_it_knows(tmp_path: Path) -> None:
     """CUDA 12.4 knows neither 100 nor 120: once, they were asked for, and the build failed."""
     status, said = configure(tmp_path, pretends("12.4", "_100", "_120"))
@@ -58,6 +59,7 @@ def test_an_older_nvcc_is_asked_for_the_architectures_it_knows(tmp_path: Path) -
 
 
 @needs_nvcc
+@pytest.mark.thorough  # configures CMake; make cuda compiles
 def test_a_newer_nvcc_is_asked_for_all(tmp_path: Path) -> None:
     status, said = configure(tmp_path, pretends("12.8"))
     assert status == 0, said
@@ -106,6 +108,7 @@ def test_the_module_is_hardened_and_links_no_more_than_it_needs() -> None:
     assert names <= {"libgomp", "libomp", "libstdc++", "libm", "libgcc_s", "libc", "libpthread", "librt", "libdl", "ld"}
 
 
+@pytest.mark.thorough  # starts processes that import torch
 @pytest.mark.parametrize("first", ["torch", "fastnlcg"])
 def test_one_openmp_runtime_in_the_process(first: str) -> None:
     """torch's, where torch is imported first; a wheel must not bring one of its own (pyproject.toml, cibuildwheel)."""

@@ -307,6 +307,7 @@ def test_rivals_are_tuned_alike(tmp_path: Path) -> None:
         assert {config.epochs * config.train_images // config.batch for config in asked} == {120}
 
 
+@pytest.mark.thorough  # trains; test_a_run_learns_and_its_row_repeats_it trains on the other schedule
 @pytest.mark.parametrize("model", ["resnet8", "transformer"])
 def test_a_run_on_the_relative_schedule(model: str, folder: Path) -> None:
     config = Run("nlcg", peak=0.01, schedule="cosine", model=model, side=16, **SMALL)
@@ -348,6 +349,7 @@ def test_text() -> None:
     torch.testing.assert_close(net(xs)[:, :, :40], net(changed)[:, :, :40])
 
 
+@pytest.mark.thorough  # draws every plot; test_docs.py reads the study's rows
 def test_plots_and_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         run(Run(optimizer, seed=seed, **{**SMALL, "batch": batch, "epochs": 3}), folder, compiled=False)

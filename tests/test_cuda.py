@@ -66,7 +66,17 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
+# bfgs_clip and None_clip run the same passes, with a norm besides.
+THOROUGH_FORMS = ("bfgs_pr", "none_pr")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[pytest.mark.thorough] if name in THOROUGH_FORMS else [])
+        for name, options in FORMS.items()
+    ],
+)
 @pytest.mark.parametrize("name", CUTS)
 def test_same_bits_for_any_form_grid_and_residency(gpu: Backend, name: str, options: Options) -> None:
     """The sums' order depends on the place in the flat state alone."""
@@ -138,6 +148,7 @@ def test_more_segments_and_groups_than_fit_the_arguments_of_a_launch(gpu: Backen
         lockstep.checked_step()
 
 
+@pytest.mark.thorough  # test_same_bits_for_any_form_grid_and_residency takes separate launches too
 @only_emulated
 def test_without_cooperative_launches_there_is_one_for_each_pass(gpu: Backend) -> None:
     code = """

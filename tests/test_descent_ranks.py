@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+pytestmark = pytest.mark.xdist_group("ranks")  # see ranks.py
 STEPS = 8
 
 

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+pytestmark = pytest.mark.xdist_group("ranks")  # see ranks.py
 STEPS = 12
 KINDS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.01},
@@ -191,8 +192,12 @@ def test_hsdp_follows_one_process_and_replicas_are_bit_equal(mesh_shape: tuple[i
     assert all(len(replicas) == 1 for replicas in by_shard.values())
 
 
+# The exchange is the CPU's, except for the kernel that decides, which Adam's runs take as well.
+KINDS_ON_THE_EMULATED_GPU = ["adam", "adam_pr", "adam_clip", *backends.thorough("bfgs", "bfgs_clip", "none", "search")]
+
+
 @pytest.mark.skipif(not backends.EMULATION, reason=backends.NO_EMULATION)
-@pytest.mark.parametrize("kind", ["adam", "adam_pr", "adam_clip", "bfgs", "bfgs_clip", "none", "search"])
+@pytest.mark.parametrize("kind", KINDS_ON_THE_EMULATED_GPU)
 def test_fsdp2_on_the_emulated_gpu(kind: str) -> None:
     expected, optimizer = alone(kind)
     for found, diagnostics, gathers, _ in ranks(3)(fsdp2, kind, None, "emulated"):
@@ -279,6 +284,7 @@ def gradients(params: list[Tensor], t: int) -> list[Tensor]:
     return [(k + 1) * p + 0.2 * torch.randn(p.shape, generator=generator) for k, p in enumerate(params)]
 
 
+@pytest.mark.thorough  # test_tensor_parallel_and_fsdp2 shards over both dimensions
 @pytest.mark.parametrize("kind", ["adam", "adam_pr", "bfgs", "none"])
 def test_every_element_counts_once_whatever_its_placement(kind: str) -> None:
     params = [nn.Parameter(start) for start in shapes()]
@@ -493,6 +499,7 @@ def fsdp1(kind: str, use_orig_params: bool) -> tuple[list[Tensor], int]:
         return [p.detach().clone() for p in net.parameters()], optimizer.diagnostics().step
 
 
+@pytest.mark.thorough  # test_process_group_sums_over_plain_shards takes the same path
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("kind", ["adam", "bfgs", "search"])
 def test_fsdp1(kind: str, use_orig_params: bool) -> None:
@@ -527,6 +534,7 @@ def fsdp1_checkpoint(kind: str) -> tuple[str, str]:
     return bits(net), bits(twin)
 
 
+@pytest.mark.thorough  # test_a_checkpoint_resumes_to_the_bit_and_reshards saves and loads FSDP2
 @pytest.mark.parametrize("kind", ["adam", "bfgs_pr"])
 def test_fsdp1_checkpoints(kind: str) -> None:
     for ours, theirs in ranks(2)(fsdp1_checkpoint, kind):
@@ -578,6 +586,7 @@ def zero_checkpoint(kind: str) -> tuple[str, str]:
     return steps(net, optimizer, 6, 9), steps(twin, other, 6, 9)
 
 
+@pytest.mark.thorough  # test_zero_redundancy_optimizer steps, and test_checkpoints.py loads
 @pytest.mark.parametrize("kind", ["adam", "bfgs_pr"])
 def test_zero_checkpoints(kind: str) -> None:
     for ours, theirs in ranks(2)(zero_checkpoint, kind):

@@ -12,8 +12,10 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import backends
 import pytest
 
+pytestmark = pytest.mark.xdist_group("ranks")  # see ranks.py
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "examples" / "train.py")
 SHORT = ("--epochs", "10", "--batch", "512")
@@ -71,6 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {world: folder / world for world in WORLDS}
 
 
+@pytest.mark.thorough  # starts three runs; test_distributed.py compares ranks with one process
 def test_ranks_follow_one_process(whole: dict[str, Path]) -> None:
     alone = losses(whole["alone"])
     assert len(alone) == 30
@@ -80,6 +83,7 @@ def test_ranks_follow_one_process(whole: dict[str, Path]) -> None:
         assert [row["step"] for row in rows(whole[world])] == [str(k) for k in range(30)]
 
 
+@pytest.mark.thorough  # starts three runs; the optimizer itself is in test_nlcg.py
 def test_tensorboard_has_the_losses(whole: dict[str, Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -89,6 +93,7 @@ def test_tensorboard_has_the_losses(whole: dict[str, Path]) -> None:
         assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(folder), rel=1e-6)
 
 
+@pytest.mark.thorough  # kills and resumes runs; test_checkpoints.py and test_distributed.py resume to the bit
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_killed_run_goes_on_to_the_same_losses(whole: dict[str, Path], tmp_path: Path, world: str) -> None:
     """SIGKILL to all ranks, at whatever step they are in; alone twice."""
@@ -119,7 +124,11 @@ PRINTS = {
 }
 
 
-@pytest.mark.parametrize("name", PRINTS)
+# Those that train for long are thorough: test_nlcg.py trains with the optimizer itself.
+THOROUGH = ("minimal", "large_batch")
+
+
+@pytest.mark.parametrize("name", [*backends.thorough(*THOROUGH), *(name for name in PRINTS if name not in THOROUGH)])
 def test_short_ones(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py")]
     command += {"pinn": ["--iterations", "60"]}.get(name, [])
@@ -129,6 +138,7 @@ def test_short_ones(name: str, tmp_path: Path) -> None:
     assert re.search(PRINTS[name], done.stdout), done.stdout
 
 
+@pytest.mark.thorough  # executes a kernel of jupyter; test_nlcg.py reads diagnostics
 @pytest.mark.filterwarnings("ignore")  # of jupyter's packages
 def test_the_notebook() -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
@@ -144,6 +154,7 @@ def test_every_example_is_tested() -> None:
     assert {path.stem for path in (ROOT / "examples").iterdir() if path.is_file()} == tested
 
 
+@pytest.mark.thorough  # imports the trainers; what they call is in test_torch.py and test_nlcg.py
 @pytest.mark.parametrize(("name", "most"), [("accelerate", 0.1), ("lightning", 0.15), ("transformers", 0.2)])
 def test_trainers(name: str, most: float) -> None:
     """And the line search has seen the losses: without one, ten steps warn."""

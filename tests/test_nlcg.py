@@ -12,7 +12,7 @@ import backends
 import numpy as np
 import pytest
 import torch
-from backends import only_adam, only_bfgs
+from backends import emulated_is_thorough, only_adam, only_bfgs
 from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference, warmup_cosine
 from fastnlcg.tensors import groups
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ PROBLEMS = {
 }
 
 
+@emulated_is_thorough
 @only_bfgs
 @pytest.mark.parametrize("of", ["adam", "bfgs", None])
 @pytest.mark.parametrize("update", UPDATES)
@@ -181,6 +182,7 @@ def bits(net: nn.Module) -> bytes:
 OPTIONS = {"update": "polak_ribiere", "line_search": OnlineLineSearch(), "weight_decay": 1e-3}
 
 
+@emulated_is_thorough
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_it_trains(dtype: torch.dtype) -> None:
     net = model(dtype)
@@ -388,6 +390,7 @@ RESUME = {
 }
 
 
+@emulated_is_thorough
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", RESUME)
 def test_resume_at_step_10_is_bit_exact(how: str, dtype: torch.dtype) -> None:
@@ -669,6 +672,7 @@ def test_schedule_arguments() -> None:
 # ---- the claim -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough  # 1,200 steps; test_it_trains trains for 30
 @only_bfgs
 @pytest.mark.parametrize("cpu_or_emulated", ["cpu"], indirect=True)  # of training, not of kernels
 def test_on_digits_at_large_batch_nlcg_reaches_half_of_momentums_loss() -> None:

@@ -55,7 +55,8 @@ def test_any_sequence_of_operations(cpu_or_emulated: backends.Backend) -> None:
     )
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.xdist_group("ranks")  # see ranks.py
+@pytest.mark.parametrize("seed", [*range(4), *backends.thorough(*range(4, 12))])  # the same operations in another order
 def test_any_sequence_of_operations_on_two_ranks(seed: int) -> None:
     assert ranks(2)(ranks_journey, seed, 40) == [40, 40]
 
