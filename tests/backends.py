@@ -19,11 +19,6 @@ NO_EMULATION = "fastnlcg._emulated is not built (FASTNLCG_EMULATION=ON)"
 NO_GPU = f"no GPU: {_native.cuda_unavailable_reason() or 'torch sees none'}"
 
 
-# The preconditioner that NLCG takes by default (conftest.py): in tests that hold for one of them only.
-only_bfgs = pytest.mark.parametrize("preconditioner", ["bfgs"], indirect=True)
-only_adam = pytest.mark.parametrize("preconditioner", ["adam"], indirect=True)
-
-
 @dataclass(frozen=True)
 class Backend:
     """``device`` is torch's; ``on_gpu`` whether the CUDA path runs, emulated or not."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import backends
 import pytest
-from fastnlcg import NLCG, _native
+from fastnlcg import _native
 
 
 def pytest_report_header() -> str:
@@ -37,9 +37,8 @@ def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(params=["adam", "bfgs"])
-def preconditioner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What NLCG takes where a test names none."""
-    monkeypatch.setitem(NLCG.__init__.__kwdefaults__, "preconditioner", request.param)
+def preconditioner(request: pytest.FixtureRequest) -> str:
+    """For ``NLCG(preconditioner=...)``: both that have a diagonal."""
     return request.param
 
 

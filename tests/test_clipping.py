@@ -87,7 +87,7 @@ def test_bits_do_not_depend_on_which_pass_forms_the_norm(preconditioner: str) ->
     runs = []
     for turned in (False, True):
         ps = parameters(Backend("cpu"))
-        optimizer = NLCG(ps, 0.01, max_grad_norm=15.0, weight_decay=0.1)
+        optimizer = NLCG(ps, 0.01, max_grad_norm=15.0, weight_decay=0.1, preconditioner=preconditioner)
         for t in range(8):
             set_gradients(ps, t)
             if turned and t:
@@ -102,7 +102,7 @@ def test_bits_do_not_depend_on_which_pass_forms_the_norm(preconditioner: str) ->
 def test_at_the_bound_and_at_zero(backend: Backend, preconditioner: str) -> None:
     """The factor is torch's, norm / (norm + 1e-6): just below 1 at the bound itself."""
     p = nn.Parameter(torch.zeros(4, dtype=torch.float64, device=backend.device))
-    optimizer = NLCG([p], 0.1, max_grad_norm=2.0)
+    optimizer = NLCG([p], 0.1, max_grad_norm=2.0, preconditioner=preconditioner)
     for gradient, clip in (([1.0] * 4, 2.0 / (2.0 + 1e-6)), ([0.0] * 4, 1.0), ([3.0] * 4, 2.0 / (6.0 + 1e-6))):
         p.grad = torch.tensor(gradient, dtype=torch.float64, device=backend.device)
         optimizer.step()
@@ -114,7 +114,7 @@ def test_at_the_bound_and_at_zero(backend: Backend, preconditioner: str) -> None
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_skips_the_step(backend: Backend, preconditioner: str, bad: float) -> None:
     ps = parameters(backend)
-    optimizer = NLCG(ps, 0.01, max_grad_norm=15.0)
+    optimizer = NLCG(ps, 0.01, max_grad_norm=15.0, preconditioner=preconditioner)
     set_gradients(ps, 2)
     optimizer.step()
     before = [p.detach().clone() for p in ps]
@@ -125,13 +125,13 @@ def test_a_norm_that_is_not_finite_skips_the_step(backend: Backend, precondition
     found = optimizer.diagnostics()
     assert (found.step, found.skipped_steps) == (1, 1)
     assert not math.isfinite(found.total_norm)
-    again = NLCG(ps, 0.01, max_grad_norm=15.0)
+    again = NLCG(ps, 0.01, max_grad_norm=15.0, preconditioner=preconditioner)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # the norm is no damage
 
 
 def test_propagate_does_what_torch_does(backend: Backend, preconditioner: str) -> None:
     ps = parameters(backend)
-    optimizer = NLCG(ps, 0.01, max_grad_norm=15.0, nonfinite="propagate")
+    optimizer = NLCG(ps, 0.01, max_grad_norm=15.0, nonfinite="propagate", preconditioner=preconditioner)
     set_gradients(ps, 0)
     ps[0].grad[0, 0] = math.nan
     optimizer.step()
@@ -151,8 +151,8 @@ def test_a_gradient_too_large_for_the_state_is_clipped_into_it(backend: Backend)
 def test_spikes_are_skipped_and_counted(backend: Backend, preconditioner: str) -> None:
     ps, without = parameters(backend), parameters(backend)
     optimizer, expected = (
-        NLCG(ps, 0.01, skip_grad_norm=15.0, max_grad_norm=10.0),
-        NLCG(without, 0.01, max_grad_norm=10.0),
+        NLCG(ps, 0.01, skip_grad_norm=15.0, max_grad_norm=10.0, preconditioner=preconditioner),
+        NLCG(without, 0.01, max_grad_norm=10.0, preconditioner=preconditioner),
     )
     spikes = 0
     for t in range(8):
@@ -181,7 +181,7 @@ def test_a_skipped_step_warns_of_its_own_reason(preconditioner: str) -> None:
     kinds["infinite"] = (math.inf, kinds["bad"][1])
     for order in (["spike", "bad", "spike", "bad"], ["bad", "spike", "infinite"], ["infinite", "bad", "spike"]):
         p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
-        optimizer = NLCG([p], 0.1, skip_grad_norm=15.0, max_grad_norm=10.0)
+        optimizer = NLCG([p], 0.1, skip_grad_norm=15.0, max_grad_norm=10.0, preconditioner=preconditioner)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for kind in order:
@@ -206,7 +206,7 @@ def test_a_finite_gradient_below_the_bound_is_no_spike() -> None:
 
 def test_the_bound_may_change_between_steps(backend: Backend, preconditioner: str) -> None:
     ps = parameters(backend)
-    optimizer = NLCG(ps, 0.01, max_grad_norm=15.0)
+    optimizer = NLCG(ps, 0.01, max_grad_norm=15.0, preconditioner=preconditioner)
     for bound in (15.0, 5.0, None, math.inf, 2.0):
         optimizer.param_groups[0]["max_grad_norm"] = bound
         set_gradients(ps, 2)
@@ -237,7 +237,7 @@ def test_amp_is_unscaled_first(preconditioner: str) -> None:
     runs: list[list[Tensor]] = []
     for scale in (1.0, 1024.0):
         ps = parameters(Backend("cpu"))
-        optimizer = NLCG(ps, 0.01, max_grad_norm=10.0)
+        optimizer = NLCG(ps, 0.01, max_grad_norm=10.0, preconditioner=preconditioner)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         scaler.scale(torch.ones(()))
         for t in range(4):

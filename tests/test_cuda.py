@@ -326,7 +326,9 @@ def test_the_optimizer_follows_the_float64_reference(
     gpu: Backend, preconditioner: str, update: str, dtype: torch.dtype
 ) -> None:
     ps = parameters(gpu, dtype)
-    optimizer = NLCG(ps, 0.02, update=update, weight_decay=0.01, line_search=OnlineLineSearch())
+    optimizer = NLCG(
+        ps, 0.02, update=update, weight_decay=0.01, line_search=OnlineLineSearch(), preconditioner=preconditioner
+    )
     o = Options(preconditioner=preconditioner, update=update, line_search=OnlineLineSearch())
 
     def flat(tensors: list[Tensor]) -> np.ndarray:
@@ -354,7 +356,7 @@ def test_numbers_on_the_device_are_as_good_as_the_hosts(gpu: Backend, preconditi
     for on_device in (False, True):
         ps = parameters(gpu)
         lr: float | Tensor = torch.tensor(0.03, device=gpu.device) if on_device else float(np.float32(0.03))
-        optimizer = NLCG(ps, lr, line_search=OnlineLineSearch(), capturable=on_device)
+        optimizer = NLCG(ps, lr, line_search=OnlineLineSearch(), capturable=on_device, preconditioner=preconditioner)
         for t in range(6):
             value = (1.0, 1.5, 1.25, 2.0, math.nan, 0.5)[t]
             set_gradients(ps)
@@ -372,7 +374,7 @@ def test_numbers_on_the_device_are_as_good_as_the_hosts(gpu: Backend, preconditi
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1])
 def test_a_bad_lr_on_the_device_skips_the_step(gpu: Backend, preconditioner: str, bad: float) -> None:
     ps = parameters(gpu)
-    optimizer = NLCG(ps, torch.tensor(0.1, device=gpu.device), capturable=True)
+    optimizer = NLCG(ps, torch.tensor(0.1, device=gpu.device), capturable=True, preconditioner=preconditioner)
     set_gradients(ps)
     optimizer.step()
     before = bits(optimizer)
@@ -386,8 +388,8 @@ def test_a_bad_lr_on_the_device_skips_the_step(gpu: Backend, preconditioner: str
 def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(gpu: Backend, preconditioner: str, scale: float) -> None:
     """An overflow freezes everything, counters included; the next step equals a run without it."""
     plain, scaled = parameters(gpu), parameters(gpu)
-    expected = NLCG(plain, 0.02, line_search=OnlineLineSearch())
-    optimizer = NLCG(scaled, 0.02, line_search=OnlineLineSearch(), capturable=True)
+    expected = NLCG(plain, 0.02, line_search=OnlineLineSearch(), preconditioner=preconditioner)
+    optimizer = NLCG(scaled, 0.02, line_search=OnlineLineSearch(), capturable=True, preconditioner=preconditioner)
     scaler = torch.amp.GradScaler(gpu.device, init_scale=scale, growth_interval=1000)
     scaler.scale(torch.ones((), device=gpu.device))
     for t in range(5):
@@ -417,7 +419,10 @@ def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(gpu: Backend, pre
 def test_an_exception_in_a_scaled_step_leaves_no_scale_behind(gpu: Backend, preconditioner: str) -> None:
     """GradScaler multiplies with the scale it finds on the optimizer: once, the next step divided by its square."""
     plain, scaled = parameters(gpu), parameters(gpu)
-    expected, optimizer = NLCG(plain, 0.02), NLCG(scaled, 0.02, line_search=OnlineLineSearch(), capturable=True)
+    expected, optimizer = (
+        NLCG(plain, 0.02, preconditioner=preconditioner),
+        NLCG(scaled, 0.02, line_search=OnlineLineSearch(), capturable=True, preconditioner=preconditioner),
+    )
     scaler = torch.amp.GradScaler(gpu.device, init_scale=1024.0)
     scaler.scale(torch.ones((), device=gpu.device))
     set_gradients(scaled, 1024.0)
@@ -437,7 +442,7 @@ def test_checkpoints_move_between_cpu_and_gpu(
     gpu: Backend, preconditioner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ps = parameters(gpu, torch.float64)
-    optimizer = NLCG(ps, 0.02, update="polak_ribiere")
+    optimizer = NLCG(ps, 0.02, update="polak_ribiere", preconditioner=preconditioner)
     for _ in range(5):
         set_gradients(ps)
         optimizer.step()
@@ -450,7 +455,7 @@ def test_checkpoints_move_between_cpu_and_gpu(
         original.undo()
         backends.use("cpu", original)
         qs = [nn.Parameter(p) for p in cut]
-        other = NLCG(qs, 0.02, update="polak_ribiere")
+        other = NLCG(qs, 0.02, update="polak_ribiere", preconditioner=preconditioner)
         other.load_state_dict(saved)
         for _ in range(5):
             set_gradients(qs)
@@ -523,7 +528,7 @@ def test_graph_replay_has_the_bits_of_eager_steps(gpu: Backend, preconditioner: 
     for graphed in (False, True):
         ps = parameters(gpu)
         lr = torch.tensor(0.02, device="cuda")
-        optimizer = NLCG(ps, lr, line_search=OnlineLineSearch(), capturable=True)
+        optimizer = NLCG(ps, lr, line_search=OnlineLineSearch(), capturable=True, preconditioner=preconditioner)
         loss = torch.zeros((), device="cuda")
 
         def one_step(
@@ -559,7 +564,13 @@ def test_graph_replay_has_the_bits_of_eager_steps(gpu: Backend, preconditioner: 
 @only_gpu
 def test_a_step_neither_waits_nor_allocates(gpu: Backend, preconditioner: str) -> None:
     ps = parameters(gpu)
-    optimizer = NLCG(ps, torch.tensor(0.02, device="cuda"), line_search=OnlineLineSearch(), capturable=True)
+    optimizer = NLCG(
+        ps,
+        torch.tensor(0.02, device="cuda"),
+        line_search=OnlineLineSearch(),
+        capturable=True,
+        preconditioner=preconditioner,
+    )
     losses = []
     for _ in range(3):
         losses.append(set_gradients(ps))
@@ -583,7 +594,7 @@ def test_streams(gpu: Backend, preconditioner: str) -> None:
         ps = parameters(gpu)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            optimizer = NLCG(ps, 0.02)
+            optimizer = NLCG(ps, 0.02, preconditioner=preconditioner)
             for _ in range(5):
                 torch.cuda._sleep(1_000_000)
                 set_gradients(ps)
@@ -648,7 +659,7 @@ def test_a_cooperative_launch_that_is_too_large_falls_back_for_good(
     runs = []
     for refused in (False, True):
         ps = parameters(gpu)
-        optimizer = NLCG(ps, 0.1)
+        optimizer = NLCG(ps, 0.1, preconditioner=preconditioner)
         launches = []
         for t in range(4):
             set_gradients(ps, 1.0 + t)
@@ -671,7 +682,7 @@ def test_work_on_another_stream_waits_for_the_last(
     log = tmp_path / "log"
     monkeypatch.setenv("FASTNLCG_EMULATE_LOG", str(log))
     ps = parameters(gpu)
-    optimizer = NLCG(ps, 0.1)
+    optimizer = NLCG(ps, 0.1, preconditioner=preconditioner)
     for stream in (0, 0, 7, 7, 0):
         monkeypatch.setattr(_native, "current_stream", lambda device, *arrays, s=stream: s)
         set_gradients(ps)
@@ -701,7 +712,7 @@ def test_waiting_for_a_stream_lets_other_threads_run(
     gpu: Backend, preconditioner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ps = parameters(gpu)
-    optimizer = NLCG(ps, 0.1)
+    optimizer = NLCG(ps, 0.1, preconditioner=preconditioner)
     set_gradients(ps)
     optimizer.step()
     monkeypatch.setenv("FASTNLCG_EMULATE_SLOW", "1")
@@ -727,7 +738,7 @@ def test_what_amp_sets_may_be_of_another_dtype_or_a_number(gpu: Backend, precond
     runs = []
     for scale in (None, torch.tensor(4.0, device=gpu.device), torch.tensor(4.0, dtype=torch.float64), 4.0):
         ps = parameters(gpu)
-        optimizer = NLCG(ps, 0.1, capturable=True)
+        optimizer = NLCG(ps, 0.1, capturable=True, preconditioner=preconditioner)
         for t in range(2):
             set_gradients(ps, 1.0 + t)
             if scale is not None:
@@ -749,7 +760,7 @@ def test_a_stream_handle_that_is_used_again_is_another_stream(
     log = tmp_path / "log"
     monkeypatch.setenv("FASTNLCG_EMULATE_LOG", str(log))
     ps = parameters(gpu)
-    optimizer = NLCG(ps, 0.1)
+    optimizer = NLCG(ps, 0.1, preconditioner=preconditioner)
     for generation in (0, 0, 1):
         monkeypatch.setenv("FASTNLCG_EMULATE_STREAM_GENERATION", str(generation))
         set_gradients(ps)
