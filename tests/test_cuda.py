@@ -283,7 +283,7 @@ class OnDevice:
 
 
 def test_a_cuda_buffer_without_a_gpu_is_refused() -> None:
-    """Faults 43: nobody touches the address."""
+    """And its address is not read."""
     if backends.GPU:
         pytest.skip("this machine has a GPU")
     array = np.ones(4, np.float32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -712,6 +714,43 @@ def test_ddp_replicas_are_bit_equal_after_every_step(kind: str, options: dict[st
 
 def ddp_with(kind: str, options: dict[str, Any]) -> tuple[list[str], list[float]]:
     return ddp(kind, **options)
+
+
+def test_ddp_replicas_stay_bit_equal_after_a_step_that_all_skip(tmp_path: Path) -> None:
+    """Rank 1 alone meets an infinity; the reduced gradient has it on both. Their threads and kernels differ."""
+    code = f"""
+import os, sys, torch
+import torch.distributed as dist
+from torch import nn
+from fastnlcg import NLCG, OnlineLineSearch
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
+torch.set_num_threads(1 + rank)
+os.environ["FASTNLCG_ISA"] = ({backends.NARROWEST!r}, "")[rank]
+torch.manual_seed(0)
+net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(40, 900), nn.Tanh(), nn.Linear(900, 3)),
+                                          gradient_as_bucket_view=True)
+optimizer = NLCG(net.parameters(), 0.1, update="polak_ribiere", line_search=OnlineLineSearch(),
+                 average_loss=False)
+torch.manual_seed(rank + 1)
+for t in range(8):
+    x = torch.randn(16, 40)
+    if t == 4 and rank == 1:
+        x[0, 0] = float("inf")
+    optimizer.zero_grad()
+    loss = net(x).square().mean()
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    optimizer.step(loss=mean / 2)
+assert optimizer.diagnostics().skipped_steps == 1 and optimizer.diagnostics().step == 7
+both = [torch.empty(0)] * 2
+dist.all_gather_object(both, [p.detach().numpy().tobytes() for p in net.parameters()] + [repr(optimizer.diagnostics())])
+assert both[0] == both[1]
+os._exit(0)  # gloo's threads may want the GIL of an interpreter that ends, and abort (pytorch#190489)
+"""
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
 
 
 def ddp_trajectory(kind: str) -> tuple[list[Tensor], Any]:

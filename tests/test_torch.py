@@ -4,10 +4,10 @@ The checks are those of ``TestOptimRenewed`` in torch's ``test/test_optim.py``, 
 ``torch.testing._internal.common_optimizers``, gives the inputs, the erroneous inputs and the combinations with
 ``foreach`` and ``fused``. Of them these do not apply:
 
-    rosenbrock_sparse, sparse inputs          sparse gradients are refused (test_faults.py, 27)
-    complex, complex_2d                       complex parameters are refused (test_faults.py, 21)
-    mixed_device_dtype, *_multigpu            one optimizer, one device; mixed dtypes: test_faults.py, 23
-    foreach_large_tensor, peak_memory_foreach there is no foreach implementation; memory: test_faults.py, 2^31: 33
+    rosenbrock_sparse, sparse inputs          sparse gradients are refused (test_parameters.py)
+    complex, complex_2d                       complex parameters are refused (test_parameters.py)
+    mixed_device_dtype, *_multigpu            one optimizer, one device; mixed dtypes: test_parameters.py
+    foreach_large_tensor, peak_memory_foreach no foreach implementation; memory: test_parameters.py, 2^31: test_step.py
     defaults_changed_to_foreach               likewise
     fused_does_not_step_if_foundinf           of CUDA: test_cuda.py
     cpu_load_state_dict, *_with_cuda_params   of CUDA: test_cuda.py
