@@ -54,8 +54,9 @@ arm: .venv/emulation
 sanitize: .venv/sanitized
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
-	  $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_step.py tests/test_ops.py tests/test_ops_arguments.py tests/test_state.py \
-	  tests/test_properties.py tests/test_descent.py::test_passes_in_lockstep -m "not thorough" \
+	  $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_step.py tests/test_ops.py tests/test_ops_arguments.py \
+	  tests/test_state.py tests/test_param_groups.py tests/test_numbers.py tests/test_properties.py \
+	  tests/test_descent.py::test_passes_in_lockstep -m "not thorough" \
 	  -k "not billion and not ranks and not million"
 
 hard: .venv/sanitized

@@ -1,11 +1,8 @@
-"""NLCG as a torch optimizer: trajectories against the reference, and what torch's users expect of any optimizer."""
+"""NLCG as a torch optimizer: trajectories against the reference, closures, groups, gradient scaling and warnings."""
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-import pickle
 import warnings
 
 import backends
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from backends import emulated_is_thorough
-from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference, warmup_cosine
+from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, reference
 from fastnlcg.tensors import groups
 from torch import Tensor, nn
 
@@ -87,11 +84,11 @@ def test_60_steps_follow_the_float64_reference(name: str, update: str, precondit
         assert off <= tolerance * np.linalg.norm(expected.p)
 
 
-# ---- as torch's own -------------------------------------------------------------------------------------------------
+# ---- equal to AdamW and SGD ------------------------------------------------------------------------------------------
 
 
-def beside_adamw(dtype: torch.dtype, weight_decay: float, beta: float, gradient: object) -> None:
-    """30 steps of both on the same gradients; equal to rounding: some roundings a step, of parameters up to 1."""
+def compare_with_adamw(dtype: torch.dtype, weight_decay: float, beta: float, gradient: object) -> None:
+    """30 steps of both on the same gradients, equal up to some roundings a step of parameters up to 1."""
     x, lr = torch.linspace(-1.0, 1.0, 300, dtype=dtype), 0.01
     ours, theirs = nn.Parameter(x.clone()), nn.Parameter(x.clone())
     adamw = torch.optim.AdamW([theirs], lr, betas=(beta, 0.999), weight_decay=weight_decay)
@@ -115,16 +112,16 @@ def beside_adamw(dtype: torch.dtype, weight_decay: float, beta: float, gradient:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_without_momentum_it_is_adamw(dtype: torch.dtype, weight_decay: float) -> None:
-    beside_adamw(dtype, weight_decay, 0.0, lambda rng: torch.from_numpy(rng.standard_normal(300)))
+    compare_with_adamw(dtype, weight_decay, 0.0, lambda rng: torch.from_numpy(rng.standard_normal(300)))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_with_constant_beta_and_diagonal_it_is_adamw(dtype: torch.dtype, weight_decay: float) -> None:
     """AdamW divides the mean of the gradients by the h of the step; conjugate directions add up gradients that were
-    divided by the h of their own step. They are one where h does not change: gradients of one size, of any signs."""
+    divided by the h of their own step. They are equal if h does not change: gradients of one size, of any signs."""
     size = torch.linspace(0.1, 3.0, 300, dtype=torch.float64)
-    beside_adamw(dtype, weight_decay, 0.9, lambda rng: size * torch.from_numpy(rng.choice([-1.0, 1.0], 300)))
+    compare_with_adamw(dtype, weight_decay, 0.9, lambda rng: size * torch.from_numpy(rng.choice([-1.0, 1.0], 300)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -174,9 +171,6 @@ def train(
 
 def bits(net: nn.Module) -> bytes:
     return b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in net.parameters())
-
-
-OPTIONS = {"update": "polak_ribiere", "line_search": OnlineLineSearch(), "weight_decay": 1e-3}
 
 
 @emulated_is_thorough
@@ -296,49 +290,6 @@ def test_channels_last_and_other_strides(preconditioner: str) -> None:
     assert state["direction"].shape == (4, 1, 3, 3)
 
 
-STATE = {
-    "adam": {"step", "exp_avg_sq", "direction"},
-    "bfgs": {"step", "grad_prev", "hessian_diag", "direction"},
-    None: {"step", "grad_prev", "direction"},
-}
-
-
-@pytest.mark.parametrize(
-    ("options", "keys", "size"),
-    [
-        ({"preconditioner": "adam"}, STATE["adam"], 8),  # Adam's own
-        ({"preconditioner": "adam", "update": "polak_ribiere"}, STATE["adam"] | {"grad_prev"}, 12),
-        ({"preconditioner": "bfgs"}, STATE["bfgs"], 12),
-        ({"preconditioner": None}, STATE[None], 8),
-    ],
-)
-def test_bytes_of_state_a_parameter(options: dict, keys: set[str], size: int) -> None:
-    p = nn.Parameter(torch.randn(10_000))
-    optimizer = NLCG([p], 0.1, **options)
-    p.grad = torch.randn_like(p)
-    optimizer.step()
-    state = optimizer.state[p]
-    assert set(state) == keys
-    assert sum(t.numel() * t.element_size() for t in state.values() if t.dim()) == size * p.numel()
-    if "grad_prev" in keys:
-        assert torch.equal(state["grad_prev"], p.grad)
-    optimizer.param_groups[0]["preconditioner"] = None if options["preconditioner"] else "bfgs"
-    with pytest.raises(ValueError, match="cannot change once there is"):  # a step needs what its state was made for
-        optimizer.step()
-
-
-def test_an_update_that_needs_other_state_is_refused() -> None:
-    p = nn.Parameter(torch.randn(10))
-    optimizer = NLCG([p], 0.1, preconditioner="adam")
-    p.grad = torch.randn_like(p)
-    optimizer.step()
-    optimizer.param_groups[0]["update"] = "polak_ribiere"
-    with pytest.raises(ValueError, match="grad_prev"):
-        optimizer.step()
-    optimizer.param_groups[0]["update"] = "fletcher_reeves"
-    optimizer.step()
-
-
 def test_version_counter_and_grad(preconditioner: str) -> None:
     net = model()
     optimizer = NLCG(net.parameters(), 0.1, preconditioner=preconditioner)
@@ -352,183 +303,6 @@ def test_version_counter_and_grad(preconditioner: str) -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def through_a_file(value: object) -> object:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def resume_by_state_dict(net: nn.Module, optimizer: NLCG) -> tuple[nn.Module, NLCG]:
-    new = model(next(net.parameters()).dtype)
-    other = NLCG(new.parameters(), 0.9, preconditioner=optimizer.defaults["preconditioner"])
-    weights, state = through_a_file((net.state_dict(), optimizer.state_dict()))
-    new.load_state_dict(weights)
-    other.load_state_dict(state)
-    return new, other
-
-
-def resume_mid_run(net: nn.Module, optimizer: NLCG) -> tuple[nn.Module, NLCG]:
-    """Into an optimizer that has already stepped elsewhere."""
-    new = model(next(net.parameters()).dtype)
-    other = NLCG(new.parameters(), 0.9, preconditioner=optimizer.defaults["preconditioner"])
-    train(new, other, 3, next(net.parameters()).dtype)
-    new.load_state_dict(net.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    return new, other
-
-
-RESUME = {
-    "state_dict": resume_by_state_dict,
-    "mid_run": resume_mid_run,
-    "deepcopy": lambda net, optimizer: copy.deepcopy((net, optimizer)),
-    "pickle": lambda net, optimizer: pickle.loads(pickle.dumps((net, optimizer))),
-}
-
-
-@emulated_is_thorough
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", RESUME)
-def test_resume_at_step_10_is_bit_exact(how: str, dtype: torch.dtype, preconditioner: str) -> None:
-    net = model(dtype)
-    optimizer = NLCG(net.parameters(), 0.1, **OPTIONS, preconditioner=preconditioner)
-    train(net, optimizer, 10, dtype)
-    new, other = RESUME[how](net, optimizer)
-    ours, theirs = optimizer.state.values(), other.state.values()
-    assert not {t.data_ptr() for s in ours for t in s.values()} & {t.data_ptr() for s in theirs for t in s.values()}
-    assert train(net, optimizer, 10, dtype) == train(new, other, 10, dtype)
-    assert bits(net) == bits(new)
-    assert optimizer.diagnostics() == other.diagnostics()
-    for p, q in zip(net.parameters(), new.parameters(), strict=True):
-        for key, value in optimizer.state[p].items():
-            assert torch.equal(value, other.state[q][key]), key
-            assert value.dtype == torch.float64 if key == "step" or dtype == torch.float64 else torch.float32
-
-
-def test_resume_with_a_frozen_parameter_knows_the_last_set(preconditioner: str) -> None:
-    def frozen_run(steps: int, net: nn.Module, optimizer: NLCG) -> None:
-        for _ in range(steps):
-            loss = backward(net)
-            net[0].bias.grad = None
-            optimizer.step(loss=loss)
-
-    net = model()
-    optimizer = NLCG(net.parameters(), 0.1, preconditioner=preconditioner)
-    train(net, optimizer, 3)
-    frozen_run(3, net, optimizer)
-    new, other = resume_by_state_dict(net, optimizer)
-    ours, theirs = optimizer.diagnostics(), other.diagnostics()  # before another step, from what was saved
-    for key in ("step", "rz", "beta", "ls_scale"):  # the norms are over all parameters then
-        assert getattr(ours, key) == getattr(theirs, key)
-    for n, o in ((net, optimizer), (new, other)):
-        frozen_run(1, n, o)
-        assert o.diagnostics().beta > 0  # the same set as before the checkpoint: no restart
-        train(n, o, 3)
-    assert bits(net) == bits(new)
-
-
-def test_state_dict_of_an_optimizer_that_never_stepped(preconditioner: str) -> None:
-    net = model()
-    optimizer = NLCG(net.parameters(), 0.1, preconditioner=preconditioner)
-    optimizer.load_state_dict(NLCG(net.parameters(), 0.2, preconditioner=preconditioner).state_dict())
-    assert optimizer.param_groups[0]["lr"] == 0.2
-    train(net, optimizer, 2)
-
-
-def test_hooks_see_the_steps_and_the_state(preconditioner: str) -> None:
-    net, seen = model(), []
-    optimizer = NLCG(net.parameters(), 0.1, preconditioner=preconditioner)
-    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
-    optimizer.register_load_state_dict_pre_hook(lambda _, sd: {**sd, "param_groups": copy.deepcopy(sd["param_groups"])})
-    train(net, optimizer, 1)
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert seen == ["pre", "post"]
-
-
-def test_a_step_with_zero_gradients_and_lr_0_creates_all_state_and_moves_nothing(preconditioner: str) -> None:
-    """What torch.distributed.checkpoint does before it loads."""
-    net = model()
-    before = bits(net)
-    optimizer = NLCG(net.parameters(), torch.tensor(0.0), preconditioner=preconditioner)
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step(closure=None)
-    assert bits(net) == before
-    assert all(set(optimizer.state[p]) == STATE[preconditioner] for p in net.parameters())
-
-
-@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01, dtype=torch.float64)])
-@pytest.mark.parametrize("options", [{}, {"update": "polak_ribiere", "line_search": OnlineLineSearch()}])
-def test_reading_the_state_before_the_first_step_counts_nothing(
-    options: dict, lr: float | Tensor, preconditioner: str
-) -> None:
-    """torch.distributed.checkpoint makes the state by a step of its own. The next ones are those of a run without it,
-    to the bit; so are those of a run that loads what was read."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    runs = []
-    for how in ("not read", "read", "loaded"):
-        net = model()
-        optimizer = NLCG(net.parameters(), lr, weight_decay=0.1, **options, preconditioner=preconditioner)
-        if how != "not read":
-            state = get_optimizer_state_dict(net, optimizer)
-            assert set(state["state"]) == {name for name, _ in net.named_parameters()}
-            assert all(entry["step"] == 0.0 for entry in state["state"].values())
-            scalars = state["param_groups"][0]["scalars"]
-            assert torch.equal(scalars.nan_to_num(), groups.new_scalars().nan_to_num())
-        if how == "loaded":
-            optimizer = NLCG(net.parameters(), lr, weight_decay=0.1, **options, preconditioner=preconditioner)
-            set_optimizer_state_dict(net, optimizer, state)
-        for _ in range(6):
-            loss = backward(net)
-            optimizer.step(loss=loss.detach())
-        runs.append((bits(net), optimizer.diagnostics()))
-    assert runs[0] == runs[1] == runs[2]
-
-
-def test_other_steps_that_move_nothing_count(preconditioner: str) -> None:
-    """A warm-up that begins at 0, whose first gradient is one; gradients of zero at a rate; and both later on."""
-    for lr, scale, first in ((0.0, 1.0, True), (0.1, 0.0, True), (0.0, 0.0, False)):
-        net = model()
-        optimizer = NLCG(net.parameters(), 0.1, preconditioner=preconditioner)
-        if not first:
-            train(net, optimizer, 1)
-        optimizer.param_groups[0]["lr"] = lr
-        backward(net)
-        for p in net.parameters():
-            p.grad.mul_(scale)
-        optimizer.step()
-        assert optimizer.diagnostics().step == 2 - first
-        assert all(optimizer.state[p]["step"] == 2 - first for p in net.parameters())
-
-
-def test_distributed_checkpoint_takes_the_state_dict(preconditioner: str) -> None:
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    for flatten in (False, True):
-        net, new = model(), model()
-        optimizer, other = (
-            NLCG(net.parameters(), 0.1, preconditioner=preconditioner),
-            NLCG(new.parameters(), 0.1, preconditioner=preconditioner),
-        )
-        train(net, optimizer, 4)
-        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-        state = get_optimizer_state_dict(net, optimizer, options=options)
-        new.load_state_dict(net.state_dict())
-        set_optimizer_state_dict(new, other, state, options=options)
-        train(net, optimizer, 3)
-        train(new, other, 3)
-        assert bits(net) == bits(new)
 
 
 def test_grad_scaler_on_the_cpu(preconditioner: str) -> None:
@@ -555,130 +329,7 @@ def test_grad_scaler_on_the_cpu(preconditioner: str) -> None:
     assert optimizer.diagnostics().skipped_steps == 0
 
 
-# ---- line search and schedule ----------------------------------------------------------------------------------------
-
-
-def test_line_search_options_are_checked() -> None:
-    assert OnlineLineSearch().as_tuple() == (0.02, 0.01, 0.025, 0.025)
-    for keywords, error in (
-        ({"decrease": 1.0}, ValueError),
-        ({"increase": -0.1}, ValueError),
-        ({"increase_threshold": math.nan}, ValueError),
-        ({"flat_threshold": 0.5}, ValueError),
-        ({"decrease": "a"}, TypeError),
-        ({"decrease": True}, TypeError),
-    ):
-        with pytest.raises(error, match=next(iter(keywords))):
-            OnlineLineSearch(**keywords)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "warm_up", "final"), [(512, 5, 0.001), (8192, 5, 0.01), (16384, 15, 0.01), (65536, 30, 0.01)]
-)
-def test_the_papers_schedule(batch_size: int, warm_up: int, final: float) -> None:
-    p = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([p], 123.0)
-    epochs, steps = 90, 3
-    scheduler = paper_schedule(optimizer, batch_size=batch_size, epochs=epochs, steps_per_epoch=steps)
-    rates = []
-    for _ in range(epochs * steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    peak = 0.1 * batch_size / 256
-    assert rates[0] == pytest.approx(0.001)
-    rise = np.linspace(0.001, peak, warm_up * steps + 1)
-    np.testing.assert_allclose(rates[: warm_up * steps + 1], rise, rtol=1e-9)
-    after = np.array(rates[warm_up * steps :]).reshape(-1, steps)
-    np.testing.assert_allclose(after, after[:, :1].repeat(steps, 1))  # constant within an epoch
-    steady = after[: len(after) // 2 * 2, 0].reshape(-1, 2)
-    np.testing.assert_allclose(steady[:, 0], steady[:, 1])  # and over two
-    ratios = steady[1:, 0] / steady[:-1, 0]
-    np.testing.assert_allclose(ratios, ratios[0])
-    assert rates[-1] == pytest.approx(final)
-
-
-def test_warmup_cosine_is_relative_to_each_groups_peak() -> None:
-    ps = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": [ps[0]], "lr": 3.0}, {"params": [ps[1]], "lr": 0.001}])
-    scheduler = warmup_cosine(optimizer, 96)
-    rates = []
-    for step in range(100):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        optimizer.step()
-        scheduler.step()
-        if step == 40:  # through a checkpoint
-            file = io.BytesIO()
-            torch.save(scheduler.state_dict(), file)
-            file.seek(0)
-            saved = torch.load(file, weights_only=True)
-            groups = copy.deepcopy(optimizer.state_dict())
-            scheduler = warmup_cosine(optimizer, 7)
-            scheduler.load_state_dict(saved)
-            optimizer.load_state_dict(groups)
-            pickle.loads(pickle.dumps(scheduler))
-    factor = np.array(rates) / [3.0, 0.001]
-    np.testing.assert_allclose(factor[:, 0], factor[:, 1], rtol=1e-12)
-    np.testing.assert_allclose(factor[:20, 0], np.arange(1, 21) / 20, rtol=1e-12)  # 5/24 of 96
-    k = np.arange(77)  # from the peak to the last step
-    np.testing.assert_allclose(factor[19:96, 0], 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * k / 76)), rtol=1e-10)
-    np.testing.assert_allclose(factor[95:, 0], 0.01, rtol=1e-10)
-
-
-def test_warmup_cosine_arguments() -> None:
-    def rates(total: int, **keywords: object) -> list[float]:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 2.0)
-        scheduler = warmup_cosine(optimizer, total, **keywords)
-        found = []
-        for _ in range(total):
-            found.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        return found
-
-    assert rates(1) == [2.0]
-    assert rates(3, warmup_steps=0, final=0.0) == pytest.approx([2.0, 1.0, 0.0])
-    assert rates(4, warmup_steps=4) == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert rates(3, warmup_steps=1, final=1.0) == [2.0, 2.0, 2.0]
-    for keywords, error, match in (
-        ({"total": 0}, ValueError, "total_steps"),
-        ({"total": 2.5}, TypeError, "total_steps"),
-        ({"total": 3, "warmup_steps": 4}, ValueError, "warmup_steps must be at most"),
-        ({"total": 3, "warmup_steps": -1}, ValueError, "warmup_steps"),
-        ({"total": 3, "final": 1.5}, ValueError, "final"),
-        ({"total": 3, "final": "0"}, TypeError, "final"),
-    ):
-        with pytest.raises(error, match=match):
-            rates(**keywords)
-
-
-def test_schedule_arguments() -> None:
-    p = nn.Parameter(torch.zeros(1))
-
-    def last_lr(**keywords: object) -> float:
-        optimizer = torch.optim.SGD([p], 1.0)
-        scheduler = paper_schedule(optimizer, **{"batch_size": 256, "epochs": 20, "steps_per_epoch": 1, **keywords})
-        for _ in range(keywords.get("epochs", 20) - 1):
-            optimizer.step()
-            scheduler.step()
-        return optimizer.param_groups[0]["lr"]
-
-    assert last_lr() == pytest.approx(0.001)
-    assert last_lr(peak_lr=3.0) == pytest.approx(0.001)
-    assert last_lr(peak_lr=1e-4) == pytest.approx(1e-4)  # below the final rate: constant
-    assert last_lr(epochs=4) < 0.1  # all warm-up
-    for keywords, error in (
-        ({"batch_size": 0}, ValueError),
-        ({"epochs": 1.5}, TypeError),
-        ({"steps_per_epoch": -1}, ValueError),
-        ({"peak_lr": 0.0}, ValueError),
-        ({"peak_lr": math.inf}, ValueError),
-    ):
-        with pytest.raises(error, match=next(iter(keywords))):
-            last_lr(**keywords)
-
-
-# ---- the claim -------------------------------------------------------------------------------------------------------
+# ---- against momentum ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.thorough  # 1,200 steps; test_it_trains trains for 30
@@ -713,7 +364,7 @@ def test_on_digits_at_large_batch_nlcg_reaches_half_of_momentums_loss() -> None:
     assert final["nlcg"] <= 0.5 * final["momentum"]
 
 
-# ---- silent failures have a voice ------------------------------------------------------------------------------------
+# ---- warnings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

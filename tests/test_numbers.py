@@ -8,7 +8,9 @@ import backends
 import numpy as np
 import pytest
 import torch
-from fastnlcg import NLCG, OnlineLineSearch
+from fastnlcg import NLCG, OnlineLineSearch, reference
+from fastnlcg.options import Options
+from fastnlcg.tensors import groups
 from quadratic import DIAGONAL, everything, one_step, parameter, quadratic_gradients, stepped
 from torch import nn
 
@@ -195,3 +197,104 @@ def test_bits_do_not_depend_on_the_callers_floating_point_mode(preconditioner: s
             torch.set_num_threads(2)
         runs.append([x.numpy().tobytes() for x in (p.detach(), optimizer.state[p]["direction"])])
     assert all(run == runs[0] for run in runs)
+
+
+MAGNITUDES = [10.0**e for e in (-44, -38, -30, -23, -20, -12, -5, 0, 5, 12, 17, 19, 20, 25, 30, 34, 37, 38)] + [3e38]
+
+
+@pytest.mark.usefixtures("cpu_or_emulated")
+@pytest.mark.parametrize("spike", [False, True])
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("kind", ["adam", "bfgs", "none"])
+def test_a_finite_gradient_of_any_size_follows_float64_or_is_skipped(kind: str, magnitude: float, spike: bool) -> None:
+    """Moves every parameter as float64 does, to rounding, or the step is skipped and changes nothing. ``spike``: one
+    element among ordinary ones, once; else all elements, at every step."""
+    options = Options(preconditioner=None if kind == "none" else kind)
+    lr = 1e-2 if kind == "adam" or spike else 1e-2 / max(magnitude, 1.0)
+    rng = np.random.default_rng(5)
+    p = nn.Parameter(torch.from_numpy(rng.standard_normal(40).astype(np.float32)))
+    optimizer = NLCG([p], lr, preconditioner=options.preconditioner)
+    taken = 0
+    for t in range(6):
+        g = rng.standard_normal(40) * (1.0 if spike else 0.3) + p.detach().numpy()
+        g = (
+            np.where(np.arange(40) == 7, magnitude * np.sign(g) if t == 3 else g, g)
+            if spike
+            else g / np.abs(g).max() * magnitude
+        )
+        g = np.clip(g, -3.4e38, 3.4e38).astype(np.float32)
+        before = reference_state(optimizer, p, options)
+        old = p.detach().clone()
+        p.grad = torch.from_numpy(g.copy())
+        optimizer.step()
+        after = groups.named_scalars(optimizer.param_groups[0])
+        if after["skipped_steps"] > before.skipped_steps:
+            assert magnitude > 1e15  # never at ordinary sizes
+            assert torch.equal(p.detach(), old)
+            continue
+        taken += 1
+        expected, new = reference.nlcg_step(old.double().numpy(), g.astype(float), before, options, lr=lr)
+        assert torch.isfinite(p).all()
+        # bfgs divides by differences of sums, which amplify rounding; its h may nearly cancel
+        slack = 2e-2 if kind == "bfgs" else 1e-4
+        scale = np.abs(expected) + np.abs(expected - old.double().numpy()) + 1e-30
+        assert np.all(np.abs(p.detach().double().numpy() - expected) <= slack * scale + 1e-7), t
+        assert after["beta"] == pytest.approx(new.beta, rel=slack, abs=slack)
+    assert taken or magnitude > 1e15
+
+
+def reference_state(optimizer: NLCG, p: nn.Parameter, options: Options) -> reference.State:
+    state, scalars = optimizer.state.get(p), groups.named_scalars(optimizer.param_groups[0])
+    if not state:
+        return reference.initial_state(p.numel(), options)
+    diagonal = options.kind.diagonal
+    array = {key: value.double().numpy() for key, value in state.items()}
+    return reference.State(
+        g_prev=array.get("grad_prev", np.zeros(p.numel())),
+        d=array["direction"],
+        diagonal=None if diagonal is None else array[diagonal],
+        alpha_prev=np.full(p.numel(), optimizer.param_groups[0]["alpha_prev"].item()),
+        active=np.ones(p.numel(), dtype=bool),
+        updates=np.full(p.numel(), float(state["step"])),
+        step=int(scalars["step"]),
+        skipped_steps=int(scalars["skipped_steps"]),
+        rz=scalars["rz"],
+    )
+
+
+@pytest.mark.usefixtures("cpu_or_emulated")
+def test_a_spike_is_skipped() -> None:
+    for spikes in ([1e30], [1e25] * 3):
+        p = nn.Parameter(torch.zeros(50))
+        optimizer = NLCG([p], 1e-2)
+        for t in range(12):
+            p.grad = torch.ones(50)
+            if 5 <= t < 5 + len(spikes):
+                p.grad[3] = spikes[t - 5]
+            optimizer.step()
+        assert p.abs().max() < 2.0
+        assert optimizer.diagnostics().skipped_steps == len(spikes)
+
+
+@pytest.mark.usefixtures("cpu_or_emulated")
+def test_stochastic_rounding_makes_no_infinity() -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    p = nn.Parameter(torch.full((4096,), largest, dtype=torch.bfloat16))
+    optimizer = NLCG([p], 1e-3, preconditioner=None, stochastic_rounding=True)
+    p.grad = torch.full_like(p, -1e36)  # less than half of the last place
+    optimizer.step()
+    assert torch.isfinite(p).all()
+
+
+@pytest.mark.usefixtures("cpu_or_emulated")
+def test_random_bits_differ_between_parameters() -> None:
+    ps = [nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = NLCG(ps, 1e-3, preconditioner=None, stochastic_rounding=True)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    a, b = (p.detach() != 1.0 for p in ps)
+    agreement = (a == b).float().mean().item()
+    assert 0.5 < a.float().mean() + 0.5 < 1.4
+    expected = a.float().mean() * b.float().mean() + (1 - a.float().mean()) * (1 - b.float().mean())
+    assert agreement == pytest.approx(expected.item(), abs=0.05)  # independent
