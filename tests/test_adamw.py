@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fastnlcg import NLCG, CGDescent, OnlineLineSearch, decay_groups, warmup_cosine
+from rank_training import loss_of, model, sharded, whole
 from ranks import ranks
-from test_distributed import loss_of, model, sharded, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR

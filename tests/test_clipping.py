@@ -1,5 +1,5 @@
 """Clipping inside the step: what ``clip_grad_norm_`` before it would do, and what it must not do. The formulas are held
-to the reference in test_step.py, forms of launch in test_cuda.py, many ranks in test_distributed.py."""
+to the reference in test_step.py, forms of launch in test_cuda.py, many ranks in test_distributed.py and test_ddp.py."""
 
 from __future__ import annotations
 

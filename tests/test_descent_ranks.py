@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fastnlcg import CGDescent
+from rank_training import Gathers, loss_of, model, sharded, whole
 from ranks import ranks
-from test_distributed import Gathers, loss_of, model, sharded, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -123,7 +123,7 @@ def warnings_of(average_loss: bool | None) -> list[str]:
     return [f"{Path(w.filename).name}: {w.message}" for w in caught]
 
 
-def test_one_ranks_loss_has_a_voice() -> None:
+def test_one_ranks_loss_warns() -> None:
     for (message,) in ranks(2)(warnings_of, None):
         assert message.startswith("test_descent_ranks.py: the line search sees this rank's loss alone")
     assert ranks(2)(warnings_of, False) == ranks(2)(warnings_of, True) == [[], []]
@@ -268,7 +268,7 @@ def test_torch_distributed_checkpoint(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, end, strict=True))
 
 
-def out_of_step(what: str) -> tuple[str, bool]:
+def disagree(what: str) -> tuple[str, bool]:
     net = sharded(None, torch.float64)
     optimizer = CGDescent(
         net.parameters(), beta="dai_yuan" if what == "an option" and dist.get_rank() else "hager_zhang"
@@ -288,8 +288,8 @@ def out_of_step(what: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(("what", "words"), [("an option", "dai_yuan"), ("restart() on one", "not about to take")])
-def test_ranks_out_of_step_all_say_so_and_move_nothing(what: str, words: str) -> None:
-    for message, same in ranks(2)(out_of_step, what):
+def test_ranks_that_disagree_all_raise_and_move_nothing(what: str, words: str) -> None:
+    for message, same in ranks(2)(disagree, what):
         assert words in message
         assert same
 

@@ -93,7 +93,7 @@ def test_tensorboard_has_the_losses(whole: dict[str, Path]) -> None:
         assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(folder), rel=1e-6)
 
 
-@pytest.mark.thorough  # kills and resumes runs; test_checkpoints.py and test_distributed.py resume to the bit
+@pytest.mark.thorough  # kills and resumes runs; test_checkpoints.py and test_distributed_checkpoints.py resume
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_killed_run_goes_on_to_the_same_losses(whole: dict[str, Path], tmp_path: Path, world: str) -> None:
     """SIGKILL to all ranks, at whatever step they are in; alone twice."""
