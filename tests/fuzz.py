@@ -1,11 +1,11 @@
-"""What the native gate and the state dicts are given by somebody who means no good: one input of bytes is one call.
+"""Fuzz target: one byte string encodes one call into the argument checks, or one ``load_state_dict``.
 
 ``one_input`` is the target of a coverage-guided fuzzer, and of random bytes in the tests::
 
     python tests/fuzz.py --seconds 600          # atheris (pip install atheris), coverage of the Python side
 
-A refusal is one of REFUSALS and has written nothing; a call that is accepted writes only into its arrays. Anything else
-is a finding: the bytes are printed, and go into CORPUS below when it is mended.
+A refused call raises one of REFUSALS and has written nothing; an accepted call writes only into its arrays. Anything
+else is a finding: the bytes are printed, and belong into CORPUS below once it is fixed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CORPUS = [
 
 
 class Choices:
-    """Decisions out of bytes; when they are used up, the first of everything."""
+    """Decisions read from bytes; when they are used up, always the first choice."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -80,7 +80,7 @@ WORDS: list[Any] = [
 
 
 class Room:
-    """Arrays between guard words, and what all of it held."""
+    """Arrays between guard words, and a copy of all of it."""
 
     def __init__(self, choose: Choices) -> None:
         self.choose = choose
@@ -102,7 +102,7 @@ class Room:
         elif kind == 2:
             inside = inside.copy()
             inside.flags.writeable = False
-        elif kind == 3 and len(self.bases) > 1:  # another's memory
+        elif kind == 3 and len(self.bases) > 1:  # the memory of another array
             inside = self.bases[-2][GUARD - 1 : GUARD - 1 + n]
         elif kind == 4:
             inside = choose.of([None, "array", 5, [1.0] * n, object(), inside.tolist(), memoryview(inside)])
@@ -142,7 +142,7 @@ def call(room: Room, function: Callable[..., Any], *arrays: Any, **numbers: Any)
 
 
 def some(room: Room, **numbers: Callable[[], Any]) -> dict[str, Any]:
-    """Of the keywords of a function, those that this input gives."""
+    """The keywords of a function that this input gives."""
     return {name: make() for name, make in numbers.items() if room.choose.below(4)}
 
 
@@ -224,7 +224,7 @@ def load_state(choose: Choices) -> None:
     try:
         optimizer.step()
         optimizer.diagnostics()
-    except REFUSALS:  # an lr that is none, say
+    except REFUSALS:  # for example, an lr that is not a number
         pass
     with contextlib.suppress(REFUSALS):
         optimizer.state_dict()

@@ -1,5 +1,5 @@
-"""What takes too long for every commit: fuzzing, kills, mutation, a soak. Prints a table of figures; ends with status 1
-where something was lost, and the seed or the input that shows it.
+"""Checks that take too long for every commit: fuzzing, kills, mutations, a soak. Prints a table of figures; on a finding it
+prints the seed or the input that shows it, and exits with status 1.
 
     make hard                                       everything, some 40 minutes on two cores
     python tests/hard.py --only kills soak          some of it
@@ -33,7 +33,7 @@ import fuzz
 import numpy as np
 import torch
 from fastnlcg import NLCG, OnlineLineSearch, _native
-from journey import DTYPES, Journey, random_options
+from stateful_run import DTYPES, StatefulRun, random_options
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def with_and_without_sanitizers(job: str, seconds: int) -> list[int]:
 # ---- fuzzing ---------------------------------------------------------------------------------------------------------
 
 
-def job_journeys(worker: int, seconds: int) -> int:
+def job_stateful_runs(worker: int, seconds: int) -> int:
     """Steps of random training runs, each compared with the reference."""
     steps, end = 0, time.monotonic() + seconds
     for seed in itertools.count(1_000_000 * (worker + 1)):
@@ -82,17 +82,17 @@ def job_journeys(worker: int, seconds: int) -> int:
             return steps
         rng = np.random.default_rng(seed)
         options = random_options(lambda choices, rng=rng: choices[rng.integers(len(choices))])
-        journey = Journey(seed, DTYPES[seed % 2], options)
+        run = StatefulRun(seed, DTYPES[seed % 2], options)
         try:
-            for k in rng.integers(2 * len(Journey.OPERATIONS), size=60):  # every other is a step
-                Journey.OPERATIONS[k if k < len(Journey.OPERATIONS) else 0](journey)
+            for k in rng.integers(2 * len(StatefulRun.OPERATIONS), size=60):  # half of them are steps
+                StatefulRun.OPERATIONS[k if k < len(StatefulRun.OPERATIONS) else 0](run)
         except Exception as error:
-            raise Lost(f"Journey(seed={seed}): {error!r}") from error
-        steps += journey.steps + journey.skipped
+            raise Lost(f"StatefulRun(seed={seed}): {error!r}") from error
+        steps += run.steps + run.skipped
     return steps
 
 
-def job_gate(worker: int, seconds: int) -> int:
+def job_arguments(worker: int, seconds: int) -> int:
     """Random calls of ops, loads of state dicts, and sequences of native calls."""
     calls, end = 0, time.monotonic() + seconds
     source = random.Random(worker + 10)
@@ -107,12 +107,12 @@ def job_gate(worker: int, seconds: int) -> int:
 
 
 def fuzz_steps(scale: float) -> dict[str, Any]:
-    plain, *checked = with_and_without_sanitizers("journeys", int(300 * scale))
+    plain, *checked = with_and_without_sanitizers("stateful_runs", int(300 * scale))
     return {"steps compared with the reference": plain + sum(checked), "of them under sanitizers": sum(checked)}
 
 
-def fuzz_gate(scale: float) -> dict[str, Any]:
-    plain, *checked = with_and_without_sanitizers("gate", int(240 * scale))
+def fuzz_arguments(scale: float) -> dict[str, Any]:
+    plain, *checked = with_and_without_sanitizers("arguments", int(240 * scale))
     return {"calls": plain + sum(checked), "of them under sanitizers": sum(checked)}
 
 
@@ -139,10 +139,10 @@ def configurations(scale: float) -> dict[str, Any]:
             torch.set_num_threads(threads)
             rng = np.random.default_rng(seed)
             options = random_options(lambda choices, rng=rng: choices[rng.integers(len(choices))])
-            journey = Journey(seed, DTYPES[seed % 2], options, check=False)
-            for k in rng.integers(len(Journey.OPERATIONS), size=60):
-                Journey.OPERATIONS[k](journey)
-            ends.add(journey.bits())
+            run = StatefulRun(seed, DTYPES[seed % 2], options, check=False)
+            for k in rng.integers(len(StatefulRun.OPERATIONS), size=60):
+                StatefulRun.OPERATIONS[k](run)
+            ends.add(run.bits())
         if len(ends) > 1:
             raise Lost(f"seed {seed}, {options}: {len(ends)} results")
     del os.environ["FASTNLCG_ISA"]
@@ -180,7 +180,7 @@ def train(folder: Path, kind: str | None, steps: int, pause: float) -> str:
 
 
 def kills(scale: float) -> dict[str, Any]:
-    """SIGKILL at random moments of training and saving, until the run is through: the bits of a run without."""
+    """SIGKILL at random moments of training and saving, until the run has ended: it has the bits of a run without kills."""
     source, killed, resumed = random.Random(0), 0, 0
     wanted = int(540 * scale)
     torch.set_num_threads(1)
@@ -351,7 +351,7 @@ CATCHES = [
 
 
 def mutants(scale: float) -> dict[str, Any]:
-    """Each mutation by itself, in a copy of the sources: built, and tested until the suite says no."""
+    """Each mutation by itself, in a copy of the sources: built, and tested until a test fails."""
     tree, site = ROOT / "build" / "mutants" / "tree", ROOT / "build" / "mutants" / "site"
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
@@ -408,7 +408,7 @@ def mutants(scale: float) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
     "fuzz_steps": fuzz_steps,
-    "fuzz_gate": fuzz_gate,
+    "fuzz_arguments": fuzz_arguments,
     "fuzz_guided": fuzz_guided,
     "configurations": configurations,
     "kills": kills,
@@ -430,7 +430,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
-JOBS = {"journeys": job_journeys, "gate": job_gate, "soak": job_soak}
+JOBS = {"stateful_runs": job_stateful_runs, "arguments": job_arguments, "soak": job_soak}
 
 
 def main() -> int:

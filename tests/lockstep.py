@@ -1,8 +1,8 @@
-"""A native step, on the backend of the test, beside the reference: every buffer and every scalar, after every step.
+"""A native step on the backend of the test, compared with the reference: every buffer and scalar, after every step.
 
 The reference starts each step from the native state, so differences do not accumulate, and a tolerance can be derived:
 ``K * u`` times the magnitude of what was added up, u being the state's unit roundoff. K = 16 covers the dozen roundings
-from a gradient to a direction. Where h nearly cancels, w = g / (h + eps) is ill-conditioned, and the bound says so.
+from a gradient to a direction. If h nearly cancels, w = g / (h + eps) is ill-conditioned, and the bound says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 K = 16
 SUM_ROUNDING = 64 * 2.0**-53  # sums in double: 256 additions a lane, errors of random sign
 TORCH = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Half a unit in the last place of the parameter, where its type is narrower than the state's.
+# Half a unit in the last place of the parameter, if its type is narrower than the state's.
 STORE_ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SMALLEST = {"float64": 0.0, "float32": 1e-45, "bfloat16": 1e-40, "float16": 6e-8}
 
@@ -84,7 +84,7 @@ class Lockstep:
         self.use(list(range(len(cuts))))
 
     def guarded(self, n: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
-        """Zeros, `shift` elements behind a cache line, between words that nobody may write."""
+        """Zeros, `shift` elements behind a cache line, between guard words that must not change."""
         around = 64 // dtype.itemsize
         whole = torch.zeros(n + 2 * around + shift, dtype=dtype, device=self.backend.device)
         inside = whole[around + shift : around + shift + n]
@@ -123,7 +123,7 @@ class Lockstep:
         self.native.lay_out(self.n, segments, len(self.lr), keys, DLPACK_API, Tensor, workspace)
 
     def tensors(self) -> object:
-        """What the native side reads addresses of."""
+        """The objects whose addresses the native side reads."""
         entries = [
             {
                 key: whole[i] if key == "step" else whole[self.begin[i] : self.begin[i] + self.cuts[i].n]
@@ -245,7 +245,7 @@ class Lockstep:
         smallest = np.concatenate([np.full(cut.n, SMALLEST[cut.dtype]) for cut in self.cuts])
         tol_p = alpha * tol_d + (K * u + 2 * rounding) * (np.abs(p) + alpha * np.abs(new.d)) + smallest
 
-        if self.n > 100 and not o.maximize:  # a bound that lets everything pass would prove nothing
+        if self.n > 100 and not o.maximize:  # the bound must not let everything pass
             assert np.mean(tol_d <= 1e-3 * (np.abs(new.d) + np.abs(w) + 1e-30)) > 0.8
 
         def close(name: str, actual: object, expected: object, tolerance: object) -> None:

@@ -15,8 +15,8 @@ from fastnlcg import NLCG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from journey import DTYPES, Journey, random_options, ranks_journey
 from ranks import ranks
+from stateful_run import DTYPES, StatefulRun, random_options, stateful_run_on_ranks
 from torch import nn
 
 OPTIONS = st.builds(
@@ -30,15 +30,15 @@ class Anything(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), options=OPTIONS)
     def begin(self, seed: int, dtype: torch.dtype, options: dict[str, object]) -> None:
-        self.journey = Journey(seed, dtype, options)
+        self.run = StatefulRun(seed, dtype, options)
 
-    @rule(k=st.sampled_from(range(len(Journey.OPERATIONS))))
+    @rule(k=st.sampled_from(range(len(StatefulRun.OPERATIONS))))
     def operation(self, k: int) -> None:
-        Journey.OPERATIONS[k](self.journey)
+        StatefulRun.OPERATIONS[k](self.run)
 
     @rule()
     def step(self) -> None:
-        self.journey.step()
+        self.run.step()
 
 
 @pytest.mark.filterwarnings("ignore:a step was skipped")
@@ -58,7 +58,7 @@ def test_any_sequence_of_operations(cpu_or_emulated: backends.Backend) -> None:
 @pytest.mark.xdist_group("ranks")  # see ranks.py
 @pytest.mark.parametrize("seed", [*range(4), *backends.thorough(*range(4, 12))])  # the same operations in another order
 def test_any_sequence_of_operations_on_two_ranks(seed: int) -> None:
-    assert ranks(2)(ranks_journey, seed, 40) == [40, 40]
+    assert ranks(2)(stateful_run_on_ranks, seed, 40) == [40, 40]
 
 
 # ---- what must not matter --------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_the_order_of_parameters_is_only_a_matter_of_rounding(
 
 @pytest.mark.filterwarnings("ignore:a step was skipped")
 @pytest.mark.parametrize("seed", range(4))
-def test_threads_and_instruction_sets_change_no_bit_of_a_journey(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_instruction_sets_change_no_bit_of_a_run(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = set()
     for isa in backends._native.instruction_sets():
         for threads in (1, 2):
@@ -121,10 +121,10 @@ def test_threads_and_instruction_sets_change_no_bit_of_a_journey(seed: int, monk
             torch.set_num_threads(threads)
             rng = np.random.default_rng(seed)
             options = random_options(lambda choices, rng=rng: choices[rng.integers(len(choices))])
-            journey = Journey(seed, DTYPES[seed % 2], copy.deepcopy(options), check=False)
-            for k in rng.integers(len(Journey.OPERATIONS), size=30):
-                Journey.OPERATIONS[k](journey)
-            ends.add(journey.bits())
+            run = StatefulRun(seed, DTYPES[seed % 2], copy.deepcopy(options), check=False)
+            for k in rng.integers(len(StatefulRun.OPERATIONS), size=30):
+                StatefulRun.OPERATIONS[k](run)
+            ends.add(run.bits())
     torch.set_num_threads(2)
     assert len(ends) == 1
 

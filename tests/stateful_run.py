@@ -1,8 +1,8 @@
-"""A training run in which anything may happen between two steps, beside an oracle that is right.
+"""A training run with random operations between steps, each step checked against the float64 reference.
 
-``Journey`` holds an ``NLCG`` and does one operation a call; ``check`` compares every step with one of the float64
-reference that starts from the state before it. ``ranks_journey`` does the same on several ranks beside one process that
-has all parameters. Hypothesis (test_properties.py) and the fuzzer (hard.py) choose the operations.
+``StatefulRun`` holds an ``NLCG`` and does one operation a call; ``check`` compares every step with one of the reference
+that starts from the state before it. ``stateful_run_on_ranks`` compares several ranks with one process that has all
+parameters. Hypothesis (test_properties.py) and the fuzzer (hard.py) choose the operations.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def random_options(choose: Callable[[list[Any]], Any]) -> dict[str, Any]:
     return options | ({"beta_max": 0.9} if options["update"] == "heavy_ball" else {})
 
 
-class Journey:
-    """``check`` is False where the operations are to be run on two journeys that are compared with each other."""
+class StatefulRun:
+    """``check`` is False for runs that are compared with each other instead of the reference."""
 
     def __init__(self, seed: int, dtype: torch.dtype, options: dict[str, Any], *, check: bool = True) -> None:
         self.rng = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ class Journey:
         self.steps += bool(moving)
 
     def nan_step(self) -> None:
-        """Changes nothing but a counter."""
+        """A step with a NaN or an infinity changes nothing but a counter."""
         self.set_gradients()
         moving = [p for p in self.params if p.grad is not None and p.numel()]
         if not moving:
@@ -156,7 +156,7 @@ class Journey:
 
     OPERATIONS = (step, nan_step, add_group, drop, save_and_load, load_in_place, swap_data, change_lr, look)
 
-    # ---- the oracle ----
+    # ---- the reference ----
 
     def bits(self) -> bytes:
         """Parameters, state, and the scalars but for what counts skipped steps."""
@@ -257,14 +257,14 @@ class Journey:
         )
 
     def compare(self, before: reference.State, p: np.ndarray, state: reference.State) -> None:
-        """Within what rounding makes of one step, and what ``amplified`` says that bfgs makes of that."""
+        """Within the rounding of one step, amplified by bfgs as ``amplified`` says."""
         found = self.now()
         tolerance = 1e-7 if self.dtype == torch.float64 else 2e-3
         more_h, more_w, more_beta = self.amplified(before, state)
         more_d = more_w + more_beta * np.abs(before.d)
         assert (found.step, found.skipped_steps) == (state.step, state.skipped_steps)
         if not np.all(np.isfinite(more_d)):
-            return  # whether h is updated hangs on a rounding
+            return  # whether h is updated depends on rounding
 
         def close(name: str, a: Any, b: Any, more: Any = 0.0) -> None:
             scale = np.max(np.abs(b), initial=1e-30)
@@ -285,8 +285,8 @@ class Journey:
         np.testing.assert_array_equal(found.updates, state.updates)
 
     def amplified(self, before: reference.State, state: reference.State) -> tuple[np.ndarray, np.ndarray, float]:
-        """How far roundings may move h, w = g / (h + eps) and beta in bfgs, where ys is a small difference of sums, or
-        h nearly cancels: the bounds of lockstep.py. Infinite where ys may be on either side of its gate."""
+        """How far roundings may move h, w = g / (h + eps) and beta in bfgs, if ys is a small difference of sums or h
+        nearly cancels: the bounds of lockstep.py. Infinite if ys may be on either side of the curvature condition."""
         nothing = np.zeros_like(before.d)
         if self.options["preconditioner"] != "bfgs":
             return nothing, nothing, 0.0
@@ -313,7 +313,7 @@ class Journey:
 
 
 def move_state(optimizer: NLCG, how: int) -> None:
-    """What others do to state between two steps."""
+    """What users and wrappers do to state between two steps."""
     for p, entry in list(optimizer.state.items()):
         for value in entry.values():
             if how == 4:
@@ -326,9 +326,9 @@ def move_state(optimizer: NLCG, how: int) -> None:
             optimizer.state[p] = {key: value.clone() for key, value in entry.items()} | {"theirs": torch.ones(2)}
 
 
-def ranks_journey(seed: int, operations: int) -> int:
-    """On every rank: a share of each parameter in one optimizer, whose state others move, all of them in another that
-    is alone. Skips, changing sets of parameters, new groups and checkpoints included. Returns the steps."""
+def stateful_run_on_ranks(seed: int, operations: int) -> int:
+    """On every rank: one optimizer with a share of each parameter, whose state is moved, and one with all of each.
+    Skips, changing sets of parameters, new groups and checkpoints are included. Returns the number of steps."""
     rng = np.random.default_rng(seed)
     rank, world = dist.get_rank(), dist.get_world_size()
     options = random_options(lambda choices: choices[rng.integers(len(choices))])
