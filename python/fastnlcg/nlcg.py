@@ -1,4 +1,4 @@
-"""The torch optimizer: checks what it is given, gathers addresses, takes the native step, reports what it did."""
+"""The torch optimizer: checks its arguments and tensors, takes the native step, and reports what the step did."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastnlcg.tensors.table import parameters
 __all__ = ["NLCG", "Diagnostics"]
 
 
-_LOOKED_AT = (*SHARED, "capturable")
+_COMPARED = (*SHARED, "capturable")  # the entries of a group whose change makes a step check the group again
 
 
 class NLCG(torch.optim.Optimizer):
@@ -45,10 +45,10 @@ class NLCG(torch.optim.Optimizer):
         d     = z + beta d
         p     = p + alpha d,  alpha = lr * ls_scale
 
-    where rz is sum(-g z) of the step before, and the preconditioner says what h is::
+    where rz is sum(-g z) of the step before, and the preconditioner defines h::
 
         "adam"    v = beta2 v + (1 - beta2) g^2,  h = sqrt(v / (1 - beta2^k)) after k updates of v
-        "bfgs"    h = | h + y^2 / sum(y s) - (h s)^2 / sum(s h s) |  where both sums are > curvature_eps,
+        "bfgs"    h = | h + y^2 / sum(y s) - (h s)^2 / sum(s h s) |  if both sums are > curvature_eps,
                   with y = g - g_prev, s = alpha_prev * d
         None      z = -g
 
@@ -61,30 +61,30 @@ class NLCG(torch.optim.Optimizer):
     None        grad_prev, direction         28            L2                 1 (the paper)
     =========== ============================ ============= ================== ==================
 
-    ``"adam"`` keeps grad_prev too where Polak-Ribiere needs it. State is float32 (float64 for float64 parameters);
-    bytes are those of float32 parameters. It is allocated when a parameter first has a gradient, as tensors of its own,
-    which may be moved, shared, off-loaded or replaced between steps: what ``state[p]`` holds is what the next step
-    takes. ``state[p]["step"]`` counts the steps that moved ``p``.
+    ``"adam"`` keeps grad_prev too if ``update="polak_ribiere"`` needs it. State is float32 (float64 for float64
+    parameters); bytes are those of float32 parameters. It is allocated when a parameter first has a gradient, as
+    separate tensors, which may be moved, shared, off-loaded or replaced between steps: the next step takes what
+    ``state[p]`` then contains. ``state[p]["step"]`` counts the steps that moved ``p``.
 
-    Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0, and the BFGS h
-    stays. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
+    Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0 and keeps the
+    BFGS h. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
     describe the edit, and the clamp on beta and the curvature condition keep that harmless. A gradient with other
-    strides than its parameter is copied first, and a parameter with gaps in memory is stepped in a copy; all else is
-    read and written in place. ``p.grad`` is left as it was. A step without any gradient does nothing.
+    strides than its parameter is copied first, and a parameter with gaps in memory is stepped in a copy; everything
+    else is read and written in place. A step leaves ``p.grad`` unchanged. A step without any gradient does nothing.
 
     On a GPU a step is enqueued on torch's current stream. It does not synchronize or allocate, and only the device
     knows whether it was skipped. The first step, and the first with a new parameter, allocate state and cannot be
     captured into a CUDA graph. :meth:`diagnostics` and :meth:`state_dict` synchronize. CPU and GPU evaluate the same
-    formulas but sum in different orders, so their trajectories agree to rounding, not bitwise.
+    formulas but sum in different orders, so their trajectories agree up to rounding, not bit for bit.
 
     Parameters may be spread over ranks: as DTensors (FSDP2, HSDP, tensor parallel), or as plain shards with
-    ``process_group`` (FSDP1, ZeroRedundancyOptimizer). All sums then run over all ranks, in one
-    exchange of 104 bytes per rank and step (two with ``"bfgs"``), and every rank takes the same decisions: all ranks
-    must call :meth:`step`, and :meth:`diagnostics`, which sums too. Ranks that are about to take different steps (a
-    checkpoint loaded on one of them, another lr) all raise, and change nothing. Under DDP gradients are equal on all
-    ranks and nothing is exchanged.
+    ``process_group`` (FSDP1, ZeroRedundancyOptimizer). All sums then run over all ranks, in one exchange of 104 bytes
+    per rank and step (two with ``"bfgs"``), and every rank takes the same decisions: all ranks must call :meth:`step`,
+    and :meth:`diagnostics`, which sums too. If ranks are about to take different steps (one of them has loaded a
+    checkpoint, or has another lr), all of them raise, and nothing changes. Under DDP gradients are equal on all ranks
+    and nothing is exchanged.
 
-    One thread steps at a time; another raises a RuntimeError. Exceptions, a failed exchange and skipped steps leave
+    One thread steps at a time; a second one gets a RuntimeError. Exceptions, a failed exchange and skipped steps leave
     parameters and state unchanged; an interrupt lets the native step finish first. In a graph of ``torch.compile`` a
     step without a closure is one operator.
 
@@ -93,47 +93,50 @@ class NLCG(torch.optim.Optimizer):
     Args:
         params: parameters, named or not, or groups. Groups may have their own ``lr``, ``weight_decay`` and
             ``maximize``; everything else is shared.
-        lr: learning rate, a float or one-element tensor >= 0; schedulers own it. With ``"adam"`` the best peak is a
-            third to a tenth of AdamW's (a step is 1 / (1 - beta) times as long): 3e-3 to 1e-2 in the study, at every
-            batch; the default is cautious. The others take the rates of SGD; the paper's peak is 0.1 * batch / 256.
+        lr: learning rate, a float or one-element tensor >= 0, which schedulers may change. With ``"adam"`` the best
+            peak is a third to a tenth of AdamW's (a step is 1 / (1 - beta) times as long): 3e-3 to 1e-2 in the study,
+            at every batch size; the default is cautious. The other preconditioners take the rates of SGD; the paper's
+            peak is 0.1 * batch / 256.
         update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1), or ``"heavy_ball"``, a constant beta: then
             ``preconditioner=None`` is SGD with momentum.
-        preconditioner: ``"adam"``, the recommended; ``"bfgs"``, the paper's diagonal of Algorithm 2, for large batches
-            only: at small ones the noise in y inflates h until the steps vanish; or None, plain NLCG.
+        preconditioner: ``"adam"``, the recommended one; ``"bfgs"``, the paper's diagonal of Algorithm 2, for large
+            batches only: at small ones the noise in y inflates h until the steps vanish; or None, plain NLCG.
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
             closure, from ``step(loss=...)``, or from :meth:`set_loss`.
         weight_decay: >= 0. Decoupled with ``"adam"``: p is multiplied by ``1 - alpha * weight_decay`` first. Else L2:
-            the gradient seen is ``g + weight_decay * p``.
-        eps: added to h where it divides, >= 0; > 0 with ``"adam"``. With ``"bfgs"`` and 0 a step with a curvature
+            the method sees the gradient ``g + weight_decay * p``.
+        eps: added to h in every division by h, >= 0; > 0 with ``"adam"``. With ``"bfgs"`` and 0 a step with a curvature
             update moves 4 more bytes per parameter.
-        curvature_eps: the curvature condition of ``"bfgs"``, >= 0.
+        curvature_eps: bound of the curvature condition of ``"bfgs"``, >= 0.
         beta2: the decay of ``"adam"``'s v, in [0, 1).
         beta_max: upper bound of beta, in [0, 1]; None: the preconditioner's default.
-        nonfinite: ``"skip"``: a step whose sums are not all finite changes nothing but a counter; nor does one whose
-            gradient is finite, but too large for the float32 state (with ``"adam"`` above 1.8e19). ``"propagate"``:
-            as torch's own optimizers.
+        nonfinite: ``"skip"``: a step whose sums are not all finite changes only a counter, and so does one whose
+            gradient is finite but too large for the float32 state (with ``"adam"`` above 1.8e19). ``"propagate"``:
+            NaN and Inf reach the parameters, as in torch's own optimizers.
         max_grad_norm: clip the gradient to this norm, as ``torch.nn.utils.clip_grad_norm_`` before the step would: over
-            all groups and ranks, after AMP's unscaling, before weight decay; ``p.grad`` stays as it is. The first pass
-            forms the norm beside its own sums, and is repeated where the gradient has to be clipped: 4 to 8 bytes per
-            parameter more in such steps, where ``clip_grad_norm_`` takes 12 in all. > 0; inf: the norm is only
-            measured. None: neither.
-        skip_grad_norm: skip a step whose gradient has a larger norm than this (a spike), and count it. > 0.
+            all groups and ranks, after AMP's unscaling, before weight decay; ``p.grad`` is unchanged. The first pass
+            forms the norm together with its own sums, and is repeated if the gradient has to be clipped: that costs 4
+            to 8 bytes per parameter in such steps, compared with 12 for ``clip_grad_norm_``. > 0; inf: the norm is
+            measured, but nothing is clipped. None: the norm is not measured either.
+        skip_grad_norm: skip a step whose gradient has a larger norm than this (a spike), and count it. > 0; None: off.
         maximize: maximize the objective; the line search's comparison is reversed too.
-        stochastic_rounding: for bfloat16 parameters: round up with the probability of what is cut off, so that updates
-            below a parameter's resolution are kept on average instead of lost. The random bits depend on the step, the
-            parameter's index and the element's place in the whole parameter, so replicas and resumed runs agree.
+        stochastic_rounding: for bfloat16 parameters: round up with a probability equal to the fraction cut off, so that
+            updates below a parameter's resolution are kept on average instead of lost. The random bits depend on the
+            step, the parameter's index and the element's place in the whole parameter, so replicas and resumed runs
+            agree.
         average_loss: average the line search's loss over all ranks, which data-parallel training needs: replicas whose
             line searches see different losses drift apart. One exchange of 104 bytes per rank and step. If parameters
-            are spread over ranks it is always done, at no extra cost. None: only then, with a warning otherwise.
-        process_group: the ranks over which plain parameters are spread.
+            are spread over ranks, the loss is always averaged, at no extra cost. None: it is averaged only then, and
+            there is a warning if there are other ranks.
+        process_group: the process group whose ranks hold the shards of plain parameters.
         capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a
-            tensor on the device (a step skips where it is negative or not finite), and a GradScaler leaves unscaling
+            tensor on the device (a step is skipped if it is negative or not finite), and a GradScaler leaves unscaling
             and the decision to skip to the step, without waiting.
         foreach, fused: accepted for compatibility; the step is always fused.
         differentiable: not supported; False.
 
     Raises:
-        TypeError, ValueError: for a wrong kind or value of any of these, before anything is changed.
+        TypeError, ValueError: if an argument is of the wrong kind or has a wrong value, before anything is changed.
 
     Example::
 
@@ -153,7 +156,7 @@ class NLCG(torch.optim.Optimizer):
 
     _stepping = False
     _checked: list[Any]
-    _skips: set[bool]  # reasons of which a warning has been given
+    _skips: set[bool]  # the reasons for skipped steps that have been warned of; see warn_of_skip
 
     def __init__(
         self,
@@ -219,8 +222,8 @@ class NLCG(torch.optim.Optimizer):
     # ---- groups --------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch's optimizers do. New parameters start with h = 1 and d = 0; the next step counts as
-        one with a changed set of parameters. Raises like the constructor."""
+        """Adds a group, as torch's optimizers do. New parameters start with d = 0 and h = 1 (v = 0 with ``"adam"``);
+        the next step counts as one with a changed set of parameters. Raises as the constructor does."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -241,24 +244,24 @@ class NLCG(torch.optim.Optimizer):
         self._shapes.append(shapes_of(group))
 
     def _check_groups(self) -> tuple[Options, list[float | Tensor], list[float], list[bool]]:
-        """The shared options; lr, weight_decay and maximize per group. All checked, where they have changed."""
-        found = self.param_groups
-        if not found:
-            raise RuntimeError("no parameter groups are left to step")
+        """The shared options; lr, weight_decay and maximize per group. Everything that has changed is checked."""
+        param_groups = self.param_groups
+        if not param_groups:
+            raise RuntimeError("param_groups is empty; expected the groups that the optimizer was made with")
         if self._shapes:
-            check_whole(found, self._shapes, over_ranks=self._process_group is not None)
+            check_whole(param_groups, self._shapes, over_ranks=self._process_group is not None)
         lr: list[float | Tensor] = []
-        for group in found:
+        for group in param_groups:
             groups.plain_numbers(group)
             lr.append(groups.check_lr(group["lr"], capturable=group["capturable"]))
-        weight_decay = [check_real("weight_decay", group["weight_decay"], minimum=0.0) for group in found]
-        maximize = [group["maximize"] for group in found]
-        current = [*maximize, *(group[key] for group in found for key in _LOOKED_AT)]
+        weight_decay = [check_real("weight_decay", group["weight_decay"], minimum=0.0) for group in param_groups]
+        maximize = [group["maximize"] for group in param_groups]
+        current = [*maximize, *(group[key] for group in param_groups for key in _COMPARED)]
         if current != self._checked:
-            for group in found:
+            for group in param_groups:
                 groups.check(group)
-            groups.check_together(found)
-            self._table.set_options(Options.of_group(found[0]))
+            groups.check_together(param_groups)
+            self._table.set_options(Options.of_group(param_groups[0]))
             self._checked = current
         options = self._table.options
         assert options is not None
@@ -276,23 +279,26 @@ class NLCG(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the model and returns the loss; called once, with gradients enabled. Its value is
-                returned, and serves the line search.
-            loss: the loss at the current parameters, for the line search, where there is no closure. A number or a
-                one-element tensor. None, or one that is not finite, leaves the line search alone.
+                returned, and is the loss for the line search.
+            loss: the loss at the current parameters, for the line search, if there is no closure. A number or a
+                one-element tensor. None or a value that is not finite leaves the line-search scale unchanged.
+
+        Returns:
+            What the closure returned; None without one.
 
         Raises:
             TypeError, ValueError: for a wrong loss, hyperparameter, parameter or gradient, named by index; nothing has
                 changed then.
-            RuntimeError: gradients that are sparse, on another device or of another dtype; fewer groups than before
-                (an optimizer that is handed one group at a time cannot form global sums); a second thread. And what
-                torch.distributed raises where ranks exchange sums.
+            RuntimeError: if a gradient is sparse, on another device or of another dtype; if there are fewer groups than
+                before (an optimizer that is handed one group at a time cannot form global sums); or if another thread
+                is stepping. If ranks exchange sums, also what torch.distributed raises.
         """
         if closure is None and torch.compiler.is_dynamo_compiling() and not self._has_sharded():
             compiled.traced(self, self._number, loss)
             return None
         return self._step(closure, loss)
 
-    # A scheduler of torch's wraps a step without this mark, to set _opt_called, and no graph takes the wrapper.
+    # torch's schedulers wrap a step without this mark, to set _opt_called, and torch.compile cannot trace the wrapper.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     @_disable_dynamo  # native code and addresses
@@ -300,45 +306,45 @@ class NLCG(torch.optim.Optimizer):
         if closure is not None and not callable(closure):
             raise TypeError(f"closure must be callable, got {type(closure).__name__}; did you mean step(loss=...)?")
         if closure is not None and loss is not None:
-            raise ValueError("give a closure or loss=, not both: the closure returns the loss")
+            raise ValueError("step() got both closure and loss=; expected one of them: the closure returns the loss")
         value = None
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
         if self._stepping:
             raise RuntimeError("this optimizer is stepping in another thread")
-        with self._lock:  # diagnostics and loads may hold it for a moment
+        with self._lock:  # waits for diagnostics() or a load in another thread
             self._stepping = True
-            self._opt_called = True  # for schedulers, which warn if they step first
+            self._opt_called = True  # read by schedulers, which warn if they step before the optimizer
             try:
                 options, lr, weight_decay, maximize = self._check_groups()
-                here = self._table
-                if closure is None and loss is None and here.makes_state_only(self.param_groups, self.state, lr):
+                table = self._table
+                if closure is None and loss is None and table.makes_state_only(self.param_groups, self.state, lr):
                     return None
-                loss_seen: float | Tensor = math.nan
+                checked_loss: float | Tensor = math.nan
                 if options.line_search is not None:
                     given = loss if closure is None else value
-                    loss_seen = self._losses.take(given, one_of_many=self._one_of_many())
-                moved = here.step(
+                    checked_loss = self._losses.take(given, one_of_many=self._one_of_many())
+                moved = table.step(
                     self.param_groups,
                     self.state,
                     lr,
                     weight_decay,
                     maximize,
-                    loss_seen,
+                    checked_loss,
                     capturable=self.param_groups[0]["capturable"],
-                    # what GradScaler sets, where _step_supports_amp_scaling
+                    # set by GradScaler if _step_supports_amp_scaling
                     amp=(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)),
                 )
-                if here.ranks is not None:
-                    here.watch()
+                if table.ranks is not None:
+                    table.watch()
                 if not moved:
                     norm = groups.named_scalars(self.param_groups[0])["grad_norm"]
                     warn_of_skip(self._skips, norm, options.skip_grad_norm)
                 self._losses.next = None
             except BaseException:
-                # GradScaler sets these for one call and removes them after it, unless the call raises; and it
-                # multiplies with what it finds: the next step would divide by the scale squared.
+                # GradScaler sets these for one call and removes them after it, unless the call raises. It multiplies
+                # what is already set, so the next step would divide by the scale squared.
                 for name in ("grad_scale", "found_inf"):
                     self.__dict__.pop(name, None)
                 raise
@@ -347,13 +353,17 @@ class NLCG(torch.optim.Optimizer):
         return value
 
     def set_loss(self, loss: float | Tensor) -> None:
-        """The loss of the next step, for the line search, where a trainer calls ``step()`` without one. A closure's
-        value or ``loss=`` goes before it."""
+        """Sets the loss of the next step, for the line search, if a trainer calls ``step()`` without one. A closure's
+        value or ``loss=`` takes precedence.
+
+        Raises:
+            TypeError, ValueError: unless ``loss`` is a real number or a one-element tensor.
+        """
         check_loss(loss)
         self._losses.next = loss
 
     def _one_of_many(self) -> bool:
-        """Whether other ranks have losses of their own, and nobody has said what to do about it."""
+        """Whether other ranks have losses of their own, and the user has not chosen ``average_loss``."""
         if self.average_loss is not None or self._process_group is not None or world_size() == 1:
             return False
         return not self._has_sharded()
@@ -366,29 +376,36 @@ class NLCG(torch.optim.Optimizer):
     @property
     def last_grad_norm(self) -> Tensor:
         """The norm of the last step's gradient before clipping, a float64 tensor of no dimension on the parameters'
-        device: for loggers, without waiting for a GPU. Skipped steps count. 0 before the first step.
+        device: for loggers, without waiting for a GPU. A skipped step counts as the last step. 0 before the first step.
 
         Raises:
-            RuntimeError: without ``max_grad_norm`` or ``skip_grad_norm``, when nobody forms it.
+            RuntimeError: without ``max_grad_norm`` or ``skip_grad_norm``, because then a step does not form the norm.
         """
         if not Options.of_group(self.param_groups[0]).measures_norm:
-            raise RuntimeError("last_grad_norm needs max_grad_norm=; inf measures the norm and clips nothing")
+            raise RuntimeError(
+                "last_grad_norm needs max_grad_norm= or skip_grad_norm=, and both are None; max_grad_norm=inf measures "
+                "the norm and clips nothing"
+            )
         groups.complete(self.param_groups, {})
         self._table.join_stream()
         scalars: Tensor = self.param_groups[0]["scalars"]
         return scalars[list(_native.SCALARS).index("grad_norm")].clone()
 
     def diagnostics(self) -> Diagnostics:
-        """What the last step did. The norms are computed when asked for, from the state, by one pass over it. Waits for
-        a step that is under way in another thread, or on a GPU. Where parameters are spread over ranks, all have to
-        call it; and after a load with ``"adam"`` there, the gradient's norm is NaN until the next step."""
+        """What the last step did. The norms are computed by this call, in one pass over the state. Waits for a step
+        that is under way in another thread or on a GPU. If parameters are spread over ranks, all ranks have to call it;
+        after a load with ``"adam"``, the gradient's norm is then NaN until the next step.
+
+        Raises:
+            RuntimeError: inside a step of the same thread; or on all ranks, if they have taken different steps.
+        """
         with self._lock:
-            if self._stepping:  # the lock is this thread's: a signal handler, or a hook of the exchange
-                raise RuntimeError("diagnostics() inside a step of the same thread")
-            here = self._table
-            if here.options is None:
-                here.set_options(Options.of_group(self.param_groups[0]))
-            return diagnostics.read(here, self.param_groups, self.state)
+            if self._stepping:  # this thread has the lock: a signal handler, or a hook of the exchange
+                raise RuntimeError("diagnostics() was called inside a step of the same thread")
+            table = self._table
+            if table.options is None:
+                table.set_options(Options.of_group(self.param_groups[0]))
+            return diagnostics.read(table, self.param_groups, self.state)
 
     def __repr__(self) -> str:
         text: str = super().__repr__()
@@ -397,9 +414,10 @@ class NLCG(torch.optim.Optimizer):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: tensors are references, everything else plain numbers, so ``torch.load(weights_only=True)`` takes
-        it back. Resuming from it is bit-exact. What the method knows beside the state is in every group: ``"scalars"``,
-        one tensor for all, and ``"alpha_prev"``. On a GPU it follows the last step on torch's current stream."""
+        """A state dict in torch's form: its tensors are references, everything else is plain numbers, so
+        ``torch.load(weights_only=True)`` can read it. Resuming from it is bit-exact. The scalars that the method keeps
+        in addition to the state of parameters are in every group: ``"scalars"``, one tensor shared by all groups, and
+        ``"alpha_prev"``. On a GPU, work on torch's current stream waits for the last step."""
         for group in self.param_groups:
             groups.plain_numbers(group)
         self._table.join_stream()
@@ -407,12 +425,12 @@ class NLCG(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict, as torch's optimizers do: copies, and converts to the state's dtype and to the placements
-        of DTensor parameters. Where both sides have ``param_names``, their order is checked. Entries of others in a
-        parameter's state are kept.
+        of DTensor parameters. If both sides have ``param_names``, their order is checked. Entries that other code has
+        put into a parameter's state are kept.
 
         Raises:
-            ValueError: for anything but a state dict of this optimizer over such parameters, naming key and parameter;
-                the optimizer is unchanged then.
+            ValueError: for anything but a state dict of an NLCG over parameters of the same number and shapes, naming
+                key and parameter; the optimizer is unchanged then.
         """
         entries: dict[Tensor, dict[str, Any]] = {}
 
@@ -423,8 +441,8 @@ class NLCG(torch.optim.Optimizer):
 
         with self._lock:
             if self._stepping:
-                raise RuntimeError("load_state_dict() inside a step of the same thread")
-            # The last of the pre-hooks: sees what the user's own made of it, before torch changes anything.
+                raise RuntimeError("load_state_dict() was called inside a step of the same thread")
+            # The last of the pre-hooks: it sees the result of the user's own hooks, before torch changes anything.
             handle = self.register_load_state_dict_pre_hook(check)
             try:
                 super().load_state_dict(state_dict)
@@ -434,14 +452,17 @@ class NLCG(torch.optim.Optimizer):
                 self.state[p] = {**self.state.get(p, {}), **entry}
 
     def load_adamw_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a run of ``torch.optim.AdamW`` (or Adam without weight decay) over the same parameters: v and
-        the step counts are taken as they are, the direction is ``-exp_avg / ((1 - beta1) (h + eps))``. Of the groups,
-        ``lr`` becomes ``(1 - beta1) lr`` and ``weight_decay`` ``weight_decay / (1 - beta1)``, which makes the same
-        moves; the rates that a scheduler keeps there (``initial_lr``, ``max_lr``, ``min_lr``) are converted as ``lr``
-        is; eps, beta2 and maximize are the file's, all other options this optimizer's. With
+        """Continues a run of ``torch.optim.AdamW`` (or Adam without weight decay) over the same parameters. v and the
+        step counts are taken as they are; the direction is ``-exp_avg / ((1 - beta1) (h + eps))``. In the groups,
+        ``lr`` becomes ``(1 - beta1) lr`` and ``weight_decay`` becomes ``weight_decay / (1 - beta1)``, which makes the
+        same moves; the rates that a scheduler keeps there (``initial_lr``, ``max_lr``, ``min_lr``) are converted as
+        ``lr`` is; eps, beta2 and maximize come from the file, all other options from this optimizer. With
         ``update="heavy_ball", beta_max=beta1`` the steps are AdamW's up to changes of h. A scheduler's own state dict
-        still has AdamW's rates; a file that was written under one warns, and says what to do. If both sides have
-        names, they must be in the same order.
+        still has AdamW's rates; if the file was written under a scheduler, a warning explains what to set. If both
+        sides have parameter names, they must be in the same order.
+
+        Args:
+            state_dict: what ``torch.optim.AdamW.state_dict()`` returned.
 
         Raises:
             ValueError: for another optimizer's state dict, amsgrad, L2 weight decay, or another preconditioner than
@@ -451,9 +472,13 @@ class NLCG(torch.optim.Optimizer):
         adamw_state.warn_of_scheduler(state_dict)
 
     def adamw_state_dict(self, beta1: float = 0.9) -> dict[str, Any]:
-        """The way back: a state dict for ``torch.optim.AdamW`` over the same parameters, with
-        ``exp_avg = -(1 - beta1) (h + eps) d``, rates and weight decay converted the other way. Those in a scheduler's
-        own state dict are still NLCG's: its ``base_lrs`` become the ``initial_lr`` of AdamW's groups.
+        """The inverse of :meth:`load_adamw_state_dict`: a state dict for ``torch.optim.AdamW`` over the same
+        parameters, with ``exp_avg = -(1 - beta1) (h + eps) d``, and with rates and weight decay converted back. A
+        scheduler's own state dict still has NLCG's rates: replace its ``base_lrs`` by the ``initial_lr`` of AdamW's
+        groups.
+
+        Args:
+            beta1: AdamW's, in [0, 1).
 
         Raises:
             TypeError, ValueError: for a beta1 outside [0, 1), or another preconditioner than ``"adam"``.
@@ -465,7 +490,7 @@ class NLCG(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
-            raise TypeError("an optimizer with process_group= cannot be pickled or copied; use its state_dict()")
+            raise TypeError("an NLCG with process_group= cannot be pickled or copied; use its state_dict()")
         state: dict[str, Any] = super().__getstate__()
         return {**state, "average_loss": self.average_loss}
 
@@ -481,7 +506,7 @@ class NLCG(torch.optim.Optimizer):
 
     def _reset_caches(self) -> None:
         """Drops everything that can be rebuilt from ``state`` and ``param_groups``."""
-        if "_lock" not in self.__dict__:  # a load of a state dict holds it
+        if "_lock" not in self.__dict__:  # __setstate__ in load_state_dict must keep the lock that it has taken
             self._lock = threading.RLock()
             self._number = compiled.number_of(self)
         _LIVE.add(self)
@@ -491,7 +516,7 @@ class NLCG(torch.optim.Optimizer):
         self._skips = set()
 
 
-# A child forked while another thread steps must not wait for that thread, which it does not have.
+# A child that is forked while another thread steps does not have that thread, and must not wait for it.
 _LIVE: weakref.WeakSet[NLCG] = weakref.WeakSet()
 
 
