@@ -1,15 +1,16 @@
 """The step and its parts over flat buffers, for NumPy arrays, torch tensors and anything with the buffer protocol or
-DLPack. In place, explicit scalars, no torch needed: what you use to write an optimizer, or a framework, of your own.
+DLPack. They work in place, take their scalars as arguments and need no torch: use them to write an optimizer, or a
+framework, of your own.
 
 All arrays of a call are on one device, the CPU or a GPU, contiguous, of the same length n (the shape does not matter),
 and do not overlap. ``p`` and ``g`` share a dtype: float64, float32, bfloat16 or float16. The state (``g_prev``, ``d``,
 ``h``, ``v``) is float32, or float64 for float64 parameters. Nothing is cast or copied. Formulas are evaluated in the
-state's dtype, sums in double in an order that n alone fixes: the same bits for any thread count, instruction set and
-address, and for any GPU (though not the CPU's bits: that order is another).
+state's dtype, sums in double in an order that depends on n alone: results have the same bits for any thread count,
+instruction set and address, and for any GPU (though GPUs and CPUs sum in different orders).
 
-Arrays on a GPU come through DLPack or ``__cuda_array_interface__``. The work goes to ``stream``, a ``cudaStream_t`` as
-an integer: by default torch's current stream for torch's tensors, CuPy's for CuPy's arrays, else the default stream. A
-function that returns numbers waits for them; :class:`fastnlcg.NLCG` never does.
+Arrays on a GPU come through DLPack or ``__cuda_array_interface__``. The work is enqueued on ``stream``, a
+``cudaStream_t`` as an integer: by default torch's current stream for torch tensors, CuPy's for CuPy arrays, else the
+default stream. A function that returns numbers waits for them; :class:`fastnlcg.NLCG` never does.
 
 A step from its parts (Fletcher-Reeves, without the safeguards of :func:`nlcg_step`)::
 
@@ -22,17 +23,17 @@ A step from its parts (Fletcher-Reeves, without the safeguards of :func:`nlcg_st
     direction_update(d, g, h, beta=min(1.0, rz_new / rz), p=p, alpha=alpha, g_prev=g_prev)
     rz = rz_new
 
-For Polak-Ribiere subtract ``rz_mid`` from the numerator: give ``g_prev`` to the dots, with ``"bfgs"`` before the
-update, because it takes the old ``h``.
+For Polak-Ribiere subtract ``rz_mid`` from the numerator: pass ``g_prev`` to the dots, and with ``"bfgs"`` call them
+before the update, because ``rz_mid`` takes the old ``h``.
 
-Errors, all before anything is written: TypeError for something that is no array or has the wrong dtype, ValueError for
-different lengths, overlap, a read-only or non-contiguous array, several devices, or a number out of range.
-RuntimeError, with the kernel's name and CUDA's text, where CUDA fails.
+Errors are raised before anything is written: TypeError for an argument that is not an array or has the wrong dtype;
+ValueError for different lengths, overlap, a read-only or non-contiguous array, several devices, or a number out of
+range. If CUDA fails, RuntimeError with the kernel's name and CUDA's text.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -55,7 +56,7 @@ __all__ = [
 
 
 class Curvature(NamedTuple):
-    """What :func:`bfgs_diag_update` found."""
+    """What :func:`bfgs_diag_update` returns."""
 
     ys: float
     """sum(y s)"""
@@ -66,7 +67,7 @@ class Curvature(NamedTuple):
 
 
 class Dots(NamedTuple):
-    """What :func:`preconditioned_dots` found."""
+    """What :func:`preconditioned_dots` returns."""
 
     rz: float
     """sum(-g z) = sum(g g / (h + eps))"""
@@ -75,54 +76,49 @@ class Dots(NamedTuple):
 
 
 class Scalars:
-    """Every scalar that survives a step of :func:`nlcg_step`. A new one starts a new optimization.
+    """Every scalar that survives a step of :func:`nlcg_step`. A new object starts a new optimization.
 
-    ``step`` completed steps, ``skipped_steps``; ``rz`` = sum(-g z) of the last step; ``gs`` = sum(g s) and ``shs`` =
-    sum(s h s) over the last move; ``grad_max``, ``direction_max``; ``ls_scale``, the line-search scale, in (0, 1];
-    ``loss_prev``, negated under ``maximize``, infinite for none yet; ``beta``, ``ys``, ``updated`` of the last step;
-    ``alpha_prev`` = lr * ls_scale of the last step; ``updates`` of Adam's v. Plain floats, as attributes, which may be
-    set; they lie in one float64 array, which the step writes, so an interrupt never finds half of them. Copies,
-    pickles, compares and prints as one expects.
+    ``step`` counts completed steps, ``skipped_steps`` skipped ones; ``rz`` = sum(-g z) of the last step; ``gs`` =
+    sum(g s) and ``shs`` = sum(s h s) over the last move; ``grad_max``, ``direction_max``; ``ls_scale`` is the
+    line-search scale, in (0, 1]; ``loss_prev`` is negated under ``maximize``, and infinite before the first loss;
+    ``beta``, ``ys``, ``updated`` of the last step; ``alpha_prev`` = lr * ls_scale of the last step; ``updates`` counts
+    the gradients in Adam's v. All are floats, and attributes that may be set. One float64 array holds them, which the
+    step writes at once, so an interrupt never leaves half of them written. Copies, pickles, compares and prints by
+    value.
     """
 
     __slots__ = ("_values",)
+    _values: np.ndarray[Any, np.dtype[np.float64]]
     _names = (*_native.SCALARS, "alpha_prev", "updates")
 
     def __init__(self, **values: float) -> None:
-        self._values = np.array([*_native.SCALARS.values(), 0.0, 0.0])
+        object.__setattr__(self, "_values", np.array([*_native.SCALARS.values(), 0.0, 0.0]))
         for name, value in values.items():
             setattr(self, name, value)
 
     def __getattr__(self, name: str) -> float:
-        if name not in Scalars._names:
-            raise AttributeError(f"Scalars has no {name!r}")
-        return float(self._values[Scalars._names.index(name)])
+        return float(self._values[Scalars._index(name)])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_values":
-            object.__setattr__(self, name, value)
-            return
-        if name not in Scalars._names:
-            raise AttributeError(f"Scalars has no {name!r}")
-        if not (
-            isinstance(value, float) and not math.isfinite(value)
-        ):  # no loss_prev yet, or what "propagate" has left
+        index = Scalars._index(name)
+        # Not finite: there is no loss_prev yet, or nonfinite="propagate" let a step through.
+        if not isinstance(value, float) or math.isfinite(value):
             value = check_real(f"scalars.{name}", value)
         if name == "updates" and not (0.0 <= value <= LARGEST_COUNT and value == int(value)):
             raise ValueError(f"scalars.updates is {value!r}, expected a whole number from 0 to 2**53")
-        self._values[Scalars._names.index(name)] = value
+        self._values[index] = value
 
-    def __getstate__(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in Scalars._names}
+    @staticmethod
+    def _index(name: str) -> int:
+        if name not in Scalars._names:
+            raise AttributeError(f"Scalars has no attribute {name!r}; it has {', '.join(Scalars._names)}")
+        return Scalars._names.index(name)
 
-    def __setstate__(self, state: dict[str, float]) -> None:
-        Scalars.__init__(self, **state)
+    def _asdict(self) -> dict[str, float]:
+        return dict(zip(Scalars._names, self._values.tolist(), strict=True))
 
-    def __copy__(self) -> Scalars:
-        return Scalars(**self.__getstate__())
-
-    def __deepcopy__(self, memo: Any) -> Scalars:
-        return copy.copy(self)
+    def __reduce__(self) -> tuple[Any, ...]:  # copy, deepcopy and pickle
+        return functools.partial(Scalars, **self._asdict()), ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Scalars):
@@ -132,7 +128,7 @@ class Scalars:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Scalars({', '.join(f'{name}={value!r}' for name, value in self.__getstate__().items())})"
+        return f"Scalars({', '.join(f'{name}={value!r}' for name, value in self._asdict().items())})"
 
 
 def bfgs_diag_update(
@@ -150,22 +146,22 @@ def bfgs_diag_update(
 
     With ``y = g - g_prev`` and ``s = alpha_prev * d``::
 
-        h = | h + y^2 / ys - (h s)^2 / shs |     where ys = sum(y s) and shs = sum(s h s) are both > curvature_eps
+        h = | h + y^2 / ys - (h s)^2 / shs |     if ys = sum(y s) and shs = sum(s h s) are both > curvature_eps
 
-    and nothing where they are not. ``h`` stays finite whatever the gradients.
+    Otherwise ``h`` is unchanged. ``h`` stays finite for any gradients.
 
     Args:
         h: diagonal of the Hessian estimate, shape (n,), written.
-        g: gradient now.
+        g: current gradient.
         g_prev: gradient before the last move.
         d: direction of the last move.
-        alpha_prev: its step length.
-        curvature_eps: the curvature condition, >= 0.
-        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        alpha_prev: step length of the last move.
+        curvature_eps: bound of the curvature condition, >= 0.
+        threads: on the CPU; default torch's thread count if torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
 
     Returns:
-        ``ys``, ``shs`` and whether h was updated.
+        ``ys``, ``shs``, and whether h was updated.
     """
     alpha_prev = check_real("alpha_prev", alpha_prev)
     curvature_eps = check_real("curvature_eps", curvature_eps, minimum=0.0)
@@ -186,9 +182,9 @@ def preconditioned_dots(
     Args:
         g: gradient, shape (n,).
         g_prev: gradient of the previous step, or None to leave ``rz_mid`` out.
-        h: diagonal of the Hessian estimate, or None for none: z = -g.
+        h: diagonal of the Hessian estimate; None: no preconditioner, z = -g.
         eps: added to h, >= 0.
-        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        threads: on the CPU; default torch's thread count if torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
 
     Returns:
@@ -216,18 +212,18 @@ def direction_update(
 ) -> None:
     """New conjugate direction, and the move along it, in one pass and in place.
 
-    ``z = -g / (h + eps)``, ``d = z + beta * d``, and where given ``p = p + alpha * d`` and ``g_prev = g``.
+    ``z = -g / (h + eps)``, ``d = z + beta * d``, and ``p = p + alpha * d`` and ``g_prev = g`` if these are given.
 
     Args:
         d: direction, shape (n,), written.
         g: gradient.
-        h: diagonal of the Hessian estimate, or None for none: z = -g.
+        h: diagonal of the Hessian estimate; None: no preconditioner, z = -g.
         beta: conjugacy coefficient.
         eps: added to h, >= 0.
-        p: parameters to move, written; None: none.
+        p: parameters to move, written; None: only d is updated.
         alpha: step length.
-        g_prev: where to keep the gradient for the next step, written; None: nowhere.
-        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        g_prev: receives a copy of ``g`` for the next step; None: no copy is kept.
+        threads: on the CPU; default torch's thread count if torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
     """
     beta = check_real("beta", beta)
@@ -253,22 +249,24 @@ def adam_preconditioned_dots(
     threads: int | None = None,
     stream: int | None = None,
 ) -> Dots:
-    """The dot products of a step with Adam's diagonal. Reads only: ``v`` is the second moment before this gradient.
+    """The dot products that make beta, with Adam's diagonal. Reads only: ``v`` is the second moment before this
+    gradient.
 
     With ``v_new = beta2 v + (1 - beta2) g^2`` and ``h = sqrt(v_new / (1 - beta2^(updates + 1)))``.
 
     Args:
         g: gradient, shape (n,).
         v: running mean of squared gradients, shape (n,).
-        updates: how many gradients ``v`` has seen, >= 0.
-        beta2: its decay, in [0, 1).
+        updates: number of gradients that ``v`` has averaged, >= 0.
+        beta2: decay of v, in [0, 1).
         eps: added to h, > 0.
         g_prev: gradient of the previous step, or None to leave ``rz_mid`` out.
-        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        threads: on the CPU; default torch's thread count if torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
 
     Returns:
-        ``rz = sum(g g / (h + eps))``, and ``rz_mid = sum(g g_prev / (h_old + eps))`` with the h of ``v`` as given.
+        ``rz = sum(g g / (h + eps))``, and ``rz_mid = sum(g g_prev / (h_old + eps))``, where h_old is formed from ``v``
+        as given.
     """
     options = Options(preconditioner="adam", beta2=beta2, eps=eps)
     updates = _check_updates(updates)
@@ -293,25 +291,25 @@ def adam_direction_update(
     threads: int | None = None,
     stream: int | None = None,
 ) -> None:
-    """The second moment, the new conjugate direction with Adam's diagonal, and the move along it, in one pass and in
+    """Adam's second moment, the new conjugate direction with its diagonal, and the move along it, in one pass and in
     place.
 
     ``v = beta2 v + (1 - beta2) g^2``, ``h = sqrt(v / (1 - beta2^(updates + 1)))``, ``z = -g / (h + eps)``,
-    ``d = z + beta * d``, and where given ``p = (1 - alpha weight_decay) p + alpha * d`` and ``g_prev = g``.
+    ``d = z + beta * d``, and ``p = (1 - alpha weight_decay) p + alpha * d`` and ``g_prev = g`` if these are given.
 
     Args:
         d: direction, shape (n,), written.
         g: gradient.
         v: running mean of squared gradients, written.
         beta: conjugacy coefficient.
-        updates: how many gradients ``v`` had seen before, >= 0.
+        updates: number of gradients that ``v`` had averaged before, >= 0.
         beta2: decay of v, in [0, 1).
         eps: added to h, > 0.
-        p: parameters to move, written; None: none.
+        p: parameters to move, written; None: only v and d are updated.
         alpha: step length.
         weight_decay: decoupled weight decay, >= 0.
-        g_prev: where to keep the gradient for the next step, written; None: nowhere.
-        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        g_prev: receives a copy of ``g`` for the next step; None: no copy is kept.
+        threads: on the CPU; default torch's thread count if torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
     """
     beta = check_real("beta", beta)
@@ -345,28 +343,28 @@ def nlcg_step(
 ) -> bool:
     """One whole fused step, in place: what :class:`fastnlcg.NLCG` does, for one flat buffer.
 
-    No temporary of the size of the parameters. On a GPU it waits for the scalars, which are the host's here. Before the
-    first step ``g_prev``, ``d`` and Adam's ``diagonal`` are zero, the BFGS one is one, ``scalars`` is ``Scalars()``.
+    It allocates no temporary of the size of the parameters. On a GPU it waits for the scalars, which are kept on the
+    host. Before the first step ``g_prev``, ``d`` and Adam's ``diagonal`` must be zero, the ``diagonal`` of ``"bfgs"``
+    one, and ``scalars`` ``Scalars()``.
 
     Args:
         p: parameters, shape (n,), written.
         g: gradient.
-        g_prev: gradient of the previous step, written. With ``"adam"`` None, unless ``"polak_ribiere"`` looks at it.
+        g_prev: gradient of the previous step, written. With ``"adam"`` None, unless ``update="polak_ribiere"``.
         d: direction, written.
         diagonal: the preconditioner's state, written: v for ``"adam"``, h for ``"bfgs"``, None without one.
-        scalars: written.
+        scalars: the scalars of the previous step, written.
         lr: learning rate, >= 0; the step length is ``lr`` times the line-search scale.
-        preconditioner: as in :class:`fastnlcg.NLCG`; it says what ``diagonal`` holds, so there is no default.
-        loss: loss at ``p``, for the line search.
+        preconditioner: as in :class:`fastnlcg.NLCG`. It defines what ``diagonal`` holds, so there is no default.
+        loss: loss at ``p``, for the line search; None or a number that is not finite leaves the scale unchanged.
         weight_decay: >= 0; decoupled with ``"adam"``, else L2.
-        threads: on the CPU; default torch's thread count where torch is loaded, else OpenMP's.
+        threads: on the CPU; default torch's thread count if torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
         options: ``update``, ``line_search``, ``eps``, ``curvature_eps``, ``beta2``, ``beta_max``, ``nonfinite``,
             ``maximize``, ``stochastic_rounding``, as in :class:`fastnlcg.NLCG`.
 
     Returns:
-        False where the step was skipped because a sum was not finite: then nothing changed but
-        ``scalars.skipped_steps``.
+        False if the step was skipped because a sum was not finite: then only ``scalars.skipped_steps`` has changed.
     """
     lr = check_real("lr", lr, minimum=0.0)
     weight_decay = check_real("weight_decay", weight_decay, minimum=0.0)
@@ -374,7 +372,8 @@ def nlcg_step(
     kind = chosen.kind
     if (diagonal is None) != (kind.diagonal is None):
         wanted = "None" if kind.diagonal is None else f"its {kind.diagonal}"
-        raise ValueError(f"diagonal must be {wanted} with preconditioner={preconditioner!r}")
+        got = "None" if diagonal is None else type(diagonal).__name__
+        raise ValueError(f"diagonal must be {wanted} with preconditioner={preconditioner!r}, got {got}")
     if g_prev is None and chosen.keeps_gradient:
         raise ValueError(f"g_prev is needed with preconditioner={preconditioner!r}, update={chosen.update!r}; got None")
     if not isinstance(scalars, Scalars):
@@ -394,7 +393,7 @@ def nlcg_step(
 def _step(
     view: _native.Views, stream: int | None, options: Options, *arrays: object, updates: float = 0.0
 ) -> _native.FlatStep:
-    """The native side of one call over these buffers."""
+    """The native step of one call over these buffers."""
     if stream is None:
         stream = 0 if view.device == "cpu" else _native.current_stream(view.device, *arrays)
     elif isinstance(stream, bool) or not isinstance(stream, int):
