@@ -1,4 +1,4 @@
-"""What a step did: numbers that are there anyway, and three norms that are computed when they are asked for."""
+"""What a step did: numbers that the step has formed, and three norms that are computed when the caller reads them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Diagnostics:
     step: int
     """completed steps"""
     skipped_steps: int
-    """steps that changed nothing because a sum was not finite, or the norm above ``skip_grad_norm``"""
+    """steps that changed nothing because a sum was not finite, or the gradient's norm was above ``skip_grad_norm``"""
     beta: float
     """conjugacy coefficient after clamping and restarts"""
     rz: float
     """sum(g g / (h + eps))"""
     ys: float
-    """sum(y s): 0 where no curvature pair was formed (first step, changed parameters, not ``"bfgs"``)"""
+    """sum(y s): 0 if no curvature pair was formed (first step, changed set of parameters, not ``"bfgs"``)"""
     shs: float
-    """sum(s h s), likewise"""
+    """sum(s h s): 0 as for ``ys``"""
     updated: bool
     """whether the preconditioner's diagonal was updated"""
     grad_norm: float
@@ -36,32 +36,33 @@ class Diagnostics:
     direction_norm: float
     """norm of d"""
     cosine: float
-    """cos(g, -d): 1 is steepest descent; NaN where one of them is zero"""
+    """cos(g, -d): 1 is steepest descent; NaN if g or d is zero"""
     ls_scale: float
     """line-search scale, in (0, 1]"""
     total_norm: float | None = None
-    """norm of the gradient before clipping and weight decay, also of a step that was skipped; None where neither
-    ``max_grad_norm`` nor ``skip_grad_norm`` asks for it"""
+    """norm of the gradient before clipping and weight decay, also of a step that was skipped; None if neither
+    ``max_grad_norm`` nor ``skip_grad_norm`` is set"""
     clip: float = 1.0
-    """what clipping has multiplied the gradient by, in (0, 1]"""
+    """the factor that clipping has multiplied the gradient by, in (0, 1]"""
     launches: int = 0
-    """CUDA launches of the step's passes: 1 (cooperative), or one for each; 0 on the CPU"""
+    """CUDA launches of the step's passes: 1 (cooperative), or one per pass; 0 on the CPU"""
 
 
-def read(of: StepTable, param_groups: list[dict[str, Any]], state: Any) -> Diagnostics:
-    """Of the last step. Waits for the device; where parameters are spread over ranks, all have to call it."""
-    gg, dd, gd = of.state_norms(param_groups, state)
-    if of.native is None or of.options is None:
+def read(layout: StepTable, param_groups: list[dict[str, Any]], state: Any) -> Diagnostics:
+    """The diagnostics of the last step. Waits for the device; if parameters are spread over ranks, all ranks have to
+    call it."""
+    gg, dd, gd = layout.state_norms(param_groups, state)
+    if layout.native is None or layout.options is None:
         return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
-    of.join_stream()
+    layout.join_stream()
     s = groups.named_scalars(param_groups[0])
-    if not of.options.keeps_gradient:  # the step has kept the sums instead
+    if not layout.options.keeps_gradient:  # grad_prev is not state; the step has kept the sums over g
         gg, gd = s["gg"], s["gd"]
-    if of.ranks is not None and of.ranks.every_decision:
+    if layout.ranks is not None and layout.ranks.every_decision:
         try:
-            gg, dd, gd = of.ranks.total(of.ranks.exchange([gg, dd, gd], s["step"], "diagnostics", 0.0))
+            gg, dd, gd = layout.ranks.total(layout.ranks.exchange([gg, dd, gd], s["step"], "diagnostics", 0.0))
         except _native.RanksDisagree:
-            of.explain("diagnostics()", param_groups)
+            layout.explain("diagnostics()", param_groups)
     norms = math.sqrt(gg) * math.sqrt(dd)
     return Diagnostics(
         step=int(s["step"]),
@@ -75,7 +76,7 @@ def read(of: StepTable, param_groups: list[dict[str, Any]], state: Any) -> Diagn
         direction_norm=math.sqrt(dd),
         cosine=-gd / norms if norms else math.nan,
         ls_scale=s["ls_scale"],
-        total_norm=s["grad_norm"] if of.options.measures_norm else None,
-        clip=s["clip"] if of.options.measures_norm else 1.0,
-        launches=of.native.launches,
+        total_norm=s["grad_norm"] if layout.options.measures_norm else None,
+        clip=s["clip"] if layout.options.measures_norm else 1.0,
+        launches=layout.native.launches,
     )

@@ -1,5 +1,5 @@
-"""The options of a step, each once: default, check, meaning. The parameter groups, checkpoints, :mod:`fastnlcg.ops`,
-the reference and the native side take them from here. Needs neither torch nor the native module.
+"""The options of a step, each defined once: default and check. The parameter groups, checkpoints, :mod:`fastnlcg.ops`,
+the reference and the native module take them from this one. It needs neither torch nor the native module.
 
 To add an option: a line of ``NLCG_OPTIONS`` in ``csrc/step_args.h``, a field of :class:`Options`, an argument of
 :class:`fastnlcg.NLCG`, and the formula that uses it. To add a preconditioner: a header of its passes, a line of
@@ -18,28 +18,28 @@ from fastnlcg.line_search import OnlineLineSearch
 
 __all__ = ["PRECONDITIONERS", "Options", "Preconditioner", "check_real"]
 
-SMALLEST_EPS = 1.1754944e-38  # the least normal float32: anything less may be flushed to 0
-LARGEST_COUNT = 2**53  # of steps: whole numbers up to here are exact in a double
+SMALLEST_EPS = 1.1754944e-38  # the smallest normal float32: anything smaller may be flushed to 0
+LARGEST_COUNT = 2**53  # the largest step count: whole numbers up to this one are exact in a double
 
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """What Python has to know of a preconditioner; its passes are in ``csrc/pass_*.h``."""
+    """What Python needs to know about a preconditioner; its passes are in ``csrc/pass_*.h``."""
 
     native: str
-    """its name there"""
+    """its name in the native module"""
     diagonal: str | None = None
-    """the state key of its own stream"""
+    """the state key of its own array"""
     start: float = 0.0
-    """what that stream holds before the first step"""
+    """the value of that array before the first step"""
     keeps_gradient: bool = True
-    """whether ``grad_prev`` is state even where no option needs it"""
+    """whether ``grad_prev`` is state even if no option needs it"""
     beta_max: float = 1.0
-    """the default"""
+    """the default of the option ``beta_max``"""
     divides_by_eps: bool = False
     """whether the diagonal can be 0, so that eps must not be"""
     sums_last_move: bool = False
-    """whether its decisions take the sums over the last move (``last_move`` of the native side)"""
+    """whether its decisions use the sums over the last move (``last_move`` of the native table)"""
 
 
 PRECONDITIONERS: dict[str | None, Preconditioner] = {
@@ -50,8 +50,8 @@ PRECONDITIONERS: dict[str | None, Preconditioner] = {
 
 
 def check_real(name: str, value: object, *, minimum: float = -math.inf) -> float:
-    """``value`` as a float; TypeError unless it is a real number, ValueError unless finite and >= ``minimum``. Takes
-    NumPy's numbers, and its arrays of no dimension."""
+    """``value`` as a float; TypeError unless it is a real number, ValueError unless it is finite and >= ``minimum``.
+    Accepts NumPy's numbers, and its arrays of no dimension."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -111,7 +111,9 @@ def _norm_or_none(name: str, value: object) -> float | None:
         return None
     number = math.inf if value == math.inf else check_real(name, value)
     if number <= 0.0:
-        raise ValueError(f"Invalid {name}: {value!r}; expected None or a number > 0; inf measures the norm alone")
+        raise ValueError(
+            f"Invalid {name}: {value!r}; expected None or a number > 0; inf measures the norm and does nothing else"
+        )
     return number
 
 
@@ -128,10 +130,10 @@ def _option(default: object, check: Check, *, of_group: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """What a step computes, beside lr and weight_decay; see :class:`fastnlcg.NLCG` for the meaning of each.
+    """The options of a step, other than lr and weight_decay; see :class:`fastnlcg.NLCG` for the meaning of each.
 
     Raises:
-        TypeError, ValueError: for the first that is of the wrong kind or value.
+        TypeError, ValueError: for the first option of the wrong kind or value.
     """
 
     update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = _option(
@@ -155,10 +157,10 @@ class Options:
         if self.kind.divides_by_eps and self.eps < SMALLEST_EPS:
             raise ValueError(
                 f"Invalid eps: {self.eps!r}; expected at least {SMALLEST_EPS:g} with preconditioner="
-                f"{self.preconditioner!r}, whose diagonal is 0 where every gradient was"
+                f"{self.preconditioner!r}, whose diagonal is 0 for elements whose gradients were all 0"
             )
         if self.update == "heavy_ball" and self.largest_beta >= 1.0:
-            raise ValueError("update='heavy_ball' holds beta at beta_max: expected beta_max < 1, got 1")
+            raise ValueError("beta_max must be < 1 with update='heavy_ball', which sets beta = beta_max; got 1")
 
     @property
     def kind(self) -> Preconditioner:
@@ -172,7 +174,7 @@ class Options:
 
     @property
     def keeps_gradient(self) -> bool:
-        """Whether the state has ``grad_prev``: the preconditioner's own need, or ``rz_mid``'s."""
+        """Whether the state has ``grad_prev``: the preconditioner or ``rz_mid`` needs it."""
         return self.kind.keeps_gradient or self.update == "polak_ribiere"
 
     @property
@@ -181,20 +183,20 @@ class Options:
         return self.max_grad_norm is not None or self.skip_grad_norm is not None
 
     def streams(self) -> dict[str, float]:
-        """The tensors of a parameter's state, and what they hold before the first step."""
-        found = {"direction": 0.0}
+        """The tensors of a parameter's state by key, with their value before the first step."""
+        start_values = {"direction": 0.0}
         if self.keeps_gradient:
-            found["grad_prev"] = 0.0
+            start_values["grad_prev"] = 0.0
         if self.kind.diagonal is not None:
-            found[self.kind.diagonal] = self.kind.start
-        return found
+            start_values[self.kind.diagonal] = self.kind.start
+        return start_values
 
     def native(self) -> dict[str, Any]:
-        """By the names of ``NLCG_OPTIONS``."""
-        found = {option.name: getattr(self, option.name) for option in fields(self)}
-        search = found["line_search"]
+        """The options by the names of ``NLCG_OPTIONS`` in ``csrc/step_args.h``."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        search = values["line_search"]
         return {
-            **{name: value for name, value in found.items() if name != "nonfinite"},
+            **{name: value for name, value in values.items() if name != "nonfinite"},
             **asdict(search or OnlineLineSearch()),
             "line_search": search is not None,
             "preconditioner": self.kind.native,
@@ -205,26 +207,26 @@ class Options:
             "skip_nonfinite": self.nonfinite == "skip",
         }
 
-    # ---- in a parameter group, whose values torch.load(weights_only=True) must take ----
+    # ---- in a parameter group, whose values torch.load(weights_only=True) must accept ----
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> Options:
-        """The options that a group carries."""
-        found = {option.name: group[option.name] for option in fields(cls)}
-        search = found["line_search"]
+        """The options in a parameter group."""
+        values = {option.name: group[option.name] for option in fields(cls)}
+        search = values["line_search"]
         if search is not None:
             if not (isinstance(search, tuple | list) and len(search) == 4):
                 raise TypeError(
                     f"line_search must be None or OnlineLineSearch(...).as_tuple() in a group, got {search!r}"
                 )
-            found["line_search"] = OnlineLineSearch(*search)
-        return cls(**found)
+            values["line_search"] = OnlineLineSearch(*search)
+        return cls(**values)
 
     def for_group(self) -> dict[str, Any]:
-        """What a group carries."""
-        found = {option.name: getattr(self, option.name) for option in fields(self)}
-        return {**found, "line_search": None if self.line_search is None else self.line_search.as_tuple()}
+        """The entries of a parameter group for these options."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {**values, "line_search": None if self.line_search is None else self.line_search.as_tuple()}
 
 
 SHARED = tuple(option.name for option in fields(Options) if not option.metadata["of_group"])
-"""Options that hold for a whole optimizer, because its sums run over all groups."""
+"""The options that all groups of an optimizer share, because its sums run over all groups."""

@@ -11,15 +11,15 @@ Every native kernel is tested against this module, and this module against mathe
     True
 
 Source: Adya et al., *Nonlinear Conjugate Gradients for Scaling Synchronous Distributed DNN Training*
-(arXiv:1812.02886), Algorithms 1 and 2 and section 3.2.2. Where the paper is silent the choices are those of the
-authors' TensorFlow code.
+(arXiv:1812.02886), Algorithms 1 and 2 and section 3.2.2. What the paper leaves open follows the authors' TensorFlow
+code.
 
 Symbols: ``p`` parameters, ``g`` gradient, ``g_prev`` the previous one, ``d`` direction, ``h`` diagonal of the Hessian
 estimate, ``v`` Adam's second moment, ``y = g - g_prev``, ``s = alpha_prev * d``, ``z = -g / (h + eps)``,
 ``rz = sum(-g z)``.
 
-A preconditioner is an object (:class:`Plain`, :class:`Bfgs`, :class:`Adam`) that says what its stream of state is, h
-before and after a step's update, and which weight decay goes with it.
+A preconditioner is an object (:class:`Plain`, :class:`Bfgs`, :class:`Adam`) that defines its own state array, h before
+and after a step's update, and the kind of weight decay.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class State:
     g_prev: Array
     d: Array
     diagonal: Array | None
-    """The preconditioner's own: h of ``"bfgs"``, v of ``"adam"``, None without one."""
+    """The preconditioner's own array: h for ``"bfgs"``, v for ``"adam"``, None without a preconditioner."""
     alpha_prev: Array
     active: npt.NDArray[np.bool_]
     """Which elements took part in the last step."""
@@ -78,13 +78,13 @@ class State:
     rz: float = 0.0
     ls_scale: float = 1.0
     loss_prev: float | None = None
-    # What the last step did.
+    # The results of the last step.
     beta: float = 0.0
     ys: float = 0.0
     shs: float = 0.0
     updated: bool = False
     grad_norm: float = 0.0
-    """before clipping, where it is measured; of a skipped step too"""
+    """before clipping, if it is measured; also set by a skipped step"""
     clip: float = 1.0
 
 
@@ -105,13 +105,13 @@ def initial_state(n: int, options: Options | None = None) -> State:
 
 
 def effective_gradient(grad: Array, p: Array, weight_decay: float | Array, maximize: bool) -> Array:
-    """The gradient that the method sees: sign turned for ``maximize``, then L2 weight decay."""
+    """The gradient that the method sees: negated for ``maximize``, then with L2 weight decay added."""
     signed = -grad if maximize else grad
     return np.where(np.asarray(weight_decay) != 0.0, signed + weight_decay * p, signed)
 
 
 def clip_factor(norm: float, max_grad_norm: float | None) -> float:
-    """That of ``torch.nn.utils.clip_grad_norm_``: ``max_grad_norm / (norm + 1e-6)``, at most 1."""
+    """The factor of ``torch.nn.utils.clip_grad_norm_``: ``max_grad_norm / (norm + 1e-6)``, at most 1."""
     if max_grad_norm is None or max_grad_norm == np.inf:
         return 1.0
     factor = max_grad_norm / (norm + 1e-6)
@@ -157,10 +157,14 @@ def preconditioned_residual(g: Array, h: Array | None, eps: float = 0.0) -> Arra
 
 
 def conjugacy(update: str, rz: float, rz_new: float, rz_mid: float, beta_max: float = 1.0) -> float:
-    """beta of Algorithm 1, clamped to [0, beta_max]; 0 where ``rz`` is 0 or the quotient is not finite. Heavy ball:
-    beta_max."""
+    """beta of Algorithm 1, clamped to [0, beta_max]; 0 if ``rz`` is 0 or the quotient is not finite. Heavy ball:
+    beta_max.
+
+    Raises:
+        ValueError: for an unknown ``update``.
+    """
     if update not in ("fletcher_reeves", "polak_ribiere", "heavy_ball"):
-        raise ValueError(f"unknown update {update!r}")
+        raise ValueError(f"update must be 'fletcher_reeves', 'polak_ribiere' or 'heavy_ball', got {update!r}")
     if update == "heavy_ball":
         return beta_max
     numerator = rz_new - rz_mid if update == "polak_ribiere" else rz_new
@@ -196,13 +200,13 @@ def line_search_scale(scale: float, loss: float, loss_prev: float | None, search
 
 @dataclass(frozen=True)
 class Plain:
-    """None: ``z = -g``; and what the others start from."""
+    """No preconditioner: ``z = -g``. The base class of the others."""
 
     decoupled: bool = False
     """Whether weight decay acts on p, not on the gradient."""
 
     def start(self, n: int) -> Array | None:
-        """Its stream before the first step."""
+        """The preconditioner's array before the first step."""
         return None
 
     def old_h(self, state: State, o: Options) -> Array | None:
@@ -212,12 +216,12 @@ class Plain:
     def update(
         self, state: State, o: Options, g: Array, g_prev: Array, d: Array, *, same: bool
     ) -> tuple[Array | None, Array | None, dict[str, Any]]:
-        """This step's h plus eps, its stream after the step, and what diagnostics show."""
+        """This step's h plus eps, the preconditioner's array after the step, and the values for diagnostics."""
         return None, None, {}
 
 
 class Bfgs(Plain):
-    """The paper's diagonal of Algorithm 2: h itself is the stream."""
+    """The paper's diagonal of Algorithm 2: the array is h itself."""
 
     def start(self, n: int) -> Array:
         return np.ones(n)
@@ -245,7 +249,7 @@ class Bfgs(Plain):
 
 
 class Adam(Plain):
-    """Adam's diagonal (Kingma & Ba, arXiv:1412.6980): the stream is v."""
+    """Adam's diagonal (Kingma & Ba, arXiv:1412.6980): the array is v."""
 
     def start(self, n: int) -> Array:
         return np.zeros(n)
@@ -275,11 +279,13 @@ def _vector(name: str, value: npt.ArrayLike) -> Array:
 
 
 def _check_numbers(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """Of a whole step, or of each element: finite and >= 0."""
+    """One number for all elements, or one for each: finite and >= 0."""
     if np.ndim(value) == 0:
         check_real(name, value, minimum=0.0)
-    elif np.shape(value) != shape or not (np.all(np.isfinite(value)) and np.all(np.asarray(value) >= 0.0)):
-        raise ValueError(f"{name} must be a number >= 0, or {shape} of them")
+    elif np.shape(value) != shape:
+        raise ValueError(f"{name} has shape {np.shape(value)}, expected one number or an array of shape {shape}")
+    elif not (np.all(np.isfinite(value)) and np.all(np.asarray(value) >= 0.0)):
+        raise ValueError(f"{name} has elements that are not finite numbers >= 0")
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
@@ -296,28 +302,33 @@ def nlcg_step(
     loss: float | None = None,
     active: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[Array, State]:
-    """One step. Pure: returns the new parameters and the new state, changes neither argument.
+    """One step. A pure function: it returns the new parameters and the new state, and changes no argument.
 
     Args:
         p: parameters, shape (n,).
-        grad: gradient of the loss at ``p``, shape (n,); values outside ``active`` are not looked at.
+        grad: gradient of the loss at ``p``, shape (n,); values outside ``active`` are not used.
         state: from :func:`initial_state` or the previous step.
         options: see :class:`Options`.
-        lr: step length before the line-search scale; an array gives every element its own (parameter groups); a
-            callable is called as ``lr(p, d)`` with the new direction (an exact line search, say).
-        weight_decay: coefficient, a number or one per element: L2, or decoupled with ``"adam"``.
-        loss: this step's loss, for the line search; None or a number that is not finite leaves the scale alone.
-        active: which elements have a gradient; all by default. The others keep value and state, and have no part in
-            any sum.
+        lr: step length before the line-search scale, >= 0; an array gives every element its own (parameter groups); a
+            callable is called as ``lr(p, d)`` with the new direction (for an exact line search, for example).
+        weight_decay: coefficient >= 0, a number or one per element: L2, or decoupled with ``"adam"``.
+        loss: this step's loss, for the line search; None or a number that is not finite leaves the scale unchanged.
+        active: which elements have a gradient, a bool array of shape (n,); all by default. The others keep value and
+            state, and are left out of every sum.
 
     Returns:
         The new parameters and the new state.
+
+    Raises:
+        TypeError, ValueError: for an array of the wrong dtype or shape, or a number out of range.
     """
     o = options or Options()
     preconditioner = PRECONDITIONERS[o.preconditioner]
     p, grad = _vector("p", p), _vector("grad", grad)
     if grad.shape != p.shape or state.d.shape != p.shape:
-        raise ValueError(f"p has shape {p.shape}, grad {grad.shape}, the state {state.d.shape}; expected one shape")
+        raise ValueError(
+            f"p has shape {p.shape}, grad {grad.shape} and state.d {state.d.shape}; expected the same shape"
+        )
     if not callable(lr):
         _check_numbers("lr", lr, p.shape)
     _check_numbers("weight_decay", weight_decay, p.shape)
@@ -344,13 +355,13 @@ def nlcg_step(
         ls_scale, loss_prev = line_search_scale(ls_scale, signed, loss_prev, o.line_search), signed
 
     with np.errstate(all="ignore"):
-        h, diagonal, found = preconditioner.update(state, o, g, g_prev, d_old, same=same_course)
+        h, diagonal, info = preconditioner.update(state, o, g, g_prev, d_old, same=same_course)
         z = preconditioned_residual(g, h)
         rz_new = float(np.sum(-g * z))
         rz_mid = float(np.sum(g * -preconditioned_residual(g_prev, preconditioner.old_h(state, o))))
         beta = conjugacy(o.update, state.rz, rz_new, rz_mid, o.largest_beta) if same_course else 0.0
 
-        sums = [found.get("ys", 0.0), found.get("shs", 0.0), rz_new, rz_mid]
+        sums = [info.get("ys", 0.0), info.get("shs", 0.0), rz_new, rz_mid]
         if o.nonfinite == "skip" and not np.all(np.isfinite(sums)):
             return p, replace(state, skipped_steps=state.skipped_steps + 1, grad_norm=grad_norm)
 
@@ -370,9 +381,9 @@ def nlcg_step(
         ls_scale=ls_scale,
         loss_prev=loss_prev,
         beta=beta,
-        ys=found.get("ys", 0.0),
-        shs=found.get("shs", 0.0),
-        updated=found.get("updated", False),
+        ys=info.get("ys", 0.0),
+        shs=info.get("shs", 0.0),
+        updated=info.get("updated", False),
         grad_norm=grad_norm,
         clip=clip,
     )
@@ -382,13 +393,13 @@ def nlcg_step(
 
 
 class DescentPasses:
-    """The vectors of :mod:`fastnlcg.full_batch.iteration`, in float64. It takes the decisions, on scalars; each
-    method here is an equation or two.
+    """The vectors of full-batch descent, in float64. :mod:`fastnlcg.full_batch.iteration` decides, on scalars; each
+    method of this class is an equation or two.
 
     Args:
-        x: where to start, shape (n,); written.
-        gradient: gives the gradient at ``x``, which an evaluation has formed before.
-        preconditioned: whether there is an h.
+        x: the starting point, shape (n,); written.
+        gradient: returns the gradient at ``x``, which the last evaluation has formed.
+        preconditioned: whether h is used.
     """
 
     def __init__(self, x: Array, gradient: Callable[[], Array], *, preconditioned: bool = True) -> None:
@@ -402,9 +413,10 @@ class DescentPasses:
         return float(np.sum(self.x * self.d)), float(np.sum(self.x * self.x))
 
     def trial(self, alpha: float, *, first: tuple[float, float] | None) -> None:
-        """``x = origin + alpha d``. ``first`` of a search: the mark that x must have."""
+        """``x = origin + alpha d``. ``first``, in the first trial of a search: the mark that x must have."""
         if first is not None:
-            if not np.allclose(self._mark(), first, rtol=1e-9, atol=1e-9 * first[1]):  # other orders of adding up
+            # The tolerance allows for sums in another order.
+            if not np.allclose(self._mark(), first, rtol=1e-9, atol=1e-9 * first[1]):
                 raise Edited
             self.origin[:] = self.x
         self.x[:] = self.origin + alpha * self.d if alpha != 0.0 else self.origin
@@ -441,7 +453,7 @@ class DescentPasses:
 
 @dataclass(frozen=True)
 class Result:
-    """What :func:`minimize` found: the last point, the loss before every step, the last state."""
+    """What :func:`minimize` returns: the last point, the loss before every step, and the last state."""
 
     p: Array
     losses: list[float] = field(default_factory=list)
@@ -459,7 +471,7 @@ def minimize(
 ) -> Result:
     """Takes ``steps`` steps on ``fun(p) -> (loss, gradient)`` from ``p``, shape (n,).
 
-    ``lr`` and ``weight_decay`` are those of :func:`nlcg_step`; the other keywords those of :class:`Options`.
+    ``lr`` and ``weight_decay`` are those of :func:`nlcg_step`; the other keywords are those of :class:`Options`.
     """
     o = Options(**options)
     point = np.array(p, dtype=np.float64).ravel()
