@@ -172,8 +172,8 @@ def test_the_example_in_the_docstring() -> None:
         ({"grad": np.ones(4)}, ValueError, "expected the same shape"),
         ({"grad": np.array(["a", "b", "c"])}, TypeError, "grad has dtype"),
         ({"lr": -1.0}, ValueError, "Invalid learning rate"),
-        ({"lr": np.ones(4)}, ValueError, "lr must be"),
-        ({"weight_decay": np.full(3, np.nan)}, ValueError, "weight_decay must be"),
+        ({"lr": np.ones(4)}, ValueError, "lr has shape"),
+        ({"weight_decay": np.full(3, np.nan)}, ValueError, "weight_decay has elements"),
         ({"active": np.ones(3)}, ValueError, "active has shape"),
     ],
 )

@@ -1,7 +1,7 @@
-"""The line search of Hager and Zhang, on scalars: phi(alpha) = f(x + alpha d) and its slope. Knows no vectors.
+"""The line search of Hager and Zhang, on scalars: phi(alpha) = f(x + alpha d) and its slope. It uses no vectors.
 
-Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, section 4, and ACM TOMS 32 (2006) 113; the names of steps (B1, U2,
-S3, L0, ...) are theirs.
+Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, section 4, and ACM TOMS 32 (2006) 113; the names of the steps (B1,
+U2, S3, L0, ...) are those of the papers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["HagerZhang", "Point", "Unbounded", "search"]
 
 
 class Point(NamedTuple):
-    """A step length, the loss there, and its slope along the direction."""
+    """A step length, the loss at that length, and its slope along the direction."""
 
     alpha: float
     f: float
@@ -30,17 +30,18 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class HagerZhang:
-    """The constants of the line search; their defaults, but for epsilon, are CG_DESCENT's.
+    """The constants of the line search; all defaults except that of epsilon are CG_DESCENT's.
 
     Args:
-        delta: of the sufficient decrease, in (0, 1/2).
-        sigma: of the curvature condition, in [delta, 1): the smaller, the more exact the search.
-        epsilon: what counts as rounding in f, relative to ``|f|``: within it the approximate Wolfe conditions look at
-            slopes alone. None: by the dtype of x, 1e-12 for float64 and 1e-6 for float32. Set it higher for a noisy f.
-        theta: at which fraction a bracket is subdivided, in (0, 1); 0.5 is bisection.
-        gamma: how much shorter an interval must become in one round, in (0, 1).
-        rho: how much farther the bracket reaches each time, > 1.
-        max_rounds: rounds of the secant, and evaluations for a bracket, before the search gives up.
+        delta: constant of the sufficient-decrease condition, in (0, 1/2).
+        sigma: constant of the curvature condition, in [delta, 1): the smaller, the more exact the search.
+        epsilon: differences in f that count as rounding, relative to ``|f|``: within them the approximate Wolfe
+            conditions compare slopes only. None: by the dtype of x, 1e-12 for float64 and 1e-6 for float32. Set it
+            higher for a noisy f.
+        theta: split point when a bracket is subdivided, in (0, 1); 0.5 is bisection.
+        gamma: factor by which an interval must shrink in one round, in (0, 1).
+        rho: factor by which the bracket grows in each expansion, > 1.
+        max_rounds: rounds of the secant, and evaluations for a bracket, before the search gives up, >= 1.
 
     Raises:
         TypeError, ValueError: for a value of the wrong kind or out of range.
@@ -55,9 +56,9 @@ class HagerZhang:
     max_rounds: int = 50
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            if one.name != "epsilon" or self.epsilon is not None:
-                check_real(one.name, getattr(self, one.name))
+        for constant in fields(self):
+            if constant.name != "epsilon" or self.epsilon is not None:
+                check_real(constant.name, getattr(self, constant.name))
         bounds = {
             "delta": 0.0 < self.delta < 0.5,
             "sigma": self.delta <= self.sigma < 1.0,
@@ -75,7 +76,8 @@ class HagerZhang:
                 )
 
     def accepts(self, start: Point, at: Point, slack: float) -> bool:
-        """The Wolfe conditions, or the approximate ones where f has not risen by more than ``slack``."""
+        """Whether ``at`` satisfies the Wolfe conditions, or, if f has not risen by more than ``slack``, the
+        approximate ones."""
         if not (at.finite and at.slope >= self.sigma * start.slope):
             return False
         if at.f - start.f <= self.delta * at.alpha * start.slope:
@@ -84,7 +86,7 @@ class HagerZhang:
 
 
 def _secant(a: Point, b: Point) -> float:
-    """Where a slope that is linear between two points is 0; NaN for a constant one."""
+    """The zero of the slope, linear between two points; NaN for a constant slope."""
     rise = b.slope - a.slope
     return (a.alpha * b.slope - b.alpha * a.slope) / rise if rise != 0.0 else math.nan
 
@@ -97,7 +99,7 @@ class _Found(Exception):  # noqa: N818
 
 
 class Unbounded(Exception):  # noqa: N818
-    """f falls as far as a search looks."""
+    """f decreases up to the largest step length that the search tries."""
 
 
 class _Search:
@@ -107,18 +109,19 @@ class _Search:
         self.phi, self.start, self.slack, self.options = phi, start, slack, options
 
     def at(self, alpha: float) -> Point:
-        """Evaluates there. Ends the search where the point will do."""
+        """Evaluates f and its slope at ``alpha``. Ends the search if the point is acceptable."""
         point = Point(alpha, *self.phi(alpha))
         if self.options.accepts(self.start, point, self.slack):
             raise _Found(point)
         return point
 
     def low(self, point: Point) -> bool:
-        """Whether f has not risen there: the left end of an interval may be moved to it."""
+        """Whether f has not risen at ``point``: the left end of an interval may be moved to it."""
         return point.f <= self.start.f + self.slack
 
     def cut(self, a: Point, b: Point) -> tuple[Point, Point]:
-        """U3: f falls at ``a`` and is too high, or not a number, at ``b``: an interval in between with a minimum."""
+        """U3: f decreases at ``a`` and is too high, or not a number, at ``b``: returns an interval between them that
+        contains a minimum."""
         for _ in range(self.options.max_rounds):
             middle = self.at((1.0 - self.options.theta) * a.alpha + self.options.theta * b.alpha)
             if middle.finite and middle.slope >= 0.0:
@@ -130,14 +133,15 @@ class _Search:
         return a, b
 
     def bracket(self, first: float) -> tuple[Point, Point] | None:
-        """B0 to B3: an interval with f falling at its left end and rising at its right, from ``first`` on."""
+        """B0 to B3: an interval on which f decreases at the left end and increases at the right end; starts at
+        ``first``."""
         left, point, wall = self.start, self.at(first), math.inf
         for _ in range(self.options.max_rounds):
             if point.finite and point.slope >= 0.0:
                 return left, point
             if math.isinf(point.alpha):
                 break
-            if not point.finite:  # out of f's domain: back by tenths, and once there are finite points, by halves
+            if not point.finite:  # outside f's domain: go back by tenths, or by halves once a point has been finite
                 wall = point.alpha
                 point = self.at(left.alpha + (0.1 if left is self.start else 0.5) * (wall - left.alpha))
             elif not self.low(point):
@@ -150,7 +154,7 @@ class _Search:
         return None
 
     def update(self, a: Point, b: Point, alpha: float) -> tuple[Point, Point]:
-        """U0 to U3: the interval after a look at ``alpha``."""
+        """U0 to U3: the interval after an evaluation at ``alpha``."""
         if not a.alpha < alpha < b.alpha:
             return a, b
         point = self.at(alpha)
@@ -161,7 +165,7 @@ class _Search:
         return self.cut(a, point)
 
     def secant2(self, a: Point, b: Point) -> tuple[Point, Point]:
-        """S1 to S4: a secant step, and one more from the side that it moved."""
+        """S1 to S4: a secant step, and a second one from the end that the first has moved."""
         alpha = _secant(a, b)
         new_a, new_b = self.update(a, b, alpha)
         if new_b.alpha == alpha:
@@ -171,7 +175,7 @@ class _Search:
         return new_a, new_b
 
     def run(self, first: float) -> Point | None:
-        """L0 to L3."""
+        """L0 to L3: the search itself."""
         interval = self.bracket(first)
         if interval is None:
             return None
@@ -182,7 +186,7 @@ class _Search:
             if b.alpha - a.alpha > self.options.gamma * width:
                 a, b = self.update(a, b, 0.5 * (a.alpha + b.alpha))
             middle = 0.5 * (a.alpha + b.alpha)
-            if not a.alpha < middle < b.alpha:  # neighbouring numbers
+            if not a.alpha < middle < b.alpha:  # no double is left between them
                 return None
         return None
 
@@ -194,20 +198,21 @@ def search(
     slack: float,
     options: HagerZhang | None = None,
 ) -> Point | None:
-    """A step length that satisfies the Wolfe conditions, or the approximate ones; the last point that was evaluated.
+    """Searches for a step length that satisfies the Wolfe conditions, or the approximate ones.
 
     Args:
         phi: f and its slope at a step length; either may be NaN or infinite.
         start: phi(0), with a negative slope.
         first: the first step length to try, > 0.
-        slack: what counts as rounding in f, >= 0.
+        slack: the increase of f that counts as rounding, >= 0.
         options: see :class:`HagerZhang`.
 
     Returns:
-        None where there is none: f is not smooth, or all is rounding.
+        The accepted point, which is the last that was evaluated. None if no point was accepted: f is not smooth, or
+        its changes are all rounding.
 
     Raises:
-        Unbounded: where f falls to the end of a bracket that has grown ``max_rounds`` times.
+        Unbounded: if f decreases to the end of a bracket that has grown ``max_rounds`` times.
     """
     try:
         return _Search(phi, start, slack, options or HagerZhang()).run(first)

@@ -1,9 +1,9 @@
-"""Full-batch descent: conjugate gradients with the line search of Hager and Zhang and a diagonal preconditioner. What
-is decided, on scalars; the vectors are :class:`Passes`, wherever they lie.
+"""Full-batch descent: conjugate gradients with the line search of Hager and Zhang and a diagonal preconditioner. This
+module decides, on scalars; the vectors, in any kind of memory, are behind the protocol :class:`Passes`.
 
 One iteration, with P = 1/h::
 
-    x_new = x + alpha d                       alpha satisfies the Wolfe conditions (wolfe.py)
+    x_new = x + alpha d                       alpha satisfies the Wolfe conditions (hager_zhang.py)
     y     = g_new - g,  s = alpha d
     h_new = L h + y^2 / ys - (L h s)^2 / (L shs)      ys = sum(y s), shs = sum(s h s); L: see Course.scale
     beta  = beta_rule(...)
@@ -28,55 +28,55 @@ from fastnlcg.options import check_real
 __all__ = ["BETA_RULES", "Course", "Descent", "DescentOptions", "Passes", "Sums", "first_step"]
 
 FIRST_SCALE = 1e-3
-"""h starts at this share of the first curvature, ys / ss: below most of what it will be. A small h_i is raised by the
-first step that moves element i; a large one takes as many steps as there are elements to come down."""
+"""h starts at this fraction of the first curvature, ys / ss: below most of its later values. A small h_i is raised by
+the first step that moves element i; a large one takes as many steps to come down as there are elements."""
 WINDOW, EXCESS = 11, 10.0
-"""h is lowered where the median of the last ``WINDOW`` ratios ys / shs is below 1 / ``EXCESS``: it overstates the
-curvature along the direction time after time, not once."""
+"""h is lowered if the median of the last ``WINDOW`` ratios ys / shs is below 1 / ``EXCESS``: it then overstates the
+curvature along the direction repeatedly, not just once."""
 PROBE = 0.1
-"""where the quadratic step looks at f: at this share of the last step length"""
+"""the quadratic step evaluates f at this fraction of the last step length"""
 NOT_FOUND = "no step length was found: the loss is at the limit of rounding, not smooth, or unbounded below"
 ROUNDING = 64 * 2.0**-52
-"""of a loss in float64, relative to a running mean of |f|"""
+"""the rounding error of a loss in float64, relative to a running mean of |f|"""
 RESOLUTION = 2.0**-40
-"""of a loss that a function of float64 gives, likewise: 4096 units in the last place, for sums of many terms"""
+"""the resolution of a loss that a function of float64 returns, relative to a running mean of |f|: 4096 units in the
+last place, for sums of many terms"""
 RESOLUTION_FLOAT32 = 1e-6
-"""of one that a function of float32 gives: eight units"""
+"""the resolution of a loss that a function of float32 returns: eight units in the last place"""
 
 
 Mark = tuple[float, float]
-"""sum(x d) and sum(x x): what writes x between two iterations changes them, however it is written"""
+"""sum(x d) and sum(x x): any write to x between two iterations changes them"""
 
 
 class Edited(Exception):  # noqa: N818
-    """x is not what the last iteration left, or other variables take part: go on from x as from a new start."""
+    """x is not what the last iteration left, or other variables take part: the run must start from x again."""
 
 
 class Passes(Protocol):
-    """The vectors: x, g, d, h, and those of the point that a search starts from. Each method is one pass over
-    memory."""
+    """The vectors: x, g, d, h, and x and g at the point where a search starts. Each method is one pass over memory."""
 
     def trial(self, alpha: float, *, first: Mark | None) -> None:
-        """x = origin + alpha d. ``first``, in the first trial of a search: x becomes the origin, and Edited is raised,
-        now or at the next evaluation, if its mark is another."""
+        """x = origin + alpha d. ``first``, in the first trial of a search, is the mark that x must have: x becomes the
+        origin, and if its mark differs, this call or the next evaluation raises Edited."""
 
     def slope(self, f: float) -> tuple[float, float, float]:
-        """f, sum(g d), max |g|; the second is not finite if an element of g is not. Over ranks: the mean of f, the
-        sum, and the largest."""
+        """Returns f, sum(g d), max |g|; the second is not finite if an element of g is not. Over ranks: the mean of f,
+        the sum, and the maximum."""
 
     def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
-        """h, updated with (alpha, scale, ys, scale * shs) if given; and the sums over it."""
+        """Updates h with (alpha, scale, ys, scale * shs) if given; returns the sums over the new h."""
 
     def direction(self, beta: float) -> tuple[float, float, Mark]:
-        """d = beta d - P g, g_prev = g; sum(g d), sum(d h d), and the mark of x."""
+        """d = beta d - P g, g_prev = g. Returns sum(g d), sum(d h d), and the mark of x."""
 
     def forget(self) -> None:
-        """h = 1."""
+        """Sets h = 1."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Over a new gradient g, the change y since the last one, and P = 1/h."""
+    """Sums over a new gradient g, its change y since the last one, and P = 1/h."""
 
     g_Pg: float  # noqa: N815
     y_Pg: float  # noqa: N815
@@ -88,7 +88,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Slopes:
-    """What the line search knows: sum(g d) at its begin and its end, sum(d h d) before it, sum(g P g) at its begin."""
+    """Sums from the line search: sum(g d) at its beginning and end, and sum(d h d) and sum(g P g) at its beginning."""
 
     begin: float
     end: float
@@ -136,8 +136,8 @@ BETA_RULES: dict[str, Callable[[Sums, Slopes], float]] = {
 
 
 def first_step(x_max: float, g_max: float, f: float, gg: float) -> float:
-    """The first step length of a run: 0.01 of the largest |x| over the largest |g|, or, from x = 0, 0.01 |f| /
-    |g|^2. 1 if no double holds that."""
+    """The first step length of a run: 0.01 max |x| / max |g|, or, from x = 0, 0.01 |f| / |g|^2; 1 if that overflows or
+    underflows."""
     length = 0.01 * quotient(x_max, g_max) if x_max > 0.0 else 0.01 * quotient(abs(f), gg)
     return length if 0.0 < length < math.inf else 1.0
 
@@ -152,7 +152,7 @@ def quotient(a: float, b: float) -> float:
 
 @dataclass(frozen=True)
 class DescentOptions:
-    """What a run computes.
+    """The options of a run; see :class:`fastnlcg.CGDescent` for the meaning of each.
 
     Raises:
         TypeError, ValueError: for a value of the wrong kind or out of range.
@@ -176,44 +176,48 @@ class DescentOptions:
 
 @dataclass
 class Course:
-    """What survives an iteration beside the vectors: plain numbers, for a checkpoint."""
+    """What survives an iteration in addition to the vectors: plain numbers, for a checkpoint."""
 
     f: float = math.nan
-    """at x; NaN: not known"""
+    """the loss at x; NaN: unknown"""
     g_max: float = math.nan
+    """max |g| at x; NaN: unknown, or not finite"""
     slope: float = 0.0
     """sum(g d)"""
     dhd: float = 0.0
+    """sum(d h d)"""
     g_Pg: float = 0.0  # noqa: N815
+    """sum(g P g)"""
     mark: Mark = (math.nan, math.nan)
-    """of x"""
+    """the mark of x"""
     alpha: float = 0.0
-    """of the last step, or the shortest length tried by a search that a limit has ended; 0: none yet"""
+    """the length of the last step, or the shortest length tried by a search that a limit has ended; 0: none yet"""
     beta: float = 0.0
     mean_f: float = 0.0
-    """running mean of |f|, and its weight"""
+    """running mean of |f|"""
     weight: float = 0.0
+    """the weight of that mean"""
     updates: int = 0
-    """of h"""
+    """number of updates of h"""
     ratios: list[float] = field(default_factory=list)
-    """ys / shs of the last updates, as if h had had today's scale"""
+    """ys / shs of the last updates, converted to the current scale of h"""
     steepest: bool = True
-    """d = -P g"""
+    """whether d = -P g"""
     stuck: bool = False
-    """the last search, along -P g with h = 1, has found no lower point"""
+    """whether the last search, along -P g with h = 1, found no lower point"""
     unbounded: bool = False
-    """the last search has found no end of a fall"""
+    """whether the loss decreased as far as the last search tried"""
     repeats: bool = False
-    """one point has been evaluated twice, to see whether the loss repeats"""
+    """whether one point has been evaluated twice, to check that the loss repeats"""
     warned: bool = False
-    """that the loss does not repeat"""
+    """whether the user has been warned that the loss does not repeat"""
     iterations: int = 0
     evaluations: int = 0
-    """of the loss and its gradient"""
+    """evaluations of the loss and its gradient"""
     loss_evaluations: int = 0
-    """of the loss alone"""
+    """evaluations of the loss alone"""
     active: list[int] = field(default_factory=list)
-    """the parameters that take part, by index; of ``CGDescent``"""
+    """the indices of the parameters that take part; used by ``CGDescent``"""
 
     def scale(self, ratio: float) -> float:
         """L: by how much h is scaled before its update, given ys / shs. Remembers the ratio."""
@@ -228,7 +232,7 @@ class Course:
         return lower
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers, and lists and pairs of them that are never written again."""
+        """The fields: numbers, and lists and pairs of numbers, which are replaced but never changed in place."""
         return dict(vars(self))
 
 
@@ -237,19 +241,21 @@ class OutOfBudget(Exception):  # noqa: N818
 
 
 class Descent:
-    """Iterates.
+    """A run: its iterations, one at a time.
 
     Args:
         passes: the vectors.
-        full: ``full(start)`` evaluates the loss and its gradient at x, and returns the loss. At a ``start`` other
-            variables may take part than before.
-        loss: the loss alone, if that is cheaper; None: it is not.
-        course: where a run stands; a new one by default.
-        x_max: the largest |x|, asked for once, before the first step.
-        resolution: of a loss, relative to a running mean of |f|: two losses that differ by less are the same.
-        trusted: whether the loss in ``course`` is that of today's function. If not, the first evaluation is held
-            against it, and if it does not fit, x is evaluated again.
-        sign: -1 if ``full`` and ``loss`` give the loss with the other sign; for messages.
+        full: ``full(start)`` evaluates the loss and its gradient at x, and returns the loss. At a ``start`` the set of
+            variables that take part may change.
+        loss: evaluates the loss alone; None: that is not cheaper.
+        options: see :class:`DescentOptions`.
+        x_max: returns max |x|; called if there is no last step length.
+        course: the state of a run, to continue it; a new run by default.
+        resolution: the resolution of a loss, relative to a running mean of |f|: two losses that differ by less count as
+            equal.
+        trusted: whether the loss in ``course`` is known to be that of the current function. If not, the first
+            evaluation is compared with it, and if it does not fit, x is evaluated again.
+        sign: -1 if ``full`` and ``loss`` return the negated loss; for messages.
     """
 
     def __init__(
@@ -270,7 +276,7 @@ class Descent:
         self.resolution, self.trusted, self.sign = resolution, trusted, sign
         self.warning = ""
         self.f_before = self.course.f
-        """the loss where the first iteration has begun"""
+        """the loss at which the first iteration began"""
         self._iterations = self.course.iterations
 
     @property
@@ -279,12 +285,12 @@ class Descent:
 
     @property
     def _epsilon(self) -> float:
-        """What counts as rounding in f, relative to its running mean."""
+        """Differences in f that count as rounding, relative to the running mean of |f|."""
         epsilon = self.options.line_search.epsilon
         return self.resolution if epsilon is None else epsilon
 
     def evaluate(self, *, start: bool = False) -> tuple[float, float, float]:
-        """f, sum(g d) and max |g| at x."""
+        """Evaluates f, sum(g d) and max |g| at x."""
         f = self.full(start)
         self.course.evaluations += 1
         return self.passes.slope(f)
@@ -292,7 +298,7 @@ class Descent:
     # ---- a start ---------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Evaluates at x, and turns to -P g."""
+        """Evaluates at x, and sets d = -P g."""
         self._start_from(*self.evaluate(start=True))
 
     def _start_from(self, f: float, slope: float, g_max: float) -> None:
@@ -311,8 +317,8 @@ class Descent:
             at.g_Pg = -at.slope
 
     def look(self) -> bool:
-        """Evaluates at x once more. Whether x, the loss or the gradient has changed; the next iteration then starts
-        from the new values."""
+        """Evaluates at x once more. Returns whether x, the loss or the gradient has changed; if so, the next iteration
+        starts from the new values."""
         at = self.course
         try:
             self.passes.trial(0.0, first=at.mark)
@@ -333,22 +339,23 @@ class Descent:
         return abs(now - before) <= max(1e-5 * abs(before), self._epsilon * self.course.mean_f)
 
     def compare(self, before: float, now: float) -> None:
-        """The loss at one point, evaluated twice: a warning for the caller, once, if it does not repeat."""
+        """Compares two evaluations of the loss at one point: if it does not repeat, leaves a warning for the caller,
+        once."""
         at = self.course
         if self._same_loss(before, now) or not (math.isfinite(before) and math.isfinite(now)) or at.warned:
             return
         at.warned = True
         self.warning = (
             f"the loss does not repeat: {self.sign * before!r} and then {self.sign * now!r} at the same parameters. A "
-            "line search needs a function that stays: the full batch, no dropout, the averaged loss on data-parallel "
-            "ranks; call restart() if it changes on purpose. For mini-batches use NLCG"
+            "line search needs a function that does not change: the full batch, no dropout, the averaged loss on "
+            "data-parallel ranks; call restart() if it changes on purpose. For mini-batches use NLCG"
         )
 
     # ---- an iteration ----------------------------------------------------------------------------------------------
 
     def iterate(self) -> str:
-        """One iteration from a point that :meth:`begin` or an iteration has left. Returns "" if x has moved, else why
-        it has not; x is then what it was, to the bit."""
+        """Takes one iteration, after :meth:`begin` or another iteration. Returns "" if x has moved, else the reason
+        why not; x is then unchanged, bit for bit."""
         at = self.course
         while True:
             if not (math.isfinite(at.f) and math.isfinite(at.g_max)):
@@ -356,17 +363,17 @@ class Descent:
             if at.g_max == 0.0:
                 return "the gradient is zero"
             try:
-                found = self._search() if at.slope < 0.0 and math.isfinite(at.slope) else None
+                point = self._search() if at.slope < 0.0 and math.isfinite(at.slope) else None
             except Edited:
                 self.begin()
                 continue
             except _Suspect:
                 self.look()
                 continue
-            if found is not None:
-                self._conclude(found)
+            if point is not None:
+                self._conclude(point)
                 return "the loss falls without bound" if at.unbounded else ""
-            # Nothing was found: what d and h say of the function is of no use here.
+            # The search found no point: drop d, then h, which do not describe the function at x.
             f_before = at.f
             if not at.steepest:
                 self.begin()
@@ -380,13 +387,14 @@ class Descent:
             self.compare(f_before, at.f)
 
     def _search(self) -> Point | None:
-        """A step along d, which x and g are at afterwards; else x is back at the origin. No point that was evaluated
-        is lower. OutOfBudget leaves x at the lowest, and if that is not the last, ``g_max`` NaN."""
+        """Searches along d. Returns a point, with x and g left there, such that no point that was evaluated is lower;
+        or None, with x back at the origin. OutOfBudget leaves x at the lowest point, and if that is not the last that
+        was evaluated, ``g_max`` NaN."""
         at = self.course
         weight = 1.0 + 0.7 * at.weight
         mean_f = at.mean_f + (abs(at.f) - at.mean_f) / weight
         start = Point(0.0, at.f, at.slope)
-        # The mean lags behind a loss that falls by orders of magnitude, and is the scale of one that passes zero.
+        # The mean lags behind a loss that falls by orders of magnitude, but is the right scale if a loss crosses zero.
         slack = max(self._epsilon * min(mean_f, abs(at.f)), ROUNDING * mean_f)
         lowest, latest, probed, shortest, wanted, g_max = start, start, start, math.inf, 0.0, at.g_max
         moved = at.unbounded = False
@@ -412,7 +420,7 @@ class Descent:
             return f, slope
 
         def probe(alpha: float) -> float:
-            """f alone: whether the gradient there is finite is not known."""
+            """Evaluates f alone: the gradient at this point may not be finite."""
             nonlocal probed
             move(alpha)
             assert self.loss is not None
@@ -428,15 +436,15 @@ class Descent:
 
         try:
             try:
-                found = search(phi, start, self._first_length(start, probe, phi), slack, self.options.line_search)
+                accepted = search(phi, start, self._first_length(start, probe, phi), slack, self.options.line_search)
             except Unbounded:
-                at.unbounded, found = lowest is not start, None
-            if is_lower(probed, found) and probed.f < lowest.f:
+                at.unbounded, accepted = lowest is not start, None
+            if is_lower(probed, accepted) and probed.f < lowest.f:
                 phi(probed.alpha)
-            if is_lower(lowest, found):
-                found = lowest
-            if found is not None and found != latest:
-                found = Point(found.alpha, *phi(found.alpha))
+            if is_lower(lowest, accepted):
+                accepted = lowest
+            if accepted is not None and accepted != latest:
+                accepted = Point(accepted.alpha, *phi(accepted.alpha))
         except OutOfBudget:
             target, longest = min(lowest, probed, key=lambda point: point.f), wanted
             move(target.alpha)
@@ -445,7 +453,7 @@ class Descent:
             elif target is latest and target.finite:  # the gradient is still that of this point
                 at.g_max = g_max
                 self._conclude(target)
-                at.alpha *= max(1.0, longest / target.alpha)  # the search was about to go there
+                at.alpha *= max(1.0, longest / target.alpha)  # the length that the search would have tried next
             else:
                 at.f, at.g_max = target.f, math.nan
             raise
@@ -453,16 +461,16 @@ class Descent:
             if moved:
                 self.passes.trial(0.0, first=None)
             raise
-        if found is None or not found.finite:
+        if accepted is None or not accepted.finite:
             move(0.0)
             return None
         at.weight, at.mean_f, at.g_max = weight, mean_f, g_max
-        return found
+        return accepted
 
     def _check_start(self, start: Point, seen: Point, slack: float) -> None:
-        """Whether the first point of a search fits the loss at its start: a parabola through both slopes (or, without
-        a slope, the tangent) meets the two losses. If the error is larger than the whole fall along the tangent, the
-        function may have changed: raises _Suspect."""
+        """Checks that the first point of a search fits the loss at its start: a parabola through both slopes (or,
+        without a slope, the tangent) meets the two losses. If the error is larger than the whole decrease along the
+        tangent, the function may have changed: raises _Suspect."""
         self.trusted = True
         fall = -start.slope * seen.alpha
         expected = -fall if math.isnan(seen.slope) else 0.5 * (seen.slope - start.slope) * seen.alpha - fall
@@ -472,12 +480,12 @@ class Descent:
     def _first_length(
         self, start: Point, probe: Callable[[float], float], phi: Callable[[float], tuple[float, float]]
     ) -> float:
-        """Where the search begins: I0 of Hager and Zhang, then their quadratic step."""
+        """The first step length of a search: Hager and Zhang's quadratic step, or their I0 if there is no last length."""
         at = self.course
         if at.alpha == 0.0:
             return first_step(self.x_max(), at.g_max, start.f, -start.slope)
         alpha = PROBE * at.alpha
-        if self.loss is None:  # a gradient comes with it: the secant of the slopes
+        if self.loss is None:  # every evaluation gives a slope: use the secant of the slopes
             f, slope = phi(alpha)
             curvature = quotient(slope - start.slope, alpha)
         else:
@@ -490,21 +498,21 @@ class Descent:
             length = quotient(-start.slope, curvature)
         return length if 0.0 < length < math.inf else 2.0 * at.alpha
 
-    def _conclude(self, found: Point) -> None:
-        """At the new x and g: h, beta, d."""
+    def _conclude(self, point: Point) -> None:
+        """Updates h, beta and d at the new x and g."""
         at, options = self.course, self.options
-        slopes = Slopes(at.slope, found.slope, at.dhd, at.g_Pg)
-        ys, shs = found.alpha * slopes.dy, found.alpha * found.alpha * at.dhd
+        slopes = Slopes(at.slope, point.slope, at.dhd, at.g_Pg)
+        ys, shs = point.alpha * slopes.dy, point.alpha * point.alpha * at.dhd
         curved = ys > 0.0 and 0.0 < shs < math.inf and 0.0 < FIRST_SCALE * (ys / shs) < math.inf
         update, scale = None, 1.0
         if curved and self._preconditioned:
             scale = at.scale(ys / shs)
-            update = (found.alpha, scale, ys, scale * shs)
+            update = (point.alpha, scale, ys, scale * shs)
             at.updates += 1
-            slopes = Slopes(at.slope, found.slope, scale * at.dhd, at.g_Pg)
+            slopes = Slopes(at.slope, point.slope, scale * at.dhd, at.g_Pg)
         sums = self.passes.curvature(update)
-        at.g_Pg, at.f = sums.g_Pg, found.f
-        at.alpha = found.alpha * scale  # P has become 1 / scale of what it was
+        at.g_Pg, at.f = sums.g_Pg, point.f
+        at.alpha = point.alpha * scale  # P has become 1 / scale of what it was
         at.iterations += 1
         beta = BETA_RULES[options.beta](sums, slopes) if curved else 0.0
         at.beta = beta if math.isfinite(beta) else 0.0
@@ -519,7 +527,7 @@ class _Suspect(Exception):  # noqa: N818
 
 
 def check_count(name: str, value: object, *, minimum: int = 1) -> int:
-    """A whole number >= ``minimum``."""
+    """``value`` as an int; TypeError or ValueError unless it is a whole number >= ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:
@@ -528,5 +536,5 @@ def check_count(name: str, value: object, *, minimum: int = 1) -> int:
 
 
 def check_positive(name: str, value: object) -> float:
-    """A finite number >= 0."""
+    """``value`` as a float; TypeError or ValueError unless it is a finite number >= 0."""
     return check_real(name, value, minimum=0.0)
