@@ -181,7 +181,7 @@ def test_errors_of_minimize() -> None:
         (TypeError, "dtype complex128", lambda: minimize(good, x0 + 1j)),
         (TypeError, "float16", lambda: minimize(good, torch.zeros(3).half())),
         (TypeError, "must return .loss, gradient.", lambda: minimize(lambda x: float(x @ x), x0)),
-        (TypeError, "must give its gradient", lambda: minimize(good, x0, jac=None)),
+        (TypeError, "needs its gradient", lambda: minimize(good, x0, jac=None)),
         (TypeError, "must return the loss", lambda: minimize(lambda x: (None, x), x0)),
         (ValueError, r"gradient has shape \(2,\)", lambda: minimize(lambda x: (0.0, x[:2]), x0)),
         (TypeError, "torch can differentiate", lambda: minimize(lambda x: x.detach().sum(), torch.zeros(3))),
@@ -599,7 +599,7 @@ def test_scipy_hands_over_its_forms_of_the_gradient() -> None:
     assert result.nfev == result.njev == both["n"]  # no gradient is thrown away
     assert result.nfev == minimize(quartic, np.full(3, -2.0)).nfev
     for jac in (None, False, "2-point"):
-        with pytest.raises(TypeError, match="must give its gradient"):
+        with pytest.raises(TypeError, match="needs its gradient"):
             optimize.minimize(f, np.zeros(3), jac=jac, method=minimize)
     x0 = torch.zeros(3, dtype=torch.float64)
     for jac in (None, False, True):
@@ -676,7 +676,7 @@ def test_a_transform_of_torch_func_is_named() -> None:
         lambda: torch.func.jvp(solve, (x0[0],), (x0[0],)),
         lambda: torch.vmap(lambda a: minimize(lambda x: (a * x).square().sum(), torch.zeros(3)).x)(x0),
     ):
-        with pytest.raises(RuntimeError, match=r"minimize\(\) inside a torch.func transform"):
+        with pytest.raises(RuntimeError, match=r"minimize\(\) was called inside a torch.func transform"):
             call()
 
 

@@ -480,7 +480,7 @@ class Descent:
     def _first_length(
         self, start: Point, probe: Callable[[float], float], phi: Callable[[float], tuple[float, float]]
     ) -> float:
-        """The first step length of a search: Hager and Zhang's quadratic step, or their I0 if there is no last length."""
+        """The first length to try: Hager and Zhang's quadratic step, or their I0 if there is no last length."""
         at = self.course
         if at.alpha == 0.0:
             return first_step(self.x_max(), at.g_max, start.f, -start.slope)

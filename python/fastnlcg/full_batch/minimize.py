@@ -1,5 +1,5 @@
-"""Unconstrained minimization of a function of one array, in SciPy's words. NumPy arrays need no torch; torch tensors
-may lie on a GPU."""
+"""Unconstrained minimization of a function of one array, with SciPy's interface. NumPy arrays need no torch; torch
+tensors may be on a GPU."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ __all__ = ["OptimizeResult", "minimize"]
 
 
 class OptimizeResult(dict[str, Any]):
-    """What :func:`minimize` found; a dict whose entries are attributes too, as SciPy's.
+    """What :func:`minimize` returns; a dict whose entries are attributes too, as SciPy's.
 
-    ``x``, ``fun`` and ``jac`` (the gradient) at the best point; ``nit`` iterations; ``nfev`` evaluations of the loss,
-    of which ``njev`` had a gradient; ``allvecs``, the start and x after every iteration, with ``return_all``;
-    ``success``, ``status`` and ``message``:
+    It has ``x``, ``fun`` and ``jac`` (the gradient) at the best point; ``nit``, the number of iterations; ``nfev``, the
+    number of evaluations of the loss, of which ``njev`` included the gradient; with ``return_all`` also ``allvecs``,
+    the start and x after every iteration; and ``success``, ``status`` and ``message``:
 
     ====== ==========================================================================================
     0      the largest element of the gradient is at most ``gtol``
     1      ``maxiter`` or ``maxfun`` is reached
     2      no step length was found: f is at the limit of rounding, not smooth there, or inconsistent
     3      f or its gradient is not finite at ``x0``
-    4      ``maxtime`` is over
-    6      f falls without bound
+    4      ``maxtime`` has passed
+    6      f decreases without bound
     99     ``callback`` raised StopIteration
     ====== ==========================================================================================
     """
@@ -75,7 +75,7 @@ _CONVERGED = "the largest element of the gradient is at most gtol"
 
 
 class _Flat:
-    """Passes over flat arrays of one dtype and device."""
+    """:class:`Passes` over flat arrays of one dtype and device."""
 
     def __init__(self, x: Any, zeros: Callable[[], Any], device: str, *, preconditioned: bool) -> None:
         self.x, self.threads = x, _native.num_threads()
@@ -100,7 +100,8 @@ class _Flat:
         )
 
     def trial(self, alpha: float, *, first: Mark | None) -> None:
-        self._run("trial", alpha=alpha, first=first is not None)  # fun gets copies: nothing else writes x
+        # fun gets copies, so x still has the mark ``first``.
+        self._run("trial", alpha=alpha, first=first is not None)
 
     def slope(self, f: float) -> tuple[float, float, float]:
         slope, largest, *_ = self._run("slope")
@@ -125,21 +126,23 @@ def _is_torch(x: object) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def _number(f: object) -> float:
-    """A loss as a float."""
+def _as_loss(f: object) -> float:
+    """What ``fun`` returned for the loss, as a float."""
     if f is None or isinstance(f, tuple | list):
-        raise TypeError(f"fun must return the loss here, got {f if f is None else type(f).__name__}")
+        raise TypeError(
+            f"fun must return the loss as a number or a one-element array, got {f if f is None else type(f).__name__}"
+        )
     return _native.check_loss(f)
 
 
 def _check_gradient_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Dimensions of one element do not count: (n,), (n, 1) and (1, n) are one vector."""
+    """ValueError unless the shapes agree. Dimensions of size 1 do not count: (n,), (n, 1) and (1, n) are one vector."""
     if [n for n in shape if n != 1] != [n for n in expected if n != 1]:
         raise ValueError(f"the gradient has shape {tuple(shape)}, expected that of x0, {tuple(expected)}")
 
 
 class _NumPy:
-    """A function of NumPy arrays. It gets copies of x, which are the user's to keep and to write."""
+    """A function of NumPy arrays. It gets copies of x, which the user may keep and write to."""
 
     def __init__(self, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], jac: object) -> None:
         if isinstance(x0, np.ma.MaskedArray):
@@ -152,11 +155,12 @@ class _NumPy:
         self.shape, self.n, self.args, self.fun, self.jac = x.shape, x.size, args, fun, jac
         if jac is not True and not callable(jac):
             raise TypeError(
-                "a function of a NumPy array must give its gradient: let fun return (loss, gradient), or pass jac=, "
-                f"its gradient; got jac={jac!r}"
+                "minimizing a function of a NumPy array needs its gradient: let fun return (loss, gradient), or pass "
+                f"the gradient function as jac=; got jac={jac!r}"
             )
         self.g = np.zeros(0, dtype)
-        # SciPy splits a fun that returns both into two that evaluate both: the loss alone is not cheaper then.
+        # SciPy splits a fun that returns loss and gradient into two functions, each of which evaluates both: then the
+        # loss alone is not cheaper.
         self.device, self.cheap_loss = "cpu", callable(jac) and getattr(jac, "__self__", None) is not fun
 
     def zeros(self) -> Any:
@@ -166,7 +170,7 @@ class _NumPy:
         return self.x.reshape(self.shape).copy()
 
     def loss(self) -> float:
-        return _number(self.fun(self._at(), *self.args))
+        return _as_loss(self.fun(self._at(), *self.args))
 
     def full(self) -> float:
         at = self._at()
@@ -182,7 +186,7 @@ class _NumPy:
             raise TypeError(f"the gradient has dtype {g.dtype}, expected real numbers")
         _check_gradient_shape(g.shape, self.shape)
         self.g = np.ascontiguousarray(g, self.x.dtype).reshape(-1)
-        return _number(f)
+        return _as_loss(f)
 
     def out(self, x: Any) -> Any:
         return x.reshape(self.shape).copy()
@@ -192,15 +196,16 @@ class _NumPy:
 
 
 class _Torch:
-    """A function of torch tensors. It gets copies of x, which are the user's to keep and to write."""
+    """A function of torch tensors. It gets copies of x, which the user may keep and write to."""
 
     def __init__(self, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], jac: object) -> None:
         import torch
 
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(
-                "minimize() inside a torch.func transform (vmap, grad, jvp, functionalize, ...): a line search decides "
-                "by numbers, which a transform does not have. Call it outside, for each problem of a batch in turn"
+                "minimize() was called inside a torch.func transform (vmap, grad, jvp, functionalize, ...): a line "
+                "search decides by the values of numbers, which a transform does not provide. Call it outside, for "
+                "each problem of a batch in turn"
             )
         if type(x0).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise TypeError(f"x0 is a {type(x0).__name__}, without storage of its own; expected a plain tensor")
@@ -209,7 +214,7 @@ class _Torch:
         if x0.device.type not in ("cpu", "cuda") or x0.layout is not torch.strided:
             raise TypeError(f"x0 is on {x0.device} with layout {x0.layout}, expected a dense tensor on cpu or cuda")
         if not isinstance(jac, bool | None) and not callable(jac):
-            raise TypeError(f"jac must be True, None or a function, got {jac!r}")
+            raise TypeError(f"jac must be a bool, None or a function, got {jac!r}")
         if x0.device.type == "cuda" and _native.cuda_unavailable_reason():
             raise RuntimeError(f"x0 is on {x0.device}: {_native.cuda_unavailable_reason()}")
         self.torch, self.fun, self.args, self.jac, self.shape = torch, fun, args, jac, x0.shape
@@ -222,9 +227,9 @@ class _Torch:
         return self.torch.zeros_like(self.x)
 
     def loss(self) -> float:
-        # x takes no gradient, so nothing is recorded; a fun that differentiates inside still may.
+        # x does not require a gradient, so autograd records nothing, unless fun itself differentiates.
         f = self.fun(self._at(), *self.args)
-        return _number(f[0] if isinstance(f, tuple | list) else f)
+        return _as_loss(f[0] if isinstance(f, tuple | list) else f)
 
     def _at(self) -> Any:
         return self.x.clone().view(self.shape)
@@ -241,7 +246,8 @@ class _Torch:
             else:
                 if not (isinstance(f, torch.Tensor) and f.requires_grad):
                     raise TypeError(
-                        f"fun must return a loss that torch can differentiate by x, or (loss, gradient); got {f!r}"
+                        "fun must return a loss that torch can differentiate with respect to x, or (loss, gradient); "
+                        f"got {f!r}"
                     )
                 if f.numel() != 1:
                     raise ValueError(f"fun must return a loss of one element, got shape {tuple(f.shape)}")
@@ -252,7 +258,7 @@ class _Torch:
             raise TypeError(f"the gradient is {kind}; expected a real dense tensor")
         _check_gradient_shape(g.shape, self.shape)
         self.g = g.detach().to(self.x).contiguous().view(-1)
-        return _number(f)
+        return _as_loss(f)
 
     def out(self, x: Any) -> Any:
         return x.view(self.shape).clone()
@@ -262,6 +268,8 @@ class _Torch:
 
 
 class _Limits:
+    """Counts evaluations, and raises OutOfBudget before one that ``maxfun`` or ``maxtime`` does not allow."""
+
     def __init__(self, maxfun: int | None, maxtime: float | None) -> None:
         self.maxfun, self.until = maxfun, math.inf if maxtime is None else time.monotonic() + maxtime
         self.evaluations = self.gradients = 0
@@ -300,45 +308,49 @@ def minimize(
     **unknown: object,
 ) -> OptimizeResult:
     """Minimizes a smooth function by preconditioned nonlinear conjugate gradients with the line search of Hager and
-    Zhang. There is no learning rate. The state is five arrays of the size of ``x0``. Also a method of SciPy's:
+    Zhang. There is no learning rate. The state is five arrays of the size of ``x0``. It can also be used through SciPy:
     ``scipy.optimize.minimize(fun, x0, jac=True, method=fastnlcg.minimize, options={...})``.
 
     Args:
-        fun: ``fun(x, *args)``. Of a NumPy array: returns ``(loss, gradient)``, or the loss if ``jac`` is a function.
-            Of a torch tensor: returns the loss, which torch differentiates, or ``(loss, gradient)``; it is also called
-            with an ``x`` that takes no gradient, when the loss alone is wanted. ``x`` is a copy, of the shape of
-            ``x0``.
-        x0: where to start, of any shape: a NumPy array (or a list), or a torch tensor of float32 or float64. Unchanged.
+        fun: ``fun(x, *args)``. For a NumPy array it returns ``(loss, gradient)``, or the loss if ``jac`` is a function.
+            For a torch tensor it returns the loss, which torch differentiates, or ``(loss, gradient)``; if only the
+            loss is needed, it is called with an ``x`` that does not require a gradient. ``x`` is a copy, of the shape
+            of ``x0``.
+        x0: the starting point, of any shape: a NumPy array (or a list), or a torch tensor of float32 or float64. It is
+            not changed.
         args: more arguments of ``fun`` and ``jac``.
-        jac: the gradient, ``jac(x, *args)``; True: ``fun`` gives it. It has the shape of ``x0``, up to dimensions of
-            one element. None and False are True for torch, and refused for NumPy: there are no finite differences.
-        beta: ``"hager_zhang"``, ``"polak_ribiere"`` (and 0 where that is negative), ``"fletcher_reeves"``,
-            ``"dai_yuan"`` or ``"hestenes_stiefel"``.
-        preconditioner: ``"bfgs"``, a diagonal of the Hessian that is learned on the way; or None.
-        line_search: its constants, a :class:`HagerZhang`.
+        jac: the gradient, ``jac(x, *args)``; True: ``fun`` returns it. It has the shape of ``x0``, up to dimensions of
+            size 1. None and False mean True for torch, and are refused for NumPy: there are no finite differences.
+        beta: ``"hager_zhang"``, ``"polak_ribiere"`` (0 if that is negative), ``"fletcher_reeves"``, ``"dai_yuan"`` or
+            ``"hestenes_stiefel"``.
+        preconditioner: ``"bfgs"``, a diagonal estimate of the Hessian that is built during the run; or None.
+        line_search: the constants of the line search, a :class:`HagerZhang`.
         gtol: success means that the largest element of the gradient is at most this, in absolute value; >= 0. Default
             ``tol``, or 1e-5.
-        maxiter: at most so many iterations, >= 0; default 200 times the size of ``x0``.
-        maxfun: at most so many evaluations of ``fun``, >= 1 (one more if the best point is not the last).
-        maxtime: no evaluation begins after so many seconds.
+        maxiter: maximum number of iterations, >= 0; default 200 times the size of ``x0``.
+        maxfun: maximum number of evaluations of ``fun``, >= 1 (one more if the best point is not the last); default no
+            limit.
+        maxtime: no evaluation begins after this many seconds, >= 0; default no limit.
         callback: called after every iteration, by SciPy's rule: ``callback(intermediate_result=...)``, with an
             :class:`OptimizeResult` that has ``x``, ``fun``, ``nit`` and ``nfev``, if that is the name of its only
-            parameter; else ``callback(x)``. ``x`` is a copy. The run ends if it raises StopIteration; what it returns
-            does not count.
-        progress: show a line, with tqdm.
+            parameter; else ``callback(x)``. ``x`` is a copy. The run ends if it raises StopIteration; its return value
+            is ignored.
+        progress: show a progress bar, with tqdm.
         disp: print how the run ended.
         return_all: keep x of every iteration, as ``allvecs``.
-        tol: ``gtol``, if that is not given.
+        tol: used for ``gtol`` if that is not given.
         hess, hessp: not used.
         bounds, constraints: refused, unless they bind nothing: no bound, or infinite ones.
-        unknown: options of other methods. Ignored, with a warning that names them.
+        unknown: options of other methods. They are ignored, with a warning that names them.
 
     Returns:
-        The best point that was found, and how.
+        An :class:`OptimizeResult`: the best point that was evaluated, and how the run ended.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong kind or value.
-        RuntimeError: inside a transform of torch.func. What ``fun``, ``jac`` and ``callback`` raise is passed on.
+        RuntimeError: if called inside a transform of torch.func. Exceptions of ``fun``, ``jac`` and ``callback`` are
+            passed on.
+        ModuleNotFoundError: for ``progress=True`` without tqdm.
 
     Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, 23 (2013) 2150; the diagonal: Adya et al., arXiv:1812.02886.
 
@@ -368,7 +380,7 @@ def minimize(
     if not _is_torch(x0):
         return _run(_NumPy(fun, x0, args, jac), options, gtol, maxiter, _Limits(maxfun, maxtime), report,
                     progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
-    with sys.modules["torch"].inference_mode(False):  # which would record no gradient, and hand out frozen tensors
+    with sys.modules["torch"].inference_mode(False):  # inference mode records no gradient, and makes frozen tensors
         return _run(_Torch(fun, x0, args, jac), options, gtol, maxiter, _Limits(maxfun, maxtime), report,
                     progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
 
@@ -457,7 +469,7 @@ def _run(
 
 
 def _iterate(run: Descent, gtol: float, maxiter: int, after_iteration: Callable[[], None]) -> tuple[int, str]:
-    """Until something ends it: status and message."""
+    """Iterates until the run ends; returns status and message."""
     at: Course = run.course
     try:
         run.begin()
@@ -483,11 +495,12 @@ def _iterate(run: Descent, gtol: float, maxiter: int, after_iteration: Callable[
 
 def _out_of(limit: OutOfBudget) -> tuple[int, str]:
     which = str(limit)
-    return (4, "maxtime is over") if which == "maxtime" else (1, "maxfun is reached")
+    return (4, "maxtime has passed") if which == "maxtime" else (1, "maxfun is reached")
 
 
 def _callback_of(callback: object) -> Callable[[OptimizeResult], object] | None:
-    """By SciPy's rule: what a callback is given goes by the name of its only parameter."""
+    """The callback as a function of an OptimizeResult. By SciPy's rule, the name of its only parameter decides whether
+    it gets the result or x."""
     if callback is None:
         return None
     if not callable(callback):
@@ -504,7 +517,7 @@ def _callback_of(callback: object) -> Callable[[OptimizeResult], object] | None:
 
 
 def _count(name: str, value: object, *, minimum: int) -> int | None:
-    """A whole number, also as a float, as SciPy takes them; None for no limit."""
+    """A whole number as an int, also if it is a float, as in SciPy; None for no limit."""
     if value is None or value == math.inf:
         return None if value is None else sys.maxsize
     return check_count(name, int(value) if isinstance(value, float) and value.is_integer() else value, minimum=minimum)
@@ -536,8 +549,8 @@ def _refuse_constraints(constraints: Any) -> None:
     """ValueError unless there are none."""
     if constraints is None or (hasattr(constraints, "__len__") and not len(constraints)):
         return
-    one = constraints if isinstance(constraints, dict) or not hasattr(constraints, "__getitem__") else constraints[0]
-    raise ValueError(f"{_UNCONSTRAINED}; got a constraint, {one!r}")
+    single = isinstance(constraints, dict) or not hasattr(constraints, "__getitem__")
+    raise ValueError(f"{_UNCONSTRAINED}; got the constraint {constraints if single else constraints[0]!r}")
 
 
 def _bar() -> Any:
