@@ -12,7 +12,7 @@
     ops                 the step and its parts over flat buffers; no torch needed
     reference           the definition, in NumPy float64
 
-``NLCG``, ``CGDescent``, ``Diagnostics`` and the schedules need torch, and import it when they are first used.
+``NLCG``, ``CGDescent``, ``Diagnostics``, ``decay_groups`` and the schedules need torch, and import it on first use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``python -m fastnlcg [--json]``: what this installation is, and whether its native step agrees with the definition.
+"""``python -m fastnlcg [--json]``: describes this installation, and checks its native step against the definition.
 
-Exit status 0 where it does, 1 where not. Works without torch.
+The exit status is 0 if they agree, else 1. Works without torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ N = 4097  # one tile and a tail
 
 
 def self_check(device: str = "cpu") -> dict[str, Any]:
-    """Takes 20 steps of native float64 and float32 beside the reference; returns the largest relative differences.
-    Without torch on the CPU only."""
+    """Takes 20 steps in native float64 and float32 and with the reference; returns the largest relative differences.
+    Works without torch on the CPU only."""
     worst = {"float64": 0.0, "float32": 0.0}
     forms: list[tuple[Any, Any]] = [
         (kind, update) for kind in PRECONDITIONERS for update in ("fletcher_reeves", "polak_ribiere")
@@ -40,7 +40,7 @@ def self_check(device: str = "cpu") -> dict[str, Any]:
             p, g_prev, d = place(p), place(np.zeros(N, dtype)), place(np.zeros(N, dtype))
             diagonal = None if state.diagonal is None else place(state.diagonal.astype(dtype))
             for _ in range(STEPS):
-                gradient = (curvature * expected).astype(dtype)  # both see the same gradient
+                gradient = (curvature * expected).astype(dtype)  # both take the same gradient
                 ops.nlcg_step(
                     *(p, place(gradient), g_prev, d, diagonal, scalars),
                     lr=0.05,
@@ -55,7 +55,7 @@ def self_check(device: str = "cpu") -> dict[str, Any]:
 
 
 def _transport(device: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """To the device, and back."""
+    """Two functions: one copies an array to the device, the other back."""
     if device == "cpu":
         return np.asarray, np.asarray
     import torch

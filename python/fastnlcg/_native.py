@@ -1,7 +1,7 @@
-"""The only importer of ``_core``: what the native module offers, with Python's types; and the checks of arrays that it
-is given. Works without torch.
+"""The only importer of ``_core``: the native module's names, with Python types, and the checks of the arrays passed to
+it. Works without torch.
 
-Rule: check everything, write nothing, then raise. TypeError is the wrong kind, ValueError the wrong value or shape,
+Rule: check everything, write nothing, then raise. TypeError means the wrong kind, ValueError the wrong value or shape,
 RuntimeError the wrong moment.
 """
 
@@ -74,23 +74,23 @@ chunk_elements = _core.chunk_elements
 same_objects = _core.same_objects
 block_elements: int = _core.block_elements
 SCALARS: dict[str, float] = _core.scalars
-"""Every scalar that survives a step, and its value before the first: the order of a tensor of them."""
+"""Every scalar that survives a step, with its value before the first step, in the order of the tensor ``"scalars"``."""
 
 
 @functools.cache
 def cuda_unavailable_reason() -> str:
-    """Why there are no CUDA kernels; empty where there are."""
+    """Why there are no CUDA kernels; empty if there are."""
     return str(cuda_status()["unavailable_reason"])
 
 
 def on_gpu(device: Any) -> bool:
-    """Whether this ``torch.device`` is stepped by the CUDA kernels."""
+    """Whether the CUDA kernels step parameters on this ``torch.device``."""
     return bool(device.type == "cuda")
 
 
 def current_stream(device: str, *arrays: object) -> int:
-    """The stream, a ``cudaStream_t``, on which the caller of these arrays works on ``device``: torch's current one
-    where an array is torch's (or none is given), CuPy's where one is CuPy's, else the default stream."""
+    """The stream, a ``cudaStream_t``, on which the caller works with these arrays on ``device``: torch's current one if
+    an array is torch's (or none is given), CuPy's if one is CuPy's, else the default stream."""
     makers = {type(array).__module__.partition(".")[0] for array in arrays}
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and (not arrays or any(isinstance(array, torch.Tensor) for array in arrays)):
@@ -125,7 +125,7 @@ def check_loss(loss: object) -> float:
             raise ValueError(f"loss must have one element, got shape {tuple(getattr(loss, 'shape', ()))}")
         loss = loss.item()  # type: ignore[attr-defined]
         if isinstance(loss, complex):
-            raise TypeError("loss must be real, got a complex tensor")
+            raise TypeError(f"loss must be a real number, got {loss!r} in a complex array or tensor")
     try:
         return float(loss)  # type: ignore[arg-type]
     except OverflowError:
@@ -133,7 +133,7 @@ def check_loss(loss: object) -> float:
 
 
 def num_threads(threads: int | None = None) -> int:
-    """``threads``, or torch's thread count where torch is loaded, or OpenMP's; 1 where there is no OpenMP."""
+    """``threads``, or torch's thread count if torch is loaded, or OpenMP's; 1 without OpenMP."""
     if threads is not None:
         if isinstance(threads, bool) or not isinstance(threads, int):
             raise TypeError(f"threads must be an int, got {threads!r}")
@@ -148,7 +148,7 @@ def num_threads(threads: int | None = None) -> int:
 
 
 def state_dtype(dtype: str) -> str:
-    """The dtype of the state beside parameters of ``dtype``."""
+    """The dtype of the state for parameters of ``dtype``."""
     return "float64" if dtype == "float64" else "float32"
 
 
@@ -164,20 +164,20 @@ def _view(name: str, array: object) -> Buffer:
         raise TypeError(f"{name}: {error}") from error
     except RuntimeError as error:
         raise RuntimeError(f"{name}: {error}") from error
-    except (ValueError, BufferError) as error:  # what has no memory, or not dense memory
+    except (ValueError, BufferError) as error:  # the array has no memory, or its memory is not dense
         raise ValueError(f"{name}: {error}") from error
 
 
 class Views(dict[str, Buffer]):
-    """The arrays of one call, checked: name to view, with what they have in common."""
+    """The arrays of one call, checked: a view for each name, and the properties that all of them share."""
 
     n: int
-    """elements of each"""
+    """number of elements of each array"""
     dtype: str
-    """of the parameters and gradients"""
+    """dtype of the parameters and gradients"""
     state_dtype: str
     device: str
-    """``"cpu"`` or ``"cuda:0"``, ..."""
+    """``"cpu"``, or ``"cuda:0"`` and so on"""
 
 
 def buffers(
@@ -188,8 +188,8 @@ def buffers(
 ) -> Views:
     """Views of the arrays of one call, all checked: kind, dtype, device, layout, writability, lengths, overlap.
 
-    ``parameters`` share one dtype (and ``g`` is among them); ``state`` has the state's dtype for it. What is
-    ``optional`` may be None, and is then left out.
+    ``parameters`` share one dtype (and ``g`` is among them); ``state`` has the state's dtype for it. Arrays named in
+    ``written`` are written by the call. Those named in ``optional`` may be None, and are then left out.
     """
     arrays = {**parameters, **state}
     for name, array in arrays.items():
@@ -205,7 +205,7 @@ def buffers(
         expected = views.dtype if name in parameters else views.state_dtype
         if view.dtype != expected:
             raise TypeError(
-                f"{name} has dtype {view.dtype}, expected {expected} beside g of {views.dtype}; nothing is cast"
+                f"{name} has dtype {view.dtype}, expected {expected} because g has {views.dtype}; nothing is cast"
             )
         if view.device != views.device:
             raise ValueError(f"{name} is on {view.device} and g on {views.device}; expected one device")
@@ -214,26 +214,27 @@ def buffers(
         if view.device != "cpu" and cuda_unavailable_reason():
             raise ValueError(f"{name} is on {view.device}, expected cpu: {cuda_unavailable_reason()}")
         if not view.contiguous:
-            raise ValueError(f"{name} is not contiguous (row-major); a flat-buffer function needs that")
+            raise ValueError(f"{name} is not contiguous; expected a contiguous, row-major array")
         if name in written and view.readonly:
-            raise ValueError(f"{name} is read-only, and would be written")
+            raise ValueError(f"{name} is read-only; expected a writable array, because the call writes it")
         if view.pointer == 0 and view.size > 0:
             raise ValueError(f"{name} has {view.size} elements but no memory")
         if view.pointer % ITEMSIZE[view.dtype]:
             raise ValueError(f"{name} is not aligned to its {ITEMSIZE[view.dtype]}-byte elements")
     sizes = {name: view.size for name, view in views.items()}
     if len(set(sizes.values())) != 1:
-        raise ValueError("different lengths: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+        lengths = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"the arrays have different lengths: {lengths}; expected one length")
     spans = [(v.pointer, v.pointer + v.size * ITEMSIZE[v.dtype], name) for name, v in views.items() if v.size]
     for i, (begin, end, name) in enumerate(spans):
         for other_begin, other_end, other in spans[i + 1 :]:
             if begin < other_end and other_begin < end and (name in written or other in written):
-                raise ValueError(f"{name} and {other} overlap in memory")
+                raise ValueError(f"{name} and {other} overlap in memory; expected separate arrays")
     return views
 
 
 def mark_written(*arrays: object) -> None:
-    """Tells autograd about native writes into torch tensors; other arrays are passed over."""
+    """Tells autograd about native writes into torch tensors; other arrays are ignored."""
     torch = sys.modules.get("torch")
     if torch is not None:
         for array in arrays:

@@ -1,4 +1,4 @@
-"""The step as an operator of torch's, so that a compiled graph may hold it: ``torch.compile(..., fullgraph=True)``."""
+"""The step as a torch operator, so that a compiled graph can contain it: ``torch.compile(..., fullgraph=True)``."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
 
-# An operator takes no Python objects: an optimizer goes by number.
+# Operators take no Python objects, so each optimizer has a number.
 _numbers = itertools.count()
 _optimizers: weakref.WeakValueDictionary[int, NLCG] = weakref.WeakValueDictionary()
 
 
 def number_of(optimizer: NLCG) -> int:
-    """A new number, under which the operator finds it."""
+    """Gives ``optimizer`` a new number, by which the operator finds it."""
     number = next(_numbers)
     _optimizers[number] = optimizer
     return number
 
 
-# Everything but parameters, gradients and the loss is read when the operator runs, not when it is traced: another lr
-# compiles nothing anew. State belongs to the optimizer, and no graph sees it. Not for inductor's own CUDA graphs.
+# Everything but parameters, gradients and the loss is read when the operator runs, not when it is traced: a new lr does
+# not recompile. State belongs to the optimizer, and no graph sees it. The tag keeps inductor's CUDA graphs away.
 @torch.library.custom_op("fastnlcg::step", mutates_args=("params",), tags=(torch.Tag.cudagraph_unsafe,))
 def step(optimizer: int, indices: list[int], params: list[Tensor], grads: list[Tensor], loss: Tensor | None) -> None:
-    """One step of an optimizer, over the parameters of these indices, with these gradients.
+    """One step of an optimizer, over the parameters with these indices, with these gradients.
 
-    A compiler may hand over copies: of parameters, to be written in their place, and of gradients that the graph has
-    formed and not assigned yet. The step then works on these.
+    A compiler may pass copies of parameters, to be written in place of the parameters, and gradients that the graph has
+    formed but not assigned yet. The step then works on these.
     """
-    found = _optimizers.get(optimizer)
-    if found is None:
-        raise RuntimeError("the optimizer of this compiled step is gone")
-    own = [p for group in found.param_groups for p in group["params"]]
+    nlcg = _optimizers.get(optimizer)
+    if nlcg is None:
+        raise RuntimeError("the optimizer of this compiled step has been deleted")
+    own = [p for group in nlcg.param_groups for p in group["params"]]
     values = dict(zip(indices, zip(params, grads, strict=True), strict=True))
-    kept = []
-    with found._lock, torch.no_grad():
+    replaced = []
+    with nlcg._lock, torch.no_grad():
         try:
             for i, p in enumerate(own):
                 value, grad = values.get(i, (p, None))
                 if p.grad is not grad or value.data_ptr() != p.data_ptr():
-                    kept.append((p, p.data, p.grad))
+                    replaced.append((p, p.data, p.grad))
                     p.grad = None
                     p.data = value.detach()
                     p.grad = grad
-            found._step(None, loss)
+            nlcg._step(None, loss)
         finally:
-            for p, data, grad in kept:
+            for p, data, grad in replaced:
                 p.grad = None
                 p.data = data
                 p.grad = grad
@@ -62,7 +62,7 @@ def _(optimizer: int, indices: list[int], params: list[Tensor], grads: list[Tens
 
 
 def traced(optimizer: NLCG, number: int, loss: float | Tensor | None) -> None:
-    """What a compiler sees of ``optimizer.step(loss=loss)``."""
+    """The part of ``optimizer.step(loss=loss)`` that torch.compile traces."""
     indices, params, grads = [], [], []
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if p.grad is not None:

@@ -21,14 +21,14 @@ def warmup_cosine(
 ) -> LambdaLR:
     """Linear warm-up to each group's own lr, then a cosine down to a fraction of it: the recommended schedule.
 
-    Relative: it multiplies the lr that each group has when it is called, and so has one shape for every optimizer and
-    peak. The first step has ``lr / warmup_steps``, step number ``warmup_steps`` has ``lr``, the last ``final * lr``,
-    and so do any steps after it.
+    It is relative: it multiplies the lr that each group has at this call, so it has the same shape for every optimizer
+    and peak. The first step has ``lr / warmup_steps``, step number ``warmup_steps`` has ``lr``, and the last step and
+    any later ones have ``final * lr``.
 
     Args:
         optimizer: any torch optimizer, with its peak learning rates.
         total_steps: optimizer steps in the whole training.
-        warmup_steps: steps of the warm-up; by default 5/24 of the total, the share it had in the study.
+        warmup_steps: steps of the warm-up; by default 5/24 of the total, as in the study.
         final: the last step's fraction of the peak, in [0, 1].
 
     Returns:
@@ -43,13 +43,14 @@ def warmup_cosine(
     if warmup > total:
         raise ValueError(f"warmup_steps must be at most total_steps = {total}, got {warmup}")
     if check_real("final", final, minimum=0.0) > 1.0:
-        raise ValueError(f"Invalid final: {final!r}; expected at most 1")
+        raise ValueError(f"Invalid final: {final!r}; expected a number in [0, 1]")
     return LambdaLR(optimizer, _WarmupCosine(total, warmup, float(final)))
 
 
 @dataclass
 class _WarmupCosine:
-    """A callable object, not a function: so the scheduler pickles, and its state dict has the numbers."""
+    """A callable object rather than a function, so that the scheduler can be pickled and its state dict has the
+    numbers."""
 
     total: int
     warmup: int
@@ -76,21 +77,21 @@ def paper_schedule(
 ) -> LRScheduler:
     """Linear warm-up, then exponential decay every two epochs: the schedule of every optimizer in the paper.
 
-    The learning rate rises linearly from 0.001 to ``peak_lr`` = 0.1 * batch_size / 256 in 5 epochs (15 where the batch
-    is larger than 8192, 30 where it is larger than 32768), and then falls by a constant factor every two epochs, so
-    that the last epoch has 0.001 (0.01 for batches of 8192 and more). Where ``epochs`` leaves no room to decay, it
-    ends with the warm-up.
+    The learning rate rises linearly from 0.001 to ``peak_lr`` = 0.1 * batch_size / 256 in 5 epochs (15 if the batch is
+    larger than 8192, 30 if it is larger than 32768), and then falls by a constant factor every two epochs, so that the
+    last epoch has 0.001 (0.01 for batches of 8192 and more). If ``epochs`` is too small for a decay, the schedule ends
+    with the warm-up.
 
-    It is absolute: it starts and ends at fixed rates whatever the peak, so an optimizer whose rates are large decays by
-    a factor of a thousand and one whose rates are small (AdamW, ``preconditioner="adam"``) hardly at all. Use it to
-    repeat the paper. To train, and to compare optimizers, use :func:`warmup_cosine`.
+    It is absolute: it starts and ends at fixed rates for any peak, so an optimizer whose rates are large decays by a
+    factor of a thousand and one whose rates are small (AdamW, ``preconditioner="adam"``) hardly at all. Use it to
+    reproduce the paper. To train, and to compare optimizers, use :func:`warmup_cosine`.
 
     Args:
         optimizer: any torch optimizer. Its groups' ``lr`` is overwritten: the schedule is absolute.
         batch_size: samples per optimizer step, over all ranks and micro-batches.
         epochs: length of the training.
         steps_per_epoch: optimizer steps per epoch.
-        peak_lr: another peak; everything else as above.
+        peak_lr: peak learning rate, > 0; default 0.1 * batch_size / 256.
 
     Returns:
         A torch scheduler; call its ``step()`` once after every ``optimizer.step()``.

@@ -1,4 +1,4 @@
-"""Warnings that name the user's line."""
+"""Warnings that point to the user's line."""
 
 import sys
 import warnings
@@ -7,8 +7,8 @@ _NOT_THE_USER = ("fastnlcg", "torch", "contextlib")
 
 
 def warn(message: str) -> None:
-    """A UserWarning at the innermost frame outside this package and torch, whose wrappers of ``step()`` differ in
-    number from version to version, and under a compiler."""
+    """Gives a UserWarning at the innermost frame outside this package and torch. A fixed ``stacklevel`` would not do:
+    the number of torch's wrappers of ``step()`` depends on its version, and on torch.compile."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back
