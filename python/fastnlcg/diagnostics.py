@@ -48,21 +48,21 @@ class Diagnostics:
     """CUDA launches of the step's passes: 1 (cooperative), or one per pass; 0 on the CPU"""
 
 
-def read(layout: StepTable, param_groups: list[dict[str, Any]], state: Any) -> Diagnostics:
+def read(table: StepTable, param_groups: list[dict[str, Any]], state: Any) -> Diagnostics:
     """The diagnostics of the last step. Waits for the device; if parameters are spread over ranks, all ranks have to
     call it."""
-    gg, dd, gd = layout.state_norms(param_groups, state)
-    if layout.native is None or layout.options is None:
+    gg, dd, gd = table.state_norms(param_groups, state)
+    if table.native is None or table.options is None:
         return Diagnostics(0, 0, 0.0, 0.0, 0.0, 0.0, False, 0.0, 0.0, math.nan, 1.0)
-    layout.join_stream()
+    table.join_stream()
     s = groups.named_scalars(param_groups[0])
-    if not layout.options.keeps_gradient:  # grad_prev is not state; the step has kept the sums over g
+    if not table.options.keeps_gradient:  # grad_prev is not state; the step has kept the sums over g
         gg, gd = s["gg"], s["gd"]
-    if layout.ranks is not None and layout.ranks.every_decision:
+    if table.ranks is not None and table.ranks.every_decision:
         try:
-            gg, dd, gd = layout.ranks.total(layout.ranks.exchange([gg, dd, gd], s["step"], "diagnostics", 0.0))
+            gg, dd, gd = table.ranks.total(table.ranks.exchange([gg, dd, gd], s["step"], "diagnostics", 0.0))
         except _native.RanksDisagree:
-            layout.explain("diagnostics()", param_groups)
+            table.explain("diagnostics()", param_groups)
     norms = math.sqrt(gg) * math.sqrt(dd)
     return Diagnostics(
         step=int(s["step"]),
@@ -76,7 +76,7 @@ def read(layout: StepTable, param_groups: list[dict[str, Any]], state: Any) -> D
         direction_norm=math.sqrt(dd),
         cosine=-gd / norms if norms else math.nan,
         ls_scale=s["ls_scale"],
-        total_norm=s["grad_norm"] if layout.options.measures_norm else None,
-        clip=s["clip"] if layout.options.measures_norm else 1.0,
-        launches=layout.native.launches,
+        total_norm=s["grad_norm"] if table.options.measures_norm else None,
+        clip=s["clip"] if table.options.measures_norm else 1.0,
+        launches=table.native.launches,
     )
