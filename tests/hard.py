@@ -1,5 +1,5 @@
-"""Checks that take too long for every commit: fuzzing, kills, mutations, a soak. Prints a table of figures; on a finding it
-prints the seed or the input that shows it, and exits with status 1.
+"""Checks that take too long for every commit: fuzzing, kills, mutations, a soak. Prints a table of figures; on a finding
+it prints the seed or the input that shows it, and exits with status 1.
 
     make hard                                       everything, some 40 minutes on two cores
     python tests/hard.py --only kills soak          some of it
@@ -180,7 +180,7 @@ def train(folder: Path, kind: str | None, steps: int, pause: float) -> str:
 
 
 def kills(scale: float) -> dict[str, Any]:
-    """SIGKILL at random moments of training and saving, until the run has ended: it has the bits of a run without kills."""
+    """SIGKILL at random moments of training and saving, until the run has ended; it has the bits of a run without."""
     source, killed, resumed = random.Random(0), 0, 0
     wanted = int(540 * scale)
     torch.set_num_threads(1)
