@@ -1,5 +1,5 @@
-"""Checks that take too long for every commit: fuzzing, kills, mutations, a soak. Prints a table of figures; on a finding
-it prints the seed or the input that shows it, and exits with status 1.
+"""Checks that take too long for every commit: fuzzing, kills, mutations, a soak. Prints a table of figures; on a
+finding it prints the seed or the input that shows it, and exits with status 1.
 
     make hard                                       everything, some 40 minutes on two cores
     python tests/hard.py --only kills soak          some of it
