@@ -135,8 +135,8 @@ def refused(optimizer: NLCG, saved: Any, words: str, load: str = "load_adamw_sta
         (lambda s: s["param_groups"][0].pop("betas"), "lacks betas: not the state dict of torch.optim.AdamW"),
         (lambda s: s["param_groups"][0].update(betas=0.9), "not the state dict of torch.optim.AdamW"),
         (lambda s: s["param_groups"][0].update(betas=(0.9, 0.99, 0.999)), "not the state dict of torch.optim.AdamW"),
-        (lambda s: s["param_groups"][0].update(betas=(0.9, 1.0)), r"param_groups\[0\]: Invalid a beta"),
-        (lambda s: s["param_groups"][0].update(betas=(None, 0.999)), "a beta must be a real number"),
+        (lambda s: s["param_groups"][0].update(betas=(0.9, 1.0)), r"param_groups\[0\]: Invalid betas\[1\]"),
+        (lambda s: s["param_groups"][0].update(betas=(None, 0.999)), r"betas\[0\] must be a real number"),
         (lambda s: s["param_groups"][1].pop("lr"), r"param_groups\[1\] lacks lr"),
         (lambda s: s["param_groups"][1].update(lr=math.nan), "learning rate"),
         (lambda s: s["param_groups"][1].update(eps="small"), "eps must be a real number"),
@@ -488,7 +488,7 @@ def test_only_adams_diagonal_is_adams() -> None:
     saved = adamw(ps, 3, constant_size=False).state_dict()
     optimizer = NLCG([{"params": ps[:2]}, {"params": ps[2:]}], preconditioner="bfgs")
     for call in (lambda: optimizer.load_adamw_state_dict(saved), optimizer.adamw_state_dict):
-        with pytest.raises(ValueError, match="another"):
+        with pytest.raises(ValueError, match="expected .adam., whose"):
             call()
     with pytest.raises(ValueError, match="beta1"):
         NLCG(ps).adamw_state_dict(1.0)

@@ -1,4 +1,4 @@
-"""Coming from AdamW, and going back: its checkpoints as NLCG's, its parameter groups.
+"""Conversion of AdamW's state dicts to NLCG's and back, and the usual parameter groups.
 
 With ``preconditioner="adam"`` both keep the same v. AdamW's first moment is, up to a change of h while it was summed
 up, a direction: ``m = beta1 m + (1 - beta1) g`` and ``d = beta d - g / (h + eps)`` with beta = beta1 give
@@ -34,33 +34,34 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     not. Frozen parameters are left out, shared ones counted once.
 
     Args:
-        module: whose parameters.
-        weight_decay: of the first group, >= 0.
+        module: the module with the parameters.
+        weight_decay: weight decay of the first group, >= 0; checked by the optimizer.
 
     Returns:
-        For any torch optimizer: ``NLCG(decay_groups(model, 0.1), lr=3e-3)``. An empty group is left out.
+        Groups for any torch optimizer: ``NLCG(decay_groups(model, 0.1), lr=3e-3)``. An empty group is left out.
     """
     params = [p for p in module.parameters() if p.requires_grad]
-    found = [
+    both = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return [group for group in found if group["params"]]
+    return [group for group in both if group["params"]]
 
 
 _GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad")
-"""What every version of Adam and AdamW has in a group. RAdam, NAdam and other kin have no ``amsgrad``."""
+"""The keys that a group has in every version of Adam and AdamW. RAdam, NAdam and similar optimizers have no
+``amsgrad``."""
 _ENTRY = {"step", "exp_avg", "exp_avg_sq"}
-"""What they have beside a parameter, and nothing else: another entry is that of another method."""
+"""The keys of their state for a parameter; a state with other keys belongs to another method."""
 _RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 """Rates that torch's schedulers keep in a group."""
 
 
 def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    """State and groups of an Adam's or AdamW's state dict, numbers as floats. ValueError for another, or what has no
-    counterpart."""
+    """State and groups of a state dict of Adam or AdamW, with numbers as floats. ValueError for a state dict of another
+    optimizer, or an option without a counterpart."""
     state, saved = state_dict.structure(given, optimizer.param_groups)
-    found = []
+    converted = []
     for k, group in enumerate(saved):
         where = f"param_groups[{k}]"
         if missing := [key for key in _GROUP if key not in group]:
@@ -71,13 +72,14 @@ def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any],
         if group["amsgrad"]:
             raise ValueError(f"{where} has amsgrad=True, which has no counterpart")
         numbers = {
-            key: _number(where, key, group[key]) for key in ("lr", "eps", "weight_decay", *_RATES) if key in group
+            key: _as_float(where, key, group[key]) for key in ("lr", "eps", "weight_decay", *_RATES) if key in group
         }
-        found.append({**group, **numbers, "betas": [_number(where, "a beta", beta, below=1.0) for beta in betas]})
+        betas = [_as_float(where, f"betas[{j}]", beta, below=1.0) for j, beta in enumerate(betas)]
+        converted.append({**group, **numbers, "betas": betas})
         if group.get("decoupled_weight_decay") is False and numbers["weight_decay"] != 0.0:
             raise ValueError(
-                f"{where} is Adam's with L2 weight decay {group['weight_decay']!r}, and NLCG's is decoupled: set it to "
-                "0 in the file, and choose NLCG's"
+                f"{where} is Adam's with L2 weight decay {group['weight_decay']!r}; NLCG's is decoupled: set it to 0 "
+                "in the file, and choose NLCG's own"
             )
     finite = optimizer.param_groups[0]["nonfinite"] == "skip"
     for i, p in state_dict.named(saved, optimizer.param_groups).items():
@@ -90,10 +92,10 @@ def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any],
         state_dict.check_step(where, entry["step"])
         for key in ("exp_avg", "exp_avg_sq"):
             state_dict.check_tensor(where, key, entry[key], p, finite=finite)
-    return state, found
+    return state, converted
 
 
-def _number(where: str, key: str, value: object, *, below: float = math.inf) -> float:
+def _as_float(where: str, key: str, value: object, *, below: float = math.inf) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     try:
@@ -106,12 +108,11 @@ def _number(where: str, key: str, value: object, *, below: float = math.inf) -> 
 
 
 def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
-    """An AdamW's state dict as one of ``optimizer``'s; see :meth:`NLCG.load_adamw_state_dict`."""
+    """AdamW's state dict converted to one of ``optimizer``; see :meth:`NLCG.load_adamw_state_dict`."""
     own = [Options.of_group(group) for group in optimizer.param_groups]
-    if any(options.preconditioner != "adam" for options in own):
-        raise ValueError("AdamW's state is that of preconditioner='adam'; this optimizer has another")
+    _check_preconditioner(own)
     state, saved = _checked(optimizer, given)
-    known = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
+    adamw_group = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
     new_groups: list[dict[str, Any]] = []
     entries: dict[Any, dict[str, Any]] = {}
     params = parameters(optimizer.param_groups)
@@ -123,7 +124,7 @@ def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
         rest = {key: value for key, value in ours.items() if key not in ("params", "scalars", "alpha_prev")}
         new_groups.append(
             {
-                **{key: value for key, value in theirs.items() if key not in known},
+                **{key: value for key, value in theirs.items() if key not in adamw_group},
                 **rest,
                 **{key: (1.0 - beta1) * theirs[key] for key in ("lr", *_RATES) if key in theirs},
                 "params": list(theirs["params"]),
@@ -140,13 +141,13 @@ def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
             m, v = (shard_like(state[i][key], p).detach().to(state_dtype(p)) for key in ("exp_avg", "exp_avg_sq"))
             h = _diagonal(v, beta2, t)
             d = m / (-(1.0 - beta1) * (h + eps))
-            made = {"direction": d, "exp_avg_sq": v}
+            tensors = {"direction": d, "exp_avg_sq": v}
             if options.keeps_gradient:
-                made["grad_prev"] = torch.zeros_like(v)
-            entries[i] = {key: as_like(value, p) for key, value in made.items()}
+                tensors["grad_prev"] = torch.zeros_like(v)
+            entries[i] = {key: as_like(value, p) for key, value in tensors.items()}
             entries[i]["step"] = torch.tensor(t, dtype=torch.float64)
             if id(p) not in copies:
-                rz += float((h * h / (h + eps)).double().sum())  # what v expects of a gradient
+                rz += float((h * h / (h + eps)).double().sum())  # rz with h^2, the mean of g^2, for g^2
             largest = max(largest, float(d.abs().max()) if d.numel() else 0.0)
             steps = max(steps, t)
     if ranks is not None:
@@ -167,31 +168,31 @@ def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warn_of_scheduler(given: Mapping[str, Any]) -> None:
-    """After the load of a file that was written under one: its own state dict has AdamW's rates."""
+    """Warns after the load of a file that was written under a scheduler: the scheduler's own state dict still has
+    AdamW's rates."""
     if any("initial_lr" in group for group in given["param_groups"]):
         warn(
             "AdamW's run had a learning-rate scheduler: lr and initial_lr are converted, but the scheduler's own state "
             "dict still has AdamW's rates. After scheduler.load_state_dict(...), set scheduler.base_lrs = "
-            "[group['initial_lr'] for group in optimizer.param_groups], or its next step takes AdamW's",
+            "[group['initial_lr'] for group in optimizer.param_groups], or its next step sets AdamW's rates",
         )
 
 
 def _diagonal(v: Tensor, beta2: float, steps: float) -> Tensor:
-    """h"""
+    """h, from v after ``steps`` updates."""
     return (v / -math.expm1(steps * math.log(beta2))).sqrt() if steps and beta2 else v.sqrt()
 
 
 def to_adamw(optimizer: NLCG, beta1: float) -> dict[str, Any]:
-    """``optimizer``'s state as an AdamW's; see :meth:`NLCG.adamw_state_dict`."""
+    """``optimizer``'s state dict converted to AdamW's; see :meth:`NLCG.adamw_state_dict`."""
     whole = optimizer.state_dict()
-    if any(Options.of_group(group).preconditioner != "adam" for group in optimizer.param_groups):
-        raise ValueError("AdamW's state is that of preconditioner='adam'; this optimizer has another")
+    _check_preconditioner([Options.of_group(group) for group in optimizer.param_groups])
     defaults = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
     state: dict[Any, dict[str, Any]] = {}
-    found: list[dict[str, Any]] = []
+    new_groups: list[dict[str, Any]] = []
     for group in whole["param_groups"]:
         beta2, eps = group["beta2"], group["eps"]
-        found.append(
+        new_groups.append(
             {
                 **{
                     key: value
@@ -217,4 +218,13 @@ def to_adamw(optimizer: NLCG, beta1: float) -> dict[str, Any]:
                 "exp_avg": d * (-(1.0 - beta1) * (_diagonal(v, beta2, t) + eps)),
                 "exp_avg_sq": v.clone(),
             }
-    return {"state": state, "param_groups": found}
+    return {"state": state, "param_groups": new_groups}
+
+
+def _check_preconditioner(options: list[Options]) -> None:
+    for k, group_options in enumerate(options):
+        if group_options.preconditioner != "adam":
+            raise ValueError(
+                f"preconditioner is {group_options.preconditioner!r} in parameter group {k}; expected 'adam', whose "
+                "state has the counterpart of AdamW's"
+            )

@@ -1,4 +1,4 @@
-"""Parameters and gradients, one at a time: what the native step can take, and in which memory order."""
+"""Checks of one parameter or gradient: whether the native step can take it, and in which memory order."""
 
 from __future__ import annotations
 
@@ -19,34 +19,44 @@ DTYPES = {
 
 
 def has_storage(t: Tensor) -> bool:
-    """Whether ``t`` is a tensor of torch's own, with elements in memory."""
+    """Whether ``t`` is a plain torch tensor, with elements in memory."""
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def check_parameter(index: int, p: Tensor) -> None:
-    """Whether the native step can move ``p``, which has a gradient or state. A parameter without may be of any kind."""
+    """Raises unless the native step can move ``p``, which has a gradient or state. A parameter with neither may be of
+    any kind.
+
+    Raises:
+        TypeError: for another dtype, or a tensor without storage of its own.
+        RuntimeError: for another layout or device, or storage that was resized or freed.
+        ValueError: for elements that share memory.
+    """
     if p.dtype not in DTYPES:
         raise TypeError(f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}")
     what = f"parameter {index} of shape {tuple(p.shape)}, {p.dtype}, on {p.device},"
-    here = memory(p)
-    if not has_storage(here):
+    local = memory(p)
+    if not has_storage(local):
         raise TypeError(
             f"{what} is a {type(p).__name__}, a tensor without storage of its own; expected a plain tensor or a DTensor"
         )
-    if here.layout is not torch.strided:
-        raise RuntimeError(f"{what} has layout {here.layout}; expected torch.strided")
-    if here.device.type not in ("cpu", "cuda"):
+    if local.layout is not torch.strided:
+        raise RuntimeError(f"{what} has layout {local.layout}; expected torch.strided")
+    if local.device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"{what} cannot be stepped; expected cpu or cuda")
-    if _native.on_gpu(here.device) and _native.cuda_unavailable_reason():
+    if _native.on_gpu(local.device) and _native.cuda_unavailable_reason():
         raise RuntimeError(f"{what} cannot be stepped; expected cpu: {_native.cuda_unavailable_reason()}")
-    if missing := missing_bytes(here):
-        raise RuntimeError(f"{what} has {missing} bytes less of storage than it takes: it was resized or freed")
-    if not is_dense(here) and _overlaps(here):
-        raise ValueError(f"{what} has strides {here.stride()}: expanded or overlapping; expected one place an element")
+    if missing := missing_bytes(local):
+        raise RuntimeError(f"{what} has {missing} bytes less of storage than it needs: it was resized or freed")
+    if not is_dense(local) and _overlaps(local):
+        raise ValueError(
+            f"{what} has strides {local.stride()}, so elements share memory; expected separate memory for each element"
+        )
 
 
 def check_mixture(stateful: Sequence[int], params: Sequence[Tensor]) -> None:
-    """Whether these can share one optimizer: dtypes and devices."""
+    """Raises unless these parameters can share one optimizer: TypeError for float64 mixed with other dtypes,
+    RuntimeError for several devices."""
     kinds = {params[i].dtype == torch.float64 for i in stateful}
     if len(kinds) > 1:
         double = next(i for i in stateful if params[i].dtype == torch.float64)
@@ -65,7 +75,7 @@ def check_mixture(stateful: Sequence[int], params: Sequence[Tensor]) -> None:
 
 
 def missing_bytes(t: Tensor) -> int:
-    """By how much the storage is too small (``storage.resize_``): 0 where it is not."""
+    """The number of bytes by which the storage is too small (after ``storage.resize_``); 0 if it is large enough."""
     if not t.numel():
         return 0
     last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -87,7 +97,7 @@ def is_dense(t: Tensor) -> bool:
 
 
 def _overlaps(t: Tensor) -> bool:
-    """Whether two elements may share a place: a dimension that does not step over those inside it."""
+    """Whether two elements may share memory: the stride of a dimension does not exceed the reach of those inside it."""
     reach = 0
     for stride, size in _sorted_strides(t):
         if stride <= reach:
@@ -97,36 +107,44 @@ def _overlaps(t: Tensor) -> bool:
 
 
 def usable_gradient(index: int, p: Tensor, g: Tensor) -> Tensor:
-    """This rank's part of the gradient in the memory order of the parameter's: itself, or a copy."""
+    """This rank's part of the gradient, in the memory order of its parameter: ``g`` itself if it has that order, else
+    a copy.
+
+    Raises:
+        TypeError: for a gradient without storage of its own.
+        RuntimeError: for another layout, placement, dtype, device or shape than the parameter's.
+    """
     what = f"gradient of parameter {index}, shape {tuple(g.shape)}, {g.dtype}, on {g.device},"
     if g.layout is not torch.strided or g.is_nested:
-        raise RuntimeError(f"{what} has layout {g.layout}; sparse and nested gradients are not supported")
+        raise RuntimeError(f"{what} has layout {g.layout}; expected a dense gradient, not a sparse or nested one")
     if is_sharded(p) and not (is_sharded(g) and g.placements == p.placements and g.device_mesh == p.device_mesh):  # type: ignore[attr-defined]
-        placed = g.placements if is_sharded(g) else "nowhere"  # type: ignore[attr-defined]
-        raise RuntimeError(f"{what} is placed {placed}, its parameter {p.placements}")  # type: ignore[attr-defined]
+        got = f"placements {g.placements}" if is_sharded(g) else "no placements"  # type: ignore[attr-defined]
+        raise RuntimeError(f"{what} has {got}; expected its parameter's, {p.placements}, on the same mesh")  # type: ignore[attr-defined]
     if not has_storage(memory(g)) or is_sharded(g) != is_sharded(p):
         raise TypeError(f"{what} is a {type(g).__name__}, a tensor without storage of its own; expected a plain tensor")
     if g.dtype != p.dtype:
-        raise RuntimeError(f"{what} has another dtype than its parameter, {p.dtype}")
+        raise RuntimeError(f"{what} has another dtype than its parameter; expected {p.dtype}")
     if g.device != p.device:
-        raise RuntimeError(f"{what} is on another device than its parameter, {p.device}")
+        raise RuntimeError(f"{what} is on another device than its parameter; expected {p.device}")
     if g.shape != p.shape:
-        raise RuntimeError(f"{what} has another shape than its parameter, {tuple(p.shape)}")
-    here, strides = memory(g), dense_strides(memory(p))
-    if here.shape != memory(p).shape:
-        raise RuntimeError(f"{what} has a shard of shape {tuple(here.shape)}, its parameter {tuple(memory(p).shape)}")
-    order = zip(here.stride(), strides, here.shape, strict=True)
-    if here.is_neg() or any(a != b for a, b, size in order if size != 1):
-        return copy_in_order(here, strides)
-    return here
+        raise RuntimeError(f"{what} has another shape than its parameter; expected {tuple(p.shape)}")
+    local, strides = memory(g), dense_strides(memory(p))
+    if local.shape != memory(p).shape:
+        raise RuntimeError(
+            f"{what} has a shard of shape {tuple(local.shape)}; expected {tuple(memory(p).shape)}, as its parameter has"
+        )
+    order = zip(local.stride(), strides, local.shape, strict=True)
+    if local.is_neg() or any(a != b for a, b, size in order if size != 1):
+        return copy_in_order(local, strides)
+    return local
 
 
 def dense_strides(t: Tensor) -> tuple[int, ...]:
-    """The strides in which ``t`` is stepped: its own, or row-major ones where it has gaps."""
+    """The strides in which ``t`` is stepped: its own, or row-major ones if it has gaps."""
     return t.stride() if is_dense(t) else torch.empty(t.shape, device="meta").stride()
 
 
 def copy_in_order(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A copy with these strides."""
+    """A copy of ``t`` with these strides."""
     with torch.no_grad():
         return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)

@@ -1,5 +1,4 @@
-"""DTensors: the shard of this rank, and its place in the whole parameter. The ground floor: knows no other module of
-the package."""
+"""DTensors: the shard of this rank, and its place in the whole parameter. Imports no other module of the package."""
 
 from __future__ import annotations
 
@@ -15,13 +14,13 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor. Does not import them: where nobody has, there are none."""
+    """Whether ``t`` is a DTensor. Does not import their module: if it has not been imported, there are no DTensors."""
     module = None if type(t) in _PLAIN else sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def memory(t: Tensor) -> Tensor:
-    """This rank's elements: ``t`` itself, or the shard of a DTensor. The same object at every call."""
+    """The tensor of this rank's elements: ``t`` itself, or the shard of a DTensor. The same object at every call."""
     if not is_sharded(t):
         return t
     shard: Tensor = t._local_tensor  # type: ignore[attr-defined]  # to_local() makes a new view, 2 us, at every call
@@ -29,7 +28,7 @@ def memory(t: Tensor) -> Tensor:
 
 
 def as_like(shard: Tensor, p: Tensor) -> Tensor:
-    """``shard`` as a DTensor placed as ``p``; as it is for a plain ``p``."""
+    """``shard`` as a DTensor with the placements of ``p``; ``shard`` itself for a plain ``p``."""
     if not is_sharded(p):
         return shard
     from torch.distributed.tensor import DTensor
@@ -45,7 +44,7 @@ def as_like(shard: Tensor, p: Tensor) -> Tensor:
 
 
 def shard_like(value: Tensor, p: Tensor) -> Tensor:
-    """This rank's part of ``value``, a tensor of ``p``'s shape: a DTensor or whole."""
+    """This rank's part of ``value``, a DTensor or plain tensor of the shape of the whole ``p``."""
     if not is_sharded(p):
         return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
@@ -59,9 +58,10 @@ def shard_like(value: Tensor, p: Tensor) -> Tensor:
 
 
 def place_of(p: Tensor, process_group: Any) -> tuple[int, int, int]:
-    """Where this rank's elements are in the whole parameter: element l of the shard is number
-    ``begin + l + l // run * skip`` (run 0: ``begin + l``). Random bits are drawn by that number, so that replicas agree
-    and shards do not. Plain shards do not say where they lie: every rank gets numbers of its own."""
+    """The place of this rank's elements in the whole parameter, as (begin, run, skip): element l of the shard has the
+    number ``begin + l + l // run * skip`` (run 0: ``begin + l``). Random bits depend on that number, so that replicas
+    draw the same bits and shards different ones. The place of plain shards is unknown, so every rank gets numbers of
+    its own."""
     if not is_sharded(p):
         return (0 if process_group is None else dist.get_rank(process_group) << 40), 0, 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -70,7 +70,7 @@ def place_of(p: Tensor, process_group: Any) -> tuple[int, int, int]:
     inner = [math.prod(p.shape[k + 1 :]) for k in range(p.dim())]
     begin = sum(o * i for o, i in zip(offset, inner, strict=True))
     cut = [k for k in range(1, p.dim()) if local[k] != p.shape[k]]
-    if len(cut) != 1:  # more cuts would need more than one run; their numbers then overlap, which does no harm
+    if len(cut) != 1:  # with more cuts one run is not enough; the numbers of shards then overlap, which is harmless
         return begin, 0, 0
     run = local[cut[0]] * inner[cut[0]]
     return begin, run, p.shape[cut[0]] * inner[cut[0]] - run

@@ -1,9 +1,8 @@
-"""What a parameter group holds: options, their checks, and the numbers of the method that survive a step.
+"""The contents of a parameter group: options, with their checks, and the scalars of the method that survive a step.
 
-Those numbers are tensors, like the state: ``"scalars"``, float64, one tensor that all groups share (its order is
-:data:`fastnlcg._native.SCALARS`), and ``"alpha_prev"``, one number a group. They lie on the parameters' device, the
-step writes them there, and nobody keeps a copy: whoever shares or saves ``param_groups`` and ``state`` has all there
-is.
+Those scalars are tensors, like the state: ``"scalars"``, float64, one tensor that all groups share (its order is
+:data:`fastnlcg._native.SCALARS`), and ``"alpha_prev"``, one number per group. They are on the parameters' device, where
+the step writes them, and there is no other copy: ``param_groups`` and ``state`` are the complete state of the method.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from fastnlcg.options import SHARED, Options, check_real
 from fastnlcg.tensors.checks import DTYPES
 
 COUNTS = ("step", "skipped_steps", "disagreements")
-"""Scalars that are whole numbers."""
+"""The scalars that are whole numbers."""
 NUMBERS = ("scalars", "alpha_prev")
-"""Of a group: tensors of float64."""
+"""The entries of a group that are float64 tensors."""
 
 
 def new_scalars() -> Tensor:
-    """Those before the first step."""
+    """The scalars before the first step."""
     return torch.tensor(list(_native.SCALARS.values()), dtype=torch.float64, device="cpu")
 
 
@@ -36,8 +35,8 @@ def named_scalars(group: Mapping[str, Any]) -> dict[str, float]:
 
 
 def complete(groups: Sequence[MutableMapping[str, Any]], defaults: Mapping[str, Any]) -> None:
-    """Gives groups what they lack, in place: options of a later version, and the numbers of the method, which all
-    groups share with the first."""
+    """Adds missing entries to groups, in place: defaults, ``"scalars"``, which all groups share with the first, and
+    ``"alpha_prev"``."""
     for group in groups:
         for key, value in defaults.items():
             group.setdefault(key, value)
@@ -49,8 +48,7 @@ def complete(groups: Sequence[MutableMapping[str, Any]], defaults: Mapping[str, 
 
 
 def place_numbers(groups: Sequence[MutableMapping[str, Any]], device: torch.device) -> None:
-    """Puts the numbers of the method on the device of the parameters, each in memory of its own but the scalars, which
-    all groups share."""
+    """Moves ``"scalars"``, which all groups share, and each group's ``"alpha_prev"`` to the parameters' device."""
     if not groups:
         return
     scalars = _placed(groups[0]["scalars"], device)
@@ -65,8 +63,8 @@ def _placed(number: Tensor, device: torch.device) -> Tensor:
 
 
 def check(group: MutableMapping[str, Any]) -> None:
-    """Checks one group by itself. TypeError or ValueError for the first entry that is wrong. Plain numbers take the
-    place of NumPy's, which ``torch.load(weights_only=True)`` would not take."""
+    """Checks one group by itself; TypeError or ValueError for the first wrong entry. Replaces NumPy's numbers by plain
+    ones, because ``torch.load(weights_only=True)`` refuses NumPy's."""
     plain_numbers(group)
     check_lr(group["lr"], capturable=group["capturable"] is True)
     check_real("weight_decay", group["weight_decay"], minimum=0.0)
@@ -84,7 +82,7 @@ def check(group: MutableMapping[str, Any]) -> None:
 
 
 def plain_numbers(group: MutableMapping[str, Any]) -> None:
-    """lr and weight_decay as floats, where they are NumPy's numbers."""
+    """Replaces lr and weight_decay by floats if they are NumPy's numbers."""
     for name in ("lr", "weight_decay"):
         value = group[name]
         if type(value) not in (float, int) and not isinstance(value, Tensor):
@@ -92,7 +90,7 @@ def plain_numbers(group: MutableMapping[str, Any]) -> None:
 
 
 def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
-    """ValueError where a shared option of group ``begin`` or a later one differs from the first group's."""
+    """ValueError if a shared option of group ``begin`` or a later group differs from the first group's."""
     first = groups[0]
     for k, group in enumerate(groups[begin:], start=begin):
         for key in (*SHARED, "capturable"):
@@ -109,10 +107,10 @@ def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
 
 
 def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
-    """lr as a number; as it is where the step will read it on the device."""
+    """lr as a float, or as the tensor if it is on a GPU and ``capturable``: then the step reads it on the device."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")  # torch's words
         if capturable and _native.on_gpu(lr.device):
             if lr.dtype not in DTYPES:
                 raise TypeError(f"lr must be a real number, got a tensor of {lr.dtype}")
@@ -122,8 +120,8 @@ def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
 
 
 def check_numbers(k: int, group: Mapping[str, Any], *, finite: bool = True) -> None:
-    """Checks the numbers of a group that was saved. ValueError for what is missing or damaged; ``finite``: NaN and Inf
-    are damage."""
+    """Checks the scalars of group ``k`` of a state dict. ValueError for one that is missing or damaged; ``finite``: NaN
+    and Inf count as damage."""
     for key in NUMBERS:
         where, value = f"param_groups[{k}][{key!r}]", group.get(key)
         if not isinstance(value, Tensor) or value.is_quantized or not value.is_floating_point():
@@ -138,7 +136,7 @@ def check_numbers(k: int, group: Mapping[str, Any], *, finite: bool = True) -> N
     for key, value in zip(_native.SCALARS, group["scalars"].tolist(), strict=False):
         where = f"param_groups[{k}]['scalars'], {key!r},"
         if (key == "loss_prev" and not math.isnan(value)) or key == "grad_norm":
-            continue  # infinite: none yet; and the norm is also that of a step that was skipped for it
+            continue  # an infinite loss_prev: no loss yet; grad_norm may be that of a step skipped because of it
         if not math.isfinite(value) and (finite or key in COUNTS):
             raise ValueError(f"{where} is {value!r}, expected a finite number")
         if key == "ls_scale" and not 0.0 < value <= 1.0:

@@ -1,13 +1,13 @@
-"""Parameters spread over ranks: which ranks hold the rest of them, and the sums over all.
+"""Parameters spread over ranks: which ranks have the other shards, and the sums over all ranks.
 
-The engine is torch.distributed. Between two passes every rank gathers one small row of doubles from every other
-(``all_gather_single``, 104 bytes per rank), and the native side adds the rows up in the order of ranks. So every rank
-has the same sums to the bit, whatever algorithm carried them: an all-reduce may add in another order in another group,
-and the replicas of HSDP would drift apart. A row also says which step its rank is about to take, and with which
-options: where ranks differ, all of them raise, and nothing has changed.
+Ranks communicate through torch.distributed. Between two passes every rank gathers one small row of doubles from every
+other rank (``all_gather_single``, 104 bytes per rank), and the native table adds the rows up in the order of ranks. So
+every rank has the same sums, bit for bit, whatever algorithm transported them: an all-reduce may add in another order
+in another group, and the replicas of HSDP would drift apart. A row also contains the step that its rank is about to
+take, and a digest of its options: if ranks differ, all of them raise, and nothing has changed.
 
 =====================  ===========================================  ===================================================
-parameters             ranks whose sums are added                    found by
+parameters             ranks whose sums are added                    determined by
 =====================  ===========================================  ===================================================
 DTensor (FSDP2, HSDP,  those along the mesh dimensions on which      the placements. A parameter replicated along such a
 tensor parallel)       some parameter is a ``Shard``, never those    dimension is owned on its first rank
@@ -35,46 +35,49 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from fastnlcg import _native
 from fastnlcg.tensors.dtensor import is_sharded, memory
 
-# torch 2.13 has renamed it, and warns of the old name
+# torch 2.13 has renamed this function, and warns about the old name.
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 @dataclass
 class Ranks:
-    """Those that take a step together."""
+    """The ranks that take a step together with this one."""
 
     group: Any
-    """a process group; rows come in its order"""
+    """their process group; rows are in its order"""
     owned: list[bool]
-    """by rank: whether its sums are added to this rank's"""
+    """for each rank, whether its sums are added to this rank's"""
     every_decision: bool
-    """False: only the loss is exchanged, once a step"""
+    """whether all sums are exchanged; if False, only the loss is exchanged, once per step"""
     unowned: frozenset[int]
-    """parameters, by index, that another rank counts: copies"""
+    """the indices of parameters that are copies: another rank adds them to the sums"""
 
     mine: Tensor = field(default_factory=lambda: torch.empty(0))
+    """this rank's row"""
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    """the rows of all ranks"""
 
     def prepare(self, device: torch.device) -> None:
-        """Rows to exchange, on the device of the backend."""
+        """Allocates the rows on ``device``, which the backend must support."""
         k = _native.row_doubles
         self.mine = torch.zeros(k, dtype=torch.float64, device=device)
         self.rows = torch.zeros(len(self.owned) * k, dtype=torch.float64, device=device)
 
     def connect(self, native: _native.TensorTable, elements: int, device: torch.device) -> None:
-        """Lets the native side exchange rows with the other ranks. ``elements``: of its index, that are owned."""
+        """Lets the native table exchange rows with the other ranks. ``elements``: how many elements of its index this
+        rank adds to the sums."""
         self.prepare(device)
         owned = torch.tensor(self.owned, dtype=torch.float64, device=device)
         rows = _native.Buffer(self.mine), _native.Buffer(self.rows), _native.Buffer(owned)
         native.set_exchange(*rows, elements, self.every_decision, self.gather)
 
     def gather(self) -> None:
-        """Everybody's ``mine`` into everybody's ``rows``."""
+        """Gathers every rank's ``mine`` into every rank's ``rows``."""
         getattr(dist, _GATHER)(self.rows, self.mine, group=self.group)
 
     def exchange(self, values: Sequence[float], step: float, exchange: str, digest: float) -> list[list[float]]:
-        """Every rank's values, by rank. Every rank has to call it; RanksDisagree if others are at another step, in
-        another exchange (``ExchangeId`` in csrc/rank_agreement.h), or have another digest."""
+        """Returns every rank's values, by rank. Every rank has to call it. RanksDisagree if ranks differ in the step,
+        the exchange (``ExchangeId`` in csrc/rank_agreement.h) or the digest."""
         k = _native.row_signature
         self.mine.copy_(torch.tensor(_native.rank_row(values, step, exchange, digest), dtype=torch.float64))
         self.gather()
@@ -84,14 +87,15 @@ class Ranks:
         return [row[: len(values)] for row in rows]
 
     def total(self, rows: Sequence[Sequence[float]]) -> list[float]:
-        """Their sums over the owned ranks."""
-        mine = [row for row, counts in zip(rows, self.owned, strict=True) if counts]
-        return [sum(column) for column in zip(*mine, strict=True)]
+        """The sums of ``rows`` over the owned ranks."""
+        owned_rows = [row for row, owned in zip(rows, self.owned, strict=True) if owned]
+        return [sum(column) for column in zip(*owned_rows, strict=True)]
 
     def explain(
         self, moment: str, step: float, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     ) -> NoReturn:
-        """Raises the same RuntimeError on all ranks, which says what differs. Every rank has to call it."""
+        """Raises a RuntimeError on all ranks, with the same message, which names what differs. Every rank has to call
+        it."""
         per_group = [
             {key: math.nan if isinstance(group[key], Tensor) and group[key].is_cuda else float(group[key])
              for key in ("lr", "weight_decay", "maximize")}
@@ -100,20 +104,21 @@ class Ranks:
         mine = {"is in": moment, "step number": int(step), "number of groups": len(groups)}
         mine |= {f"option {key}": repr(value) for key, value in options.items()}
         mine |= {f"{key} of group {k}": value for k, group in enumerate(per_group) for key, value in group.items()}
-        everybody: list[dict[str, Any]] = [{} for _ in self.owned]
-        dist.all_gather_object(everybody, mine, group=self.group)
+        by_rank: list[dict[str, Any]] = [{} for _ in self.owned]
+        dist.all_gather_object(by_rank, mine, group=self.group)
         ranks = dist.get_process_group_ranks(self.group)
-        for key in everybody[0]:
-            for rank, theirs in zip(ranks, everybody, strict=True):
-                if theirs.get(key) != everybody[0][key]:
+        for key in by_rank[0]:
+            for rank, theirs in zip(ranks, by_rank, strict=True):
+                if theirs.get(key) != by_rank[0][key]:
                     raise RuntimeError(
                         "the ranks are not about to take the same step, and nothing has changed: "
-                        f"{key} {theirs.get(key)} on rank {rank}, {everybody[0][key]} on rank {ranks[0]}"
+                        f"{key} {theirs.get(key)} on rank {rank}, {by_rank[0][key]} on rank {ranks[0]}"
                     )
         raise RuntimeError("the ranks are not about to take the same step, and nothing has changed")
 
     def who_disagreed(self) -> str:
-        """For ranks on GPUs, which find out later: from the last rows that were gathered."""
+        """Describes a disagreement from the last gathered rows; for ranks on GPUs, which detect it only after the
+        step."""
         k = _native.row_signature
         rows = [row[k:] for row in self.rows.view(len(self.owned), -1).tolist()]
         ranks = dist.get_process_group_ranks(self.group)
@@ -126,24 +131,24 @@ class Ranks:
 
 
 def shapes_of(group: Mapping[str, Any]) -> list[Any]:
-    """Of its parameters; None for one that is not materialized yet."""
+    """The shapes of a group's parameters; None for a parameter that is not materialized yet."""
     return [None if isinstance(p, UninitializedTensorMixin) else p.shape for p in group["params"]]
 
 
 def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[list[Any]], *, over_ranks: bool) -> None:
-    """RuntimeError where somebody has put one flat tensor in the place of each group's parameters and steps one group
-    at a time, or this rank's share only, as DeepSpeed's ZeRO does: the sums would miss the rest. ``shapes``: of the
-    groups as they were added; ``over_ranks``: the sums run over the other ranks' shares."""
-    lone = [group["params"][0] for group in groups if len(group["params"]) == 1]
-    if len(lone) != len(groups) or any(p.dim() != 1 for p in lone):
+    """RuntimeError if a wrapper has replaced each group's parameters by one flat tensor and steps one group at a time,
+    or this rank's share only, as DeepSpeed's ZeRO does: the sums would miss the rest. ``shapes``: those of the groups
+    as they were added; ``over_ranks``: whether the sums run over the other ranks' shares."""
+    single = [group["params"][0] for group in groups if len(group["params"]) == 1]
+    if len(single) != len(groups) or any(p.dim() != 1 for p in single):
         return
     if any(len(group) == 1 and (group[0] is None or len(group[0]) == 1) for group in shapes):
-        return  # they may have been flat from the beginning
+        return  # they may have been flat when they were added
     if len(groups) < len(shapes) or (world_size() > 1 and not over_ranks):
         raise RuntimeError(
-            f"{len(groups)} of {len(shapes)} parameter groups, and one flat tensor in the place of each group's "
+            f"got {len(groups)} of {len(shapes)} parameter groups, and one flat tensor in place of each group's "
             "parameters: DeepSpeed's ZeRO does this, and steps one group, or one rank's share, at a time. This "
-            "optimizer's sums run over all groups and ranks: give process_group= (with one group), or use FSDP2"
+            "optimizer's sums run over all groups and ranks: pass process_group= (with one group), or use FSDP2"
         )
 
 
@@ -152,24 +157,28 @@ def check_group(group: Any) -> None:
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed process group that this rank is in, got {group!r}")
     if dist.get_rank(group) < 0:
-        raise ValueError(f"process_group {dist.get_process_group_ranks(group)} lacks this rank, {dist.get_rank()}")
+        raise ValueError(
+            f"process_group has ranks {dist.get_process_group_ranks(group)}; expected this rank, {dist.get_rank()}, to "
+            "be one of them"
+        )
 
 
 def find_ranks(
     params: Sequence[Tensor], process_group: Any, average_loss: bool | None, line_search: bool
 ) -> Ranks | None:
-    """The ranks that step together with this one; None where it steps alone.
+    """The ranks that step together with this one; None if it steps alone.
 
     Raises:
-        ValueError: for DTensor parameters beside ``process_group``, or whose meshes have no common dimensions.
-        TypeError: for a placement that is neither a shard nor a replica.
+        ValueError: for DTensor parameters together with ``process_group``, or without a common mesh.
+        TypeError: for a placement that is neither ``Shard`` nor ``Replicate``.
+        RuntimeError: for a DTensor parameter whose mesh does not contain this rank.
     """
     dtensors = {i: p for i, p in enumerate(params) if is_sharded(p)}
     if process_group is not None:
         if dtensors:
             i = min(dtensors)
             raise ValueError(
-                f"process_group is for plain shards, and parameter {i} is a DTensor, which names its ranks itself; "
+                f"process_group is for plain shards, but parameter {i} is a DTensor, whose mesh defines its ranks; "
                 "expected process_group=None"
             )
         return Ranks(process_group, [True] * dist.get_world_size(process_group), True, frozenset())
@@ -182,7 +191,7 @@ def find_ranks(
 
 
 def device_of(ranks: Ranks | None, params: Sequence[Tensor], default: torch.device) -> torch.device:
-    """Where a rank without any state exchanges its rows."""
+    """The device of the first parameter; without one, the device on which the backend can exchange rows."""
     if params and not isinstance(params[0], UninitializedTensorMixin):
         return memory(params[0]).device
     on_gpu = ranks is not None and dist.get_backend(ranks.group) == "nccl"
@@ -190,27 +199,27 @@ def device_of(ranks: Ranks | None, params: Sequence[Tensor], default: torch.devi
 
 
 def world_size() -> int:
-    """Of the default process group; 1 where there is none."""
+    """The number of ranks of the default process group; 1 if there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-_MADE: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
+_GROUPS: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
 
 
 def _group_of(ranks: tuple[int, ...]) -> Any:
-    """A process group of these, made once for each default group."""
-    made = _MADE.setdefault(dist.group.WORLD, {})
-    if ranks not in made:
-        made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return made[ranks]
+    """A process group of these ranks, made once for each default group."""
+    groups = _GROUPS.setdefault(dist.group.WORLD, {})
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[ranks]
 
 
 def _find_in_mesh(params: Sequence[Tensor], dtensors: dict[int, Tensor], line_search: bool) -> Ranks | None:
     for i, p in dtensors.items():
         if p.device_mesh.get_coordinate() is None:  # type: ignore[attr-defined]
             raise RuntimeError(
-                f"parameter {i} lies on ranks {p.device_mesh.mesh.flatten().tolist()}, "  # type: ignore[attr-defined]
-                f"which this rank, {dist.get_rank()}, is not one of: it cannot step it"
+                f"parameter {i} lives on ranks {p.device_mesh.mesh.flatten().tolist()}; "  # type: ignore[attr-defined]
+                f"rank {dist.get_rank()} cannot step it"
             )
     mesh: Any = max((p.device_mesh for p in dtensors.values()), key=lambda mesh: mesh.ndim)  # type: ignore[attr-defined]
     dimension_of = {_along(mesh, k): k for k in range(mesh.ndim)}
@@ -219,35 +228,33 @@ def _find_in_mesh(params: Sequence[Tensor], dtensors: dict[int, Tensor], line_se
     gathered = sorted(k for k in range(mesh.ndim) if mesh.size(k) > 1 and (line_search or k in summed))
     if not gathered:
         return None
-    here = mesh.get_coordinate()
-    place = {
+    own = mesh.get_coordinate()
+    coordinates_of = {
         int(mesh.mesh[coordinates]): coordinates
         for coordinates in itertools.product(
-            *(range(mesh.size(k)) if k in gathered else [here[k]] for k in range(mesh.ndim))
+            *(range(mesh.size(k)) if k in gathered else [own[k]] for k in range(mesh.ndim))
         )
     }
     if len(gathered) == 1:
         group = mesh.get_group(gathered[0])
-    elif len(place) == world_size():
+    elif len(coordinates_of) == world_size():
         group = dist.group.WORLD
     else:
-        group = _group_of(tuple(sorted(place)))
-    others = [k for k in gathered if k not in summed]
-    owned = [all(place[rank][k] == here[k] for k in others) for rank in dist.get_process_group_ranks(group)]
-    unowned = frozenset(
-        i for i in range(len(params)) if any(here[k] != 0 for k in summed - sharded_along.get(i, set()))
-    )
+        group = _group_of(tuple(sorted(coordinates_of)))
+    replicated = [k for k in gathered if k not in summed]
+    owned = [all(coordinates_of[rank][k] == own[k] for k in replicated) for rank in dist.get_process_group_ranks(group)]
+    unowned = frozenset(i for i in range(len(params)) if any(own[k] != 0 for k in summed - sharded_along.get(i, set())))
     return Ranks(group, owned, bool(summed), unowned)
 
 
 def _along(mesh: Any, dimension: int) -> tuple[int, ...]:
-    """The ranks along this dimension of the mesh, through this one."""
+    """The ranks along this dimension of the mesh, this rank among them."""
     return tuple(dist.get_process_group_ranks(mesh.get_group(dimension)))
 
 
 def _sharded_dimensions(i: int, p: Any, dimension_of: dict[tuple[int, ...], int]) -> set[int]:
     """The dimensions of the common mesh along which ``p`` is sharded."""
-    found = set()
+    dimensions = set()
     for k, placement in enumerate(p.placements):
         if placement.is_partial():
             raise TypeError(f"parameter {i} has placements {p.placements}; expected Shard or Replicate")
@@ -256,8 +263,8 @@ def _sharded_dimensions(i: int, p: Any, dimension_of: dict[tuple[int, ...], int]
             continue
         if ranks not in dimension_of:
             raise ValueError(
-                f"parameter {i} is sharded over ranks {list(ranks)}, which are no dimension of the other parameters' "
-                f"mesh, {[list(r) for r in dimension_of]}: one optimizer needs one mesh, or slices of one"
+                f"parameter {i} is sharded over ranks {list(ranks)}; expected one of the dimensions of the other "
+                f"parameters' mesh, {[list(r) for r in dimension_of]}: one optimizer needs one mesh, or slices of one"
             )
-        found.add(dimension_of[ranks])
-    return found
+        dimensions.add(dimension_of[ranks])
+    return dimensions

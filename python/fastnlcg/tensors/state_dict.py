@@ -1,8 +1,6 @@
-"""What may be loaded into an optimizer: a state dict is taken whole, or refused before anything has changed.
+"""Checks of a state dict: it is loaded as a whole, or refused before anything has changed.
 
-Files of version 0.4, whose scalars were a mapping, and of 0.5, which had fewer, are brought up to this one's form; what
-a later version has added to the scalars is left out, with a warning; what is missing or damaged is a ValueError.
-Entries of others in a parameter's state are theirs.
+A missing or damaged entry is a ValueError. Entries that other code has put into a parameter's state are not touched.
 """
 
 from __future__ import annotations
@@ -24,12 +22,13 @@ if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
 
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
-"""What wrappers of a module add to its parameters' names: torch.compile, FSDP1, activation checkpointing, Fabric."""
+"""Parts that wrappers of a module add to its parameters' names: torch.compile, FSDP1, activation checkpointing,
+Fabric."""
 
 
 def structure(given: object, own: list[dict[str, Any]]) -> tuple[dict[Any, Any], list[Mapping[str, Any]]]:
-    """State and groups of a state dict of any optimizer. ValueError unless it is one over parameters such as those of
-    the groups ``own``, in the same order. Empty entries are left out: reading ``optimizer.state[p]`` makes them."""
+    """State and groups of a state dict of any optimizer. ValueError unless its groups have as many parameters as the
+    groups ``own``, in the same order. Empty entries are left out: reading ``optimizer.state[p]`` makes them."""
     if not isinstance(given, Mapping) or not {"state", "param_groups"} <= set(given):
         keys = f"the keys {sorted(map(str, given))[:4]}" if isinstance(given, Mapping) else type(given).__name__
         raise ValueError(f"not a state dict: got {keys}, expected a mapping with the keys 'state' and 'param_groups'")
@@ -47,13 +46,13 @@ def structure(given: object, own: list[dict[str, Any]]) -> tuple[dict[Any, Any],
     _check_names(saved, own)
     entries = {index: entry for index, entry in state.items() if not (isinstance(entry, Mapping) and not entry)}
     for index in entries:
-        if index not in indices and not isinstance(index, str):  # a string may be a hook's
+        if index not in indices and not isinstance(index, str):  # a string may be an entry of a hook
             raise ValueError(f"state has an entry for parameter {index!r}, which no group names")
     return entries, saved
 
 
 def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` as it will be loaded. Raises ValueError unless ``optimizer`` can take it whole."""
+    """``given`` in the form in which it will be loaded. ValueError unless ``optimizer`` can load all of it."""
     own = optimizer.param_groups
     entries, saved = structure(given, own)
     for k, group in enumerate(saved):
@@ -64,11 +63,11 @@ def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
             )
     whole = [dict(group) for group in saved]
     if not any(_is_ours(entry) for entry in entries.values()) and not any("scalars" in group for group in whole):
-        # of an optimizer that has never stepped: the numbers are those before the first step
+        # Saved by an optimizer that has never stepped: the scalars are those before the first step.
         groups.complete(whole, optimizer.defaults)
     for group, ours in zip(whole, own, strict=True):
         if "param_names" in group and "param_names" in ours:
-            group["param_names"] = ours["param_names"]  # those of this model, which may be wrapped otherwise
+            group["param_names"] = ours["param_names"]  # this model's wrappers may differ from those of the saved one
     for group in whole:
         for key, value in optimizer.defaults.items():
             group.setdefault(key, value)
@@ -88,14 +87,14 @@ def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named(saved: list[Any], own: list[dict[str, Any]]) -> dict[Any, Tensor]:
-    """The parameters by what a state dict calls them."""
+    """The parameters by the keys that a state dict has for them."""
     return dict(zip(parameters(saved), parameters(own), strict=True))
 
 
 def _share_scalars(whole: list[dict[str, Any]]) -> None:
-    kept = whole[0]["scalars"].detach().to("cpu", torch.float64, copy=True).contiguous()
+    scalars = whole[0]["scalars"].detach().to("cpu", torch.float64, copy=True).contiguous()
     for group in whole:
-        group["scalars"] = kept
+        group["scalars"] = scalars
         group["alpha_prev"] = group["alpha_prev"].detach().to("cpu", torch.float64, copy=True)
 
 
@@ -104,14 +103,17 @@ def _is_ours(entry: object) -> bool:
 
 
 def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> None:
-    """Parameters are matched by their order: if both sides know the names, they must be in the same one."""
+    """Parameters are matched by their order: ValueError if both sides have names, in different orders."""
     places, theirs, ours = [], [], []
     for k, (group, mine) in enumerate(zip(saved, own, strict=True)):
         names = group.get("param_names", group["params"])  # FSDP and torch.distributed.checkpoint have names there
         if "param_names" not in mine or not (names and all(isinstance(name, str) for name in names)):
             continue
         if len(names) != len(mine["param_names"]):
-            raise ValueError(f"param_groups[{k}]['param_names'] has {len(names)} names, expected one a parameter")
+            raise ValueError(
+                f"param_groups[{k}]['param_names'] has {len(names)} names, expected {len(mine['param_names'])}, one "
+                "per parameter"
+            )
         places += [(k, i) for i in range(len(names))]
         theirs += names
         ours += mine["param_names"]
@@ -119,13 +121,13 @@ def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> N
         if a != b:
             raise ValueError(
                 f"param_groups[{k}]['param_names'][{i}] is {name!r}, expected {expected!r}: state is matched to "
-                "parameters by their order, and this one is another"
+                "parameters by their order, and the orders differ"
             )
 
 
 def _bare(names: list[str]) -> list[tuple[str, ...]]:
-    """Names without what wrappers have added. ``module`` is what DDP adds, but may be a module of the user's: it is
-    left out if all names have it in front, and elsewhere only if no two names become one."""
+    """Names without the parts that wrappers have added. DDP adds ``module``, which may also be the name of one of the
+    user's modules: it is left out if all names begin with it, and elsewhere only if all names stay different."""
     parts = [tuple(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
     while parts and all(len(x) > 1 and x[0] == "module" for x in parts):
         parts = [x[1:] for x in parts]
@@ -148,28 +150,29 @@ def _check_entry(index: Any, p: Tensor, entry: object, group: Mapping[str, Any])
 
 
 def check_tensor(where: str, key: str, value: object, p: Tensor, *, finite: bool) -> None:
-    """ValueError unless ``value`` can be state of ``p``. ``finite``: NaN and Inf are damage, and negative squares."""
+    """ValueError unless ``value`` can be state of ``p``. ``finite``: NaN, Inf and negative diagonals count as
+    damage."""
     if not isinstance(value, Tensor) or value.is_quantized or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{where}: {key!r} is {kind}, expected a floating-point tensor")
     if value.shape != p.shape:
         raise ValueError(f"{where}: {key!r} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
-    here = memory(value)
-    if not has_storage(here) or here.is_meta:
-        kind = f"{type(here).__name__} on {here.device}"
+    local = memory(value)
+    if not has_storage(local) or local.is_meta:
+        kind = f"{type(local).__name__} on {local.device}"
         raise ValueError(f"{where}: {key!r} is a {kind}, without values; expected a plain tensor or a DTensor")
-    as_kept = here if p.dtype == torch.float64 else here.float()
-    sound = torch.isfinite(as_kept)
+    converted = local if p.dtype == torch.float64 else local.float()
+    sound = torch.isfinite(converted)
     if key == "direction":  # infinite is what version 0.4 left behind for gradients near float32's largest
-        sound |= torch.isinf(here)
+        sound |= torch.isinf(local)
     if finite and not bool(sound.all()):
         raise ValueError(f"{where}: {key!r} has values that are not finite")
-    if finite and key in ("hessian_diag", "exp_avg_sq") and here.numel() and bool((here < 0).any()):
+    if finite and key in ("hessian_diag", "exp_avg_sq") and local.numel() and bool((local < 0).any()):
         raise ValueError(f"{where}: {key!r} has negative values")
 
 
 def check_step(where: str, value: object) -> None:
-    """ValueError unless ``value`` counts steps."""
+    """ValueError unless ``value`` is a whole number of steps."""
     number = value
     if isinstance(value, Tensor):
         number = value.item() if value.numel() == 1 and not value.is_quantized else None
@@ -183,17 +186,17 @@ def check_step(where: str, value: object) -> None:
 
 
 def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """Every parameter's own state as it was saved: copies, on the parameter's device, in the state's dtype. torch casts
-    it to the parameter's dtype, which would round float32 state to bfloat16."""
-    found = {}
+    """Every parameter's state as it was saved: copies, on the parameter's device, in the state's dtype. torch's own
+    load would cast to the parameter's dtype, which would round float32 state to bfloat16."""
+    entries = {}
     for index, p in named(whole["param_groups"], optimizer.param_groups).items():
         if index not in whole["state"]:
             continue
         saved = whole["state"][index]
-        here = memory(p)
-        entry: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), dtype=torch.float64, device=here.device)}
+        device = memory(p).device
+        entry: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), dtype=torch.float64, device=device)}
         for key in Options.of_group(whole["param_groups"][0]).streams():
             shard = shard_like(saved[key], p).detach()
-            entry[key] = as_like(shard.to(here.device, state_dtype(p), copy=True), p)
-        found[p] = entry
-    return found
+            entry[key] = as_like(shard.to(device, state_dtype(p), copy=True), p)
+        entries[p] = entry
+    return entries
