@@ -247,7 +247,7 @@ class NLCG(torch.optim.Optimizer):
         """The shared options; lr, weight_decay and maximize per group. Everything that has changed is checked."""
         param_groups = self.param_groups
         if not param_groups:
-            raise RuntimeError("param_groups is empty; expected the groups that the optimizer was made with")
+            raise RuntimeError("param_groups is empty: there are no parameter groups to step")
         if self._shapes:
             check_whole(param_groups, self._shapes, over_ranks=self._process_group is not None)
         lr: list[float | Tensor] = []
