@@ -34,7 +34,7 @@ class Losses:
         self._missed += not self._seen
         if self._missed == _PATIENCE and not self._seen:
             self._missed += 1
-            warn("line_search is on, but ten steps were given no loss: pass step(loss=...), a closure, or set_loss()")
+            warn("line_search is on, and ten steps have had no loss: pass step(loss=...), a closure, or set_loss()")
         return loss
 
 

@@ -306,7 +306,7 @@ class NLCG(torch.optim.Optimizer):
         if closure is not None and not callable(closure):
             raise TypeError(f"closure must be callable, got {type(closure).__name__}; did you mean step(loss=...)?")
         if closure is not None and loss is not None:
-            raise ValueError("step() got both closure and loss=; expected one of them: the closure returns the loss")
+            raise ValueError("give a closure or loss=, not both: step() got both, and the closure returns the loss")
         value = None
         if closure is not None:
             with torch.enable_grad():

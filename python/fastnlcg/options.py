@@ -160,7 +160,7 @@ class Options:
                 f"{self.preconditioner!r}, whose diagonal is 0 for elements whose gradients were all 0"
             )
         if self.update == "heavy_ball" and self.largest_beta >= 1.0:
-            raise ValueError("beta_max must be < 1 with update='heavy_ball', which sets beta = beta_max; got 1")
+            raise ValueError("expected beta_max < 1 with update='heavy_ball', which sets beta = beta_max; got 1")
 
     @property
     def kind(self) -> Preconditioner:
