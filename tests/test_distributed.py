@@ -198,8 +198,8 @@ def other_placements() -> None:
     q = nn.Parameter(torch.ones(4))
     q.grad = torch.ones(4)
     for params, group, error, match in (
-        ([q, p], None, RuntimeError, "gradient of parameter 1.*placed.*Replicate.*its parameter.*Shard"),
-        ([q, p], dist.group.WORLD, ValueError, "process_group is for plain shards, and parameter 1 is a DTensor"),
+        ([q, p], None, RuntimeError, "gradient of parameter 1.*placements.*Replicate.*its parameter.*Shard"),
+        ([q, p], dist.group.WORLD, ValueError, "process_group is for plain shards, but parameter 1 is a DTensor"),
     ):
         optimizer = NLCG(params, process_group=group)
         with pytest.raises(error, match=match):
