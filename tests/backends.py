@@ -1,5 +1,5 @@
 """What the tests run on: every instruction set of this processor, the CUDA kernels emulated on the CPU
-(tests/emulation), and a GPU where there is one. One body of tests for all of them."""
+(tests/emulation), and a GPU if there is one. One body of tests for all of them."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 def parameters(*names: str, thorough: tuple[str, ...] = ()) -> list[Any]:
-    """For ``pytest.mark.parametrize`` and fixtures. What is not here is skipped, with the reason; but a test for others
-    too just runs without the GPU that is not there, as the report's header says. Those in ``thorough`` are not in
+    """For ``pytest.mark.parametrize`` and fixtures. What is not available is skipped, with the reason; but a test for
+    several backends runs without a GPU that is missing, as the report's header says. Those in ``thorough`` are not in
     make test."""
     if len(names) > 1 and not GPU:
         names = tuple(name for name in names if name != "cuda")

@@ -19,8 +19,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(params=backends.parameters(backends.NARROWEST, "emulated", "cuda"))
 def lockstep_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
-    """What is compared with the reference. The wider instruction sets are held to the narrowest's bits
-    (test_step.py, test_same_bits_however_it_is_run), for every dtype."""
+    """The backends that are compared with the reference. The wider instruction sets are compared with the narrowest, to
+    the bit, for every dtype (test_step.py, test_same_bits_however_it_is_run)."""
     return backends.use(request.param, monkeypatch)
 
 
@@ -32,7 +32,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(params=backends.parameters(*_native.instruction_sets(), "emulated"))
 def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
-    """Those whose memory is the CPU's."""
+    """The backends whose memory is the CPU's."""
     return backends.use(request.param, monkeypatch)
 
 

@@ -95,7 +95,7 @@ def test_there_and_back_is_the_same_state() -> None:
 
 @pytest.mark.parametrize("update", ["fletcher_reeves", "polak_ribiere"])
 def test_a_conjugate_beta_begins_between_its_bounds(update: str) -> None:
-    """rz of a gradient that nobody has kept: what v expects of it."""
+    """rz of a gradient that was not kept: its expectation under v."""
     ps = parameters()
     theirs = adamw(ps, 300, constant_size=False)
     qs, ours = twin(ps, update=update)
@@ -106,7 +106,7 @@ def test_a_conjugate_beta_begins_between_its_bounds(update: str) -> None:
 
 
 def test_bfloat16_and_a_file() -> None:
-    """State of bfloat16, as AdamW has it beside such parameters, becomes float32; a file is a file."""
+    """State of bfloat16, as AdamW keeps it for such parameters, becomes float32; also from a file."""
     ps = parameters(torch.bfloat16)
     theirs = adamw(ps, 5, constant_size=False)
     file = io.BytesIO()

@@ -230,7 +230,7 @@ def test_scaling_the_loss_changes_nothing(factor: float, preconditioner: str | N
 
 def test_the_diagonal_answers_to_the_scale_of_the_variables() -> None:
     """x = D z with D over six decades: the update itself is equivariant, and a run needs no more than twice the
-    evaluations, where it needs ten times as many without a preconditioner."""
+    evaluations, and ten times as many without a preconditioner."""
     rng = np.random.default_rng(3)
     scale = 10.0 ** rng.uniform(-3, 3, 40)
     h, y, s = rng.uniform(0.5, 2, 40), rng.standard_normal(40), rng.standard_normal(40)
@@ -254,11 +254,11 @@ def test_the_diagonal_answers_to_the_scale_of_the_variables() -> None:
     assert 5 * counts["bfgs"] < counts[None]
 
 
-# ---- the native passes, beside the reference -------------------------------------------------------------------------
+# ---- the native passes, compared with the reference ------------------------------------------------------------------
 
 
 class Both:
-    """Native passes over flat arrays, and the reference's beside them: everything compared after each."""
+    """Native passes over flat arrays and the reference's: everything is compared after each."""
 
     def __init__(self, fun: Function, x0: np.ndarray, dtype: str, backend: Backend, *, preconditioned: bool) -> None:
         self.dtype, self.rtol = np.dtype(dtype), 3e-12 if dtype == "float64" else 2e-4

@@ -242,7 +242,7 @@ def test_any_cut_has_the_bits_of_the_whole(
 
 
 def test_same_bits_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 2^21 elements on g_prev is stored around the cache, where it is aligned."""
+    """From 2^21 elements on g_prev is stored around the cache if it is aligned."""
     n = (1 << 21) + 5
     expected = None
     for isa in ops._native.instruction_sets():
@@ -286,7 +286,7 @@ def test_every_16_bit_value_is_decoded_and_encoded_like_torch(on_host: Backend, 
     expected = every.float().numpy()
     np.testing.assert_array_equal(np.isnan(kept), np.isnan(expected))
     np.testing.assert_array_equal(kept[~np.isnan(kept)], expected[~np.isnan(expected)])
-    # encoding: floats between, on and beside the representable ones, and beyond the largest
+    # encoding: floats between, on and next to the representable ones, and beyond the largest
     rng = np.random.default_rng(0)
     finite = expected[np.isfinite(expected) & (np.abs(expected) < 1e38)]
     wanted = np.concatenate(
