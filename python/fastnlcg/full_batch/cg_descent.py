@@ -28,6 +28,7 @@ from fastnlcg.full_batch.iteration import (
     check_count,
     check_positive,
 )
+from fastnlcg.losses import unaveraged_loss
 from fastnlcg.options import check_real
 from fastnlcg.tensors.dtensor import memory
 from fastnlcg.tensors.ranks import check_group, find_ranks, world_size
@@ -230,7 +231,7 @@ class CGDescent(torch.optim.Optimizer):
                 raise OutOfBudget
             with torch.enable_grad():
                 returned = closure()
-            value = sign * _number("closure", returned)
+            value = sign * _as_loss("closure", returned)
             changed = self._table is None or self._table.set_has_changed()
             if changed and (start or self._table is None):
                 self._table = self._new_table()
@@ -243,7 +244,7 @@ class CGDescent(torch.optim.Optimizer):
 
         def loss_alone() -> float:
             assert loss is not None
-            return passes.mean(sign * _number("loss", loss()))
+            return passes.mean(sign * _as_loss("loss", loss()))
 
         usable = self._table is not None and self._table.covers(self._all())
         if not usable and not math.isnan(course.g_max):  # loaded, copied, or with other tensors of state
@@ -334,10 +335,7 @@ class CGDescent(torch.optim.Optimizer):
         ranks = find_ranks(params, self._process_group, self._average_loss, line_search=True)
         if ranks is None and self._average_loss is None and world_size() > 1 and not self._warned:
             self._warned = True
-            self._advice.append(
-                "the line search sees this rank's loss alone, and torch.distributed has more ranks: pass "
-                "average_loss=True, which data-parallel replicas need, or False where this is meant"
-            )
+            self._advice.append(unaveraged_loss())
         agreed = repr(self._named())
         return DescentTable(params, members, self.state, self._options, ranks, agreed=agreed, maximize=self._maximize)
 
@@ -399,7 +397,7 @@ class CGDescent(torch.optim.Optimizer):
         self._reset()
 
 
-def _number(name: str, value: object) -> float:
+def _as_loss(name: str, value: object) -> float:
     if value is None:
         raise TypeError(f"{name} must return the loss, got None")
     return _native.check_loss(value)

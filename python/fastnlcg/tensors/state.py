@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastnlcg import _native
 from fastnlcg.tensors.checks import dense_strides, missing_bytes
-from fastnlcg.tensors.dtensor import as_like, is_sharded, memory
+from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
 
 _HUGE = 1 << 22  # bytes of state from which huge pages are requested
 
@@ -43,8 +43,9 @@ def missing_arrays(i: int, p: Tensor, entry: Mapping[str, Any], arrays: Mapping[
         if value is None:
             new[key] = as_like(_empty(local_p, strides, dtype).fill_(start), p)
             continue
-        local = memory(value) if isinstance(value, Tensor) else None
-        if local is None or value.shape != p.shape or local.shape != local_p.shape:
+        # A whole tensor next to a DTensor, or one with other placements, gives this rank's part of it.
+        local = shard_like(value, p) if isinstance(value, Tensor) and value.shape == p.shape else None
+        if local is None or local.shape != local_p.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise RuntimeError(
                 f"parameter {i} has shape {tuple(p.shape)}, its state {key!r} {got}: it was resized; add the new "
@@ -54,6 +55,7 @@ def missing_arrays(i: int, p: Tensor, entry: Mapping[str, Any], arrays: Mapping[
             raise RuntimeError(f"state {key!r} of parameter {i} has {missing} bytes less of storage than it takes")
         fits = (
             type(local) is Tensor
+            and local is memory(value)
             and is_sharded(value) == is_sharded(p)
             and local.dtype == dtype
             and local.device == local_p.device

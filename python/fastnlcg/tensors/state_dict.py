@@ -162,10 +162,7 @@ def check_tensor(where: str, key: str, value: object, p: Tensor, *, finite: bool
         kind = f"{type(local).__name__} on {local.device}"
         raise ValueError(f"{where}: {key!r} is a {kind}, without values; expected a plain tensor or a DTensor")
     converted = local if p.dtype == torch.float64 else local.float()
-    sound = torch.isfinite(converted)
-    if key == "direction":  # infinite is what version 0.4 left behind for gradients near float32's largest
-        sound |= torch.isinf(local)
-    if finite and not bool(sound.all()):
+    if finite and not bool(torch.isfinite(converted).all()):
         raise ValueError(f"{where}: {key!r} has values that are not finite")
     if finite and key in ("hessian_diag", "exp_avg_sq") and local.numel() and bool((local < 0).any()):
         raise ValueError(f"{where}: {key!r} has negative values")
