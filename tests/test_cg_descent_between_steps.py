@@ -133,7 +133,13 @@ def through_numpy(p: nn.Parameter) -> None:
     p.detach().numpy()[:5] = 0.1
 
 
-@pytest.mark.parametrize("write", [clamp, replace, copy_in, permute, one_element, through_numpy])
+def without_a_version(p: nn.Parameter) -> None:
+    """As a collective writes (torch 2.13)."""
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(p):
+        p.mul_(0.5)
+
+
+@pytest.mark.parametrize("write", [clamp, replace, copy_in, permute, one_element, through_numpy, without_a_version])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_whatever_writes_a_parameter_between_steps_is_seen(write: Callable[[nn.Parameter], None], gaps: bool) -> None:
     """The step begins at the new point: two evaluations more at the most, the loss of before is not gone on from, and

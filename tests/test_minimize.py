@@ -319,6 +319,17 @@ def test_a_gradient_has_the_shape_of_x0(
         assert str(x_shape) in str(error.value)
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_gradient_with_the_negative_bit_keeps_its_sign(n: int) -> None:
+    """Autograd leaves that bit in the gradient by the imaginary part of a conjugate; DLPack loses it (torch 2.13)."""
+    x0 = torch.ones(n, dtype=torch.float64)
+    of_autograd = minimize(lambda x: (torch.complex(x * 0, x).conj() + 3j).abs().square().sum(), x0)
+    given = minimize(lambda x: ((x - 3).square().sum(), torch._neg_view(-2 * (x - 3))), x0)
+    for result in (of_autograd, given):
+        assert result.success, result.message
+        torch.testing.assert_close(result.x, x0 * 3)
+
+
 # ---- torch's transforms ----------------------------------------------------------------------------------------------
 
 

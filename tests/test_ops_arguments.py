@@ -339,3 +339,13 @@ def test_the_owner_of_the_memory_is_held() -> None:
     view = _native.Buffer(np.full(1000, 7.0, "f"))  # its only other reference is gone
     gc.collect()
     assert np.all(np.ctypeslib.as_array((ctypes.c_float * 1000).from_address(view.pointer)) == 7.0)
+
+
+@pytest.mark.parametrize("name", ["p", "g", "d", "diagonal"])
+def test_a_negative_bit_is_refused(name: str) -> None:
+    """DLPack would hand over the memory without the sign (torch 2.13)."""
+    arrays = {key: torch.ones(4) for key in ("p", "g", "d", "diagonal")}
+    arrays[name] = torch._neg_view(-arrays[name])
+    with pytest.raises(ValueError, match=f"^{name} has torch's negative bit"):
+        ops.nlcg_step(g_prev=None, scalars=ops.Scalars(), lr=0.1, preconditioner="adam", **arrays)
+    assert all(torch.equal(a, torch.ones(4)) for a in arrays.values())

@@ -156,6 +156,10 @@ def _view(name: str, array: object) -> Buffer:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(array, numpy.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; expected an array without one")
+    # torch 2.13's DLPack refuses the conjugate bit and ignores the negative one: the sign would be lost.
+    negated = getattr(array, "is_neg", None)
+    if callable(negated) and negated():
+        raise ValueError(f"{name} has torch's negative bit, as x.conj().imag has; pass {name}.resolve_neg()")
     # A torch tensor that requires grad refuses DLPack; its detached alias is the same memory.
     detach = getattr(array, "detach", None)
     try:

@@ -257,7 +257,7 @@ class _Torch:
             kind = f"a tensor of {g.dtype}, {g.layout}" if isinstance(g, torch.Tensor) else type(g).__name__
             raise TypeError(f"the gradient is {kind}; expected a real dense tensor")
         _check_gradient_shape(g.shape, self.shape)
-        self.g = g.detach().to(self.x).contiguous().view(-1)
+        self.g = g.detach().to(self.x).contiguous().view(-1).resolve_neg()  # a lazy sign, which DLPack loses
         return _as_loss(f)
 
     def out(self, x: Any) -> Any:
