@@ -1,4 +1,4 @@
-"""The torch optimizer for full-batch problems: :class:`CGDescent`. A class of its own beside ``NLCG``: it calls its
+"""The torch optimizer for full-batch problems: :class:`CGDescent`. A class of its own, next to ``NLCG``: it calls its
 closure as often as its line search needs, has no learning rate, and shares neither state nor options with the
 stochastic step."""
 
@@ -50,7 +50,7 @@ class CGDescent(torch.optim.Optimizer):
         beta  = max((sum(y P g) - 2 sum(y P y) sum(d g) / sum(d y)) / sum(d y), 0.4 sum(d g_prev) / sum(d h d))
         d     = beta d - P g
 
-    h begins at a thousandth of the first curvature. L is 1, and lowers h where it has overstated the curvature along d
+    h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
     tenfold in the median of the last eleven iterations. The first length of a search comes from a parabola through a
     tenth of the last length, which is an evaluation more.
 
@@ -59,7 +59,7 @@ class CGDescent(torch.optim.Optimizer):
     iteration moves about 84 bytes per float32 parameter outside the closure; L-BFGS some 400 with a history of 10.
 
     The function must not change within a step, and its value must repeat: no mini-batches, no dropout. If it changes
-    between two steps on purpose (new collocation points), call :meth:`restart`. A step that is not told notices when
+    between two steps on purpose (new collocation points), call :meth:`restart`. A step without that notices when
     its first evaluation does not fit the last loss, or when the last step found nothing; it then evaluates the closure
     at the parameters once more and starts from -P g, with a warning, once.
 
@@ -75,18 +75,18 @@ class CGDescent(torch.optim.Optimizer):
         params: parameters, named or not, or groups, of float32 or float64, on one device. Groups have no options.
         lr: for trainers, which pass one and read ``group["lr"]``. Nothing reads it here; a scheduler on it gets a
             warning.
-        beta: ``"hager_zhang"``, ``"polak_ribiere"`` (and 0 where that is negative), ``"fletcher_reeves"``,
+        beta: ``"hager_zhang"``, ``"polak_ribiere"`` (or 0 if that is negative), ``"fletcher_reeves"``,
             ``"dai_yuan"`` or ``"hestenes_stiefel"``.
         preconditioner: ``"bfgs"``, the diagonal h; or None.
         line_search: its constants, a :class:`HagerZhang`.
         max_iter: iterations per :meth:`step`.
         max_eval: calls of the closure per :meth:`step`; None: as many as it takes.
         maximize: maximize the objective.
-        tolerance_grad: a step ends where the largest element of the gradient is at most this.
-        tolerance_change: a step ends where an iteration changes the loss by at most this.
+        tolerance_grad: a step ends when the largest element of the gradient is at most this.
+        tolerance_change: a step ends when an iteration changes the loss by at most this.
         average_loss: True: minimize the mean of all ranks' losses, which data-parallel replicas (DDP averages their
             gradients) need; one exchange per evaluation. False: ranks have nothing to do with each other, or the
-            closure returns the mean. None: as False, with a warning where there are other ranks.
+            closure returns the mean. None: as False, with a warning if there are other ranks.
         process_group: the ranks over which plain parameters are spread; their losses are averaged.
 
     Raises:
@@ -151,7 +151,7 @@ class CGDescent(torch.optim.Optimizer):
         self._message = ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch's optimizers do; the next step begins anew. Raises like the constructor."""
+        """Adds a group, as torch's optimizers do; the next step starts again from -P g. Raises like the constructor."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -196,7 +196,7 @@ class CGDescent(torch.optim.Optimizer):
                 be stepped, named by index.
             RuntimeError: inside its own closure.
 
-        Exceptions of the closure leave the parameters where the search began.
+        If the closure raises, the parameters are those with which the search began.
         """
         if closure is None and self._makes_state_only():
             return math.nan
@@ -371,7 +371,7 @@ class CGDescent(torch.optim.Optimizer):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict, as torch's optimizers do. A run that goes on from it, with the parameters of the same
+        """Loads a state dict, as torch's optimizers do. A run that continues from it, with the parameters of the same
         moment, has the bits of one that was not interrupted.
 
         Raises:

@@ -243,5 +243,5 @@ class TablePasses:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    each = list(values)
+    return sum(each) / len(each)

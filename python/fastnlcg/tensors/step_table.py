@@ -1,4 +1,4 @@
-"""The table of an NLCG step: the parameters with a gradient, what the step is told about them, and what it reports."""
+"""The table of an NLCG step: the parameters with a gradient, the inputs of the native step, and what it reports."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class StepTable(ParameterTable):
         self._entries: list[dict[str, Tensor]] = []
         self._ranks_known = self._sums_known = False
         self._amp: list[Tensor | None] = []
-        self._known = 0.0  # disagreements of ranks that have been raised
-        self._told: Tensor | None = None  # those the device has found, in pinned memory
+        self._raised = 0.0  # disagreements of ranks that an error has reported
+        self._disagreements: Tensor | None = None  # found by the device, in pinned memory
         self._begun = False  # a step was taken, or the state made for one
 
     def set_options(self, options: Options) -> None:
-        """Options that may have changed since the last step. ValueError where the state would have to be another."""
+        """Options that may have changed since the last step. ValueError if they need another state."""
         old = self.options
         if old is not None and self.native is not None:
             if options.preconditioner != old.preconditioner:
@@ -91,7 +91,7 @@ class StepTable(ParameterTable):
         capturable: bool,
         amp: tuple[float | Tensor | None, float | Tensor | None],
     ) -> bool:
-        """Takes one. False where it was skipped, or there was nothing to do."""
+        """Takes one step. False if it was skipped."""
         for attempt in range(2):
             if attempt or not self._fits(param_groups):
                 self._rebuild(param_groups, state)
@@ -202,14 +202,14 @@ class StepTable(ParameterTable):
     def _local_entries(self) -> list[dict[str, Tensor]]:
         """This rank's memory of the state; one element for a shard that has none."""
         assert self.options is not None
-        found = []
+        entries = []
         for entry in self._entries:
             local = local_arrays(entry)
             if "direction" in local and local["direction"].numel() == 0:
                 for key, start in self.options.streams().items():
                     local[key] = torch.full((1,), start, dtype=local[key].dtype, device=local[key].device)
-            found.append(local)
-        return found
+            entries.append(local)
+        return entries
 
     def _on_gpu(
         self,
@@ -222,7 +222,7 @@ class StepTable(ParameterTable):
         capturable: bool,
         amp: tuple[float | Tensor | None, float | Tensor | None],
     ) -> bool | None:
-        """Enqueues the step on torch's current stream. Numbers that lie on the device are read there."""
+        """Enqueues the step on torch's current stream. The kernels read scalars that are on the device."""
         for name, x in (("loss", loss), *(("lr", rate) for rate in lr)):
             if isinstance(x, Tensor) and x.device != self.device:
                 raise RuntimeError(f"{name} is on {x.device}, the parameters on {self.device}")
@@ -256,18 +256,18 @@ class StepTable(ParameterTable):
     def _raise_disagreement(self) -> None:
         """On a GPU only the device knows at once: the steps since then have changed nothing."""
         assert self.ranks is not None
-        if self._told is not None and self._told.item() > self._known:
-            self._known = self._told.item()
-            raise RuntimeError(f"a step before has changed nothing: {self.ranks.who_disagreed()}")
+        if self._disagreements is not None and self._disagreements.item() > self._raised:
+            self._raised = self._disagreements.item()
+            raise RuntimeError(f"an earlier step was skipped on all ranks: {self.ranks.who_disagreed()}")
 
     def watch(self) -> None:
         """After a step over ranks on a GPU: lets the host hear of a disagreement without waiting."""
         if self.ranks is None or not _native.on_gpu(self.device) or _native.capturing():
             return
-        told = self.groups[0]["scalars"][list(_native.SCALARS).index("disagreements")]
-        if self._told is None:
-            self._told = torch.zeros((), dtype=torch.float64, device="cpu", pin_memory=told.is_cuda)
-        self._told.copy_(told, non_blocking=True)
+        counted = self.groups[0]["scalars"][list(_native.SCALARS).index("disagreements")]
+        if self._disagreements is None:
+            self._disagreements = torch.zeros((), dtype=torch.float64, device="cpu", pin_memory=counted.is_cuda)
+        self._disagreements.copy_(counted, non_blocking=True)
 
     # ---- the table -------------------------------------------------------------------------------------------------
 
@@ -414,8 +414,8 @@ class StepTable(ParameterTable):
 
 
 def _float32_on(device: torch.device, x: float | Tensor | None) -> Tensor | None:
-    """What AMP sets, where the kernels can read it: GradScaler's own tensors may lie on another GPU, a user's be of
-    another dtype, or no tensor."""
+    """What AMP sets, in a form that the kernels can read: GradScaler's own tensors may be on another GPU, and a user's
+    value may have another dtype or be no tensor."""
     if x is None:
         return None
     return torch.as_tensor(x).detach().to(device, torch.float32, non_blocking=True)
