@@ -17,7 +17,7 @@ from fastnlcg.tensors.checks import usable_gradient
 from fastnlcg.tensors.dtensor import memory
 from fastnlcg.tensors.ranks import Ranks
 from fastnlcg.tensors.state import local_arrays, missing_arrays
-from fastnlcg.tensors.table import ParameterTable, State, expected_state, in_order, write_state
+from fastnlcg.tensors.table import ParameterTable, State, check_parameters, expected_state, in_order, write_state
 
 
 def state_arrays(options: DescentOptions) -> dict[str, float]:
@@ -57,7 +57,8 @@ class DescentTable(ParameterTable):
         self.members = with_gradient(params) if members is None else list(members)
         if not self.members and ranks is None:
             raise RuntimeError("no parameter has a gradient: the closure must call backward()")
-        stateful = in_order(params, self.members, ranks)
+        check_parameters(params, self.members)
+        stateful = in_order(self.members, ranks)
         for i in stateful:
             if params[i].dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"parameter {i} has dtype {params[i].dtype}; expected torch.float32 or torch.float64")

@@ -22,6 +22,7 @@ from fastnlcg.tensors.table import (
     Groups,
     ParameterTable,
     State,
+    check_parameters,
     expected_state,
     in_order,
     in_place,
@@ -278,6 +279,7 @@ class StepTable(ParameterTable):
         params = parameters(param_groups)
         grads = [None if to_look else p.grad for p in params]
         stateful = [i for i, p in enumerate(params) if grads[i] is not None or "direction" in (state.get(p) or ())]
+        check_parameters(params, stateful)
         usable = {
             i: usable_gradient(i, p, g)
             for i, (p, g) in enumerate(zip(params, grads, strict=True))
@@ -287,7 +289,7 @@ class StepTable(ParameterTable):
         if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
             search = self.options.line_search is not None
             ranks = find_ranks(params, self.process_group, self.average_loss, search)
-        stateful = in_order(params, stateful, ranks)
+        stateful = in_order(stateful, ranks)
         groups.complete(param_groups, {})
         if not stateful and ranks is None and self.native is None:
             return  # no parameter has ever had a gradient: nothing to do

@@ -152,16 +152,15 @@ class ParameterTable:
             self.native.stream = _native.current_stream(str(self.device))
 
 
-def in_order(params: Sequence[Tensor], stateful: Sequence[int], ranks: Ranks | None) -> list[int]:
-    """These parameters, checked, in the order of the flat index: that of the groups, and copies that another rank
-    counts last.
-
-    Raises:
-        TypeError, RuntimeError, ValueError: for a parameter that cannot be stepped, or not with the others.
-    """
+def check_parameters(params: Sequence[Tensor], stateful: Sequence[int]) -> None:
+    """TypeError, RuntimeError or ValueError for a parameter that cannot be stepped, or not with the others."""
     for i in stateful:
         check_parameter(i, params[i])
     check_mixture(stateful, params)
+
+
+def in_order(stateful: Sequence[int], ranks: Ranks | None) -> list[int]:
+    """These parameters in the order of the flat index: that of the groups, and copies that another rank counts last."""
     unowned = frozenset() if ranks is None else ranks.unowned
     return sorted(stateful, key=lambda i: i in unowned)
 
