@@ -269,7 +269,7 @@ def test_errors_of_the_optimizer() -> None:
         (ValueError, "tolerance_grad", lambda: CGDescent([p], tolerance_grad=-1.0)),
         (ValueError, "beta must be one of", lambda: CGDescent([p], beta="cd")),
         (ValueError, "empty", lambda: CGDescent([])),
-        (ValueError, "expected a state dict", lambda: optimizer.load_state_dict({})),
+        (ValueError, "not a state dict", lambda: optimizer.load_state_dict({})),
     ):  # fmt: skip
         with pytest.raises(error, match=match):
             call()
@@ -469,3 +469,23 @@ def test_a_pickle_keeps_its_options() -> None:
     twin = copy.deepcopy(optimizer)
     assert twin.param_groups[0]["lr"] == 0.3
     assert (twin._maximize, twin._max_eval) == (True, 7)
+
+
+def test_a_file_with_names_in_another_order_is_refused_and_wrappers_do_not_count() -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.named_parameters())
+    optimizer.step(closure_of(optimizer, loss))
+    saved = optimizer.state_dict()
+    backwards = CGDescent(reversed(list(model.named_parameters())))
+    with pytest.raises(ValueError, match="param_names"):
+        backwards.load_state_dict(saved)
+    assert not backwards.state
+    compiled = torch.compile(model, backend="eager")
+    CGDescent(compiled.named_parameters()).load_state_dict(saved)
+    fewer = CGDescent(list(model.parameters())[:2])
+    with pytest.raises(ValueError, match=r"param_groups have \[4\] parameters, expected \[2\]"):
+        fewer.load_state_dict(saved)
+    adamw = torch.optim.AdamW(model.parameters())
+    adamw.step()
+    with pytest.raises(ValueError, match="the state of parameter 0 lacks"):
+        optimizer.load_state_dict(adamw.state_dict())

@@ -32,6 +32,7 @@ from fastnlcg.losses import unaveraged_loss
 from fastnlcg.options import check_real
 from fastnlcg.tensors.dtensor import memory
 from fastnlcg.tensors.ranks import check_group, find_ranks, world_size
+from fastnlcg.tensors.state_dict import named, structure
 from fastnlcg.tensors.table import parameters
 from fastnlcg.warn import warn
 
@@ -377,7 +378,7 @@ class CGDescent(torch.optim.Optimizer):
         Raises:
             ValueError: for one that is not of this optimizer over such parameters; it is unchanged then.
         """
-        _check_state(state_dict, self._all(), self._options)
+        _check_state(state_dict, self.param_groups, self._options)
         super().load_state_dict(state_dict)
         self._reset()
 
@@ -403,25 +404,25 @@ def _as_loss(name: str, value: object) -> float:
     return _native.check_loss(value)
 
 
-def _check_state(given: Mapping[str, Any], params: list[Tensor], options: DescentOptions) -> None:
-    """ValueError for a state dict that does not fit."""
-    if not isinstance(given, Mapping) or not isinstance(given.get("param_groups"), list) or "state" not in given:
-        raise ValueError("expected a state dict with 'state' and 'param_groups'")
-    course = given["param_groups"][0].get("course") if given["param_groups"] else None
+def _check_state(given: Mapping[str, Any], own: list[dict[str, Any]], options: DescentOptions) -> None:
+    """ValueError for a state dict that does not fit these groups, by number, name and shape of the parameters."""
+    state, saved = structure(given, own)
+    course, params = saved[0].get("course") if saved else None, parameters(own)
     names = {one.name for one in fields(Course)}
     if course is not None and not (isinstance(course, Mapping) and set(course) == names):
         raise ValueError("param_groups[0]['course'] is not that of a CGDescent")
     if course is not None and not all(isinstance(i, int) and 0 <= i < len(params) for i in course["active"]):
         raise ValueError(f"param_groups[0]['course']['active'] is {course['active']!r}, of {len(params)} parameters")
-    for i, entry in given["state"].items():
-        if not isinstance(i, int) or not 0 <= i < len(params):
+    keys = set(state_arrays(options))
+    for i, p in named(saved, own).items():
+        if i not in state:
             continue
-        keys = set(state_arrays(options))
+        entry = state[i]
         if not isinstance(entry, Mapping) or not keys <= set(entry):
             raise ValueError(f"the state of parameter {i} lacks {sorted(keys - set(entry))}: another preconditioner?")
         for key in keys:
-            if not isinstance(entry[key], Tensor) or entry[key].shape != params[i].shape:
+            if not isinstance(entry[key], Tensor) or entry[key].shape != p.shape:
                 raise ValueError(
                     f"state {key!r} of parameter {i} is {tuple(getattr(entry[key], 'shape', ()))}, expected "
-                    f"{tuple(params[i].shape)}"
+                    f"{tuple(p.shape)}"
                 )
