@@ -2,7 +2,7 @@
 # jax.dlpack.from_dlpack() shares a CPU tensor's memory when its address is a multiple of 64 and copies it otherwise, by
 # default without a word (jaxlib's dlpack_managed_tensor_to_buffer; only copy=False raises, jax/_src/dlpack.py). So a later
 # in-place change shows in the "immutable" array or does not, by where the tensor happens to begin.
-# It hurts whoever passes slices or parameters to JAX and goes on training them.
+# It hurts whoever passes slices or parameters to JAX and continues to train them.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

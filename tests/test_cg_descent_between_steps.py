@@ -143,7 +143,7 @@ def without_a_version(p: nn.Parameter) -> None:
 @pytest.mark.parametrize("gaps", [False, True])
 def test_whatever_writes_a_parameter_between_steps_is_seen(write: Callable[[nn.Parameter], None], gaps: bool) -> None:
     """The step begins at the new point: two evaluations more at the most, the loss of before is not gone on from, and
-    nobody is told that the loss does not repeat."""
+    no warning says that the loss does not repeat."""
     torch.manual_seed(0)
     room = torch.rand(60, dtype=torch.float64)
     p = nn.Parameter(room[::2] if gaps else room[:30].clone())
@@ -212,7 +212,7 @@ def test_a_file_of_another_point_is_seen() -> None:
 @pytest.mark.filterwarnings("ignore:the loss does not repeat")
 @pytest.mark.parametrize("options", [{}, {"max_iter": 20}, {"max_eval": 4}])
 def test_data_that_change_between_steps_are_noticed(options: dict[str, int]) -> None:
-    """As torch.optim.LBFGS, which evaluates first: no step goes on from the loss of other data."""
+    """As torch.optim.LBFGS, which evaluates first: no step continues from the loss of other data."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.zeros(6, dtype=torch.float64))
     optimizer, calls = CGDescent([p], **options), []

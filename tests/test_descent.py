@@ -434,7 +434,7 @@ def test_a_pass_refuses_what_would_write_elsewhere() -> None:
 @pytest.mark.parametrize("alpha", [1e-200, 1e-308, 5e-324, 1e300])
 @pytest.mark.parametrize("cheap", [False, True])
 def test_a_step_length_whose_square_no_double_holds(alpha: float, cheap: bool) -> None:
-    """It does not come back as an exception, and the run goes on from a first step."""
+    """It does not come back as an exception, and the run continues from a first step."""
     run = Run(rosenbrock, np.full(4, -1.2))
     run.descent.loss = (lambda: run.full(False)) if cheap else None
     run.descent.begin()
