@@ -13,15 +13,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fastnlcg import _native, compiled, diagnostics
 from fastnlcg.diagnostics import Diagnostics
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.losses import Losses, check_loss, warn_of_skip
-from fastnlcg.options import SHARED, Options, check_real
+from fastnlcg.options import NAMES, Options, check_real
 from fastnlcg.tensors import adamw_state, groups
 from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.tensors.dtensor import is_sharded
+from fastnlcg.tensors.matrices import shape_of
 from fastnlcg.tensors.ranks import check_group, check_whole, shapes_of, world_size
 from fastnlcg.tensors.state_dict import checked, entries_for
 from fastnlcg.tensors.step_table import StepTable
@@ -30,7 +32,7 @@ from fastnlcg.tensors.table import parameters
 __all__ = ["NLCG", "Diagnostics"]
 
 
-_COMPARED = (*SHARED, "capturable")  # the entries of a group whose change makes a step check the group again
+_COMPARED = (*NAMES, "capturable")  # the entries of a group whose change makes a step check the group again
 
 
 class NLCG(torch.optim.Optimizer):
@@ -164,7 +166,7 @@ class NLCG(torch.optim.Optimizer):
         lr: float | Tensor = 1e-3,
         *,
         update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = "fletcher_reeves",
-        preconditioner: Literal["adam", "bfgs"] | None = "adam",
+        preconditioner: Literal["adam", "bfgs", "muon"] | None = "adam",
         line_search: OnlineLineSearch | None = None,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
@@ -234,6 +236,8 @@ class NLCG(torch.optim.Optimizer):
                         f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}, "
                         "unless it is frozen"
                     )
+                if group["preconditioner"] == "muon" and not isinstance(p, UninitializedTensorMixin):
+                    shape_of(index, p, Options.of_group(group))
             groups.check_together(self.param_groups, len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
@@ -261,7 +265,7 @@ class NLCG(torch.optim.Optimizer):
             for group in param_groups:
                 groups.check(group)
             groups.check_together(param_groups)
-            self._table.set_options(Options.of_group(param_groups[0]))
+            self._table.set_options([Options.of_group(group) for group in param_groups])
             self._checked = current
         options = self._table.options
         assert options is not None
@@ -404,7 +408,7 @@ class NLCG(torch.optim.Optimizer):
                 raise RuntimeError("diagnostics() was called inside a step of the same thread")
             table = self._table
             if table.options is None:
-                table.set_options(Options.of_group(self.param_groups[0]))
+                table.set_options([Options.of_group(group) for group in self.param_groups])
             return diagnostics.read(table, self.param_groups, self.state)
 
     def __repr__(self) -> str:
