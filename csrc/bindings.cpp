@@ -183,7 +183,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
           "lr_on_device"_a = std::vector<std::optional<DeviceScalar>>{}, "loss_on_device"_a = py::none(),
           "grad_scale"_a = py::none(), "found_inf"_a = py::none())
       .def("state_norms", &TensorTable::state_norms, "at"_a, "threads"_a)
-      .def("set_origins", &TensorTable::set_origins, "workspace"_a, "parts"_a)
+      .def("set_origins", &TensorTable::set_origins, "workspace"_a, "parts"_a, "shared"_a = 0.0)
       .def(
           "matrix_pass",
           [](TensorTable& self, const std::string& kind, std::int64_t first_tile, std::int64_t last_tile, int threads) {
@@ -194,7 +194,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
           },
           "kind"_a, "first_tile"_a, "last_tile"_a, "threads"_a)
       .def_property_readonly("matrices_pending", &TensorTable::matrices_pending)
-      .def_property_readonly("tiles_moved", &TensorTable::tiles_moved)
+      .def_property_readonly("matrix_moves", &TensorTable::matrix_moves)
       .def("end_matrices", &TensorTable::end_matrices)
       .def("last_move", &TensorTable::last_move, "at"_a, "threads"_a)
       .def("descend", &TensorTable::descend, "at"_a, "pass_"_a, "threads"_a)

@@ -87,9 +87,9 @@ NLCG_HD double over_ranks(const RankRow* all, const double* owned, int ranks, in
   return x;
 }
 
-// A digest of the options and of every group's lr, weight_decay, sign and kind, in 53 bits: equal on ranks that may
-// step together.
-inline double digest_of(const Options& options, const Group* groups, std::int64_t n_groups) {
+// A digest of the options, of every group's lr, weight_decay, sign and kind, and of which matrices are exchanged, in 53
+// bits: equal on ranks that may step together.
+inline double digest_of(const Options& options, const Group* groups, std::int64_t n_groups, double shared) {
   std::uint64_t hash = 1469598103934665603u;  // FNV-1a, over the bits of doubles
   const auto add = [&](double x) {
     std::uint64_t bits;
@@ -102,6 +102,7 @@ inline double digest_of(const Options& options, const Group* groups, std::int64_
     add(groups[k].lr), add(groups[k].weight_decay), add(groups[k].sign);
     if (groups[k].matrices) add(static_cast<double>(k));
   }
+  if (shared != 0.0) add(shared);
   return static_cast<double>(hash >> 11);
 }
 

@@ -138,8 +138,9 @@ void TensorTable::lay_out(std::int64_t n, const std::vector<SegmentSpec>& specs,
   }
   use(std::move(segments), std::move(table), n);
   has_matrices_ = !matrix_groups.empty();
-  tiles_moved_ = 0;
+  matrix_moves_ = 0;
   origins_ = nullptr;
+  shared_ = 0.0;
   shapes_ = std::move(shapes);
   workspace_ = workspace;
   tensor_type_ = tensor_type;
@@ -348,7 +349,7 @@ void TensorTable::set_groups(const StepInputs& in) {
   }
 }
 
-double TensorTable::digest() const { return digest_of(step_.options, step_.groups, step_.n_groups); }
+double TensorTable::digest() const { return digest_of(step_.options, step_.groups, step_.n_groups, shared_); }
 
 std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
   const StepGuard busy(*this);
@@ -360,7 +361,7 @@ std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
   DropLive drop{live_};
   if (!follow(at, Reads::gradients)) return std::nullopt;
   check_state();
-  tiles_moved_ = 0;
+  matrix_moves_ = 0;
   if (!segments_.empty() && segments_[0].steps == nullptr) {
     throw invalid_argument("a step needs the key of a parameter's step count");
   }
@@ -392,7 +393,7 @@ std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
 }
 
 void TensorTable::set_origins(const BufferPtr& workspace,
-                              const std::vector<std::pair<std::size_t, std::int64_t>>& parts) {
+                              const std::vector<std::pair<std::size_t, std::int64_t>>& parts, double shared) {
   const StepGuard busy(*this);
   check_laid_out("set_origins()");
   check_buffer("workspace", *workspace, kDTypeNames[static_cast<int>(step_.state_dtype)]);
@@ -409,6 +410,7 @@ void TensorTable::set_origins(const BufferPtr& workspace,
     segments_[i].origin = static_cast<char*>(workspace->data()) + begin * size_of(step_.state_dtype);
   }
   origins_ = workspace;
+  shared_ = shared;
 }
 
 void TensorTable::matrix_pass(MatrixPass kind, std::int64_t first_tile, std::int64_t last_tile, int threads) {
@@ -429,7 +431,7 @@ void TensorTable::matrix_pass(MatrixPass kind, std::int64_t first_tile, std::int
   step_.threads = std::max(threads, 1);
   run([&] { cuda_matrix_pass(step_, cuda_, kind, first_tile, last_tile); },
       [&](const CpuKernels& cpu) { cpu.matrix_pass(step_, kind, first_tile, last_tile); });
-  if (kind == MatrixPass::move) tiles_moved_ = last_tile;
+  if (kind == MatrixPass::move) ++matrix_moves_;
 }
 
 void TensorTable::end_matrices() {

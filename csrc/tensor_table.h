@@ -81,13 +81,15 @@ class TensorTable : public NativeStep {
   std::optional<std::vector<double>> descend(const Tensors&, const Descent&, int threads);
 
   // The origins of segments: their parts of a workspace in which matrices are kept between the passes over them.
-  // `parts` has the segment and the first element of each.
-  void set_origins(const BufferPtr& workspace, const std::vector<std::pair<std::size_t, std::int64_t>>& parts);
-  // After step() has returned true, with the tensors of that step: one pass over the matrices in these tiles. A move
-  // counts the tiles that it has passed, and step() counts from 0 again.
+  // `parts` has the segment and the first element of each. `shared` names the matrices that ranks exchange, which all
+  // ranks must have alike: part of the digest.
+  void set_origins(const BufferPtr& workspace, const std::vector<std::pair<std::size_t, std::int64_t>>& parts,
+                   double shared);
+  // After step() has returned true, with the tensors of that step: one pass over the matrices in these tiles. Moves
+  // are counted, and step() counts from 0 again.
   void matrix_pass(MatrixPass, std::int64_t first_tile, std::int64_t last_tile, int threads);
   bool matrices_pending() const { return has_matrices_ && !live_.empty(); }
-  std::int64_t tiles_moved() const { return tiles_moved_; }
+  int matrix_moves() const { return matrix_moves_; }
   // After the last of them: lets go of the step's tensors.
   void end_matrices();
   // Makes the stream's next work follow the last step.
@@ -117,7 +119,8 @@ class TensorTable : public NativeStep {
   bool overlaps_checked_ = false;  // of parameters and state, at their present addresses
   BufferPtr workspace_, mine_, all_, owned_, origins_;
   bool has_matrices_ = false;
-  std::int64_t tiles_moved_ = 0;
+  double shared_ = 0.0;
+  int matrix_moves_ = 0;
   py::object gather_;
 };
 

@@ -180,6 +180,7 @@ class NLCG(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         average_loss: bool | None = None,
         process_group: Any = None,
+        matrix_group: Any = None,
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -188,7 +189,9 @@ class NLCG(torch.optim.Optimizer):
         if not isinstance(average_loss, bool | None):
             raise TypeError(f"average_loss must be None or a bool, got {average_loss!r}")
         if process_group is not None:
-            check_group(process_group)
+            check_group("process_group", process_group)
+        if matrix_group is not None:
+            check_group("matrix_group", matrix_group)
         options = Options(
             update=update,
             preconditioner=preconditioner,
@@ -215,6 +218,7 @@ class NLCG(torch.optim.Optimizer):
         groups.check(defaults)
         self.average_loss = average_loss
         self._process_group = process_group
+        self._matrix_group = matrix_group
         self._shapes: list[list[Any]] = []
         self._n_params = 0
         self._reset_caches()
@@ -493,8 +497,9 @@ class NLCG(torch.optim.Optimizer):
         return adamw_state.to_adamw(self, beta1)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._process_group is not None:
-            raise TypeError("an NLCG with process_group= cannot be pickled or copied; use its state_dict()")
+        for name, group in (("process_group", self._process_group), ("matrix_group", self._matrix_group)):
+            if group is not None:
+                raise TypeError(f"an NLCG with {name}= cannot be pickled or copied; use its state_dict()")
         state: dict[str, Any] = super().__getstate__()
         return {**state, "average_loss": self.average_loss}
 
@@ -502,6 +507,7 @@ class NLCG(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("average_loss", None)
         self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_matrix_group", None)
         groups.complete(self.param_groups, self.defaults)
         self._shapes = list(map(shapes_of, self.param_groups))
         self._n_params = sum(len(group["params"]) for group in self.param_groups)
@@ -514,7 +520,7 @@ class NLCG(torch.optim.Optimizer):
             self._lock = threading.RLock()
             self._number = compiled.number_of(self)
         _LIVE.add(self)
-        self._table = StepTable(self._process_group, self.average_loss)
+        self._table = StepTable(self._process_group, self.average_loss, self._matrix_group)
         self._checked = []
         self._losses = Losses()
         self._skips = set()

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from fastnlcg import _native
 from fastnlcg.options import Options
+from fastnlcg.tensors.checks import dense_strides
 from fastnlcg.tensors.dtensor import is_sharded, memory
+from fastnlcg.tensors.matrix_ranks import Buffers, Sharing, sharing_of
 from fastnlcg.tensors.polar import NewtonSchulz, product_dtype
 
 BATCH = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -73,32 +75,49 @@ def _size(adjust_lr_fn: str, rows: int, columns: int) -> float:
     return 0.2 * math.sqrt(max(rows, columns))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the parameters of a batch lie in memory, as matrices."""
+
+    extent: tuple[int, ...]
+    """their shape"""
+    strides: tuple[int, ...]
+    shape: Shape
+    whole: tuple[int, int] | None
+    """the rows and columns that their memory has, row after row; None: matrices are copied first"""
+
+
 @dataclass
 class Batch:
-    """Parameters that go through the products together: alike in shape and memory order."""
+    """Parameters that go through the products together: alike in shape, memory order and placement."""
 
-    members: list[int] = field(default_factory=list)
+    layout: Layout
+    local: Layout
+    """of this rank's shards; the same if they are not sharded"""
+    sharing: Sharing | None
+    first_tile: int
+    last_tile: int
+    elements: int
+    """of its part of the workspace"""
+    members: list[int]
     """by index of the parameter"""
-    first_tile: int = 0
-    last_tile: int = 0
-    elements: int = 0
-    whole: tuple[int, int, float] | None = None
-    """rows and columns in memory, and the size, if the workspace is a batch of matrices as it is; else it is copied"""
+    first: int = 0
+    """the number of its first parameter, counted over all batches that are spread over ranks"""
 
 
 def key_of(p: Tensor, shape: Shape) -> Any:
-    """What parameters of one batch have in common. Sharded ones are not batched with others."""
-    local = memory(p)
-    return tuple(p.shape), shape, local.stride(), is_sharded(p), p.placements if is_sharded(p) else None  # type: ignore[attr-defined]
+    """What parameters of one batch have in common."""
+    placed = (p.placements, id(p.device_mesh)) if is_sharded(p) else None  # type: ignore[attr-defined]
+    return tuple(p.shape), shape, memory(p).stride(), placed
 
 
-def in_memory(p: Tensor, strides: Sequence[int], shape: Shape) -> tuple[int, int] | None:
-    """The rows and columns that the memory of ``p`` has, row after row, if it is matrices of one size there: their
+def in_memory(extent: Sequence[int], strides: Sequence[int], shape: Shape) -> tuple[int, int] | None:
+    """The rows and columns that a parameter's memory has, row after row, if it is matrices of one size there: their
     columns may be permuted, or rows and columns exchanged, and the polar factor is permuted or exchanged alike."""
     equal = len(set(shape.rows)) == 1
-    if equal and _descending(p.shape, strides, shape.stack == 1):
+    if equal and _descending(extent, strides, shape.stack == 1):
         return shape.rows[0], shape.columns
-    if p.dim() == 2 and len(shape.rows) == 1 and strides[0] == 1:
+    if len(extent) == 2 and len(shape.rows) == 1 and strides[0] == 1:
         return shape.columns, shape.rows[0]
     return None
 
@@ -114,26 +133,28 @@ def _descending(shape: Sequence[int], strides: Sequence[int], first_only: bool) 
 _ATTEMPTS = 4  # one, and three interrupts
 
 
-class Matrices:
-    """The batches of one table, and their workspace."""
+def _layout(extent: Sequence[int], strides: Sequence[int], shape: Shape) -> Layout:
+    return Layout(tuple(extent), tuple(strides), shape, in_memory(extent, strides, shape))
 
-    def __init__(self) -> None:
+
+class Matrices:
+    """The batches of one table, and their workspace. ``matrix_group``: ranks with equal parameters that share the
+    products."""
+
+    def __init__(self, matrix_group: Any = None) -> None:
         self.batches: list[Batch] = []
-        self._polar = NewtonSchulz()
-        self._workspace: Tensor | None = None
-        self._staging: Tensor | None = None
-        self._sums: Tensor | None = None
-        self._params: list[Tensor] = []
-        self._strides: dict[int, tuple[int, ...]] = {}
-        self._shapes: dict[int, Shape] = {}
-        self._dtype = torch.float32
+        self._matrix_group = matrix_group
+        self.buffers = Buffers()
+        """everything that is kept between steps besides the state"""
+        self._polar = NewtonSchulz(self.buffers)
+        self._largest = 0
+        self._dtype, self._device = torch.float32, torch.device("cpu")
 
     def lay_out(
         self,
         params: Sequence[Tensor],
         active: Sequence[int],
         shapes: dict[int, Shape],
-        strides: dict[int, tuple[int, ...]],
         tiles: dict[int, tuple[int, int]],
         dtype: torch.dtype,
         device: torch.device,
@@ -143,68 +164,98 @@ class Matrices:
         Returns:
             for each of them its place in ``active``, and the first element of its part of the workspace.
         """
-        self._shapes, self._strides, self._dtype = shapes, strides, dtype
-        self._params = list(params)
+        self._dtype, self._device = dtype, device
         most = BATCH.get(device.type, BATCH["cpu"])
         self.batches, parts = [], []
-        key = None
-        for k, i in enumerate(active):
-            if i not in shapes:
-                continue
-            p, n = params[i], max(memory(params[i]).numel(), 1)
-            own = key_of(p, shapes[i])
-            if key != own or self.batches[-1].elements + n > most:
-                layout = in_memory(p, strides[i], shapes[i]) if not is_sharded(p) else None
-                size = shapes[i].sizes[0]
-                self.batches.append(Batch(first_tile=tiles[i][0], whole=layout and (*layout, size)))
-                key = own
-            batch = self.batches[-1]
-            parts.append((k, batch.elements))
-            batch.members.append(i)
-            batch.elements += n
-            batch.last_tile = tiles[i][1]
-        largest = max((batch.elements for batch in self.batches), default=0)
-        kept = self._workspace
-        if kept is None or kept.dtype != dtype or kept.device != device or kept.numel() < largest:
-            self._workspace = torch.zeros(largest, dtype=dtype, device=device)
+        places = [(k, i) for k, i in enumerate(active) if i in shapes]
+        for _, alike in itertools.groupby(places, lambda place: key_of(params[place[1]], shapes[place[1]])):
+            members = list(alike)
+            first = params[members[0][1]]
+            sharing = sharing_of(first, self._matrix_group)
+            local = _layout(memory(first).shape, dense_strides(memory(first)), shapes[members[0][1]])
+            layout = local
+            if sharing is not None:
+                layout = _layout(first.shape, torch.empty(first.shape, device="meta").stride(), local.shape)
+            # All ranks must make the same batches, whatever the size of their own shards.
+            largest = math.prod(local.extent) if sharing is None else max(map(math.prod, sharing.shapes))
+            in_one = max(most // max(largest, 1), 1)
+            n = max(math.prod(local.extent), 1)
+            for begin in range(0, len(members), in_one):
+                chosen = members[begin : begin + in_one]
+                indices = [i for _, i in chosen]
+                self.batches.append(
+                    Batch(layout, local, sharing, tiles[indices[0]][0], tiles[indices[-1]][1], len(chosen) * n, indices)
+                )
+                parts += [(k, slot * n) for slot, (k, _) in enumerate(chosen)]
+        # Copies that another rank counts are last in the flat index, but all ranks exchange in one order.
+        self.batches.sort(key=lambda batch: min(batch.members))
+        number = 0
+        for batch in self.batches:
+            batch.first = number
+            number += len(batch.members) if batch.sharing is not None else 0
+        self._largest = max((batch.elements for batch in self.batches), default=0)
         return parts
 
     @property
     def workspace(self) -> Tensor:
         """The origins of the matrices of one batch."""
-        assert self._workspace is not None
-        return self._workspace
+        return self.buffers.take("workspace", (self._largest,), self._dtype, self._device)
 
-    def bytes(self) -> int:
-        """The size of everything that is kept between steps besides the state."""
-        kept = [t for t in (self._workspace, self._staging, self._sums) if t is not None]
-        return sum(t.numel() * t.element_size() for t in kept) + self._polar.bytes()
+    def shared(self) -> tuple[int, ...]:
+        """The parameters whose batches need other ranks, which must have the same."""
+        return tuple(i for batch in self.batches if batch.sharing is not None for i in batch.members)
 
     def finish(self, native: Any, threads: int) -> None:
         """Moves the matrices, after the step of all parameters has completed."""
         raised: BaseException | None = None
         for _ in range(_ATTEMPTS):
             try:
-                for batch in self.batches:
-                    if batch.last_tile > native.tiles_moved:
-                        native.matrix_pass("input", batch.first_tile, batch.last_tile, threads)
-                        self._to_polar(batch, threads)
-                        native.matrix_pass("move", batch.first_tile, batch.last_tile, threads)
+                for batch in self.batches[native.matrix_moves :]:
+                    native.matrix_pass("input", batch.first_tile, batch.last_tile, threads)
+                    self._to_polar(batch, threads)
+                    native.matrix_pass("move", batch.first_tile, batch.last_tile, threads)
                 break
             except BaseException as error:  # if it is an interrupt, the rest of the step can follow
                 raised = raised or error
+                if any(batch.sharing is not None for batch in self.batches):
+                    break  # the other ranks do not repeat their exchanges
         native.end_matrices()
         if raised is not None:
             raise raised
 
     def _to_polar(self, batch: Batch, threads: int) -> None:
-        if batch.whole is not None:
-            rows, columns, size = batch.whole
-            x = self.workspace[: batch.elements].view(-1, rows, columns)
-            self._replace(x, size, threads)
+        """Replaces u in the workspace by the polar factors."""
+        n, sharing = len(batch.members), batch.sharing
+        flat = self.workspace[: batch.elements]
+        if sharing is None:
+            self._replace_all(flat, n, batch.layout, threads)
             return
-        for views, rows, columns, size in self._pieces(batch):
-            x = self._staged(len(views) * rows * columns).view(-1, rows, columns)
+        local = batch.local
+        apart = batch.elements // n
+        shards = [flat[k * apart : (k + 1) * apart] for k in range(n)]
+        views = [shard.as_strided(local.extent, local.strides) for shard in shards]
+        dtype = product_dtype(flat.device.type, flat.dtype)
+        sent = views if dtype == flat.dtype else [view.to(dtype) for view in views]
+        full = sharing.gather(sent, batch.first, batch.layout.extent, self.buffers)
+        owned = (
+            full if dtype == flat.dtype else self.buffers.take("owned", full.shape, flat.dtype, flat.device).copy_(full)
+        )
+        self._replace_all(owned.view(-1), len(owned), batch.layout, threads)
+        sharing.scatter(owned if dtype == flat.dtype else full.copy_(owned), sent, batch.first, self.buffers)
+        if sent is not views:
+            for view, value in zip(views, sent, strict=True):
+                view.copy_(value)
+
+    def _replace_all(self, flat: Tensor, count: int, layout: Layout, threads: int) -> None:
+        """Replaces the matrices of ``count`` parameters in ``flat`` by their polar factors."""
+        if count == 0:
+            return
+        shape = layout.shape
+        if layout.whole is not None:
+            self._replace(flat.view(-1, *layout.whole), shape.sizes[0], threads)
+            return
+        for (rows, size), views in _pieces(flat, count, layout).items():
+            x = self.buffers.take("matrices", (len(views), rows, shape.columns), flat.dtype, flat.device)
             for matrix, view in zip(x, views, strict=True):
                 matrix.view(view.shape).copy_(view)
             self._replace(x, size, threads)
@@ -214,38 +265,23 @@ class Matrices:
     def _replace(self, x: Tensor, size: float, threads: int) -> None:
         """Replaces matrices, shape (count, rows, columns), by their polar factors times ``size``."""
         count, n = len(x), x.shape[1] * x.shape[2]
-        on_gpu = _native.on_gpu(x.device)
-        sums = None
-        if on_gpu:
-            doubles = _native.normalize_doubles(count, n)
-            if self._sums is None or self._sums.numel() < doubles or self._sums.device != x.device:
-                self._sums = torch.empty(doubles, dtype=torch.float64, device=x.device)
-            sums = _native.Buffer(self._sums)
-        stream = _native.current_stream(str(x.device)) if on_gpu else 0
+        sums, stream = None, 0
+        if _native.on_gpu(x.device):
+            doubles = (_native.normalize_doubles(count, n),)
+            sums = _native.Buffer(self.buffers.take("sums", doubles, torch.float64, x.device))
+            stream = _native.current_stream(str(x.device))
         _native.normalize(_native.Buffer(x.view(-1)), count, n, threads, stream, sums)
         self._polar.polar_(x, size, product_dtype(x.device.type, x.dtype))
 
-    def _pieces(self, batch: Batch) -> Iterator[tuple[list[Tensor], int, int, float]]:
-        """The matrices of one size of all members, as views of the workspace."""
-        shape = self._shapes[batch.members[0]]
-        by_size: dict[tuple[int, float], list[Tensor]] = {}
-        begin = 0
-        for i in batch.members:
-            p = self._params[i]
-            whole = self.workspace[begin : begin + p.numel()].as_strided(
-                p.shape, self._strides[i], self.workspace.storage_offset() + begin
-            )
-            begin += p.numel()
-            stack = [range(extent) for extent in p.shape[:-2]] if shape.stack > 1 else []
-            for place in itertools.product(*stack):
-                parts = torch.split(whole[place], list(shape.rows))
-                for part, rows, size in zip(parts, shape.rows, shape.sizes, strict=True):
-                    by_size.setdefault((rows, size), []).append(part)
-        for (rows, size), views in by_size.items():
-            yield views, rows, shape.columns, size
 
-    def _staged(self, n: int) -> Tensor:
-        kept = self._staging
-        if kept is None or kept.numel() < n or kept.dtype != self._dtype or kept.device != self.workspace.device:
-            kept = self._staging = torch.empty(n, dtype=self._dtype, device=self.workspace.device)
-        return kept[:n]
+def _pieces(flat: Tensor, count: int, layout: Layout) -> dict[tuple[int, float], list[Tensor]]:
+    """The matrices of ``count`` parameters in ``flat``, as views, by their rows and their size."""
+    shape, n = layout.shape, flat.numel() // count
+    stack = [range(extent) for extent in layout.extent[:-2]] if shape.stack > 1 else []
+    pieces: dict[tuple[int, float], list[Tensor]] = {}
+    for k in range(count):
+        parameter = flat[k * n : (k + 1) * n].as_strided(layout.extent, layout.strides)
+        for place in itertools.product(*stack):
+            for part, size in zip(torch.split(parameter[place], list(shape.rows)), shape.sizes, strict=True):
+                pieces.setdefault((len(part), size), []).append(part)
+    return pieces

@@ -17,6 +17,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fastnlcg.tensors.matrix_ranks import Buffers
+
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 STEPS = 5
 GRAM_FROM = 2.0
@@ -40,25 +42,21 @@ def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
 
 
 class NewtonSchulz:
-    """Polar factors of batches of matrices. Buffers are made for the largest batch and kept."""
+    """Polar factors of batches of matrices. Their buffers are kept."""
 
-    def __init__(self) -> None:
-        self._buffers: dict[int, Tensor] = {}
-
-    def bytes(self) -> int:
-        """The size of the buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
 
     def polar_(self, x: Tensor, size: float, dtype: torch.dtype) -> None:
         """Replaces each matrix of ``x``, shape (count, rows, columns), contiguous, of norm 1 or zero, by ``size`` times
         its polar factor. ``dtype``: of the products."""
         count, rows, columns = x.shape
         n, m = min(rows, columns), max(rows, columns)
-        given = x if x.dtype == dtype else self._buffer(0, x.shape, dtype, x.device).copy_(x)
+        given = x if x.dtype == dtype else self._buffers.take("x", x.shape, dtype, x.device).copy_(x)
         # bfloat16 makes small eigenvalues of the Gram matrix negative, which the iteration then enlarges.
         gram = m >= GRAM_FROM * n and dtype != torch.bfloat16
-        spare = self._buffer(1, x.shape, dtype, x.device)
-        squares = [self._buffer(2 + k, torch.Size((count, n, n)), dtype, x.device) for k in range(4 if gram else 2)]
+        spare = self._buffers.take("spare", x.shape, dtype, x.device)
+        squares = [self._buffers.take(k, (count, n, n), dtype, x.device) for k in range(4 if gram else 2)]
         result = (self._gram if gram else self._plain)(given, spare, squares, size, rows <= columns)
         x.copy_(result)
 
@@ -92,9 +90,3 @@ class NewtonSchulz:
                 torch.bmm(polynomial, gram, out=other)
                 torch.bmm(other, polynomial, out=gram)
         return torch.bmm(*((q, x) if wide else (x, q)), out=spare)
-
-    def _buffer(self, key: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        kept = self._buffers.get(key)
-        if kept is None or kept.dtype != dtype or kept.device != device or kept.numel() < shape.numel():
-            kept = self._buffers[key] = torch.empty(shape.numel(), dtype=dtype, device=device)
-        return kept[: shape.numel()].view(shape)

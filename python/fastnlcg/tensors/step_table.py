@@ -14,7 +14,7 @@ from torch import Tensor
 from fastnlcg import _native
 from fastnlcg.options import Options, native_options
 from fastnlcg.tensors import groups
-from fastnlcg.tensors.checks import DTYPES, dense_strides, usable_gradient
+from fastnlcg.tensors.checks import DTYPES, usable_gradient
 from fastnlcg.tensors.dtensor import memory, place_of
 from fastnlcg.tensors.matrices import Matrices, Shape, key_of, shape_of
 from fastnlcg.tensors.ranks import find_ranks
@@ -35,9 +35,9 @@ from fastnlcg.tensors.table import (
 class StepTable(ParameterTable):
     """The table of one NLCG's last step."""
 
-    def __init__(self, process_group: Any, average_loss: bool | None) -> None:
+    def __init__(self, process_group: Any, average_loss: bool | None, matrix_group: Any = None) -> None:
         super().__init__()
-        self.process_group, self.average_loss = process_group, average_loss
+        self.process_group, self.average_loss, self.matrix_group = process_group, average_loss, matrix_group
         self.options: Options | None = None
         """the options of the groups that are not "muon"; those of the first if all are"""
         self.of_groups: list[Options] = []
@@ -267,7 +267,9 @@ class StepTable(ParameterTable):
         assert self.ranks is not None
         assert self.options is not None
         step = groups.named_scalars(param_groups[0])["step"]
-        self.ranks.explain(moment, step, vars(self.options), param_groups)
+        shared = () if self.matrices is None else self.matrices.shared()
+        more = {"matrices with gradients": ", ".join(map(str, shared))} if self.matrices is not None else {}
+        self.ranks.explain(moment, step, vars(self.options), param_groups, more)
 
     def _raise_disagreement(self) -> None:
         """On a GPU only the device knows at once: the steps since then have changed nothing."""
@@ -379,15 +381,12 @@ class StepTable(ParameterTable):
             return
         assert self.native is not None
         tile = _native.tile_elements
-        local = {i: memory(params[i]) for i in shapes}
-        tiles = {
-            i: (self.offset_of[i] // tile, -(-(self.offset_of[i] + max(p.numel(), 1)) // tile))
-            for i, p in local.items()
-        }
-        strides = {i: dense_strides(p) for i, p in local.items()}
-        self.matrices = self.matrices or Matrices()
-        parts = self.matrices.lay_out(params, active, shapes, strides, tiles, self._dtype, self.device)
-        self.native.set_origins(_native.Buffer(self.matrices.workspace), parts)
+        ends = {i: self.offset_of[i] + max(memory(params[i]).numel(), 1) for i in shapes}
+        tiles = {i: (self.offset_of[i] // tile, -(-end // tile)) for i, end in ends.items()}
+        self.matrices = self.matrices or Matrices(self.matrix_group)
+        parts = self.matrices.lay_out(params, active, shapes, tiles, self._dtype, self.device)
+        shared = self.matrices.shared()
+        self.native.set_origins(_native.Buffer(self.matrices.workspace), parts, name_of(shared, ()) if shared else 0.0)
 
     @staticmethod
     def _missing(i: int, p: Tensor, entry: Mapping[str, Any], options: Options) -> dict[str, Tensor]:
