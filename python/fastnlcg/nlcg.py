@@ -19,8 +19,8 @@ from fastnlcg import _native, compiled, diagnostics
 from fastnlcg.diagnostics import Diagnostics
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.losses import Losses, check_loss, warn_of_skip
-from fastnlcg.options import NAMES, Options, check_real
-from fastnlcg.tensors import adamw_state, groups
+from fastnlcg.options import NAMES, Options, check_below_one, check_real
+from fastnlcg.tensors import adamw_state, groups, muon_state
 from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.tensors.dtensor import is_sharded
 from fastnlcg.tensors.matrices import shape_of
@@ -476,7 +476,7 @@ class NLCG(torch.optim.Optimizer):
             ValueError: for another optimizer's state dict, amsgrad, L2 weight decay, or another preconditioner than
                 ``"adam"``; the optimizer is unchanged then.
         """
-        self.load_state_dict(adamw_state.from_adamw(self, state_dict))
+        self.load_state_dict(adamw_state.from_adamw(self.param_groups, self._process_group, state_dict))
         adamw_state.warn_of_scheduler(state_dict)
 
     def adamw_state_dict(self, beta1: float = 0.9) -> dict[str, Any]:
@@ -491,10 +491,38 @@ class NLCG(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: for a beta1 outside [0, 1), or another preconditioner than ``"adam"``.
         """
-        beta1 = check_real("beta1", beta1, minimum=0.0)
-        if beta1 >= 1.0:
-            raise ValueError(f"Invalid beta1: {beta1!r}; expected a number in [0, 1)")
-        return adamw_state.to_adamw(self, beta1)
+        return adamw_state.to_adamw(self.state_dict(), self.defaults, check_below_one("beta1", beta1))
+
+    def load_muon_state_dict(self, muon: Mapping[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
+        """Continues a run of ``torch.optim.Muon``, with ``torch.optim.AdamW`` for the other parameters. The direction
+        of a matrix is ``-momentum_buffer / (1 - momentum)``; lr, weight decay and ``adjust_lr_fn`` are taken as they
+        are. The other groups are converted as by :meth:`load_adamw_state_dict`. With ``update="heavy_ball"`` and the
+        momentum as the matrices' beta_max the steps are Muon's; else the first step has beta_max.
+
+        Args:
+            muon: what ``torch.optim.Muon.state_dict()`` returned, over the parameters of the ``"muon"`` groups in their
+                order; in the same groups, or in one.
+            adamw: that of AdamW over the parameters of the other groups; None if there are none.
+
+        Raises:
+            ValueError: for other state dicts, or options without a counterpart (``nesterov=False``, other
+                coefficients or numbers of Newton-Schulz steps); the optimizer is unchanged then.
+        """
+        self.load_state_dict(muon_state.from_muon(self.param_groups, self._process_group, muon, adamw))
+        if adamw is not None:
+            adamw_state.warn_of_scheduler(adamw)
+
+    def muon_state_dict(self, momentum: float = 0.95, beta1: float = 0.9) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The inverse of :meth:`load_muon_state_dict`: state dicts for ``torch.optim.Muon`` over the matrices, and for
+        ``torch.optim.AdamW`` over the other parameters, both in the order of the groups.
+
+        Args:
+            momentum: Muon's, in [0, 1).
+            beta1: AdamW's, in [0, 1).
+        """
+        return muon_state.to_muon(
+            self.state_dict(), self.defaults, check_below_one("momentum", momentum), check_below_one("beta1", beta1)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         for name, group in (("process_group", self._process_group), ("matrix_group", self._matrix_group)):

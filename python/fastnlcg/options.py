@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fastnlcg.line_search import OnlineLineSearch
 
-__all__ = ["PRECONDITIONERS", "Options", "Preconditioner", "check_real"]
+__all__ = ["PRECONDITIONERS", "Options", "Preconditioner", "check_below_one", "check_real"]
 
 SMALLEST_EPS = 1.1754944e-38  # the smallest normal float32: anything smaller may be flushed to 0
 LARGEST_COUNT = 2**53  # the largest step count: whole numbers up to this one are exact in a double
@@ -93,7 +93,8 @@ def _non_negative(name: str, value: object) -> float:
     return check_real(name, value, minimum=0.0)
 
 
-def _below_one(name: str, value: object) -> float:
+def check_below_one(name: str, value: object) -> float:
+    """``value`` as a float; TypeError or ValueError unless it is a real number in [0, 1)."""
     number = check_real(name, value, minimum=0.0)
     if number >= 1.0:
         raise ValueError(f"Invalid {name}: {value!r}; expected a number in [0, 1)")
@@ -161,7 +162,7 @@ class Options:
     line_search: OnlineLineSearch | None = _option(None, _line_search)  # noqa: RUF009
     eps: float = _option(1e-8, _non_negative)
     curvature_eps: float = _option(1e-8, _non_negative)
-    beta2: float = _option(0.999, _below_one)
+    beta2: float = _option(0.999, check_below_one)
     beta_max: float | None = _option(None, _at_most_one_or_none)
     max_grad_norm: float | None = _option(None, _norm_or_none)
     skip_grad_norm: float | None = _option(None, _norm_or_none)
