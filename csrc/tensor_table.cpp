@@ -138,6 +138,7 @@ void TensorTable::lay_out(std::int64_t n, const std::vector<SegmentSpec>& specs,
   }
   use(std::move(segments), std::move(table), n);
   has_matrices_ = !matrix_groups.empty();
+  live_.clear();  // of a step whose matrices have not moved
   matrix_moves_ = 0;
   origins_ = nullptr;
   shared_ = 0.0;
