@@ -177,6 +177,38 @@ def test_ddp_replicas_are_bit_equal(share: bool) -> None:
     compare(found, [p.flatten() for p in alone()[0]], [p.flatten() for p in start()], 1e-5)
 
 
+# ---- each rank has some of the matrices, as with ZeroRedundancyOptimizer -------------------------------------------------
+
+
+def some_of_them() -> tuple[list[Tensor], float]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mine = list(range(rank, len(SHAPES), world))
+    params = [nn.Parameter(x) for x in start()]
+    muon = {"preconditioner": "muon", "beta_max": 0.95}
+    groups = [
+        {"params": [params[k] for k in mine if k != STACKED], **muon},
+        {"params": [params[k] for k in mine if k == STACKED], **muon, "stacked": True},
+        {"params": params[len(SHAPES) + rank :: world], "lr": 0.002},
+    ]
+    optimizer = NLCG(groups, lr=0.02, weight_decay=0.1, process_group=dist.group.WORLD)
+    for t in range(STEPS):
+        generator = torch.Generator().manual_seed(t)
+        noise = [torch.randn(p.shape, generator=generator) for p in params]
+        for p, x in zip(params, noise, strict=True):
+            p.grad = p.detach() + x
+        optimizer.step()
+    chosen = [params[k] for k in (*mine, *range(len(SHAPES) + rank, len(params), world))]
+    return [p.detach() for p in chosen], optimizer.diagnostics().beta_matrices
+
+
+def test_whole_matrices_of_a_process_group_follow_one_process() -> None:
+    expected, optimizer = alone()
+    for rank, (found, beta) in enumerate(ranks(2)(some_of_them)):
+        places = [*range(rank, len(SHAPES), 2), *range(len(SHAPES) + rank, len(SHAPES) + len(REST), 2)]
+        compare(found, [expected[k] for k in places], [start()[k] for k in places], 1e-5)
+        assert beta == pytest.approx(optimizer.diagnostics().beta_matrices, rel=1e-5)
+
+
 # ---- disagreement, checkpoints ---------------------------------------------------------------------------------------
 
 

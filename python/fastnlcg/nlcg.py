@@ -54,6 +54,12 @@ class NLCG(torch.optim.Optimizer):
                   with y = g - g_prev, s = alpha_prev * d
         None      z = -g
 
+    and the parameters of groups with ``preconditioner="muon"`` are matrices, which have a beta of their own, from the
+    sums of ``g g`` over all of them, and move along a polar factor::
+
+        "muon"    d = beta d - g,  u = beta d - g
+                  p = (1 - alpha weight_decay) p + alpha 0.2 sqrt(max(rows, columns)) polar(u)
+
     =========== ============================ ============= ================== ==================
     \           state per parameter element  bytes moved   weight decay       default beta_max
     =========== ============================ ============= ================== ==================
@@ -61,12 +67,18 @@ class NLCG(torch.optim.Optimizer):
     ``"bfgs"``  hessian_diag, grad_prev,     56            L2                 1 (the paper)
                 direction
     None        grad_prev, direction         28            L2                 1 (the paper)
+    ``"muon"``  direction                    52, products  decoupled          0.95
     =========== ============================ ============= ================== ==================
 
     ``"adam"`` keeps grad_prev too if ``update="polak_ribiere"`` needs it. State is float32 (float64 for float64
     parameters); bytes are those of float32 parameters. It is allocated when a parameter first has a gradient, as
     separate tensors, which may be moved, shared, off-loaded or replaced between steps: the next step takes what
     ``state[p]`` then contains. ``state[p]["step"]`` counts the steps that moved ``p``.
+
+    ``polar(u)`` is five steps of Muon's Newton-Schulz iteration: torch's products, of batches of matrices of one shape,
+    in bfloat16 on a GPU and on processors that multiply in it, else in the state's dtype. Their workspace is kept
+    between steps. If a product raises an exception (out of memory), the matrices of earlier batches have moved and the
+    others have not; interrupts let the step finish.
 
     Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0 and keeps the
     BFGS h. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
@@ -94,15 +106,21 @@ class NLCG(torch.optim.Optimizer):
 
     Args:
         params: parameters, named or not, or groups. Groups may have their own ``lr``, ``weight_decay`` and
-            ``maximize``; everything else is shared.
+            ``maximize``; everything else is shared, but some groups may have ``preconditioner="muon"``, with a
+            ``beta_max`` of their own, and the others ``"adam"``: :func:`fastnlcg.muon_groups` makes such groups. Three
+            more entries of a ``"muon"`` group say what its matrices are: ``stacked=True``, the last two dimensions of
+            each parameter (experts) instead of the first and all others (convolutions); ``split=3`` or
+            ``split=(4096, 1024, 1024)``, parts of fused projections, in rows; and ``adjust_lr_fn="original"``, a step
+            of ``sqrt(max(1, rows / columns))`` as in torch.optim.Muon's default.
         lr: learning rate, a float or one-element tensor >= 0, which schedulers may change. With ``"adam"`` the best
             peak is a third to a tenth of AdamW's (a step is 1 / (1 - beta) times as long): 3e-3 to 1e-2 in the study,
             at every batch size; the default is cautious. The other preconditioners take the rates of SGD; the paper's
             peak is 0.1 * batch / 256.
-        update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1), or ``"heavy_ball"``, a constant beta: then
-            ``preconditioner=None`` is SGD with momentum.
+        update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1; not with ``"muon"``), or ``"heavy_ball"``, a
+            constant beta: then ``preconditioner=None`` is SGD with momentum, and ``"muon"`` is torch.optim.Muon.
         preconditioner: ``"adam"``, the recommended one; ``"bfgs"``, the paper's diagonal of Algorithm 2, for large
-            batches only: at small ones the noise in y inflates h until the steps vanish; or None, plain NLCG.
+            batches only: at small ones the noise in y inflates h until the steps vanish; None, plain NLCG; or
+            ``"muon"``, for matrices alone, which takes Muon's learning rates: 0.02 to 0.1 in the study.
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
             closure, from ``step(loss=...)``, or from :meth:`set_loss`.
         weight_decay: >= 0. Decoupled with ``"adam"``: p is multiplied by ``1 - alpha * weight_decay`` first. Else L2:
@@ -131,6 +149,9 @@ class NLCG(torch.optim.Optimizer):
             are spread over ranks, the loss is always averaged, at no extra cost. None: it is averaged only then, and
             there is a warning if there are other ranks.
         process_group: the process group whose ranks hold the shards of plain parameters.
+        matrix_group: for ``"muon"`` under DDP: a process group of ranks with equal parameters, each of which forms the
+            polar factors of its share of the matrices. None: every rank forms all of them. Matrices that are DTensors
+            are always shared.
         capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a
             tensor on the device (a step is skipped if it is negative or not finite), and a GradScaler leaves unscaling
             and the decision to skip to the step, without waiting.
@@ -153,7 +174,8 @@ class NLCG(torch.optim.Optimizer):
 
     Source: Adya et al., arXiv:1812.02886, Algorithms 1 and 2. The absolute value in h and the defaults of the two eps
     are those of the authors' TensorFlow code; ``"adam"`` (its diagonal: Kingma & Ba, arXiv:1412.6980), ``beta_max``,
-    ``heavy_ball`` and ``nonfinite`` are additions.
+    ``heavy_ball`` and ``nonfinite`` are additions. ``"muon"``: Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon, with a conjugate beta in place of its momentum.
     """
 
     _stepping = False
