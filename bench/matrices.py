@@ -133,7 +133,7 @@ def measure(width: int, blocks: int, rounds: int) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "processor": f"{platform.machine()}, {fastnlcg._native.instruction_set()}",
         "versions": {"fastnlcg": fastnlcg.__version__, "torch": torch.__version__},
-        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python bench/matrices.py FILE --width {width}",
+        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} bench/matrices.py FILE --width {width}",
     }
 
 

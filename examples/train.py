@@ -6,8 +6,9 @@
     torchrun --nproc-per-node=2 examples/train.py --parallel fsdp2 --model transformer --preconditioner muon --lr 0.03
 
 A perceptron learns scikit-learn's digits, or a transformer the characters of Python's own standard library. Every
-optimizer step sees --batch samples, the ranks' shares together, each in micro-batches of --micro (virtual batching). --out gets losses.csv and checkpoints by torch.distributed.checkpoint; a
-run that finds one there resumes from it, to the same losses bit for bit, also after SIGKILL. --logdir adds TensorBoard.
+optimizer step sees --batch samples, the ranks' shares together, each in micro-batches of --micro (virtual batching).
+--out gets losses.csv and checkpoints by torch.distributed.checkpoint; a run that finds one there resumes from it, to
+the same losses bit for bit, also after SIGKILL. --logdir adds TensorBoard.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_ddp_replicas_are_bit_equal(share: bool) -> None:
     compare(found, [p.flatten() for p in alone()[0]], [p.flatten() for p in start()], 1e-5)
 
 
-# ---- each rank has some of the matrices, as with ZeroRedundancyOptimizer -------------------------------------------------
+# ---- each rank has some of the matrices, as with ZeroRedundancyOptimizer ---------------------------------------------
 
 
 def some_of_them() -> tuple[list[Tensor], float]:
