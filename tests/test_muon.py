@@ -85,6 +85,38 @@ def test_matrices_alone_and_with_changing_sets(cpu_or_emulated: Backend) -> None
         lockstep.checked_step()
 
 
+def test_the_first_steps_may_have_no_matrix(cpu_or_emulated: Backend) -> None:
+    lockstep = MuonLockstep([matrices((6, 20)), matrices((9, 4))])
+    for without in ((0, 1), (0, 1), (1,), ()):
+        lockstep.set_gradients(without=without)
+        lockstep.checked_step()
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_narrow_parameters_in_lockstep(cpu_or_emulated: Backend, dtype: torch.dtype) -> None:
+    lockstep = MuonLockstep([matrices((17, 40), dtype), matrices((3, 6, 20), dtype, stacked=True)], max_grad_norm=2.0)
+    for _ in range(4):
+        lockstep.set_gradients()
+        lockstep.checked_step()
+
+
+def test_stochastic_rounding_keeps_small_moves_on_average(cpu_or_emulated: Backend) -> None:
+    """Each move is a twentieth of a bfloat16's spacing at 1: rounded to the nearest, nothing would ever move."""
+    g = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    o = torch.from_numpy(0.2 * 8 * reference.polar(g.numpy().astype(float)))
+    lr = 2.0**-8 / 20 / float(o.abs().mean())
+    moved = {}
+    for stochastic in (True, False):
+        p = nn.Parameter(torch.ones(64, 64, dtype=BF16))
+        optimizer = NLCG([{"params": [p], "preconditioner": "muon"}], lr=lr, stochastic_rounding=stochastic)
+        for _ in range(20):
+            p.grad = g.to(BF16)
+            optimizer.step()
+        moved[stochastic] = float(((p.detach().double() - 1) * -o.sign()).mean())
+    assert moved[True] == pytest.approx(20 * lr * float(o.abs().mean()), rel=0.1)
+    assert abs(moved[False]) < 0.2 * moved[True]
+
+
 # ---- torch's Muon ----------------------------------------------------------------------------------------------------
 
 
