@@ -121,12 +121,13 @@ void NativeStep::check_state() const {
   if (segments_.empty()) return;
   const unsigned needed = with_preconditioner(
       step_.options.preconditioner, [&](auto preconditioner) { return preconditioner.state_arrays(step_.options); });
-  const bool muon = step_.options.preconditioner == Preconditioner::muon;
+  const bool takes_matrices = with_preconditioner(
+      step_.options.preconditioner, [](auto preconditioner) { return kTakesMatrices<decltype(preconditioner)>; });
   for (const Segment& segment : segments_) {
-    if (segment.matrices && !muon) throw std::invalid_argument("matrices need the preconditioner 'muon'");
+    if (segment.matrices && !takes_matrices) throw std::invalid_argument("matrices need the preconditioner 'muon'");
     const std::string missing = missing_array(segment.matrices ? needed & ~kDiagonal : needed, segment);
     if (!missing.empty()) throw std::invalid_argument("a step needs " + missing);
-    if (!muon) return;
+    if (!takes_matrices) return;  // all segments have the same arrays
   }
 }
 

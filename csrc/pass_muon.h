@@ -77,6 +77,7 @@ struct MuonMove : AdamMove<T> {
 };
 
 struct Muon {
+  static constexpr bool kMatrices = true;
   using Passes = PassList<MuonDots, MuonMove>;
   NLCG_HD static unsigned state_arrays(const Options&) { return kD | kDiagonal; }
   template <class Broadcast>

@@ -50,6 +50,10 @@ concept IsPreconditioner = requires(const Options& o, ElementBroadcast<float> br
   { P::move(o, 0.5, true, true, broadcast) } -> Pass;  // with beta; if true, writes g_prev; if true, moves p
 };
 
+// Whether segments may be matrices, which have no diagonal.
+template <class P>
+constexpr bool kTakesMatrices = requires { requires P::kMatrices; };
+
 // Calls f with the struct.
 template <class F>
 decltype(auto) with_preconditioner(Preconditioner kind, F&& f) {

@@ -36,7 +36,7 @@ from quadratic import everything, one_step, parameter, quadratic_gradients, step
         ({"beta_max": "0.9"}, TypeError, "beta_max"),
         ({"eps": 0.0, "preconditioner": "adam"}, ValueError, "Invalid eps: 0.0; expected at least 1.17549e-38"),
         ({"update": 3}, TypeError, "update"),
-        ({"preconditioner": "newton"}, ValueError, "'adam', 'bfgs', None"),
+        ({"preconditioner": "newton"}, ValueError, "'adam', 'bfgs', 'muon', None"),
         ({"nonfinite": "ignore"}, ValueError, "'skip', 'propagate'"),
         ({"line_search": (0.02, 0.01, 0.025, 0.025)}, TypeError, "OnlineLineSearch"),
         ({"maximize": 1}, TypeError, "maximize"),

@@ -142,7 +142,10 @@ def test_every_optimizer_can_be_made(name: str) -> None:
     assert all((p != x).all() for p, x in zip(net.parameters(), before, strict=True))
     if not isinstance(optimizer, VariantNLCG):
         groups = OPTIMIZERS[name](net, 0.1, 0.01, 0.9).param_groups
-        assert {group["weight_decay"] for group in groups} == {0.01}
+        decays = {
+            group["weight_decay"] for group in groups if group.get("preconditioner") != "adam" or "muon" not in name
+        }
+        assert decays == {0.01}  # muon_groups gives the rest ten times the decay at a tenth of the rate
         assert sum(len(group["params"]) for group in groups) == 4
 
 

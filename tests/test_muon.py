@@ -211,8 +211,12 @@ def test_an_interrupt_lets_the_step_finish(monkeypatch: pytest.MonkeyPatch) -> N
         return bmm(*args, **kwargs)
 
     monkeypatch.setattr(torch, "bmm", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(nets[0], optimizers[0], 1, seed=1)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(nets[0], optimizers[0], 1, seed=1)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert fired
     train(nets[1], optimizers[1], 1, seed=1)
     assert bits(nets[0], optimizers[0]) == bits(nets[1], optimizers[1])

@@ -301,7 +301,7 @@ def test_grads_are_left_as_they_were(options: dict[str, Any]) -> None:
 @all_inputs
 def test_optimizer_can_be_printed(options: dict[str, Any]) -> None:
     text = repr(make([Parameter(torch.randn(2, 3)) for _ in range(2)], options))
-    assert text.startswith("NLCG (\nParameter Group 0\n    beta2: ")
+    assert text.startswith("NLCG (\nParameter Group 0\n    adjust_lr_fn: ")
     assert "scalars" not in text
     assert "alpha_prev" not in text
     assert f"\n    lr: {options.get('lr', 0.001)}\n" in text

@@ -186,8 +186,8 @@ def without_search(rows: Rows) -> str:
         for beta1 in rivals.BETAS:
             cells, found = [], False
             for title, config in configs.items():
-                peak, _, decay = choices[title]
-                own = rows_at(rows, config, name, (peak, beta1, decay))
+                choice = choices[title]
+                own = rows_at(rows, config, name, (choice[0], beta1, choice[2])) if choice else []
                 if len(own) < 2:
                     cells += ["", ""]
                     continue

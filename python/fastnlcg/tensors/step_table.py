@@ -303,7 +303,9 @@ class StepTable(ParameterTable):
             if g is not None and p.numel()
         }
         group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
-        options_of = [self.of_groups[k] for k in group_of]
+        # Groups may have been added, or reordered, since the last step.
+        of_groups = [Options.of_group(group) for group in param_groups] if to_look else self.of_groups
+        options_of = [of_groups[k] for k in group_of]
         shapes = {i: shape_of(i, params[i], options_of[i]) for i in stateful if options_of[i].kind.of_matrices}
         ranks = self.ranks
         if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
@@ -343,12 +345,12 @@ class StepTable(ParameterTable):
                 diagonal=self.options.kind.diagonal,
                 steps="step",
             ),
-            options=native_options(self.of_groups),
+            options=native_options(of_groups),
             group_of=group_of,
             n_groups=len(param_groups),
             place=(lambda p: place_of(p, self.process_group)) if rounding else None,
             matrices=shapes,
-            matrix_groups=[k for k, options in enumerate(self.of_groups) if options.kind.of_matrices],
+            matrix_groups=[k for k, options in enumerate(of_groups) if options.kind.of_matrices],
         )
         assert self.native is not None
         self._lay_out_matrices(params, active, shapes)
