@@ -73,6 +73,7 @@ rank_row = _core.rank_row
 chunk_elements = _core.chunk_elements
 same_objects = _core.same_objects
 block_elements: int = _core.block_elements
+most_pairs: int = _core.most_pairs
 SCALARS: dict[str, float] = _core.scalars
 """Every scalar that survives a step, with its value before the first step, in the order of the tensor ``"scalars"``."""
 
