@@ -31,9 +31,17 @@ class Problem:
     x0: np.ndarray
     loss: Callable[[np.ndarray], float]
     both: Callable[[np.ndarray], tuple[float, np.ndarray]]
+    shapes: tuple[tuple[int, ...], ...] | None = None
+    """of the parts of x, if they are matrices and their biases"""
 
 
-def of_torch(suite: str, name: str, start: Tensor, fun: Callable[[Tensor], Tensor]) -> Problem:
+def of_torch(
+    suite: str,
+    name: str,
+    start: Tensor,
+    fun: Callable[[Tensor], Tensor],
+    shapes: tuple[tuple[int, ...], ...] | None = None,
+) -> Problem:
     def both(x: np.ndarray) -> tuple[float, np.ndarray]:
         at = torch.from_numpy(np.array(x)).requires_grad_()
         value = fun(at)
@@ -43,7 +51,7 @@ def of_torch(suite: str, name: str, start: Tensor, fun: Callable[[Tensor], Tenso
     def loss(x: np.ndarray) -> float:  # x takes no gradient, so nothing is recorded for it
         return fun(torch.from_numpy(np.array(x))).item()
 
-    return Problem(suite, name, start.detach().numpy().copy(), loss, both)
+    return Problem(suite, name, start.detach().numpy().copy(), loss, both, shapes)
 
 
 def of_network(suite: str, name: str, net: nn.Module, fun: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Problem:
@@ -57,7 +65,7 @@ def of_network(suite: str, name: str, net: nn.Module, fun: Callable[[Callable[[T
         named = {key: part.view(s) for key, part, s in zip(names, parts, shapes, strict=True)}
         return fun(lambda points: torch.func.functional_call(net, named, (points,)))
 
-    return of_torch(suite, name, start, at)
+    return of_torch(suite, name, start, at, tuple(tuple(shape) for shape in shapes))
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -186,7 +194,7 @@ def factorization(seed: int) -> Problem:
         a, b = x[:500].view(100, 5), x[500:].view(5, 80)
         return (((a @ b - truth) * seen) ** 2).sum() / 2 + 1e-3 * x @ x
 
-    return of_torch("learn", "matrix factorization", start, fun)
+    return of_torch("learn", "matrix factorization", start, fun, ((100, 5), (5, 80)))
 
 
 # ---- inverse problems ------------------------------------------------------------------------------------------------

@@ -23,11 +23,13 @@ from fastnlcg.full_batch.iteration import (
     Course,
     Descent,
     DescentOptions,
-    Edited,
     OutOfBudget,
     check_count,
     check_positive,
 )
+from fastnlcg.full_batch.pairs import Pairs
+from fastnlcg.full_batch.passes import Edited
+from fastnlcg.full_batch.vector_table import VectorPasses, VectorTable, leave_bases
 from fastnlcg.losses import unaveraged_loss
 from fastnlcg.options import check_real
 from fastnlcg.tensors.dtensor import memory
@@ -116,7 +118,8 @@ class CGDescent(torch.optim.Optimizer):
         beta: Literal[
             "hager_zhang", "polak_ribiere", "fletcher_reeves", "dai_yuan", "hestenes_stiefel"
         ] = "hager_zhang",
-        preconditioner: Literal["bfgs"] | None = "bfgs",
+        history: int = 10,
+        preconditioner: Literal["kronecker", "bfgs"] | None = "kronecker",
         line_search: HagerZhang | None = None,
         max_iter: int = 1,
         max_eval: int | None = None,
@@ -133,7 +136,7 @@ class CGDescent(torch.optim.Optimizer):
         if process_group is not None:
             check_group(process_group)
         self._maximize, self._average_loss, self._process_group = maximize, average_loss, process_group
-        self._options = DescentOptions(beta, preconditioner, line_search or HagerZhang())
+        self._options = DescentOptions(beta, preconditioner, line_search or HagerZhang(), history)
         self._max_iter = check_count("max_iter", max_iter)
         self._max_eval = None if max_eval is None else check_count("max_eval", max_eval)
         self._tolerance_grad = check_positive("tolerance_grad", tolerance_grad)
@@ -248,9 +251,17 @@ class CGDescent(torch.optim.Optimizer):
             return passes.mean(sign * _as_loss("loss", loss()))
 
         usable = self._table is not None and self._table.covers(self._all())
-        if not usable and not math.isnan(course.g_max):  # loaded, copied, or with other tensors of state
-            self._table = self._new_table(course.active)
-        passes = TablePasses(lambda: self._table, course)
+        if not usable:  # loaded, copied, or with other tensors of state
+            self._table = None
+            if leave_bases(self.state, self._options):  # of other options: h, d and the pairs say nothing in these
+                course.f = course.g_max = math.nan
+                course.updates, course.ratios, course.alpha, course.pairs = 0, [], 0.0, Pairs()
+            if not math.isnan(course.g_max):
+                self._table = self._new_table(course.active)
+                if isinstance(self._table, VectorTable):
+                    self._table.fit(course)
+        kind = VectorPasses if self._options.in_vectors else TablePasses
+        passes = kind(lambda: self._table, course)
         run = Descent(
             passes,
             full,
@@ -338,7 +349,17 @@ class CGDescent(torch.optim.Optimizer):
             self._warned = True
             self._advice.append(unaveraged_loss())
         agreed = repr(self._named())
-        return DescentTable(params, members, self.state, self._options, ranks, agreed=agreed, maximize=self._maximize)
+        kind = VectorTable if self._options.in_vectors else DescentTable
+        return kind(
+            params,
+            members,
+            self.state,
+            self._options,
+            ranks,
+            agreed=agreed,
+            maximize=self._maximize,
+            plain_shards=self._process_group is not None,
+        )
 
     def _course(self) -> Course:
         """As the groups have it: loaded, or left by the last step."""
@@ -409,7 +430,8 @@ def _check_state(given: Mapping[str, Any], own: list[dict[str, Any]], options: D
     state, saved = structure(given, own)
     course, params = saved[0].get("course") if saved else None, parameters(own)
     names = {one.name for one in fields(Course)}
-    if course is not None and not (isinstance(course, Mapping) and set(course) == names):
+    since = {"pairs", "next_length"}  # 0.6.0 has no pairs
+    if course is not None and not (isinstance(course, Mapping) and names - since <= set(course) <= names):
         raise ValueError("param_groups[0]['course'] is not that of a CGDescent")
     if course is not None and not all(isinstance(i, int) and 0 <= i < len(params) for i in course["active"]):
         raise ValueError(f"param_groups[0]['course']['active'] is {course['active']!r}, of {len(params)} parameters")
