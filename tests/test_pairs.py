@@ -246,6 +246,10 @@ class Both:
         for a, b in zip(sums, wanted, strict=True):
             assert a == pytest.approx(b, rel=4 * self.rtol, abs=atol), name
 
+    @property
+    def rotates(self) -> bool:
+        return self.native.rotates
+
     def trial(self, alpha: float, *, first: Mark | None) -> None:
         self._each("trial", alpha, first=first)
 

@@ -86,6 +86,11 @@ class PairPasses(DescentPasses):
         self.s, self.y = np.zeros((history, x.size)), np.zeros((history, x.size))
         self.out = np.zeros_like(x)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether there are rotated matrices."""
+        return bool(self.weights)
+
     def rotate(self, vector: Array) -> Array:
         """``QL^T V QR`` of every matrix."""
         for w in self.weights:

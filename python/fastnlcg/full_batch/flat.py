@@ -106,6 +106,10 @@ class FlatVectors(Flat):
     def direction(self, beta: float) -> tuple[float, float, Mark]:
         return self._marked(self.vectors.conjugate(beta))
 
+    @property
+    def rotates(self) -> bool:
+        return self.vectors.rotates
+
     def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
         return self.vectors.pair(row, update, turn=turn)
 

@@ -533,7 +533,7 @@ class Descent:
             sums = passes.pair(at.pairs.next_row, (point.alpha, scale, ys, scale * shs), turn=turn)
             first = at.updates == 0
             at.updates += 1
-            margin = MARGIN if self.options.preconditioner == "bfgs" else 0.0
+            margin = 0.0 if passes.rotates else MARGIN
             at.pairs.choose(sums, ys, scale * shs, self._preconditioned, first=first, margin=margin)
             at.pairs.add(history, ys)
         if at.pairs.count:

@@ -39,6 +39,10 @@ class Passes(Protocol):
 class PairPasses(Passes, Protocol):
     """The vectors of a run with curvature pairs, or with rotated weight matrices; see :class:`Vectors`."""
 
+    @property
+    def rotates(self) -> bool:
+        """Whether there are rotated matrices."""
+
     def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
         """As in :class:`Passes`. ``turn``: new bases after the update."""
 

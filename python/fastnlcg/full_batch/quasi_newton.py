@@ -80,6 +80,11 @@ class Vectors:
         if n:
             self._step.bind(owned=owned, **self._buffers)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether there are rotated matrices."""
+        return bool(self.rotation.matrices)
+
     def follow_stream(self, stream: int) -> None:
         """Native work goes to this stream."""
         self._step.stream = stream

@@ -179,8 +179,12 @@ class VectorPasses(TablePasses):
     def direction(self, beta: float) -> tuple[float, float, Mark]:
         return self._marked(self.vectors.conjugate(beta))
 
-    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
+    @property
+    def rotates(self) -> bool:
         """See :class:`PairPasses`, as of the other methods."""
+        return self.vectors.rotates
+
+    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
         return self.vectors.pair(row, update, turn=turn)
 
     def gradient_dots(self, count: int) -> list[float]:
