@@ -118,8 +118,8 @@ def test_every_tensor_of_the_state_matters() -> None:
 
     expected = resumed(None)
     keys = set(saved["state"][0]) - {"origin"}  # which every search writes first
-    assert keys == {"direction", "grad_prev", "hessian_diag", "rotated_direction", "pairs",
-                    "basis_left", "basis_right", "factor_left", "factor_right"}  # fmt: skip
+    assert keys == {"direction", "grad_prev", "hessian_diag", "rotated_direction",
+                    *(f"{v}_{k}" for v in "sy" for k in range(3)), "basis_left", "basis_right", "factor_left", "factor_right"}  # fmt: skip
     for key in keys:
         assert not torch.equal(resumed(key), expected), key
 
@@ -143,7 +143,7 @@ def test_options_may_change_in_a_checkpoint(before: int, after: int) -> None:
     assert losses[-1] < 0.9 * start
     assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise([start, *losses]))
     keys = set(second.state[next(model.parameters())])
-    assert ("pairs" in keys) == (after < 2)
+    assert ("s_0" in keys) == (after < 2)
     assert ("basis_left" in keys) == (after < 2)
 
 

@@ -6,7 +6,7 @@ parameter's state is views of them.
 ``grad_prev``                 the last gradient, rotated
 ``rotated_direction``         d, rotated, if the optimizer rotates any matrix
 ``hessian_diag``              h, of the rotated matrix
-``pairs``                     2 m of the parameter's shape: s of m pairs, then their y, rotated
+``s_0``, ``y_0``, ``s_1``...  the pairs, rotated
 ``basis_left``, ``_right``    of a weight matrix, with ``factor_left`` and ``factor_right``
 ============================  ==========================================================================
 
@@ -31,14 +31,17 @@ from fastnlcg.full_batch.passes import Mark, Sums
 from fastnlcg.full_batch.quasi_newton import Vectors
 from fastnlcg.full_batch.rotation import matrices_of
 from fastnlcg.tensors.checks import DTYPES, dense_strides, has_storage
-from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, rows_like, shard_like
+from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
 from fastnlcg.tensors.ranks import Ranks
 from fastnlcg.tensors.state import HUGE, state_dtype
 from fastnlcg.tensors.table import State, places
 
 ROTATED = ("basis_left", "basis_right", "factor_left", "factor_right")
-OF_VECTORS = ("rotated_direction", "pairs", *ROTATED)
-"""The keys of a state that only this table has."""
+
+
+def _only_here(key: str) -> bool:
+    """Whether a key of a state is only this table's."""
+    return key == "rotated_direction" or key in ROTATED or key[:2] in ("s_", "y_")
 
 
 def leave_bases(state: Mapping[Any, Any], options: DescentOptions) -> bool:
@@ -49,8 +52,9 @@ def leave_bases(state: Mapping[Any, Any], options: DescentOptions) -> bool:
     if not any(key in entry for entry in entries for key in ROTATED):
         return False
     for entry in entries:
-        for key in (*OF_VECTORS, "hessian_diag", "grad_prev", "direction"):
-            entry.pop(key, None)
+        for key in [*entry]:
+            if _only_here(key) or key in ("hessian_diag", "grad_prev", "direction"):
+                del entry[key]
     return True
 
 
@@ -120,18 +124,17 @@ class VectorTable(DescentTable):
                     if isinstance(old, Tensor) and old.shape == tensor.shape:
                         tensor.copy_(old)
                     made[f"{kind}_{name}"] = tensor
-            if v.rows is not None:
-                view = v.rows.as_strided((len(v.rows), *local.shape), (v.n, *dense_strides(local)), offset)
-                old = entry.get("pairs")
-                old = memory(old) if isinstance(old, Tensor) else None
-                if old is not None and old.shape == view.shape:
-                    view.copy_(old)
+            for k in range(2 * v.history):
+                key = f"{'sy'[k // v.history]}_{k % v.history}"
+                view, old = _view(v.rows, local, k * v.n + offset), entry.get(key)
+                if isinstance(old, Tensor) and old.shape == p.shape:
+                    view.copy_(shard_like(old, p))
                 else:
                     self.keeps_pairs = False
-                made["pairs"] = rows_like(view, p)
-        for key in OF_VECTORS:
-            if key not in made:
-                entry.pop(key, None)
+                made[key] = as_like(view, p)
+        for key in [*entry]:
+            if _only_here(key) and key not in made:
+                del entry[key]
         entry.update(made)
         self.views += [(entry, key, tensor) for key, tensor in made.items()]
 

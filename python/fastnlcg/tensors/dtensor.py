@@ -43,24 +43,6 @@ def as_like(shard: Tensor, p: Tensor) -> Tensor:
     )
 
 
-def rows_like(shards: Tensor, p: Tensor) -> Tensor:
-    """``shards``, rows of shards of ``p``, as a DTensor with the placements of ``p`` behind the dimension of rows;
-    ``shards`` itself for a plain ``p``."""
-    if not is_sharded(p):
-        return shards
-    from torch.distributed.tensor import DTensor, Shard
-
-    placements = [Shard(x.dim + 1) if x.is_shard() else x for x in p.placements]  # type: ignore[attr-defined]
-    return DTensor.from_local(
-        shards,
-        p.device_mesh,  # type: ignore[attr-defined]
-        placements,
-        run_check=False,
-        shape=torch.Size((shards.shape[0], *p.shape)),
-        stride=(p.numel(), *p.stride()),
-    )
-
-
 def shard_like(value: Tensor, p: Tensor) -> Tensor:
     """This rank's part of ``value``, a DTensor or plain tensor of the shape of the whole ``p``."""
     if not is_sharded(p):
