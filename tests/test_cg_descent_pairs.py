@@ -119,7 +119,8 @@ def test_every_tensor_of_the_state_matters() -> None:
     expected = resumed(None)
     keys = set(saved["state"][0]) - {"origin"}  # which every search writes first
     assert keys == {"direction", "grad_prev", "hessian_diag", "rotated_direction",
-                    *(f"{v}_{k}" for v in "sy" for k in range(3)), "basis_left", "basis_right", "factor_left", "factor_right"}  # fmt: skip
+                    "basis_left", "basis_right", "factor_left", "factor_right",
+                    *(f"{v}_{k}" for v in "sy" for k in range(3))}  # fmt: skip
     for key in keys:
         assert not torch.equal(resumed(key), expected), key
 

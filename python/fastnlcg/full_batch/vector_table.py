@@ -125,6 +125,7 @@ class VectorTable(DescentTable):
                         tensor.copy_(old)
                     made[f"{kind}_{name}"] = tensor
             for k in range(2 * v.history):
+                assert v.rows is not None
                 key = f"{'sy'[k // v.history]}_{k % v.history}"
                 view, old = _view(v.rows, local, k * v.n + offset), entry.get(key)
                 if isinstance(old, Tensor) and old.shape == p.shape:
