@@ -286,7 +286,12 @@ def timing(out: Path) -> None:
     quadratic with a wave: float32, one thread."""
     torch.set_num_threads(1)
     table = []
-    for n, tensors, rounds in ((10_000, 6, 40), (5_000_000, 50, 4)):
+    network = [s for a, b in ((2, 64), (64, 64), (64, 64), (64, 1)) for s in ((b, a), (b,))]
+    for n, shapes, rounds in (
+        (10_000, [(10_000 // 6,)] * 6, 40),
+        (8_577, network, 40),
+        (5_000_000, [(100_000,)] * 50, 4),
+    ):
         sides = {
             "CGDescent": lambda ps: fastnlcg.CGDescent(ps, tolerance_grad=0.0),
             "CGDescent, no pairs": lambda ps: fastnlcg.CGDescent(
@@ -300,7 +305,7 @@ def timing(out: Path) -> None:
                 for history in (10, 100)
             },
         }  # fmt: skip
-        runs = {name: Timed(make, n, tensors) for name, make in sides.items()}
+        runs = {name: Timed(make, shapes) for name, make in sides.items()}
         for name, run in runs.items():
             for _ in range(110 if name == "L-BFGS 100" else 15):
                 run.step()
@@ -311,7 +316,7 @@ def timing(out: Path) -> None:
             ms = 1e3 * float(np.median(run.times))
             state = [t for entry in run.optimizer.state.values() for t in flattened(entry)]
             vectors = sum(t.numel() for t in state if t.numel() > 1) / n
-            table.append({"n": n, "tensors": tensors, "optimizer": name, "ms": ms, "vectors": round(vectors, 2)})
+            table.append({"n": n, "tensors": len(shapes), "optimizer": name, "ms": ms, "vectors": round(vectors, 2)})
             print(table[-1], flush=True)
     facts = {"torch": torch.__version__, "threads": 1, "instruction_set": fastnlcg._native.instruction_set()}
     (out / "time.json").write_text(json.dumps({"facts": facts, "rows": table}, indent=1) + "\n")
@@ -328,11 +333,13 @@ def flattened(entry: Any) -> list[torch.Tensor]:
 class Timed:
     """An optimizer on a function whose own time is not counted."""
 
-    def __init__(self, make: Callable[[list[torch.nn.Parameter]], Any], n: int, tensors: int) -> None:
+    def __init__(self, make: Callable[[list[torch.nn.Parameter]], Any], shapes: list[tuple[int, ...]]) -> None:
         generator = torch.Generator().manual_seed(0)
-        sizes = [n // tensors] * tensors
-        self.ps = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
-        self.ds = [torch.logspace(0, 3, size)[torch.randperm(size, generator=generator)] for size in sizes]
+        self.ps = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        self.ds = []
+        for p in self.ps:
+            size = p.numel()
+            self.ds.append(torch.logspace(0, 3, size)[torch.randperm(size, generator=generator)].view_as(p))
         for p in self.ps:
             p.grad = torch.empty_like(p)
         self.optimizer, self.inside, self.times = make(self.ps), 0.0, []
@@ -342,7 +349,7 @@ class Timed:
         begin, f = time.perf_counter(), 0.0
         for p, d in zip(self.ps, self.ds, strict=True):
             torch.mul(p, d, out=p.grad)
-            f += 0.5 * torch.dot(p, p.grad).item() + 0.01 * p.sin().sum().item()
+            f += 0.5 * torch.dot(p.view(-1), p.grad.view(-1)).item() + 0.01 * p.sin().sum().item()
             p.grad.add_(p.cos(), alpha=0.01)
         value = torch.tensor(f)
         self.inside += time.perf_counter() - begin

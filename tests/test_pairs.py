@@ -115,7 +115,7 @@ def test_rotating_there_and_back(kind: str, shape: tuple[int, ...]) -> None:
     as_kind = np.array if kind == "numpy" else torch.tensor
     g, g_prev, h = (as_kind(rng.uniform(0.1, 1.0, n)) for _ in range(3))
     before = as_kind(np.asarray(g))
-    rotation.see(g, g_prev, 0.7)
+    rotation.see((g - g_prev) / math.sqrt(0.7))
     assert rotation.turn(h, [])
     rotation.rotate(g)
     assert np.abs(np.asarray(g - before)).max() > 1e-3
@@ -200,6 +200,8 @@ class Both:
         terms = self._terms(name, args)
         expected = getattr(r, name)(*args, **named)
         for key, (a, b) in self._vectors().items():
+            if key == "out" and name in ("pair", "curvature"):  # it lends its memory until the next direction
+                continue
             size = max(np.abs(b).max(initial=0.0), terms if key in ("d", "out") else 0.0)
             np.testing.assert_allclose(a, b, rtol=self.rtol, atol=self.rtol * size, err_msg=f"{name}: {key}")
         self._compare_factors(turned=bool(named.get("turn")))

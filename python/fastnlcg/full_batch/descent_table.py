@@ -75,6 +75,8 @@ class DescentTable(ParameterTable):
         """of this rank's elements; None after a load"""
         self.alpha = math.nan
         """of the last trial"""
+        self.gradients_fit = False
+        """whether the last pass read the parameters' own gradients"""
         self.params = [params[i] for i in stateful]
         self.entries = [state[p] for p in self.params]
         self.active = [i for i in stateful if memory(params[i]).numel()]  # a shard may have none
@@ -129,6 +131,8 @@ class DescentTable(ParameterTable):
         pass_ = _native.DescentPass(kind, preconditioned=preconditioned, maximize=self.maximize, **numbers)
         threads, trial = _native.num_threads(), kind == "trial"
         sums = self.native.descend(self._tensors, pass_, threads) if trial or self.plain else None
+        if not trial:
+            self.gradients_fit = sums is not None
         if sums is None:
             at = self._tensors if trial else _native.Tensors(gradients=self._gradients(), **self._fixed)
             sums = self.native.descend(at, pass_, threads)

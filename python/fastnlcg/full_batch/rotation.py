@@ -45,6 +45,8 @@ class Matrix:
     """where its bias begins"""
     sides: dict[str, Side] = field(default_factory=dict)
     """``left`` and ``right``, as far as they are rotated"""
+    _views: dict[int, tuple[Any, Any, Any]] = field(default_factory=dict)
+    """by the id of a vector: the vector, its part here, and its bias"""
 
     @property
     def end(self) -> int:
@@ -58,23 +60,34 @@ class Matrix:
         """The sides that are rotated."""
         return [name for name in ("left", "right") if 1 < self.side(name) <= WIDEST]
 
-    def of(self, vector: Any) -> Any:
-        """This matrix in a flat vector, or in each row of a matrix of vectors."""
-        return vector[..., self.begin : self.end].reshape((*vector.shape[:-1], *self.shape))
-
-    def bias_of(self, vector: Any) -> Any:
-        """Its bias, as a matrix of one column."""
-        assert self.bias is not None
-        return vector[..., self.bias : self.bias + self.shape[-2]].reshape((*vector.shape[:-1], -1, 1))
+    def of(self, vector: Any) -> tuple[Any, Any]:
+        """This matrix in a flat vector, or in each row of a matrix of vectors; and its bias as a matrix of one column,
+        or None."""
+        kept = self._views.get(id(vector))
+        if kept is None or kept[0] is not vector:
+            rows = vector.shape[:-1]
+            here = vector[..., self.begin : self.end].reshape((*rows, *self.shape))
+            bias = None
+            if self.bias is not None:
+                bias = vector[..., self.bias : self.bias + self.shape[-2]].reshape((*rows, -1, 1))
+            kept = self._views[id(vector)] = vector, here, bias
+        return kept[1:]
 
     def multiply(self, vector: Any, left: Any, right: Any) -> None:
         """``left V right`` in place of V, and of the bias ``left v``; None: the identity."""
-        here = self.of(vector)
-        if left is not None or right is not None:
-            product = here if left is None else left @ here
-            here[...] = product if right is None else product @ right
-        if self.bias is not None and left is not None:
-            bias = self.bias_of(vector)
+        here, bias = self.of(vector)
+        if left is None:
+            if right is not None:
+                here[...] = here @ right
+            return
+        product = left @ here
+        if right is None:
+            here[...] = product
+        elif here.ndim == len(self.shape):
+            _library(here).matmul(product, right, out=here)
+        else:
+            here[...] = product @ right
+        if bias is not None:
             bias[...] = left @ bias
 
 
@@ -133,30 +146,35 @@ class Rotation:
             for name in matrix.rotated_sides():
                 size = matrix.side(name)
                 shape = (*matrix.shape[:-2], size, size)
-                matrix.sides[name] = {"factor": make(shape), "basis": make(shape)}
-                matrix.sides[name]["basis"][..., range(size), range(size)] = 1.0
+                basis = make(shape)
+                basis[..., range(size), range(size)] = 1.0
+                matrix.sides[name] = {"factor": make(shape), "basis": basis}
+        self._bases = [_bases(matrix) for matrix in matrices]
+        """of each matrix: left, right, and both transposed; views of what is written in place"""
 
     def rotate(self, vector: Any) -> None:
         """In place, into the bases."""
-        for matrix in self.matrices:
-            left, right = _bases(matrix)
-            matrix.multiply(vector, None if left is None else transposed(left), right)
+        for matrix, (_, right, left_t, _) in zip(self.matrices, self._bases, strict=True):
+            matrix.multiply(vector, left_t, right)
 
     def rotate_back(self, vector: Any) -> None:
         """In place, out of the bases."""
-        for matrix in self.matrices:
-            left, right = _bases(matrix)
-            matrix.multiply(vector, left, None if right is None else transposed(right))
+        for matrix, (left, _, _, right_t) in zip(self.matrices, self._bases, strict=True):
+            matrix.multiply(vector, left, right_t)
 
-    def see(self, g: Any, g_prev: Any, ys: float) -> None:
-        """The factors of a new pair, from rotated gradients."""
-        root = 1.0 / math.sqrt(ys)
+    def see(self, y: Any) -> None:
+        """The factors of a new pair, from y / sqrt(ys), rotated."""
         for matrix in self.matrices:
-            y = (matrix.of(g) - matrix.of(g_prev)) * root
+            here, _ = matrix.of(y)
+            there = transposed(here)
             for name, side in matrix.sides.items():
                 factor = side["factor"]
-                factor *= RHO
-                factor += y @ transposed(y) if name == "left" else transposed(y) @ y
+                first, second = (here, there) if name == "left" else (there, here)
+                if factor.ndim == 2 and hasattr(factor, "addmm_"):
+                    factor.addmm_(first, second, beta=RHO)
+                else:
+                    factor *= RHO
+                    factor += first @ second
 
     def forget(self) -> None:
         """Factors of zero; the bases stay."""
@@ -185,9 +203,14 @@ class Rotation:
         return any(bases for _, bases in new)
 
 
-def _bases(matrix: Matrix) -> tuple[Any, Any]:
-    left, right = matrix.sides.get("left"), matrix.sides.get("right")
-    return None if left is None else left["basis"], None if right is None else right["basis"]
+def _bases(matrix: Matrix) -> tuple[Any, Any, Any, Any]:
+    left, right = (matrix.sides[name]["basis"] if name in matrix.sides else None for name in ("left", "right"))
+    return left, right, None if left is None else transposed(left), None if right is None else transposed(right)
+
+
+def _library(array: Any) -> Any:
+    """The module of an array: numpy or torch."""
+    return sys.modules[type(array).__module__.partition(".")[0]]
 
 
 def _change_bases(matrix: Matrix, bases: dict[str, Any], h: Any, vectors: Sequence[Any]) -> None:
@@ -206,7 +229,7 @@ def _change_bases(matrix: Matrix, bases: dict[str, Any], h: Any, vectors: Sequen
 def _eigenvectors(side: Side) -> Any:
     """Of a side's factor, in the type of its basis; None if there are none."""
     factor, basis = side["factor"], side["basis"]
-    library = sys.modules[type(factor).__module__.partition(".")[0]]
+    library = _library(factor)
     # torch.linalg.eigh of a matrix with a NaN may return finite, orthogonal vectors: look before.
     if not bool(library.isfinite(factor).all()):
         factor[...] = 0.0

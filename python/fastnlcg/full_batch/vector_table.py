@@ -95,7 +95,8 @@ class VectorTable(DescentTable):
         )
         sides = {matrix.begin: matrix.sides for matrix in self.vectors.rotation.matrices}
         gradients: dict[int, Tensor] = {}
-        self.views: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.views: list[tuple[dict[str, Any], list[Any]]] = []
+        """each entry of the state, and what it has"""
         for i, offset in zip(stateful, offsets, strict=True):
             gradients[i] = _view(self.vectors.gradient, memory(params[i]), offset)
             self._take_state(params[i], offset, sides.get(offset, {}))
@@ -137,16 +138,19 @@ class VectorTable(DescentTable):
             if _only_here(key) and key not in made:
                 del entry[key]
         entry.update(made)
-        self.views += [(entry, key, tensor) for key, tensor in made.items()]
+        self.views.append((entry, list(entry.values())))
 
     def covers(self, params: list[Tensor]) -> bool:
-        return super().covers(params) and all(entry.get(key) is tensor for entry, key, tensor in self.views)
+        return super().covers(params) and all(
+            _native.same_objects(list(entry.values()), tensors) for entry, tensors in self.views
+        )
 
     def _load(self, buffer: Tensor) -> None:
         """The gradient, as what is minimized has it."""
         with torch.no_grad():
             if self._gradient_views:
-                torch._foreach_copy_(self._gradient_views, self._gradients())
+                own = [p.grad for p in self._fixed["params"]] if self.gradients_fit else None
+                torch._foreach_copy_(self._gradient_views, own or self._gradients())
             if self.maximize:
                 buffer.neg_()
 
