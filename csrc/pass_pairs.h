@@ -21,6 +21,13 @@ namespace fastnlcg {
 
 constexpr int kRowsAtOnce = kMaxSums;
 
+// Before a loop over rows: a GPU has registers for two rows at once.
+#ifdef __CUDACC__
+#define NLCG_TWO_ROWS _Pragma("unroll 2")
+#else
+#define NLCG_TWO_ROWS
+#endif
+
 template <class T>
 struct StorePair : PassDefaults {
   static constexpr int kSums = 4;
@@ -92,6 +99,7 @@ struct PairResidual : PassDefaults {
     const T g = at.g();
     at.set_grad_prev(g);
     T q = g;
+    NLCG_TWO_ROWS
     for (int k = 0; k < count; ++k) q = with_multiple(q, coefficient[k], at.row(row + k));
     const T w = preconditioned ? preconditioned_gradient(q, at.diagonal(), T{}) : q;
     const T d = scaled_direction(gamma, w);
@@ -116,6 +124,7 @@ struct PairDirection : PassDefaults {
   template <class At>
   NLCG_HD void operator()(At& at) const {
     T w = at.d();
+    NLCG_TWO_ROWS
     for (int k = 0; k < count; ++k) w = with_multiple(w, coefficient[k], at.row(row + k));
     const T d = -w;
     at.set_d(d);

@@ -263,8 +263,9 @@ def minimize(
     constraints: object = (),
     **unknown: object,
 ) -> OptimizeResult:
-    """Minimizes a smooth function by preconditioned nonlinear conjugate gradients with the line search of Hager and
-    Zhang. There is no learning rate. The state is five arrays of the size of ``x0``. It can also be used through SciPy:
+    """Minimizes a smooth function by L-BFGS on the diagonal of BFGS, or by nonlinear conjugate gradients, with the line
+    search of Hager and Zhang; see :class:`CGDescent`. There is no learning rate. The state is 6 + 2 ``history`` arrays
+    of the size of ``x0``, five with ``history=0``. It can also be used through SciPy:
     ``scipy.optimize.minimize(fun, x0, jac=True, method=fastnlcg.minimize, options={...})``.
 
     Args:
@@ -277,9 +278,14 @@ def minimize(
         args: more arguments of ``fun`` and ``jac``.
         jac: the gradient, ``jac(x, *args)``; True: ``fun`` returns it. It has the shape of ``x0``, up to dimensions of
             size 1. None and False mean True for torch, and are refused for NumPy: there are no finite differences.
-        beta: ``"hager_zhang"``, ``"polak_ribiere"`` (0 if that is negative), ``"fletcher_reeves"``, ``"dai_yuan"`` or
-            ``"hestenes_stiefel"``.
-        preconditioner: ``"bfgs"``, a diagonal estimate of the Hessian that is built during the run; or None.
+        beta: of runs without pairs: ``"hager_zhang"``, ``"polak_ribiere"`` (0 if that is negative),
+            ``"fletcher_reeves"``, ``"dai_yuan"`` or ``"hestenes_stiefel"``.
+        history: the number of curvature pairs, 0 to 32; 0: conjugate gradients.
+        preconditioner: ``"kronecker"``, a diagonal estimate of the Hessian that is built during the run, in rotated
+            bases of the matrices in ``shapes``; ``"bfgs"``, the same without rotations, which ``"kronecker"`` is
+            without ``shapes``; or None.
+        shapes: the shapes of the parts of x, in their order, if some are matrices: ``[(32, 2), (32,), ...]``. A vector
+            behind a matrix is its bias if it has the length of the matrix's first side.
         line_search: the constants of the line search, a :class:`HagerZhang`.
         gtol: success means that the largest element of the gradient is at most this, in absolute value; >= 0. Default
             ``tol``, or 1e-5.
@@ -308,7 +314,8 @@ def minimize(
             passed on.
         ModuleNotFoundError: for ``progress=True`` without tqdm.
 
-    Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, 23 (2013) 2150; the diagonal: Adya et al., arXiv:1812.02886.
+    Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, 23 (2013) 2150; the pairs: Nocedal, Math. Comp. 35 (1980) 773;
+    the diagonal: Adya et al., arXiv:1812.02886.
 
     >>> import numpy as np
     >>> def rosenbrock(x):
