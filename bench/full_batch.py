@@ -317,6 +317,9 @@ def timing(out: Path) -> None:
             state = [t for entry in run.optimizer.state.values() for t in flattened(entry)]
             vectors = sum(t.numel() for t in state if t.numel() > 1) / n
             table.append({"n": n, "tensors": len(shapes), "optimizer": name, "ms": ms, "vectors": round(vectors, 2)})
+            if name == "CGDescent" and shapes is network:
+                turns = [run.step() for _ in range(20) if run.turns()]
+                table[-1]["turn_ms"] = 1e3 * float(np.median(turns))
             print(table[-1], flush=True)
     facts = {"torch": torch.__version__, "threads": 1, "instruction_set": fastnlcg._native.instruction_set()}
     (out / "time.json").write_text(json.dumps({"facts": facts, "rows": table}, indent=1) + "\n")
@@ -354,6 +357,12 @@ class Timed:
         value = torch.tensor(f)
         self.inside += time.perf_counter() - begin
         return value
+
+    def turns(self) -> bool:
+        """Whether the next step changes the bases; takes those before it."""
+        while (self.optimizer.param_groups[0]["course"]["updates"] + 1) % 10:
+            self.step()
+        return True
 
     def step(self) -> float:
         self.inside, begin = 0.0, time.perf_counter()
