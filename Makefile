@@ -3,7 +3,7 @@
 # make test-all  all of them, the thorough ones too
 # make sanitize  the tests of memory with AddressSanitizer and UndefinedBehaviorSanitizer in the module
 # make hard      fuzzing, kills, mutations and a soak, 40 minutes: a table of figures, into build/hard.json
-# make bench     step times next to torch's optimizers, one thread: a table and a picture
+# make bench     step times next to torch's optimizers, one thread: a table and a picture; matrices next to Muon
 # make docs      the documentation, into build/docs, warnings as errors
 # make arm       the kernels for aarch64 (needs g++-aarch64-linux-gnu, qemu-user-static): the bits of x86-64
 # make lint      ruff, mypy --strict, clang-format
@@ -50,14 +50,14 @@ arm: .venv/emulation
 	$(BIN)/python -m pytest -q -n 2 tests/test_bits.py -k aarch64
 
 # Leaks are not looked for: Python itself leaves memory to the end of the process. A GPU's memory is not the sanitizers'.
-# Which memory is touched depends on geometry, so one dtype and option stand for all.
+# Which memory is touched depends on geometry, so the tests of values and of options are left out.
 sanitize: .venv/sanitized
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
 	  $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_step.py tests/test_ops.py tests/test_ops_arguments.py \
-	  tests/test_state.py tests/test_param_groups.py tests/test_numbers.py tests/test_properties.py \
-	  tests/test_descent.py::test_passes_in_lockstep -m "not thorough" \
-	  -k "not billion and not ranks and not million"
+	  tests/test_state.py tests/test_param_groups.py tests/test_properties.py \
+	  tests/test_descent.py::test_passes_in_lockstep tests/test_muon.py::test_layouts_in_lockstep -m "not thorough" \
+	  -k "not billion and not ranks and not million and not test_options"
 
 hard: .venv/sanitized
 	$(PIP) atheris
@@ -68,6 +68,8 @@ bench: .venv/fastnlcg
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-json=build/step_cpu.json
 	$(BIN)/python bench/step_table.py build/step_cpu.json
+	OMP_NUM_THREADS=1 $(BIN)/python bench/matrices.py build/matrices.json
+	OMP_NUM_THREADS=2 $(BIN)/python bench/matrices.py build/matrices.json
 
 docs: .venv/emulation .venv/docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs

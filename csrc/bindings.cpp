@@ -82,6 +82,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       "values"_a, "step"_a, "exchange"_a, "digest"_a);
   m.attr("block_elements") = kBlockElements;
   m.attr("most_pairs") = kMostPairs;
+  m.attr("tile_elements") = kTile;
   // Whether two lists have the same objects, in the same order.
   m.def(
       "same_objects",
@@ -168,7 +169,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
   py::class_<TensorTable, NativeStep>(m, "TensorTable", py::module_local())
       .def(with_device, "state_dtype"_a, "device"_a = "cpu", "stream"_a = 0)
       .def("lay_out", &TensorTable::lay_out, "n"_a, "segments"_a, "groups"_a, "keys"_a, "dlpack_api"_a, "tensor_type"_a,
-           "workspace"_a = nullptr)
+           "workspace"_a = nullptr, "matrix_groups"_a = std::vector<int>{})
       .def("set_exchange", &TensorTable::set_exchange, "mine"_a, "all"_a, "owned"_a, "elements"_a, "every_decision"_a,
            "gather"_a)
       .def(
@@ -190,10 +191,26 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
           "lr_on_device"_a = std::vector<std::optional<DeviceScalar>>{}, "loss_on_device"_a = py::none(),
           "grad_scale"_a = py::none(), "found_inf"_a = py::none())
       .def("state_norms", &TensorTable::state_norms, "at"_a, "threads"_a)
+      .def("set_origins", &TensorTable::set_origins, "workspace"_a, "parts"_a, "shared"_a = 0.0)
+      .def(
+          "matrix_pass",
+          [](TensorTable& self, const std::string& kind, std::int64_t first_tile, std::int64_t last_tile, int threads) {
+            const auto found = std::find(std::begin(kMatrixPassNames), std::end(kMatrixPassNames), kind);
+            if (found == std::end(kMatrixPassNames)) throw std::invalid_argument("unknown pass '" + kind + "'");
+            self.matrix_pass(static_cast<MatrixPass>(found - std::begin(kMatrixPassNames)), first_tile, last_tile,
+                             threads);
+          },
+          "kind"_a, "first_tile"_a, "last_tile"_a, "threads"_a)
+      .def_property_readonly("matrices_pending", &TensorTable::matrices_pending)
+      .def_property_readonly("matrix_moves", &TensorTable::matrix_moves)
+      .def("end_matrices", &TensorTable::end_matrices)
       .def("last_move", &TensorTable::last_move, "at"_a, "threads"_a)
       .def("descend", &TensorTable::descend, "at"_a, "pass_"_a, "threads"_a)
       .def_property_readonly("digest", &TensorTable::digest)
       .def("join_stream", &TensorTable::join_stream);
+
+  m.def("normalize", &normalize, "x"_a, "count"_a, "n"_a, "threads"_a, "stream"_a = 0, "sums"_a = nullptr);
+  m.def("normalize_doubles", &normalize_doubles, "count"_a, "n"_a);
 
   py::class_<FlatStep, NativeStep>(m, "FlatStep", py::module_local())
       .def(with_device, "state_dtype"_a, "device"_a = "cpu", "stream"_a = 0)

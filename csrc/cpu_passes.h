@@ -42,11 +42,10 @@ class DefaultFloatMode {
   FloatMode before_;
 };
 
-// Runs the pass over all tiles and adds up the partial sums in the order of the tiles. If the pass forms a maximum, it
-// follows the sums.
+// Runs the pass over the tiles from `first_tile` to `last_tile`, exclusive. Every tile has its partial sums.
 template <class S, class Pass>
-void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
-  const std::int64_t tiles = tiles_of(step.n);
+void run_tiles(const Step& step, const Pass& pass, std::int64_t first_tile, std::int64_t last_tile) {
+  const std::int64_t tiles = last_tile - first_tile;
   const auto range = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t done = begin; done < end; done += kStrip) {
       const std::int64_t strip = end - done < kStrip ? end - done : kStrip;
@@ -65,7 +64,7 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
     {
       const DefaultFloatMode mode;
       const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-      range(tiles * thread / threads, tiles * (thread + 1) / threads);
+      range(first_tile + tiles * thread / threads, first_tile + tiles * (thread + 1) / threads);
       finish_nontemporal_stores();
     }
   }
@@ -73,9 +72,17 @@ void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
   const bool shared = false;
 #endif
   if (!shared) {
-    range(0, tiles);
+    range(first_tile, last_tile);
     finish_nontemporal_stores();
   }
+}
+
+// Runs the pass over all tiles and adds up the partial sums in the order of the tiles. If the pass forms a maximum, it
+// follows the sums.
+template <class S, class Pass>
+void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
+  const std::int64_t tiles = tiles_of(step.n);
+  run_tiles<S>(step, pass, 0, tiles);
   for (double& sum : sums) sum = 0.0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const double* partial = step.partials + tile * kMaxSums;

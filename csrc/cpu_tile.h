@@ -64,6 +64,7 @@ struct SegmentLanes {
   bool decays;  // L2 weight decay is added to g
   bool scales;  // g is multiplied by a factor
   bool moves;   // false if alpha is 0: p then keeps every bit, the sign of a zero included
+  bool matrix = false;
 };
 
 template <class S, int K>
@@ -108,6 +109,7 @@ struct At {
   NLCG_INLINE Vector<S> inv_sqrt_bias() const { return segment.scalar[kInvSqrtBias][k]; }
   NLCG_INLINE Vector<S> inv_sqrt_bias_prev() const { return segment.scalar[kInvSqrtBiasPrev][k]; }
   NLCG_INLINE bool moves() const { return segment.moves; }
+  NLCG_INLINE bool is_matrix() const { return segment.matrix; }
   NLCG_INLINE void set_p(Vector<S> p) { store_rounded(arrays.p + i, p, flags.rounding, arrays.local + i); }
   NLCG_INLINE void set_grad_prev(Vector<S> g) { store_perhaps_nontemporal(arrays.grad_prev + i, g); }
   NLCG_INLINE void set_d(Vector<S> d) { store(arrays.d + i, d); }
@@ -146,6 +148,7 @@ SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
   lanes.decays = Pass::kAppliesL2Decay && x[kWeightDecay] != 0.0;
   lanes.scales = x[kFactor] != 1.0;
   lanes.moves = static_cast<S>(x[kAlpha]) != S{0};
+  lanes.matrix = segment.matrices;
   return lanes;
 }
 
@@ -275,7 +278,7 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     const auto at = arrays_at<decltype(element), S>(segment, position);
     S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock], origin[kBlock] = {};
     for (S& x : diagonal) x = S{1};
-    const unsigned reads = pass.reads(), writes = pass.writes();
+    const unsigned reads = arrays_of<Pass>(segment, pass.reads()), writes = arrays_of<Pass>(segment, pass.writes());
     const SegmentLanes<S> lanes = lanes_of<S, Pass>(step, segment);
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(S);
     if (Pass::kReadsGradient) {

@@ -54,11 +54,11 @@ NLCG_HD bool may_overflow(double grad_max, double grad_prev_max, double eps, dou
 }
 
 // beta of Algorithm 1, clamped to [0, beta_max]; 0 if rz is 0 or the quotient is not finite. Heavy ball: beta_max.
-NLCG_HD double conjugacy(const Options& o, double rz, double rz_new, double rz_mid) {
-  if (o.update == UpdateRule::heavy_ball) return o.beta_max;
+NLCG_HD double conjugacy(const Options& o, double beta_max, double rz, double rz_new, double rz_mid) {
+  if (o.update == UpdateRule::heavy_ball) return beta_max;
   const double beta = (o.update == UpdateRule::polak_ribiere ? rz_new - rz_mid : rz_new) / rz;
   if (rz == 0.0 || !is_finite(beta)) return 0.0;
-  return beta < 0.0 ? 0.0 : (beta > o.beta_max ? o.beta_max : beta);
+  return beta < 0.0 ? 0.0 : (beta > beta_max ? beta_max : beta);
 }
 
 // Online stochastic line search (section 3.2.2): the new scale. The thresholds are taken relative to |loss_prev|, so
@@ -155,10 +155,23 @@ NLCG_HD bool needs_rz_mid(const Options& o) { return o.update == UpdateRule::pol
 NLCG_HD void decide_direction(StepPlan& plan, const Options& o, double rz_new, double rz_mid, double z_max,
                               double limit) {
   plan.skip = plan.skip || (o.skip_nonfinite && !(is_finite(rz_new) && is_finite(rz_mid)));
-  plan.next.beta = plan.history_valid ? conjugacy(o, plan.next.rz, rz_new, rz_mid) : 0.0;
+  plan.next.beta = plan.history_valid ? conjugacy(o, o.beta_max, plan.next.rz, rz_new, rz_mid) : 0.0;
   plan.next.rz = rz_new;
   plan.next.direction_max = z_max + (plan.next.beta != 0.0 ? plan.next.beta * plan.next.direction_max : 0.0);
   if (o.skip_nonfinite && !(plan.next.direction_max < limit)) plan.skip = true;
+}
+
+// muon, after decide_direction(): the beta of the matrices, from sum(g g) over them. Of matrices z = -g, so |z_i| <=
+// sqrt(sum(g g)); `direction_max` is the bound of |d| after the last step. The polar factor is formed from
+// u = z + beta d, which must not leave the state's type either.
+NLCG_HD void decide_matrices(StepPlan& plan, const Options& o, double gg, double direction_max, double limit) {
+  if (o.skip_nonfinite && !is_finite(gg)) plan.skip = true;
+  const double beta = plan.history_valid ? conjugacy(o, o.beta_max_matrices, plan.next.rz_matrices, gg, 0.0) : 0.0;
+  const double z_max = __builtin_sqrt(gg);
+  plan.next.beta_matrices = beta;
+  plan.next.rz_matrices = gg;
+  plan.next.direction_max = z_max + (beta != 0.0 ? beta * direction_max : 0.0);
+  if (o.skip_nonfinite && !(z_max + plan.next.direction_max < limit)) plan.skip = true;
 }
 
 // After the last pass.

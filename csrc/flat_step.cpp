@@ -178,4 +178,53 @@ std::vector<double> FlatStep::descend(const Descent& pass, int threads) {
   return run_descent_pass(pass, threads);
 }
 
+// A step over the matrices of one buffer: a segment and a group each, from a tile on.
+class MatrixNorms : public NativeStep {
+ public:
+  MatrixNorms(const std::string& state_dtype, const std::string& device, std::uintptr_t stream)
+      : NativeStep(state_dtype, device, stream) {}
+  void run_over(const BufferPtr& x, std::int64_t count, std::int64_t n, int threads, const BufferPtr& sums) {
+    check_buffer("x", *x, kDTypeNames[static_cast<int>(step_.state_dtype)]);
+    if (x->readonly()) throw invalid_argument("x is read-only");
+    if (count < 0 || n < 0 || (n > 0 && count > x->size() / n)) {
+      throw invalid_argument("x has " + std::to_string(x->size()) + " elements, expected at least " +
+                             std::to_string(count) + " matrices of " + std::to_string(n));
+    }
+    if (count == 0 || n == 0) return;
+    if (on_device()) {
+      if (!sums) throw invalid_argument("a GPU needs a workspace for the sums");
+      check_buffer("sums", *sums, "float64");
+      if (sums->readonly() || sums->size() < normalize_doubles(count, n)) {
+        throw invalid_argument("sums has " + std::to_string(sums->size()) + " doubles, expected " +
+                               std::to_string(normalize_doubles(count, n)) + " that are writable");
+      }
+      const py::gil_scoped_release released;
+      cuda_normalize(cuda_, x->data(), step_.state_dtype, count, n, static_cast<double*>(sums->data()));
+      return;
+    }
+    const std::int64_t apart = tiles_of(n) * kTile;
+    std::vector<Segment> segments(static_cast<std::size_t>(count));
+    std::vector<Group> groups(segments.size(), Group{0, 0, 0, 1, &unused_});
+    for (std::int64_t i = 0; i < count; ++i) {
+      Segment& segment = segments[static_cast<std::size_t>(i)];
+      segment.origin = static_cast<char*>(x->data()) + i * n * size_of(step_.state_dtype);
+      segment.offset = i * apart;
+      segment.n = n;
+      segment.group = static_cast<std::int32_t>(i);
+      segment.dtype = step_.state_dtype;
+    }
+    use(std::move(segments), std::move(groups), count * apart);
+    step_.threads = std::max(threads, 1);
+    run([] {}, [&](const CpuKernels& cpu) { cpu.normalize(step_); });
+  }
+
+ private:
+  double unused_ = 0.0;
+};
+
+void normalize(const BufferPtr& x, std::int64_t count, std::int64_t n, int threads, std::uintptr_t stream,
+               const BufferPtr& sums) {
+  MatrixNorms(x->dtype(), x->device(), stream).run_over(x, count, n, threads, sums);
+}
+
 }  // namespace fastnlcg

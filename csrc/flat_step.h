@@ -44,4 +44,9 @@ class FlatStep : public NativeStep {
   double steps_ = 0, alpha_prev_ = 0;
 };
 
+// Divides each of the `count` matrices in `x`, which have `n` elements each, by its norm; zeros stay zeros. `sums`, of a
+// GPU: normalize_doubles(...) of workspace.
+void normalize(const BufferPtr& x, std::int64_t count, std::int64_t n, int threads, std::uintptr_t stream,
+               const BufferPtr& sums);
+
 }  // namespace fastnlcg

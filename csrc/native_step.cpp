@@ -122,8 +122,13 @@ void NativeStep::check_state() const {
   if (segments_.empty()) return;
   const unsigned needed = with_preconditioner(
       step_.options.preconditioner, [&](auto preconditioner) { return preconditioner.state_arrays(step_.options); });
-  const std::string missing = missing_array(needed, segments_[0]);
-  if (!missing.empty()) throw std::invalid_argument("a step needs " + missing);
+  const bool muon = step_.options.preconditioner == Preconditioner::muon;
+  for (const Segment& segment : segments_) {
+    if (segment.matrices && !muon) throw std::invalid_argument("matrices need the preconditioner 'muon'");
+    const std::string missing = missing_array(segment.matrices ? needed & ~kDiagonal : needed, segment);
+    if (!missing.empty()) throw std::invalid_argument("a step needs " + missing);
+    if (!muon) return;
+  }
 }
 
 void NativeStep::use(std::vector<Segment> segments, std::vector<Group> groups, std::int64_t n) {

@@ -59,8 +59,8 @@ class NativeStep {
   void check_buffer(const char* name, const Buffer&, const std::string& dtype) const;
   // Throws if float64 is mixed with another dtype. `what`: the parameters, in words.
   void check_state_dtype(const std::string& what, DType) const;
-  // Throws if the first segment lacks a state array that the passes of the options need. All segments have the same
-  // ones.
+  // Throws if a segment lacks a state array that the passes of the options need. All segments have the same ones,
+  // except that those of matrices have no diagonal.
   void check_state() const;
   // Replaces the tables of segments and groups; `n` is the length of the flat index.
   void use(std::vector<Segment> segments, std::vector<Group> groups, std::int64_t n);

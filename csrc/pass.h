@@ -9,6 +9,7 @@
 //     at.set_p(x), ...         stores x
 //     at.alpha(), alpha_prev(), decay_factor(), inv_sqrt_bias(), inv_sqrt_bias_prev()      scalars of the segment
 //     at.moves()               false if alpha is 0: p then keeps every bit, the sign of a zero included
+//     at.is_matrix()           whether the segment is matrices (kMixesMatrices)
 //     at.wide(x), wide_grad_prev(), wide_d()      in double
 //     at.row(k), at.set_row(k, x)    row k of the matrix of curvature pairs
 //     at.add(j, a, b)          adds a * b, both in double, to sum number j
@@ -27,6 +28,12 @@ namespace fastnlcg {
 
 // The arrays that a pass may read and write, as bits. The gradient is read only, see kReadsGradient.
 enum StateArrays : unsigned { kP = 1, kGradPrev = 2, kD = 4, kDiagonal = 8, kOrigin = 16 };
+
+// Of a pass that mixes matrices with other segments: those of these arrays that a segment has.
+template <class Pass>
+NLCG_HD unsigned arrays_of(const Segment& segment, unsigned arrays) {
+  return Pass::kMixesMatrices && segment.matrices ? arrays & kD : arrays;
+}
 
 // The traits of a pass, with their defaults: every pass derives from this and states only what differs.
 struct PassDefaults {
@@ -50,6 +57,8 @@ struct PassDefaults {
   static constexpr bool kFirstPass = false;
   // from_plan() uses the options alone, so the host can build the pass before the step's first decision.
   static constexpr bool kBuiltFromOptionsAlone = false;
+  // Calls at.is_matrix(): of segments that are matrices it reads and writes g and d alone.
+  static constexpr bool kMixesMatrices = false;
   // Runs only if the plan says `again`: the gradient has to be clipped.
   static constexpr bool kOnlyIfClipped = false;
   // GPU, one launch: the state array that the first pass leaves in shared memory, next to g, for the others. 0:
@@ -80,7 +89,7 @@ struct ElementBroadcast {
 struct AnyElement {
   float g(), undecayed(), p(), grad_prev(), d(), diagonal(), origin();
   float alpha(), alpha_prev(), decay_factor(), inv_sqrt_bias(), inv_sqrt_bias_prev();
-  bool moves();
+  bool moves(), is_matrix();
   void set_p(float), set_grad_prev(float), set_d(float), set_diagonal(float), set_origin(float);
   float row(int);
   void set_row(int, float);

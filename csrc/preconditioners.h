@@ -9,12 +9,15 @@
 //     adam   AdamDots          reads g, v                 rz, rz_mid                                    8
 //            AdamMove          reads p, g, d, v           writes p, d, v; sum(g g), sum(g d)           28
 //
+//     muon   MuonDots, MuonMove: of matrices see pass_muon.h, of other parameters as adam
+//
 // per float32 element; PlainDots and AdamDots also read g_prev if Polak-Ribiere needs rz_mid.
 #pragma once
 
 #include "clipping.h"
 #include "pass_adam.h"
 #include "pass_bfgs.h"
+#include "pass_muon.h"
 #include "pass_none.h"
 
 namespace fastnlcg {
@@ -23,7 +26,8 @@ namespace fastnlcg {
 #define NLCG_PRECONDITIONERS(X) \
   X(none, Plain)                \
   X(bfgs, Bfgs)                 \
-  X(adam, Adam)
+  X(adam, Adam)                 \
+  X(muon, Muon)
 
 enum class Preconditioner : std::int32_t {
 #define NLCG_VALUE(name, type) name,

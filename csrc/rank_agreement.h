@@ -87,9 +87,9 @@ NLCG_HD double over_ranks(const RankRow* all, const double* owned, int ranks, in
   return x;
 }
 
-// A digest of the options and of every group's lr, weight_decay and sign, in 53 bits: equal on ranks that may step
-// together.
-inline double digest_of(const Options& options, const Group* groups, std::int64_t n_groups) {
+// A digest of the options, of every group's lr, weight_decay, sign and kind, and of which matrices are exchanged, in 53
+// bits: equal on ranks that may step together.
+inline double digest_of(const Options& options, const Group* groups, std::int64_t n_groups, double shared) {
   std::uint64_t hash = 1469598103934665603u;  // FNV-1a, over the bits of doubles
   const auto add = [&](double x) {
     std::uint64_t bits;
@@ -98,7 +98,11 @@ inline double digest_of(const Options& options, const Group* groups, std::int64_
     for (int k = 0; k < 64; k += 8) hash = (hash ^ (bits >> k & 0xff)) * 1099511628211u;
   };
   each_option(options, [&](const char*, const auto& value) { add(static_cast<double>(value)); });
-  for (std::int64_t k = 0; k < n_groups; ++k) add(groups[k].lr), add(groups[k].weight_decay), add(groups[k].sign);
+  for (std::int64_t k = 0; k < n_groups; ++k) {
+    add(groups[k].lr), add(groups[k].weight_decay), add(groups[k].sign);
+    if (groups[k].matrices) add(static_cast<double>(k));
+  }
+  if (shared != 0.0) add(shared);
   return static_cast<double>(hash >> 11);
 }
 

@@ -58,17 +58,19 @@ struct Segment {
   Shard shard;
   std::int32_t group;  // index into Step::groups
   DType dtype;
+  bool matrices = false;  // muon: matrices, or a shard of them; they have no diagonal
 
   bool operator==(const Segment&) const = default;
 };
 
 struct Group {
-  double lr;            // from the caller
-  double alpha;         // lr * ls_scale, formed by the step
-  double weight_decay;  // L2 or decoupled, depending on the preconditioner's passes
-  double sign;          // of the gradient: -1 if the group maximizes
-  double* alpha_prev;   // of the previous step; written by the step
-  double factor = 1.0;  // of the gradient: the sign times the factor of clipping; formed by the CPU's step
+  double lr;              // from the caller
+  double alpha;           // lr * ls_scale, formed by the step
+  double weight_decay;    // L2 or decoupled, depending on the preconditioner's passes
+  double sign;            // of the gradient: -1 if the group maximizes
+  double* alpha_prev;     // of the previous step; written by the step
+  double factor = 1.0;    // of the gradient: the sign times the factor of clipping; formed by the CPU's step
+  bool matrices = false;  // muon: the segments of this group are matrices
 };
 
 // Every option of a step, once: type, name, default.
@@ -79,6 +81,7 @@ struct Group {
   X(double, curvature_eps, 1e-8)                                                                          \
   X(double, beta2, 0.999)                                                                                 \
   X(double, beta_max, 1.0)                                                                                \
+  X(double, beta_max_matrices, 1.0) /* muon: of the matrices */                                           \
   X(bool, skip_nonfinite, true)                                                                           \
   X(bool, maximize, false)            /* the loss of the line search; a gradient's sign is its group's */ \
   X(bool, stochastic_rounding, false) /* of bfloat16 parameters */                                        \
@@ -124,7 +127,9 @@ void each_option(O& o, F&& f) {
   X(gd, 0.0)                                                                                                    \
   X(disagreements, 0.0) /* steps that changed nothing because the ranks disagreed on which step to take */      \
   X(grad_norm, 0.0)     /* |g| before clipping and weight decay, if it is measured; of skipped steps too */     \
-  X(clip, 1.0)          /* the factor that clipping multiplied g by */
+  X(clip, 1.0)          /* the factor that clipping multiplied g by */                                          \
+  X(rz_matrices, 0.0)   /* muon: sum(g g) over the matrices, and their beta */                                  \
+  X(beta_matrices, 0.0)
 
 struct Scalars {
 #define NLCG_FIELD(name, start) double name;
@@ -185,6 +190,10 @@ struct Descent {
 };
 constexpr const char* kDescentNames[] = {"trial",         "slope",          "curvature", "direction",      "pair",
                                          "gradient_dots", "direction_dots", "residual",  "pair_direction", "mark"};
+
+// A pass over a batch of matrices (pass_muon.h).
+enum class MatrixPass : std::int32_t { input, move };
+constexpr const char* kMatrixPassNames[] = {"input", "move"};
 
 // 1 - beta2^k and 1 - beta2^(k + 1) for k = *Segment::steps.
 struct Bias {

@@ -93,6 +93,31 @@ void descend_in(const Step& step, const Descent& numbers, double* sums) {
   with_descent_pass(numbers, LaneBroadcast<S>{}, run);
 }
 
+template <class S>
+void matrix_pass_in(const Step& step, MatrixPass kind, std::int64_t first_tile, std::int64_t last_tile) {
+  const LaneBroadcast<S> broadcast;
+  if (kind == MatrixPass::input) {
+    run_tiles<S>(step, MatrixInput<Vector<S>>::of(*step.scalars, broadcast), first_tile, last_tile);
+  } else {
+    run_tiles<S>(step, MatrixMove<Vector<S>>::of(*step.scalars, broadcast), first_tile, last_tile);
+  }
+}
+
+template <class S>
+void normalize_in(const Step& step) {
+  const std::int64_t tiles = tiles_of(step.n);
+  run_tiles<S>(step, MatrixSquares<Vector<S>>{}, 0, tiles);
+  for (std::int64_t i = 0; i < step.n_segments; ++i) {
+    const Segment& segment = step.segments[i];
+    double sum = 0.0;
+    for (std::int64_t tile = segment.offset / kTile; tile * kTile < segment.offset + segment.n; ++tile) {
+      sum += step.partials[tile * kMaxSums];
+    }
+    step.groups[segment.group].alpha = inverse_root(sum, kLargest<S>);
+  }
+  run_tiles<S>(step, MatrixScale<Vector<S>>{}, 0, tiles);
+}
+
 #define NLCG_BY_STATE_TYPE(function)                                                                          \
   [](const Step& step, auto... args) {                                                                        \
     const DefaultFloatMode mode;                                                                              \
@@ -110,6 +135,8 @@ const CpuKernels FASTNLCG_ISA_SYMBOL = {
     NLCG_BY_STATE_TYPE(update_direction_in),
     NLCG_BY_STATE_TYPE(last_move_in),
     NLCG_BY_STATE_TYPE(descend_in),
+    NLCG_BY_STATE_TYPE(matrix_pass_in),
+    NLCG_BY_STATE_TYPE(normalize_in),
     NLCG_BY_STATE_TYPE(state_norms_in),
 };
 

@@ -31,6 +31,10 @@ struct CpuKernels {
   void (*last_move)(const Step&);
   // One pass of full-batch descent: its sums, and behind them the largest.
   void (*descend)(const Step&, const Descent&, double* sums);
+  // muon, after a step that was not skipped: one pass over the matrices in these tiles of the flat index.
+  void (*matrix_pass)(const Step&, MatrixPass, std::int64_t first_tile, std::int64_t last_tile);
+  // muon: divides each segment's origin by its norm. Each segment has a group of its own and begins at a tile.
+  void (*normalize)(const Step&);
   // |g_prev|^2, |d|^2, g_prev . d; without g_prev only the second.
   void (*state_norms)(const Step&, double* gg, double* dd, double* gd);
 };

@@ -81,6 +81,16 @@ void cuda_last_move(const Step&, CudaStep&);
 // One pass of full-batch descent (pass_full_batch.h): its sums, and behind them the largest. Allocates a workspace if
 // the step has none. Waits.
 void cuda_descend(const Step&, CudaStep&, const Descent&, double* sums);
+// muon: one pass over the matrices in these tiles, if the step before it was not skipped.
+void cuda_matrix_pass(const Step&, CudaStep&, MatrixPass, std::int64_t first_tile, std::int64_t last_tile);
+
+// muon: divides each of `count` matrices of n elements by its norm. `sums`: normalize_doubles(...) of workspace.
+void cuda_normalize(CudaStep&, void* x, DType, std::int64_t count, std::int64_t n, double* sums);
+constexpr std::int64_t kMatrixChunk = 16 * kTile;  // a block's share of a matrix
+constexpr std::int64_t normalize_doubles(std::int64_t count, std::int64_t n) {
+  return count * ((n + kMatrixChunk - 1) / kMatrixChunk);
+}
+
 // |g_prev|^2, |d|^2, g_prev . d. Waits.
 void cuda_state_norms(const Step&, CudaStep&, double* gg, double* dd, double* gd);
 

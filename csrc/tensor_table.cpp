@@ -29,7 +29,10 @@ py::object interned(const std::optional<std::string>& key) {
 // At the end of a call, however it ends.
 struct DropLive {
   std::vector<py::object>& live;
-  ~DropLive() { live.clear(); }
+  bool keep = false;
+  ~DropLive() {
+    if (!keep) live.clear();
+  }
 };
 
 // The segment of a row of the table, which begins at or behind `end`.
@@ -84,7 +87,8 @@ bool holds(const py::object& state, const py::list& expected) {
 // ---- the table ---------------------------------------------------------------------------------------------------
 
 void TensorTable::lay_out(std::int64_t n, const std::vector<SegmentSpec>& specs, int groups, const StateKeys& keys,
-                          const py::capsule& dlpack_api, const py::object& tensor_type, const BufferPtr& workspace) {
+                          const py::capsule& dlpack_api, const py::object& tensor_type, const BufferPtr& workspace,
+                          const std::vector<int>& matrix_groups) {
   const StepGuard busy(*this);
   if (n < 0 || n > std::int64_t{1} << (on_device() ? 40 : 60)) {
     throw invalid_argument("n is " + std::to_string(n) + ", expected 0 <= n <= 2^" + (on_device() ? "40" : "60"));
@@ -101,6 +105,13 @@ void TensorTable::lay_out(std::int64_t n, const std::vector<SegmentSpec>& specs,
     const std::string name = "segment " + std::to_string(segments.size());
     segments.push_back(segment_of(spec, name, n, groups, end));
     check_state_dtype(name, spec.dtype);
+    Segment& segment = segments.back();
+    segment.matrices = std::find(matrix_groups.begin(), matrix_groups.end(), spec.group) != matrix_groups.end();
+    const std::int64_t unit = segment.matrices ? kTile : kBlockElements;
+    if (!matrix_groups.empty() && spec.offset % unit != 0) {
+      throw invalid_argument(name + " begins at " + std::to_string(spec.offset) + ", expected a multiple of " +
+                             std::to_string(unit));
+    }
     shapes.push_back(spec.shape);
     end = segments.back().offset + segments.back().n;
   }
@@ -120,7 +131,17 @@ void TensorTable::lay_out(std::int64_t n, const std::vector<SegmentSpec>& specs,
     cuda_.written.clear();
     cuda_.tables_unknown = false;
   }
-  use(std::move(segments), std::vector<Group>(static_cast<std::size_t>(groups), Group{0, 0, 0, 1, nullptr}), n);
+  std::vector<Group> table(static_cast<std::size_t>(groups), Group{0, 0, 0, 1, nullptr});
+  for (const int group : matrix_groups) {
+    if (group < 0 || group >= groups) throw invalid_argument("matrix_groups has " + std::to_string(group));
+    table[static_cast<std::size_t>(group)].matrices = true;
+  }
+  use(std::move(segments), std::move(table), n);
+  has_matrices_ = !matrix_groups.empty();
+  live_.clear();  // of a step whose matrices have not moved
+  matrix_moves_ = 0;
+  origins_ = nullptr;
+  shared_ = 0.0;
   shapes_ = std::move(shapes);
   workspace_ = workspace;
   tensor_type_ = tensor_type;
@@ -212,7 +233,7 @@ bool TensorTable::follow_state(PyObject* entry, std::size_t i) {
     return address;
   };
   for (std::size_t k = 0; k < kStateArrays.size(); ++k) {
-    if (!array_keys_[k]) continue;
+    if (!array_keys_[k] || (segment.matrices && kStateArrays[k] == &Segment::diagonal)) continue;
     void*& to = segment.*kStateArrays[k];
     void* const address = follow_key(array_keys_[k], step_.state_dtype, shapes_[i], to);
     if (address == nullptr) return false;
@@ -286,7 +307,10 @@ void TensorTable::check_overlaps() {
           {static_cast<const char*>(at), segment.n * size_of(dtype), is_parameter, segment.shard.parameter});
     };
     add(segment.p, segment.dtype, true);
-    for (void* Segment::* const array : kStateArrays) add(segment.*array, step_.state_dtype, false);
+    for (void* Segment::* const array : kStateArrays) {
+      if (segment.matrices && array == &Segment::origin) continue;  // one workspace for one batch after another
+      add(segment.*array, step_.state_dtype, false);
+    }
   }
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   const auto words = [](const Span& span) {
@@ -326,7 +350,7 @@ void TensorTable::set_groups(const StepInputs& in) {
   }
 }
 
-double TensorTable::digest() const { return digest_of(step_.options, step_.groups, step_.n_groups); }
+double TensorTable::digest() const { return digest_of(step_.options, step_.groups, step_.n_groups, shared_); }
 
 std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
   const StepGuard busy(*this);
@@ -335,9 +359,10 @@ std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
   if (!on_device() && (!in.lr_on_device.empty() || in.loss_on_device || in.grad_scale || in.found_inf)) {
     throw invalid_argument("lr, loss, grad_scale and found_inf must be host values if parameters are on the CPU");
   }
-  const DropLive drop{live_};
+  DropLive drop{live_};
   if (!follow(at, Reads::gradients)) return std::nullopt;
   check_state();
+  matrix_moves_ = 0;
   if (!segments_.empty() && segments_[0].steps == nullptr) {
     throw invalid_argument("a step needs the key of a parameter's step count");
   }
@@ -351,8 +376,11 @@ std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
     cuda_.loss = in.loss_on_device;
     cuda_.grad_scale = in.grad_scale;
     cuda_.found_inf = in.found_inf;
-    const py::gil_scoped_release released;
-    cuda_step(step_, cuda_);
+    {
+      const py::gil_scoped_release released;
+      cuda_step(step_, cuda_);
+    }
+    drop.keep = has_matrices_;
     return true;
   }
   const CpuKernels& cpu = cpu_kernels();
@@ -361,7 +389,55 @@ std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
     const py::gil_scoped_release released;
     cpu.step(step_);
   }
+  drop.keep = has_matrices_ && step_.scalars->skipped_steps == skipped;
   return step_.scalars->skipped_steps == skipped;
+}
+
+void TensorTable::set_origins(const BufferPtr& workspace,
+                              const std::vector<std::pair<std::size_t, std::int64_t>>& parts, double shared) {
+  const StepGuard busy(*this);
+  check_laid_out("set_origins()");
+  check_buffer("workspace", *workspace, kDTypeNames[static_cast<int>(step_.state_dtype)]);
+  if (workspace->readonly()) throw invalid_argument("workspace is read-only");
+  for (const auto& [i, begin] : parts) {
+    if (i >= segments_.size() || !segments_[i].matrices || begin < 0 ||
+        segments_[i].n > workspace->size() - std::min(begin, workspace->size())) {
+      throw invalid_argument("segment " + std::to_string(i) + " has no matrices, or its part from " +
+                             std::to_string(begin) + " does not fit the workspace of " +
+                             std::to_string(workspace->size()));
+    }
+  }
+  for (const auto& [i, begin] : parts) {
+    segments_[i].origin = static_cast<char*>(workspace->data()) + begin * size_of(step_.state_dtype);
+  }
+  origins_ = workspace;
+  shared_ = shared;
+}
+
+void TensorTable::matrix_pass(MatrixPass kind, std::int64_t first_tile, std::int64_t last_tile, int threads) {
+  const StepGuard busy(*this);
+  check_laid_out("matrix_pass()");
+  if (live_.empty()) throw invalid_argument("matrix_pass() needs a step that was not skipped before it");
+  if (first_tile < 0 || last_tile < first_tile || last_tile > tiles_of(step_.n)) {
+    throw invalid_argument("the tiles from " + std::to_string(first_tile) + " to " + std::to_string(last_tile) +
+                           " are not in the index of " + std::to_string(tiles_of(step_.n)));
+  }
+  for (const Segment& segment : segments_) {
+    const bool inside = segment.offset < last_tile * kTile && segment.offset + segment.n > first_tile * kTile;
+    if (inside && (!segment.matrices || segment.origin == nullptr)) {
+      throw invalid_argument("the tiles from " + std::to_string(first_tile) + " to " + std::to_string(last_tile) +
+                             " have a segment that is not matrices, or without an origin");
+    }
+  }
+  step_.threads = std::max(threads, 1);
+  run([&] { cuda_matrix_pass(step_, cuda_, kind, first_tile, last_tile); },
+      [&](const CpuKernels& cpu) { cpu.matrix_pass(step_, kind, first_tile, last_tile); });
+  if (kind == MatrixPass::move) ++matrix_moves_;
+}
+
+void TensorTable::end_matrices() {
+  const StepGuard busy(*this);
+  live_.clear();
 }
 
 std::optional<std::tuple<double, double, double>> TensorTable::state_norms(const Tensors& at, int threads) {

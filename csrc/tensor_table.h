@@ -57,9 +57,11 @@ class TensorTable : public NativeStep {
       : NativeStep(state_dtype, device, stream), scalars_shape_{{kScalars}, {1}} {}
 
   // Replaces the table by these segments over a flat index of n elements. `dlpack_api`: the capsule
-  // torch.Tensor.__dlpack_c_exchange_api__; `tensor_type`: torch.Tensor. `workspace`: of a GPU.
+  // torch.Tensor.__dlpack_c_exchange_api__; `tensor_type`: torch.Tensor. `workspace`: of a GPU. `matrix_groups`: those
+  // whose segments are matrices: each begins at a tile, and all others at a block.
   void lay_out(std::int64_t n, const std::vector<SegmentSpec>& segments, int groups, const StateKeys& keys,
-               const py::capsule& dlpack_api, const py::object& tensor_type, const BufferPtr& workspace);
+               const py::capsule& dlpack_api, const py::object& tensor_type, const BufferPtr& workspace,
+               const std::vector<int>& matrix_groups);
 
   // Makes the sums of this rank sums over ranks. `mine` is a row of doubles; `gather()` fills `all`, which has a row
   // for each rank, from every rank's `mine`. `owned` tells whose sums are added, and `elements` how much of this rank's
@@ -78,6 +80,18 @@ class TensorTable : public NativeStep {
   // One pass of full-batch descent. None: the tensors do not fit the table.
   std::optional<std::vector<double>> descend(const Tensors&, const Descent&, int threads);
 
+  // The origins of segments: their parts of a workspace in which matrices are kept between the passes over them.
+  // `parts` has the segment and the first element of each. `shared` names the matrices that ranks exchange, which all
+  // ranks must have alike: part of the digest.
+  void set_origins(const BufferPtr& workspace, const std::vector<std::pair<std::size_t, std::int64_t>>& parts,
+                   double shared);
+  // After step() has returned true, with the tensors of that step: one pass over the matrices in these tiles. Moves
+  // are counted, and step() counts from 0 again.
+  void matrix_pass(MatrixPass, std::int64_t first_tile, std::int64_t last_tile, int threads);
+  bool matrices_pending() const { return has_matrices_ && !live_.empty(); }
+  int matrix_moves() const { return matrix_moves_; }
+  // After the last of them: lets go of the step's tensors.
+  void end_matrices();
   // Makes the stream's next work follow the last step.
   void join_stream();
 
@@ -101,9 +115,12 @@ class TensorTable : public NativeStep {
   std::array<py::object, 4> array_keys_;  // interned, in the order of kStateArrays; null: no such array
   py::object steps_key_;
   TensorShape scalar_shape_, scalars_shape_;
-  std::vector<py::object> live_;   // what the call in progress reads and writes
+  std::vector<py::object> live_;   // what the call in progress reads and writes; with matrices, until end_matrices()
   bool overlaps_checked_ = false;  // of parameters and state, at their present addresses
-  BufferPtr workspace_, mine_, all_, owned_;
+  BufferPtr workspace_, mine_, all_, owned_, origins_;
+  bool has_matrices_ = false;
+  double shared_ = 0.0;
+  int matrix_moves_ = 0;
   py::object gather_;
 };
 

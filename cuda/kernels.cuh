@@ -6,6 +6,8 @@
 //     step_in_one<S, P>           all passes of preconditioner P in one launch: the blocks wait for each decision. What
 //                                 the first pass loaded, g and one more array, stays in shared memory as far as it fits
 //     part<S, Pass>               one pass with scalars from the host: parts of a step, and full-batch descent
+//     matrix_pass<S, Pass>        muon: one pass over a batch of matrices, with what the step before it has decided
+//     matrix_squares, matrix_scale    muon: divide every matrix of a batch by its norm
 //     index_tiles                 fills Arguments::tile_index, if there are many tiles
 //     upload_entries<Entry>       the tables of segments and groups, from kernel arguments: no copy, no pinned memory,
 //                                 and a graph can capture it
@@ -284,6 +286,62 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
 #pragma unroll
   for (int j = 0; j < Pass::kSums; ++j) a.control->sums[j] = x[j];
   if (Pass::kFormsLargest) a.control->sums[Pass::kSums] = largest;
+}
+
+// One pass over the matrices in the tiles from `first` to `last`, exclusive. Nothing if the step was skipped.
+template <class S, class Pass>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
+    matrix_pass(const __grid_constant__ Arguments a, const int first, const int last) {
+  __shared__ typename BlockContext<S>::InShared groups;
+  if (found_inf_set(a) || a.control->plan.skip) return;
+  const BlockContext<S> context(a, groups, true);
+  const Pass pass = Pass::of(*a.scalars, ElementBroadcast<S>{});
+  ThreadSums<S, Pass::kSums> sums = {};
+#pragma unroll 1
+  for (int tile = first + static_cast<int>(blockIdx.x); tile < last; tile += static_cast<int>(gridDim.x)) {
+    run_tile<false>(context, pass, tile, -1, sums);
+  }
+}
+
+// Matrices of n elements each in x, each in `chunks` parts; block b takes part b % chunks of matrix b / chunks.
+template <class S>
+struct MatrixPart {
+  S *begin, *end;
+  __device__ MatrixPart(S* x, std::int64_t n, int chunks) {
+    const std::int64_t matrix = blockIdx.x / static_cast<unsigned>(chunks);
+    const std::int64_t from = static_cast<std::int64_t>(blockIdx.x % static_cast<unsigned>(chunks)) * kMatrixChunk;
+    begin = x + matrix * n + from;
+    end = x + matrix * n + (n - from < kMatrixChunk ? n : from + kMatrixChunk);
+  }
+};
+
+// A block's sum of squares, into sums[b].
+template <class S>
+__global__ void __launch_bounds__(kThreads, 1) matrix_squares(S* x, std::int64_t n, int chunks, double* sums) {
+  __shared__ Totals totals;
+  const MatrixPart<S> part(x, n, chunks);
+  double sum[1] = {}, unused = 0.0;
+  for (const S* at = part.begin + threadIdx.x; at < part.end; at += kThreads) {
+    const double value = static_cast<double>(*at);
+    sum[0] += value * value;
+  }
+  block_totals<1, false>(sum, unused, 1u, totals, 0);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum[0];
+}
+
+// Divides by the root of the matrix's sum.
+template <class S>
+__global__ void __launch_bounds__(kThreads, 1) matrix_scale(S* x, std::int64_t n, int chunks, const double* sums) {
+  __shared__ S scale;
+  if (threadIdx.x == 0) {
+    const double* const own = sums + blockIdx.x / static_cast<unsigned>(chunks) * static_cast<unsigned>(chunks);
+    double sum = 0.0;
+    for (int k = 0; k < chunks; ++k) sum += own[k];
+    scale = static_cast<S>(inverse_root(sum, kLargest<S>));
+  }
+  __syncthreads();
+  const MatrixPart<S> part(x, n, chunks);
+  for (S* at = part.begin + threadIdx.x; at < part.end; at += kThreads) *at = scaled_direction(scale, *at);
 }
 
 // As many entries of a table as fit the kernel arguments of every CUDA (4 KB), or of CUDA 12.1 and newer (32,764

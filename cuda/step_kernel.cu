@@ -254,6 +254,38 @@ void descend_in(const Step& step, CudaStep& cuda, const Descent& numbers, double
   with_descent_pass(numbers, ElementBroadcast<S>{}, run);
 }
 
+template <class S, class Pass>
+void matrix_pass_with(const Step& step, CudaStep& cuda, std::int64_t first_tile, std::int64_t last_tile) {
+  const Workspace at(step.n, cuda.max_segments, step.n_groups);
+  write_segments(step, cuda, at);
+  Arguments a = arguments_of(step, cuda, at);
+  write_groups(step, cuda, at, a);
+  const int multiprocessors = attribute_of(cuda.device, cudaDevAttrMultiProcessorCount);
+  const int most = multiprocessors * blocks_per_multiprocessor(matrix_pass<S, Pass>, 0);
+  const int tiles = static_cast<int>(last_tile - first_tile);
+  const int blocks = std::min(tiles, cuda.blocks > 0 ? std::min(cuda.blocks, most) : most);
+  if (tiles == 0) return;
+  launch("matrix_pass", matrix_pass<S, Pass>, {blocks}, cuda, a, static_cast<int>(first_tile),
+         static_cast<int>(last_tile));
+}
+
+template <class S>
+void matrix_pass_in(const Step& step, CudaStep& cuda, MatrixPass kind, std::int64_t first_tile,
+                    std::int64_t last_tile) {
+  if (kind == MatrixPass::input) {
+    matrix_pass_with<S, MatrixInput<S>>(step, cuda, first_tile, last_tile);
+  } else {
+    matrix_pass_with<S, MatrixMove<S>>(step, cuda, first_tile, last_tile);
+  }
+}
+
+template <class S>
+void normalize_in(CudaStep& cuda, void* x, std::int64_t count, std::int64_t n, double* sums) {
+  const int chunks = static_cast<int>(normalize_doubles(1, n)), blocks = static_cast<int>(count) * chunks;
+  launch("matrix_squares", matrix_squares<S>, {blocks}, cuda, static_cast<S*>(x), n, chunks, sums);
+  launch("matrix_scale", matrix_scale<S>, {blocks}, cuda, static_cast<S*>(x), n, chunks, sums);
+}
+
 }  // namespace
 
 // ---- what step_cuda.h promises -----------------------------------------------------------------------------------
@@ -325,6 +357,23 @@ void cuda_state_norms(const Step& step, CudaStep& cuda, double* gg, double* dd, 
   const DeviceGuard guard(cuda.device);
   follow_last_stream(cuda);
   NLCG_BY_TYPE(state_norms_in, step, cuda, gg, dd, gd);
+}
+
+void cuda_matrix_pass(const Step& step, CudaStep& cuda, MatrixPass kind, std::int64_t first_tile,
+                      std::int64_t last_tile) {
+  const DeviceGuard guard(cuda.device);
+  follow_last_stream(cuda);
+  NLCG_BY_TYPE(matrix_pass_in, step, cuda, kind, first_tile, last_tile);
+  mark_last_work(cuda);
+}
+
+void cuda_normalize(CudaStep& cuda, void* x, DType dtype, std::int64_t count, std::int64_t n, double* sums) {
+  const DeviceGuard guard(cuda.device);
+  if (dtype == DType::f64) {
+    normalize_in<double>(cuda, x, count, n, sums);
+  } else {
+    normalize_in<float>(cuda, x, count, n, sums);
+  }
 }
 
 void cuda_last_move(const Step& step, CudaStep& cuda) {

@@ -18,6 +18,8 @@ void cuda_forget(CudaStep&) {}
 void cuda_join_stream(const CudaStep&) {}
 void cuda_last_move(const Step&, CudaStep&) { off(); }
 void cuda_descend(const Step&, CudaStep&, const Descent&, double*) { off(); }
+void cuda_matrix_pass(const Step&, CudaStep&, MatrixPass, std::int64_t, std::int64_t) { off(); }
+void cuda_normalize(CudaStep&, void*, DType, std::int64_t, std::int64_t, double*) { off(); }
 void cuda_state_norms(const Step&, CudaStep&, double*, double*, double*) { off(); }
 bool cuda_update_curvature(const Step&, CudaStep&, double*, double*) { off(); }
 void cuda_preconditioned_dots(const Step&, CudaStep&, double*, double*) { off(); }

@@ -50,6 +50,7 @@ struct SegmentScalars : GroupScalars<S> {
   S inv_sqrt_bias, inv_sqrt_bias_prev;
   // False if alpha is 0: p then keeps every bit, the sign of a zero included.
   __device__ __forceinline__ bool moves() const { return this->alpha != S{0}; }
+  bool matrix;
 };
 
 template <class S, int K>
@@ -75,6 +76,7 @@ struct At {
   __device__ __forceinline__ S inv_sqrt_bias() const { return segment.inv_sqrt_bias; }
   __device__ __forceinline__ S inv_sqrt_bias_prev() const { return segment.inv_sqrt_bias_prev; }
   __device__ __forceinline__ bool moves() const { return segment.moves(); }
+  __device__ __forceinline__ bool is_matrix() const { return segment.matrix; }
   __device__ __forceinline__ void set_p(S p) { p_ = p; }
   __device__ __forceinline__ void set_grad_prev(S g) { grad_prev_ = g; }
   __device__ __forceinline__ void set_d(S d) { d_ = d; }
@@ -117,6 +119,7 @@ struct BlockContext {
     static_cast<GroupScalars<S>&>(x) =
         segment.group < kInlineGroups ? of_group[segment.group] : group_scalars<S>(a, segment.group, clip());
     x.inv_sqrt_bias = x.inv_sqrt_bias_prev = S{};
+    x.matrix = Pass::kMixesMatrices && segment.matrices;
     if (Pass::kUsesStepCounts) {
       Bias bias = a.bias[&segment - a.segments];
       const double steps = *segment.steps;
@@ -164,7 +167,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
   constexpr int kApart = kQuad * kThreads;
   constexpr bool kReadsGradient = Pass::kReadsGradient && !kLoaded;
   constexpr unsigned kInMemory = kLoaded ? ~Pass::kKeptInSharedMemory : ~0u;
-  const unsigned reads = pass.reads() & kInMemory, writes = pass.writes();
+  const unsigned reads = arrays_of<Pass>(here, pass.reads()) & kInMemory, writes = arrays_of<Pass>(here, pass.writes());
   const std::int64_t in_segment = position - here.offset;
   S* const d_at = array_ptr<S>(here.direction, in_segment);
   S* const diagonal_at = array_ptr<S>(here.diagonal, in_segment);
@@ -238,7 +241,7 @@ template <bool kMayReside, class S, class Pass, int K>
 __device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pass& pass, const Segment& segment,
                                         std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
   const SegmentScalars<S> scalars = context.template scalars<Pass>(segment);
-  const unsigned reads = pass.reads(), writes = pass.writes();
+  const unsigned reads = arrays_of<Pass>(segment, pass.reads()), writes = arrays_of<Pass>(segment, pass.writes());
   const std::int64_t in_segment = position - segment.offset;
   const bool resides = kMayReside && smem_offset >= 0;
   const bool loaded = resides && !Pass::kBuiltFromOptionsAlone;

@@ -3,10 +3,12 @@
     python examples/train.py                                                      one process
     torchrun --nproc-per-node=2 examples/train.py                                 DDP
     torchrun --nproc-per-node=2 examples/train.py --parallel fsdp2                parameters and state in shards
+    torchrun --nproc-per-node=2 examples/train.py --parallel fsdp2 --model transformer --preconditioner muon --lr 0.03
 
-A perceptron learns scikit-learn's digits. Every optimizer step sees --batch images, the ranks' shares together, each in
-micro-batches of --micro (virtual batching). --out gets losses.csv and checkpoints by torch.distributed.checkpoint; a
-run that finds one there resumes from it, to the same losses bit for bit, also after SIGKILL. --logdir adds TensorBoard.
+A perceptron learns scikit-learn's digits, or a transformer the characters of Python's own standard library. Every
+optimizer step sees --batch samples, the ranks' shares together, each in micro-batches of --micro (virtual batching).
+--out gets losses.csv and checkpoints by torch.distributed.checkpoint; a run that finds one there resumes from it, to
+the same losses bit for bit, also after SIGKILL. --logdir adds TensorBoard.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import csv
 import gc
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from fastnlcg import NLCG, OnlineLineSearch, warmup_cosine
+from fastnlcg import NLCG, OnlineLineSearch, muon_groups, warmup_cosine
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -34,17 +37,19 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+LENGTH = 64  # characters of a sample
 FIELDS = ("step", "loss", "lr", "beta", "ls_scale", "grad_norm")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("perceptron", "transformer"), default="perceptron")
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="on more than one rank")
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=512, help="images in an optimizer step, over all ranks")
-    parser.add_argument("--micro", type=int, default=64, help="images at a time on a rank, at most")
+    parser.add_argument("--batch", type=int, default=512, help="samples in an optimizer step, over all ranks")
+    parser.add_argument("--micro", type=int, default=64, help="samples at a time on a rank, at most")
     parser.add_argument("--lr", type=float, default=0.003)
-    parser.add_argument("--preconditioner", choices=("adam", "bfgs", "none"), default="adam")
+    parser.add_argument("--preconditioner", choices=("adam", "muon", "bfgs", "none"), default="adam")
     parser.add_argument("--line-search", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/train"))
@@ -64,16 +69,38 @@ def start_ranks() -> torch.device:
     return device
 
 
+class Transformer(nn.Module):
+    """Characters (n, length) to logits of the next ones (n, 128, length)."""
+
+    def __init__(self, width: int = 64, layers: int = 2) -> None:
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(128, width), nn.Embedding(LENGTH, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(LENGTH, device=x.device)
+        x = self.embedding(x) + self.position(torch.arange(LENGTH, device=x.device))
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=True)
+        return self.head(self.norm(x)).transpose(1, 2).contiguous()
+
+
 def make_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     torch.manual_seed(args.seed)  # the same weights on every rank
     net: nn.Module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    if args.model == "transformer":
+        net = Transformer()
     net.to(device)
     if dist.get_world_size() == 1:
         return net
     if args.parallel == "ddp":
         return DistributedDataParallel(net)
-    for layer in net:
-        if isinstance(layer, nn.Linear):
+    for layer in net.layers if isinstance(net, Transformer) else net:
+        if not isinstance(layer, nn.ReLU):
             fully_shard(layer)
     return fully_shard(net)
 
@@ -90,7 +117,13 @@ def gradients_stay_here(net: nn.Module, here: bool) -> Iterator[None]:
     yield
 
 
-def dataset(device: torch.device) -> tuple[Tensor, Tensor]:
+def dataset(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+    if args.model == "transformer":
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        codes = np.concatenate([np.frombuffer(path.read_bytes(), np.uint8) for path in files])
+        codes = codes[codes < 128][: 2048 * LENGTH + 1].astype(np.int64)
+        x, y = (torch.from_numpy(part).view(-1, LENGTH).to(device) for part in (codes[:-1], codes[1:]))
+        return x, y
     images, labels = load_digits(return_X_y=True)
     return torch.from_numpy(images.astype(np.float32) / 16).to(device), torch.from_numpy(labels).to(device)
 
@@ -188,16 +221,17 @@ def main() -> None:
     args = arguments()
     device = start_ranks()
     world, rank = dist.get_world_size(), dist.get_rank()
-    x, y = dataset(device)
+    x, y = dataset(args, device)
     steps_per_epoch = len(x) // args.batch
     if args.batch % world or steps_per_epoch == 0:
         raise SystemExit(f"--batch {args.batch}: expected a multiple of {world} ranks, at most {len(x)}")
     args.out.mkdir(parents=True, exist_ok=True)
     net = make_model(args, device)
+    muon = args.preconditioner == "muon"
     optimizer = NLCG(
-        net.parameters(),
+        muon_groups(net, lr=args.lr, weight_decay=0.1) if muon else net.parameters(),
         args.lr,
-        preconditioner=None if args.preconditioner == "none" else args.preconditioner,
+        preconditioner=None if args.preconditioner == "none" else "adam" if muon else args.preconditioner,
         line_search=OnlineLineSearch() if args.line_search else None,
         average_loss=True,
     )
@@ -213,7 +247,8 @@ def main() -> None:
         loss = train_step(net, optimizer, x[mine], y[mine], args.micro)
         schedule.step()
         did = optimizer.diagnostics()  # over shards, all ranks have to ask
-        numbers = {"beta": did.beta, "ls_scale": did.ls_scale, "grad_norm": did.grad_norm}
+        beta = did.beta if did.beta_matrices is None else did.beta_matrices
+        numbers = {"beta": beta, "ls_scale": did.ls_scale, "grad_norm": did.grad_norm}
         log.write({"step": step, "loss": loss.item(), "lr": lr, **numbers})
         if (step + 1) % args.save_every == 0 or step + 1 == end:
             save(args.out, step + 1, net, optimizer, schedule)

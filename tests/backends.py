@@ -63,7 +63,8 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
         from fastnlcg import _emulated
 
         backend = Backend(name, on_gpu=True)
-        for key in (*NATIVE_CLASSES, "RanksDisagree", "workspace_doubles", "cuda_status"):
+        functions = ("workspace_doubles", "normalize", "normalize_doubles", "cuda_status")
+        for key in (*NATIVE_CLASSES, "RanksDisagree", *functions):
             monkeypatch.setattr(_native, key, getattr(_emulated, key))
         monkeypatch.setattr(_native, "cuda_unavailable_reason", lambda: "")
         monkeypatch.setattr(_native, "current_stream", lambda device, *arrays: 0)

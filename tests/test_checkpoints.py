@@ -229,6 +229,7 @@ def test_the_scalars_are_one_entry_of_a_group_and_not_printed() -> None:
     known = {"lr", "weight_decay", "maximize", "params", "scalars", "alpha_prev", "foreach", "fused", "differentiable"}
     options = {"update", "preconditioner", "line_search", "eps", "curvature_eps", "beta2", "beta_max"}
     more = {"nonfinite", "stochastic_rounding", "capturable", "max_grad_norm", "skip_grad_norm"}
+    more |= {"adjust_lr_fn", "stacked", "split"}
     assert all(set(group) == known | options | more for group in optimizer.param_groups)
     assert "scalars" not in repr(optimizer)
     assert "rz" not in repr(optimizer)

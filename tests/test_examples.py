@@ -24,6 +24,7 @@ WORLDS = {
     "ddp": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
     "fsdp2": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
 }
+MATRICES = ("--model", "transformer", "--preconditioner", "muon", "--lr", "0.03", "--epochs", "5")
 
 
 def start(world: str, out: Path, *options: str) -> subprocess.Popen[str]:
@@ -99,19 +100,38 @@ def test_a_killed_run_goes_on_to_the_same_losses(whole: dict[str, Path], tmp_pat
     """SIGKILL to all ranks, at whatever step they are in; alone twice."""
     options = ("--line-search", "--save-every", "4")
     for beyond in (6, 17) if world == "alone" else (11,):
-        process = start(world, tmp_path, *options)
-        path = tmp_path / "losses.csv"
-        deadline = time.monotonic() + 100
-        while not (path.exists() and path.read_text().count("\n") > beyond + 1):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        for pid in family(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
+        kill_beyond(beyond, world, tmp_path, *options)
         assert len(losses(tmp_path)) < 30
     run(world, tmp_path, *options)
     assert losses(tmp_path) == losses(whole[world])
+
+
+def kill_beyond(steps: int, world: str, out: Path, *options: str) -> None:
+    """Starts a run, and kills it after so many steps."""
+    process = start(world, out, *options)
+    path = out / "losses.csv"
+    deadline = time.monotonic() + 100
+    while not (path.exists() and path.read_text().count("\n") > steps + 1):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    for pid in family(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.thorough  # three runs of two ranks; test_muon_ranks.py compares ranks and resumes
+def test_a_killed_run_with_matrices_goes_on_to_the_same_losses(tmp_path: Path) -> None:
+    """FSDP2, and Muon's direction: a transformer."""
+    options = (*MATRICES, "--save-every", "4")
+    run("fsdp2", tmp_path / "whole", *options)
+    expected = losses(tmp_path / "whole")
+    assert len(expected) == 20
+    assert expected[-1] < 0.7 * expected[0]
+    kill_beyond(9, "fsdp2", tmp_path / "killed", *options)
+    assert len(losses(tmp_path / "killed")) < 20
+    run("fsdp2", tmp_path / "killed", *options)
+    assert losses(tmp_path / "killed") == expected
 
 
 PRINTS = {

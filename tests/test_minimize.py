@@ -333,7 +333,8 @@ def test_a_gradient_with_the_negative_bit_keeps_its_sign(n: int) -> None:
 # ---- torch's transforms ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of jvp
+# torch's own, of jvp: of torch.jit.script, a FutureWarning in 2.14
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_transform_of_torch_func_is_named() -> None:
     def solve(x0: Tensor) -> Tensor:
         return minimize(quartic_of_torch, x0).x

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytorch_optimizer
 import torch
-from fastnlcg import NLCG, OnlineLineSearch
+from fastnlcg import NLCG, OnlineLineSearch, muon_groups
 from torch import Tensor, nn
 from variants import VariantNLCG
 
@@ -59,6 +59,19 @@ def capped(**options: object) -> Maker:
     return lambda net, lr, decay, beta1: NLCG(net.parameters(), lr, weight_decay=decay, beta_max=beta1, **options)
 
 
+def matrices(**options: object) -> Maker:
+    """NLCG with Muon's direction; beta1 is the cap of the matrices' beta, and the rest has its default."""
+
+    def make(net: nn.Module, lr: float, weight_decay: float, beta1: float) -> NLCG:
+        groups = muon_groups(net, lr=lr, weight_decay=weight_decay)
+        for group in groups:
+            if group["preconditioner"] == "muon":
+                group["beta_max"] = beta1
+        return NLCG(groups, **options)
+
+    return make
+
+
 def variant(rule: str) -> Maker:
     return lambda net, lr, decay, beta1: VariantNLCG(list(net.parameters()), lr, rule, beta_max=beta1)
 
@@ -74,6 +87,8 @@ VARIANTS = ("late", "plain", "per_tensor", "dai_yuan", "smoothed")
 OPTIMIZERS: dict[str, Maker] = {
     "nlcg": capped(),
     "nlcg_constant": capped(update="heavy_ball"),
+    "nlcg_muon": matrices(),
+    "nlcg_muon_constant": matrices(update="heavy_ball"),
     **{f"nlcg_{rule}": variant(rule) for rule in VARIANTS},
     "adamw": peer(torch.optim.AdamW),
     # Without torch's schedule of the momentum, which halves beta1 in short trainings: that of Dahl et al. (2306.07179).

@@ -18,6 +18,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 LABELS = {
+    "nlcg_muon": "NLCG, matrices",
+    "nlcg_muon_constant": "NLCG, matrices, beta constant",
     "nlcg": "NLCG",
     "nlcg_constant": "NLCG, beta constant",
     "adamw": "AdamW",
@@ -33,6 +35,7 @@ LABELS = {
     "nlcg_smoothed": "rz smoothed",
 }
 SETTINGS = {"Transformer": rivals.TEXT, "Small images": rivals.IMAGES, "Images": rivals.FULL}
+MATRICES = ("muon", "soap", "schedule_free", "nlcg", "adamw")
 RULES = tuple(f"nlcg_{rule}" for rule in rivals.VARIANTS)
 WHAT = ("test accuracy, %", "validation loss")
 
@@ -140,14 +143,16 @@ def by_beta(rows: Rows, config: Run) -> str:
     return markdown(["", *(f"{beta1:g}" for beta1 in betas)], lines)
 
 
-def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES) -> str:
-    """Differences to NLCG seed by seed (the same data and the same network at the start), mean and standard deviation,
-    and on how many seeds NLCG's training loss is the lower. Nothing, if none of the names has rows."""
-    choice = best_choice(rows, config, "nlcg")
-    ours = {row["seed"]: row for row in rows_at(rows, config, "nlcg", choice)}
+def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, base: str = "nlcg") -> str:
+    """Differences to ``base`` seed by seed (the same data and the same network at the start), mean and standard
+    deviation, and on how many seeds its training loss is the lower. Nothing, if none of the names has rows."""
+    choice = best_choice(rows, config, base)
+    if choice is None:
+        return ""
+    ours = {row["seed"]: row for row in rows_at(rows, config, base, choice)}
     lines = []
     for name in names:
-        theirs = best_choice(rows, config, name) if name != "nlcg" else None
+        theirs = best_choice(rows, config, name) if name != base else None
         if theirs is None:
             continue
         pairs = [(row, ours[row["seed"]]) for row in rows_at(rows, config, name, theirs) if row["seed"] in ours]
@@ -159,7 +164,43 @@ def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES) -> st
         differences = plus_minus(difference, 3, usual), plus_minus(of_result, digits, usual)
         lines.append([LABELS[name], f"{theirs[0]:g}", *differences, f"{lower} of {len(pairs)}"])
     what = "validation loss" if config.model == "transformer" else "test accuracy, points"
-    return markdown(["less NLCG", "peak", "training loss", what, "NLCG lower on"], lines) if lines else ""
+    header = [f"less {LABELS[base]}", "peak", "training loss", what, f"{LABELS[base]} lower on"]
+    return markdown(header, lines) if lines else ""
+
+
+def without_search(rows: Rows) -> str:
+    """With the peak and the decay that were chosen for Muon: training loss and result at every momentum, or cap of
+    beta, that has two seeds; transformer, small images, and the transformer in four times as many steps."""
+    text, small = (
+        dataclasses.replace(config, precision=rows[0]["precision"]) for config in (rivals.TEXT, rivals.IMAGES)
+    )
+    longer = dataclasses.replace(text, epochs=4 * text.epochs)
+    header, lines = [""], []
+    configs = {"transformer": text, "480 steps": longer, "small images": small}
+    choices = {
+        title: rivals.chosen(rows, text if config is longer else config, "muon") for title, config in configs.items()
+    }
+    for title, config in configs.items():
+        header += [f"{title}: training loss", WHAT[config.model == "transformer"]]
+    for name in ("nlcg_muon", "nlcg_muon_constant", "muon"):
+        for beta1 in rivals.BETAS:
+            cells, found = [], False
+            for title, config in configs.items():
+                peak, _, decay = choices[title]
+                own = rows_at(rows, config, name, (peak, beta1, decay))
+                if len(own) < 2:
+                    cells += ["", ""]
+                    continue
+                usual = 2 if config is longer else len(rivals.SEEDS)
+                cells += [plus_minus([row["final_loss"] for row in own], 3, usual), *results(own, usual)]
+                found = True
+            if found:
+                what = "at most" if name == "nlcg_muon" else "momentum" if name == "muon" else ""
+                label = (
+                    "NLCG, matrices, beta" if name == "nlcg_muon" else LABELS[name] + ("," if name == "muon" else "")
+                )
+                lines.append([f"{label} {what} {beta1:g}".replace("  ", " "), *cells])
+    return markdown(header, lines) if lines else ""
 
 
 def three_seeds(rows: Rows, config: Run, name: str) -> Rows:
@@ -172,20 +213,24 @@ def over_batches(rows: Rows, precision: str) -> dict[str, str]:
     to NLCG's seed by seed."""
     middle = dataclasses.replace(rivals.TEXT, precision=precision)
     configs = [rivals.at_batch(middle, batch) for batch in sorted((middle.batch, *rivals.BATCHES))]
-    ends, differences = ([[LABELS[name]] for name in rivals.OF_BATCHES] for _ in range(2))
+    names = tuple(name for name in rivals.OF_BATCHES if best_choice(rows, middle, name))
+    ends, differences = ([[LABELS[name]] for name in names] for _ in range(2))
+    base = names.index("nlcg")
     for config in configs:
-        of_names = [three_seeds(rows, config, name) for name in rivals.OF_BATCHES]
+        of_names = [three_seeds(rows, config, name) for name in names]
         for k, own in enumerate(of_names):
             loss = plus_minus([row["final_loss"] for row in own], 3, 3) if own else ""
             ends[k].append(f"{loss} ({own[0]['peak']:g})" if own else "")
-            less = [a["final_loss"] - b["final_loss"] for a, b in zip(own, of_names[0], strict=False)]
+            less = [a["final_loss"] - b["final_loss"] for a, b in zip(own, of_names[base], strict=False)]
             differences[k].append(
                 f"{plus_minus(less, 3, 3)}, {sum(x > 0 for x in less)} of {len(less)}" if less else ""
             )
     header = [f"{config.batch * 64:,} characters" for config in configs]
     return {
         "Batches": markdown(["", *header], ends),
-        "Batches, paired": markdown(["less NLCG, NLCG lower on", *header], differences[1:]),
+        "Batches, paired": markdown(
+            ["less NLCG, NLCG lower on", *header], [line for k, line in enumerate(differences) if k != base]
+        ),
     }
 
 
@@ -202,8 +247,12 @@ def tables(rows: Rows) -> dict[str, str]:
         if tuned(config):
             found[f"{title}, beta1"] = by_beta(rows, config)
         found[f"{title}, paired"] = paired(rows, config)
+        if matrices := paired(rows, config, MATRICES, "nlcg_muon"):
+            found[f"{title}, matrices"] = matrices
         if rules := paired(rows, config, RULES):
             found[f"{title}, rules"] = rules
+    if table := without_search(rows):
+        found["Matrices"] = table
     if all(f"{title}, ranking" in found for title in SETTINGS):
         found["Settings"] = settings(rows)
     if best_choice(rows, rivals.at_batch(dataclasses.replace(rivals.TEXT, precision=precision), 96), "nlcg"):
@@ -226,7 +275,7 @@ def picture(rows: Rows, path: Path) -> None:
                 continue
             own = rows_at(rows, config, name, choice)
             mean = np.mean([np.convolve(row["loss"], kernel, "valid") for row in own], 0)
-            width, color = 2.2 if name == "nlcg" else 1.2, f"C{rivals.NAMES.index(name)}"
+            width, color = 2.2 if name in ("nlcg", "nlcg_muon") else 1.2, f"C{rivals.NAMES.index(name)}"
             axis.plot(np.arange(4, 4 + len(mean)), mean, label=LABELS[name], lw=width, color=color)
             ends.append(mean[-1])
         axis.set(xlabel="optimizer steps", title=title, ylim=(min(ends) * 0.97, max(ends) * 1.3))

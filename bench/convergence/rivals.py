@@ -10,8 +10,11 @@ For each setting and optimizer, by training loss, so that the test data has no i
     more       three more seeds at the best of all these
 
 This is done on the transformer and, without two of the optimizers, on the small images. Then follow, on the
-transformer, the rules for beta, and other batches with as many steps at the beta1 and decay chosen above; last, images
-of full size with the choices of the small ones.
+transformer, the rules for beta, and other batches with as many steps at the beta1 and decay chosen above; and images of
+full size with the choices of the small ones.
+
+Last, without any search of their own: NLCG with Muon's direction and Muon itself, both at the peak and decay that were
+chosen for Muon, each at its own default cap or momentum, and with constant momenta; also in four times as many steps.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ BETWEEN = (0.00017, 0.00055, 0.0017, 0.0055, 0.017, 0.055, 0.17, 0.55, 1.7, 5.5)
 FINE = tuple(sorted((*PEAKS, *BETWEEN)))
 # Where each grid starts
 START = {
+    "nlcg_muon": (0.03, 0.1),
     "nlcg": (0.003, 0.01),
     "nlcg_constant": (0.003, 0.01),
     "adamw": (0.01, 0.03),
@@ -56,11 +60,11 @@ TEXT = Run(
 )
 IMAGES = Run("", 1024, schedule="cosine", side=16, train_images=8192, epochs=12)  # 96 steps, as FULL
 FULL = Run("", 4096, schedule="cosine")
-NAMES = ("nlcg", "nlcg_constant", "adamw", "nadamw", "muon", "soap", "schedule_free", "lamb")
+NAMES = ("nlcg_muon", "nlcg", "nlcg_constant", "adamw", "nadamw", "muon", "soap", "schedule_free", "lamb")
 # Without NAdamW and LAMB, for time: all parts take five hours on two cores
-OF_IMAGES = ("nlcg", "nlcg_constant", "adamw", "muon", "soap", "schedule_free")
-OF_BATCHES = ("nlcg", "nlcg_constant", "adamw", "muon", "soap")
-OF_FULL = ("nlcg", "nlcg_constant", "adamw", "muon")
+OF_IMAGES = ("nlcg_muon", "nlcg", "nlcg_constant", "adamw", "muon", "soap", "schedule_free")
+OF_BATCHES = ("nlcg_muon", "nlcg", "nlcg_constant", "adamw", "muon", "soap")
+OF_FULL = ("nlcg_muon", "nlcg", "nlcg_constant", "adamw", "muon")
 # Sequences of 64 characters a batch, and 120 steps as at 384.
 BATCHES = (96, 1024)
 
@@ -196,4 +200,27 @@ def full(rows: Rows, precision: str) -> Iterator[Run]:
     yield from (at(config, name, choice, seed) for seed in SEEDS_OF_FULL for name, choice in choices.items())
 
 
-PARTS = {"text": text, "rules": rules, "batches": batches, "images": images, "full32": full}
+def matrices(rows: Rows, precision: str) -> Iterator[Run]:
+    """Without any search of their own: five seeds of the two defaults; of each constant momentum, and in 480 steps, the
+    first two seeds."""
+    for middle in (TEXT, IMAGES):
+        config = dataclasses.replace(middle, precision=precision)
+        muon = chosen(rows, config, "muon")
+        if muon is None:
+            continue
+        peak, _, decay = muon
+        for seed in SEEDS:
+            yield from (at(config, name, (peak, 0.95, decay), seed) for name in ("nlcg_muon", "muon"))
+        for seed in SEEDS[:2]:
+            yield from (at(config, "nlcg_muon_constant", (peak, beta1, decay), seed) for beta1 in (0.8, 0.9, 0.95))
+    config = dataclasses.replace(TEXT, precision=precision)
+    muon = chosen(rows, config, "muon")
+    if muon is not None:
+        peak, _, decay = muon
+        longer = dataclasses.replace(config, epochs=4 * config.epochs)
+        for seed in SEEDS[:2]:
+            yield at(longer, "nlcg_muon", (peak, 0.95, decay), seed)
+            yield from (at(longer, "muon", (peak, beta1, decay), seed) for beta1 in (0.8, 0.9, 0.95))
+
+
+PARTS = {"text": text, "rules": rules, "batches": batches, "images": images, "full32": full, "matrices": matrices}

@@ -9,10 +9,12 @@
     warmup_cosine       linear warm-up and cosine decay relative to the peak, as a torch scheduler
     paper_schedule      the paper's learning-rate schedule, likewise
     decay_groups        the two usual parameter groups: matrices decay, biases and norms do not
+    muon_groups         the groups of preconditioner="muon": matrices, and the rest
     ops                 the step and its parts over flat buffers; no torch needed
     reference           the definition, in NumPy float64
 
-``NLCG``, ``CGDescent``, ``Diagnostics``, ``decay_groups`` and the schedules need torch, and import it on first use.
+``NLCG``, ``CGDescent``, ``Diagnostics``, the functions that make groups and the schedules need torch, and import it on
+first use.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG, Diagnostics
     from fastnlcg.schedules import paper_schedule, warmup_cosine
     from fastnlcg.tensors.adamw_state import decay_groups
+    from fastnlcg.tensors.muon_groups import muon_groups
 
 __all__ = [
     "NLCG",
@@ -40,6 +43,7 @@ __all__ = [
     "__version__",
     "decay_groups",
     "minimize",
+    "muon_groups",
     "ops",
     "paper_schedule",
     "reference",
@@ -53,6 +57,7 @@ _NEED_TORCH = {
     "CGDescent": "full_batch.cg_descent",
     "Diagnostics": "nlcg",
     "decay_groups": "tensors.adamw_state",
+    "muon_groups": "tensors.muon_groups",
     "paper_schedule": "schedules",
     "warmup_cosine": "schedules",
 }

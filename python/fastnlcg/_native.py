@@ -49,6 +49,8 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "mark_written",
+    "normalize",
+    "normalize_doubles",
     "num_threads",
     "on_gpu",
     "openmp",
@@ -72,8 +74,11 @@ row_signature: int = _core.row_signature
 rank_row = _core.rank_row
 chunk_elements = _core.chunk_elements
 same_objects = _core.same_objects
+normalize = _core.normalize
+normalize_doubles = _core.normalize_doubles
 block_elements: int = _core.block_elements
 most_pairs: int = _core.most_pairs
+tile_elements: int = _core.tile_elements
 SCALARS: dict[str, float] = _core.scalars
 """Every scalar that survives a step, with its value before the first step, in the order of the tensor ``"scalars"``."""
 

@@ -46,6 +46,10 @@ class Diagnostics:
     """the factor that clipping has multiplied the gradient by, in (0, 1]"""
     launches: int = 0
     """CUDA launches of the step's passes: 1 (cooperative), or one per pass; 0 on the CPU"""
+    beta_matrices: float | None = None
+    """with ``"muon"``, the beta of the matrices; ``beta`` and ``rz`` are then those of the other parameters"""
+    rz_matrices: float | None = None
+    """with ``"muon"``, sum(g g) over the matrices"""
 
 
 def read(table: StepTable, param_groups: list[dict[str, Any]], state: Any) -> Diagnostics:
@@ -79,4 +83,6 @@ def read(table: StepTable, param_groups: list[dict[str, Any]], state: Any) -> Di
         total_norm=s["grad_norm"] if table.options.measures_norm else None,
         clip=s["clip"] if table.options.measures_norm else 1.0,
         launches=table.native.launches,
+        beta_matrices=s["beta_matrices"] if table.matrices is not None else None,
+        rz_matrices=s["rz_matrices"] if table.matrices is not None else None,
     )

@@ -13,15 +13,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fastnlcg import _native, compiled, diagnostics
 from fastnlcg.diagnostics import Diagnostics
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.losses import Losses, check_loss, warn_of_skip
-from fastnlcg.options import SHARED, Options, check_real
-from fastnlcg.tensors import adamw_state, groups
+from fastnlcg.options import NAMES, Options, check_below_one, check_real
+from fastnlcg.tensors import adamw_state, groups, muon_state
 from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.tensors.dtensor import is_sharded
+from fastnlcg.tensors.matrices import shape_of
 from fastnlcg.tensors.ranks import check_group, check_whole, shapes_of, world_size
 from fastnlcg.tensors.state_dict import checked, entries_for
 from fastnlcg.tensors.step_table import StepTable
@@ -30,7 +32,7 @@ from fastnlcg.tensors.table import parameters
 __all__ = ["NLCG", "Diagnostics"]
 
 
-_COMPARED = (*SHARED, "capturable")  # the entries of a group whose change makes a step check the group again
+_COMPARED = (*NAMES, "capturable")  # the entries of a group whose change makes a step check the group again
 
 
 class NLCG(torch.optim.Optimizer):
@@ -52,6 +54,12 @@ class NLCG(torch.optim.Optimizer):
                   with y = g - g_prev, s = alpha_prev * d
         None      z = -g
 
+    and the parameters of groups with ``preconditioner="muon"`` are matrices, which have a beta of their own, from the
+    sums of ``g g`` over all of them, and move along a polar factor::
+
+        "muon"    d = beta d - g,  u = beta d - g
+                  p = (1 - alpha weight_decay) p + alpha 0.2 sqrt(max(rows, columns)) polar(u)
+
     =========== ============================ ============= ================== ==================
     \           state per parameter element  bytes moved   weight decay       default beta_max
     =========== ============================ ============= ================== ==================
@@ -59,12 +67,18 @@ class NLCG(torch.optim.Optimizer):
     ``"bfgs"``  hessian_diag, grad_prev,     56            L2                 1 (the paper)
                 direction
     None        grad_prev, direction         28            L2                 1 (the paper)
+    ``"muon"``  direction                    52, products  decoupled          0.95
     =========== ============================ ============= ================== ==================
 
     ``"adam"`` keeps grad_prev too if ``update="polak_ribiere"`` needs it. State is float32 (float64 for float64
     parameters); bytes are those of float32 parameters. It is allocated when a parameter first has a gradient, as
     separate tensors, which may be moved, shared, off-loaded or replaced between steps: the next step takes what
     ``state[p]`` then contains. ``state[p]["step"]`` counts the steps that moved ``p``.
+
+    ``polar(u)`` is five steps of Muon's Newton-Schulz iteration: torch's products, of batches of matrices of one shape,
+    in bfloat16 on a GPU and on processors that multiply in it, else in the state's dtype. Their workspace is kept
+    between steps. If a product raises an exception (out of memory), the matrices of earlier batches have moved and the
+    others have not; interrupts let the step finish.
 
     Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0 and keeps the
     BFGS h. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
@@ -92,15 +106,21 @@ class NLCG(torch.optim.Optimizer):
 
     Args:
         params: parameters, named or not, or groups. Groups may have their own ``lr``, ``weight_decay`` and
-            ``maximize``; everything else is shared.
+            ``maximize``; everything else is shared, but some groups may have ``preconditioner="muon"``, with a
+            ``beta_max`` of their own, and the others ``"adam"``: :func:`fastnlcg.muon_groups` makes such groups. Three
+            more entries of a ``"muon"`` group say what its matrices are: ``stacked=True``, the last two dimensions of
+            each parameter (experts) instead of the first and all others (convolutions); ``split=3`` or
+            ``split=(4096, 1024, 1024)``, parts of fused projections, in rows; and ``adjust_lr_fn="original"``, a step
+            of ``sqrt(max(1, rows / columns))`` as in torch.optim.Muon's default.
         lr: learning rate, a float or one-element tensor >= 0, which schedulers may change. With ``"adam"`` the best
             peak is a third to a tenth of AdamW's (a step is 1 / (1 - beta) times as long): 3e-3 to 1e-2 in the study,
             at every batch size; the default is cautious. The other preconditioners take the rates of SGD; the paper's
             peak is 0.1 * batch / 256.
-        update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1), or ``"heavy_ball"``, a constant beta: then
-            ``preconditioner=None`` is SGD with momentum.
+        update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1; not with ``"muon"``), or ``"heavy_ball"``, a
+            constant beta: then ``preconditioner=None`` is SGD with momentum, and ``"muon"`` is torch.optim.Muon.
         preconditioner: ``"adam"``, the recommended one; ``"bfgs"``, the paper's diagonal of Algorithm 2, for large
-            batches only: at small ones the noise in y inflates h until the steps vanish; or None, plain NLCG.
+            batches only: at small ones the noise in y inflates h until the steps vanish; None, plain NLCG; or
+            ``"muon"``, for matrices alone, which takes Muon's learning rates: 0.02 to 0.1 in the study.
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
             closure, from ``step(loss=...)``, or from :meth:`set_loss`.
         weight_decay: >= 0. Decoupled with ``"adam"``: p is multiplied by ``1 - alpha * weight_decay`` first. Else L2:
@@ -129,6 +149,9 @@ class NLCG(torch.optim.Optimizer):
             are spread over ranks, the loss is always averaged, at no extra cost. None: it is averaged only then, and
             there is a warning if there are other ranks.
         process_group: the process group whose ranks hold the shards of plain parameters.
+        matrix_group: for ``"muon"`` under DDP: a process group of ranks with equal parameters, each of which forms the
+            polar factors of its share of the matrices. None: every rank forms all of them. Matrices that are DTensors
+            are always shared.
         capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a
             tensor on the device (a step is skipped if it is negative or not finite), and a GradScaler leaves unscaling
             and the decision to skip to the step, without waiting.
@@ -151,7 +174,8 @@ class NLCG(torch.optim.Optimizer):
 
     Source: Adya et al., arXiv:1812.02886, Algorithms 1 and 2. The absolute value in h and the defaults of the two eps
     are those of the authors' TensorFlow code; ``"adam"`` (its diagonal: Kingma & Ba, arXiv:1412.6980), ``beta_max``,
-    ``heavy_ball`` and ``nonfinite`` are additions.
+    ``heavy_ball`` and ``nonfinite`` are additions. ``"muon"``: Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon, with a conjugate beta in place of its momentum.
     """
 
     _stepping = False
@@ -164,7 +188,7 @@ class NLCG(torch.optim.Optimizer):
         lr: float | Tensor = 1e-3,
         *,
         update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = "fletcher_reeves",
-        preconditioner: Literal["adam", "bfgs"] | None = "adam",
+        preconditioner: Literal["adam", "bfgs", "muon"] | None = "adam",
         line_search: OnlineLineSearch | None = None,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
@@ -178,6 +202,7 @@ class NLCG(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         average_loss: bool | None = None,
         process_group: Any = None,
+        matrix_group: Any = None,
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -186,7 +211,9 @@ class NLCG(torch.optim.Optimizer):
         if not isinstance(average_loss, bool | None):
             raise TypeError(f"average_loss must be None or a bool, got {average_loss!r}")
         if process_group is not None:
-            check_group(process_group)
+            check_group("process_group", process_group)
+        if matrix_group is not None:
+            check_group("matrix_group", matrix_group)
         options = Options(
             update=update,
             preconditioner=preconditioner,
@@ -213,6 +240,7 @@ class NLCG(torch.optim.Optimizer):
         groups.check(defaults)
         self.average_loss = average_loss
         self._process_group = process_group
+        self._matrix_group = matrix_group
         self._shapes: list[list[Any]] = []
         self._n_params = 0
         self._reset_caches()
@@ -234,6 +262,8 @@ class NLCG(torch.optim.Optimizer):
                         f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}, "
                         "unless it is frozen"
                     )
+                if group["preconditioner"] == "muon" and not isinstance(p, UninitializedTensorMixin):
+                    shape_of(index, p, Options.of_group(group))
             groups.check_together(self.param_groups, len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
@@ -261,7 +291,7 @@ class NLCG(torch.optim.Optimizer):
             for group in param_groups:
                 groups.check(group)
             groups.check_together(param_groups)
-            self._table.set_options(Options.of_group(param_groups[0]))
+            self._table.set_options([Options.of_group(group) for group in param_groups])
             self._checked = current
         options = self._table.options
         assert options is not None
@@ -404,7 +434,7 @@ class NLCG(torch.optim.Optimizer):
                 raise RuntimeError("diagnostics() was called inside a step of the same thread")
             table = self._table
             if table.options is None:
-                table.set_options(Options.of_group(self.param_groups[0]))
+                table.set_options([Options.of_group(group) for group in self.param_groups])
             return diagnostics.read(table, self.param_groups, self.state)
 
     def __repr__(self) -> str:
@@ -468,7 +498,7 @@ class NLCG(torch.optim.Optimizer):
             ValueError: for another optimizer's state dict, amsgrad, L2 weight decay, or another preconditioner than
                 ``"adam"``; the optimizer is unchanged then.
         """
-        self.load_state_dict(adamw_state.from_adamw(self, state_dict))
+        self.load_state_dict(adamw_state.from_adamw(self.param_groups, self._process_group, state_dict))
         adamw_state.warn_of_scheduler(state_dict)
 
     def adamw_state_dict(self, beta1: float = 0.9) -> dict[str, Any]:
@@ -483,14 +513,43 @@ class NLCG(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: for a beta1 outside [0, 1), or another preconditioner than ``"adam"``.
         """
-        beta1 = check_real("beta1", beta1, minimum=0.0)
-        if beta1 >= 1.0:
-            raise ValueError(f"Invalid beta1: {beta1!r}; expected a number in [0, 1)")
-        return adamw_state.to_adamw(self, beta1)
+        return adamw_state.to_adamw(self.state_dict(), self.defaults, check_below_one("beta1", beta1))
+
+    def load_muon_state_dict(self, muon: Mapping[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
+        """Continues a run of ``torch.optim.Muon``, with ``torch.optim.AdamW`` for the other parameters. The direction
+        of a matrix is ``-momentum_buffer / (1 - momentum)``; lr, weight decay and ``adjust_lr_fn`` are taken as they
+        are. The other groups are converted as by :meth:`load_adamw_state_dict`. With ``update="heavy_ball"`` and the
+        momentum as the matrices' beta_max the steps are Muon's; else the first step has beta_max.
+
+        Args:
+            muon: what ``torch.optim.Muon.state_dict()`` returned, over the parameters of the ``"muon"`` groups in their
+                order; in the same groups, or in one.
+            adamw: that of AdamW over the parameters of the other groups; None if there are none.
+
+        Raises:
+            ValueError: for other state dicts, or options without a counterpart (``nesterov=False``, other
+                coefficients or numbers of Newton-Schulz steps); the optimizer is unchanged then.
+        """
+        self.load_state_dict(muon_state.from_muon(self.param_groups, self._process_group, muon, adamw))
+        if adamw is not None:
+            adamw_state.warn_of_scheduler(adamw)
+
+    def muon_state_dict(self, momentum: float = 0.95, beta1: float = 0.9) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The inverse of :meth:`load_muon_state_dict`: state dicts for ``torch.optim.Muon`` over the matrices, and for
+        ``torch.optim.AdamW`` over the other parameters, both in the order of the groups.
+
+        Args:
+            momentum: Muon's, in [0, 1).
+            beta1: AdamW's, in [0, 1).
+        """
+        return muon_state.to_muon(
+            self.state_dict(), self.defaults, check_below_one("momentum", momentum), check_below_one("beta1", beta1)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._process_group is not None:
-            raise TypeError("an NLCG with process_group= cannot be pickled or copied; use its state_dict()")
+        for name, group in (("process_group", self._process_group), ("matrix_group", self._matrix_group)):
+            if group is not None:
+                raise TypeError(f"an NLCG with {name}= cannot be pickled or copied; use its state_dict()")
         state: dict[str, Any] = super().__getstate__()
         return {**state, "average_loss": self.average_loss}
 
@@ -498,6 +557,7 @@ class NLCG(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("average_loss", None)
         self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_matrix_group", None)
         groups.complete(self.param_groups, self.defaults)
         self._shapes = list(map(shapes_of, self.param_groups))
         self._n_params = sum(len(group["params"]) for group in self.param_groups)
@@ -510,7 +570,7 @@ class NLCG(torch.optim.Optimizer):
             self._lock = threading.RLock()
             self._number = compiled.number_of(self)
         _LIVE.add(self)
-        self._table = StepTable(self._process_group, self.average_loss)
+        self._table = StepTable(self._process_group, self.average_loss, self._matrix_group)
         self._checked = []
         self._losses = Losses()
         self._skips = set()

@@ -370,6 +370,11 @@ def nlcg_step(
     weight_decay = check_real("weight_decay", weight_decay, minimum=0.0)
     chosen = Options(preconditioner=preconditioner, **options)
     kind = chosen.kind
+    if kind.of_matrices:
+        raise ValueError(
+            f"preconditioner is {preconditioner!r}, which needs the shapes of matrices, and a flat buffer has none; "
+            "expected 'adam', 'bfgs' or None, or fastnlcg.NLCG"
+        )
     if (diagonal is None) != (kind.diagonal is None):
         wanted = "None" if kind.diagonal is None else f"its {kind.diagonal}"
         got = "None" if diagonal is None else type(diagonal).__name__

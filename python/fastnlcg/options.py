@@ -9,14 +9,14 @@ To add an option: a line of ``NLCG_OPTIONS`` in ``csrc/step_args.h``, a field of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal
 
 from fastnlcg.line_search import OnlineLineSearch
 
-__all__ = ["PRECONDITIONERS", "Options", "Preconditioner", "check_real"]
+__all__ = ["PRECONDITIONERS", "Options", "Preconditioner", "check_below_one", "check_real"]
 
 SMALLEST_EPS = 1.1754944e-38  # the smallest normal float32: anything smaller may be flushed to 0
 LARGEST_COUNT = 2**53  # the largest step count: whole numbers up to this one are exact in a double
@@ -40,11 +40,14 @@ class Preconditioner:
     """whether the diagonal can be 0, so that eps must not be"""
     sums_last_move: bool = False
     """whether its decisions use the sums over the last move (``last_move`` of the native table)"""
+    of_matrices: bool = False
+    """whether its parameters are matrices; another group of the optimizer may then have ``"adam"``"""
 
 
 PRECONDITIONERS: dict[str | None, Preconditioner] = {
     "adam": Preconditioner("adam", "exp_avg_sq", keeps_gradient=False, beta_max=0.9, divides_by_eps=True),
     "bfgs": Preconditioner("bfgs", "hessian_diag", start=1.0, sums_last_move=True),
+    "muon": Preconditioner("muon", keeps_gradient=False, beta_max=0.95, of_matrices=True),
     None: Preconditioner("none"),
 }
 
@@ -90,7 +93,8 @@ def _non_negative(name: str, value: object) -> float:
     return check_real(name, value, minimum=0.0)
 
 
-def _below_one(name: str, value: object) -> float:
+def check_below_one(name: str, value: object) -> float:
+    """``value`` as a float; TypeError or ValueError unless it is a real number in [0, 1)."""
     number = check_real(name, value, minimum=0.0)
     if number >= 1.0:
         raise ValueError(f"Invalid {name}: {value!r}; expected a number in [0, 1)")
@@ -123,9 +127,24 @@ def _line_search(name: str, value: object) -> object:
     return value
 
 
-def _option(default: object, check: Check, *, of_group: bool = False) -> Any:
-    """``of_group``: may differ between parameter groups."""
-    return field(default=default, metadata={"check": check, "of_group": of_group})
+def _split(name: str, value: object) -> int | tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = (value,) if isinstance(value, int) else value
+    if (
+        not isinstance(parts, tuple | list)
+        or not parts
+        or any(isinstance(part, bool) or not isinstance(part, int) for part in parts)
+    ):
+        raise TypeError(f"{name} must be None, an int or a tuple of ints, got {value!r}")
+    if any(part < 1 for part in parts):
+        raise ValueError(f"Invalid {name}: {value!r}; expected ints >= 1")
+    return value if isinstance(value, int) else tuple(parts)
+
+
+def _option(default: object, check: Check, *, of_group: bool = False, native: bool = True) -> Any:
+    """``of_group``: may differ between parameter groups; ``native``: the native step has it too."""
+    return field(default=default, metadata={"check": check, "of_group": of_group, "native": native})
 
 
 @dataclass(frozen=True)
@@ -139,17 +158,22 @@ class Options:
     update: Literal["fletcher_reeves", "polak_ribiere", "heavy_ball"] = _option(
         "fletcher_reeves", _one_of("fletcher_reeves", "polak_ribiere", "heavy_ball")
     )
-    preconditioner: Literal["adam", "bfgs"] | None = _option("adam", _one_of(*PRECONDITIONERS))
+    preconditioner: Literal["adam", "bfgs", "muon"] | None = _option("adam", _one_of(*PRECONDITIONERS))
     line_search: OnlineLineSearch | None = _option(None, _line_search)  # noqa: RUF009
     eps: float = _option(1e-8, _non_negative)
     curvature_eps: float = _option(1e-8, _non_negative)
-    beta2: float = _option(0.999, _below_one)
+    beta2: float = _option(0.999, check_below_one)
     beta_max: float | None = _option(None, _at_most_one_or_none)
     max_grad_norm: float | None = _option(None, _norm_or_none)
     skip_grad_norm: float | None = _option(None, _norm_or_none)
     nonfinite: Literal["skip", "propagate"] = _option("skip", _one_of("skip", "propagate"))
     stochastic_rounding: bool = _option(False, _bool)
     maximize: bool = _option(False, _bool, of_group=True)
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = _option(
+        "match_rms_adamw", _one_of("match_rms_adamw", "original"), of_group=True, native=False
+    )
+    stacked: bool = _option(False, _bool, of_group=True, native=False)
+    split: int | tuple[int, ...] | None = _option(None, _split, of_group=True, native=False)
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -161,6 +185,18 @@ class Options:
             )
         if self.update == "heavy_ball" and self.largest_beta >= 1.0:
             raise ValueError("expected beta_max < 1 with update='heavy_ball', which sets beta = beta_max; got 1")
+        if not self.kind.of_matrices:
+            for name in ("adjust_lr_fn", "stacked", "split"):
+                if getattr(self, name) != getattr(Options, name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r} with preconditioner={self.preconditioner!r}; it is an "
+                        "option of preconditioner='muon'"
+                    )
+        elif self.update == "polak_ribiere":
+            raise ValueError(
+                "update is 'polak_ribiere' with preconditioner='muon'; expected 'fletcher_reeves' or 'heavy_ball', "
+                "which need no grad_prev: its state is the direction alone"
+            )
 
     @property
     def kind(self) -> Preconditioner:
@@ -193,7 +229,7 @@ class Options:
 
     def native(self) -> dict[str, Any]:
         """The options by the names of ``NLCG_OPTIONS`` in ``csrc/step_args.h``."""
-        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        values = {option.name: getattr(self, option.name) for option in fields(self) if option.metadata["native"]}
         search = values["line_search"]
         return {
             **{name: value for name, value in values.items() if name != "nonfinite"},
@@ -201,6 +237,7 @@ class Options:
             "line_search": search is not None,
             "preconditioner": self.kind.native,
             "beta_max": self.largest_beta,
+            "beta_max_matrices": self.largest_beta,
             "measure_norm": self.measures_norm,
             "max_grad_norm": math.inf if self.max_grad_norm is None else self.max_grad_norm,
             "skip_grad_norm": math.inf if self.skip_grad_norm is None else self.skip_grad_norm,
@@ -228,5 +265,18 @@ class Options:
         return {**values, "line_search": None if self.line_search is None else self.line_search.as_tuple()}
 
 
+def native_options(of_groups: Sequence[Options]) -> dict[str, Any]:
+    """The options of the native step of an optimizer with these groups, which :func:`fastnlcg.tensors.groups` has
+    checked together: some may be ``"muon"``, the others are then ``"adam"``."""
+    rest = [options for options in of_groups if not options.kind.of_matrices]
+    matrices = [options for options in of_groups if options.kind.of_matrices]
+    native = (rest or matrices)[0].native()
+    if matrices:
+        native |= {"preconditioner": matrices[0].kind.native, "beta_max_matrices": matrices[0].largest_beta}
+    return native
+
+
 SHARED = tuple(option.name for option in fields(Options) if not option.metadata["of_group"])
-"""The options that all groups of an optimizer share, because its sums run over all groups."""
+"""The options that all groups of an optimizer share, because its sums run over all groups; preconditioner and beta_max
+only those that are ``"muon"``, and those that are not."""
+NAMES = tuple(option.name for option in fields(Options))

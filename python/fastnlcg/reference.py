@@ -19,12 +19,13 @@ estimate, ``v`` Adam's second moment, ``y = g - g_prev``, ``s = alpha_prev * d``
 ``rz = sum(-g z)``.
 
 A preconditioner is an object (:class:`Plain`, :class:`Bfgs`, :class:`Adam`) that defines its own state array, h before
-and after a step's update, and the kind of weight decay.
+and after a step's update, and the kind of weight decay. ``"muon"`` is not one of them: its parameters are matrices
+(:class:`Matrix`), which a step takes besides those of ``"adam"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +40,7 @@ Array = npt.NDArray[np.float64]
 
 __all__ = [
     "DescentPasses",
+    "Matrix",
     "Options",
     "Result",
     "State",
@@ -54,6 +56,7 @@ __all__ = [
     "line_search_scale",
     "minimize",
     "nlcg_step",
+    "polar",
     "preconditioned_residual",
     "scaled_bfgs_diagonal",
     "second_moment",
@@ -86,6 +89,23 @@ class State:
     grad_norm: float = 0.0
     """before clipping, if it is measured; also set by a skipped step"""
     clip: float = 1.0
+    rz_matrices: float = 0.0
+    beta_matrices: float = 0.0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Elements ``begin`` to ``begin + rows * columns`` of the parameters: a matrix, row by row, with
+    ``preconditioner="muon"``. ``size``: the factor of its polar factor."""
+
+    begin: int
+    rows: int
+    columns: int
+    size: float
+
+    @property
+    def elements(self) -> slice:
+        return slice(self.begin, self.begin + self.rows * self.columns)
 
 
 def initial_state(n: int, options: Options | None = None) -> State:
@@ -175,7 +195,7 @@ def conjugacy(update: str, rz: float, rz_new: float, rz_mid: float, beta_max: fl
     return min(max(beta, 0.0), beta_max) if np.isfinite(beta) else 0.0
 
 
-def conjugate_direction(z: Array, beta: float, d: Array) -> Array:
+def conjugate_direction(z: Array, beta: float | Array, d: Array) -> Array:
     """``d_new = z + beta d``."""
     return z + beta * d
 
@@ -193,6 +213,19 @@ def line_search_scale(scale: float, loss: float, loss_prev: float | None, search
     if loss < loss_prev + flat_threshold * abs(loss_prev):
         return min(1.0, scale * (1.0 + increase))
     return scale
+
+
+def polar(u: Array) -> Array:
+    """The polar factor of a matrix, up to the spread of Muon's Newton-Schulz iteration (Jordan et al. 2024): five times
+    ``X = a X + (b A + c A^2) X`` with ``A = X X^T``, from ``X = u / |u|``. It brings the singular values to between 0.7
+    and 1.2, the smallest ones apart. Zero for a matrix of zeros."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    norm = float(np.sqrt(np.sum(u**2)))
+    x = u / norm if norm > 0.0 else np.zeros_like(u)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
 
 
 # ---- the preconditioners ---------------------------------------------------------------------------------------------
@@ -301,6 +334,8 @@ def nlcg_step(
     weight_decay: float | Array = 0.0,
     loss: float | None = None,
     active: npt.NDArray[np.bool_] | None = None,
+    matrices: Sequence[Matrix] = (),
+    beta_max_matrices: float = 0.95,
 ) -> tuple[Array, State]:
     """One step. A pure function: it returns the new parameters and the new state, and changes no argument.
 
@@ -315,6 +350,8 @@ def nlcg_step(
         loss: this step's loss, for the line search; None or a number that is not finite leaves the scale unchanged.
         active: which elements have a gradient, a bool array of shape (n,); all by default. The others keep value and
             state, and are left out of every sum.
+        matrices: the elements that have ``preconditioner="muon"``; the others then have ``"adam"``.
+        beta_max_matrices: upper bound of the beta of the matrices.
 
     Returns:
         The new parameters and the new state.
@@ -323,6 +360,10 @@ def nlcg_step(
         TypeError, ValueError: for an array of the wrong dtype or shape, or a number out of range.
     """
     o = options or Options()
+    if o.preconditioner == "muon" or (matrices and o.preconditioner != "adam"):
+        raise ValueError(
+            f"preconditioner is {o.preconditioner!r}; expected 'adam' with matrices=, whose elements have 'muon'"
+        )
     preconditioner = PRECONDITIONERS[o.preconditioner]
     p, grad = _vector("p", p), _vector("grad", grad)
     if grad.shape != p.shape or state.d.shape != p.shape:
@@ -345,6 +386,9 @@ def nlcg_step(
             return p, replace(state, skipped_steps=state.skipped_steps + 1, grad_norm=grad_norm)
         clip = clip_factor(grad_norm, o.max_grad_norm)
     g = np.where(active, effective_gradient(clip * grad if clip != 1.0 else grad, p, l2, o.maximize), 0.0)
+    is_matrix = np.zeros(p.size, dtype=bool)
+    for matrix in matrices:
+        is_matrix[matrix.elements] = True
     d_old = np.where(active, state.d, 0.0)
     g_prev = np.where(active, state.g_prev, 0.0)
     same_course = state.step != 0 and bool(np.array_equal(active, state.active))
@@ -356,22 +400,33 @@ def nlcg_step(
 
     with np.errstate(all="ignore"):
         h, diagonal, info = preconditioner.update(state, o, g, g_prev, d_old, same=same_course)
-        z = preconditioned_residual(g, h)
-        rz_new = float(np.sum(-g * z))
+        z = np.where(is_matrix, -g, preconditioned_residual(g, h))
+        rz_new = float(np.sum(np.where(is_matrix, 0.0, -g * z)))
+        rz_matrices = float(np.sum(np.where(is_matrix, g * g, 0.0)))
         rz_mid = float(np.sum(g * -preconditioned_residual(g_prev, preconditioner.old_h(state, o))))
         beta = conjugacy(o.update, state.rz, rz_new, rz_mid, o.largest_beta) if same_course else 0.0
 
-        sums = [info.get("ys", 0.0), info.get("shs", 0.0), rz_new, rz_mid]
+        beta_matrices = (
+            conjugacy(o.update, state.rz_matrices, rz_matrices, 0.0, beta_max_matrices) if same_course else 0.0
+        )
+
+        sums = [info.get("ys", 0.0), info.get("shs", 0.0), rz_new, rz_mid, rz_matrices]
         if o.nonfinite == "skip" and not np.all(np.isfinite(sums)):
             return p, replace(state, skipped_steps=state.skipped_steps + 1, grad_norm=grad_norm)
 
-        d = np.where(active, conjugate_direction(z, beta, d_old), state.d)
+        d = np.where(active, conjugate_direction(z, np.where(is_matrix, beta_matrices, beta), d_old), state.d)
+        moves_along = d.copy()
+        for matrix in matrices:
+            at = matrix.elements
+            u = conjugate_direction(z[at], beta_matrices, d[at]).reshape(matrix.rows, matrix.columns)
+            moves_along[at] = matrix.size * polar(u).ravel()
         alpha = (lr(p, d) if callable(lr) else lr) * ls_scale * np.ones(p.size)
-        p_new = np.where(active & (alpha != 0.0), decayed_parameter(p, alpha, decoupled) + alpha * d, p)
+        p_new = np.where(active & (alpha != 0.0), decayed_parameter(p, alpha, decoupled) + alpha * moves_along, p)
+    changed = active & ~is_matrix
     return p_new, State(
         g_prev=np.where(active, g, state.g_prev),
         d=d,
-        diagonal=None if diagonal is None or state.diagonal is None else np.where(active, diagonal, state.diagonal),
+        diagonal=None if diagonal is None or state.diagonal is None else np.where(changed, diagonal, state.diagonal),
         alpha_prev=np.where(active, alpha, state.alpha_prev),
         active=active,
         updates=np.where(active, state.updates + 1, state.updates),
@@ -386,6 +441,8 @@ def nlcg_step(
         updated=info.get("updated", False),
         grad_norm=grad_norm,
         clip=clip,
+        rz_matrices=rz_matrices,
+        beta_matrices=beta_matrices,
     )
 
 

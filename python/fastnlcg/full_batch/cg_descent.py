@@ -148,7 +148,7 @@ class CGDescent(torch.optim.Optimizer):
         if not isinstance(maximize, bool):
             raise TypeError(f"maximize must be a bool, got {maximize!r}")
         if process_group is not None:
-            check_group(process_group)
+            check_group("process_group", process_group)
         self._maximize, self._average_loss, self._process_group = maximize, average_loss, process_group
         self._options = DescentOptions(beta, preconditioner, line_search or HagerZhang(), history)
         self._max_iter = check_count("max_iter", max_iter)

@@ -8,8 +8,8 @@ up, a direction: ``m = beta1 m + (1 - beta1) g`` and ``d = beta d - g / (h + eps
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,8 @@ from fastnlcg.tensors import groups, state_dict
 from fastnlcg.tensors.dtensor import as_like, shard_like
 from fastnlcg.tensors.ranks import device_of, find_ranks
 from fastnlcg.tensors.state import state_dtype
-from fastnlcg.tensors.table import parameters
+from fastnlcg.tensors.table import Groups, parameters
 from fastnlcg.warn import warn
-
-if TYPE_CHECKING:
-    from fastnlcg.nlcg import NLCG
 
 __all__ = ["decay_groups", "from_adamw", "to_adamw"]
 
@@ -53,14 +50,14 @@ _GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 ``amsgrad``."""
 _ENTRY = {"step", "exp_avg", "exp_avg_sq"}
 """The keys of their state for a parameter; a state with other keys belongs to another method."""
-_RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
+RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 """Rates that torch's schedulers keep in a group."""
 
 
-def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+def _checked(own_groups: Groups, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """State and groups of a state dict of Adam or AdamW, with numbers as floats. ValueError for a state dict of another
     optimizer, or an option without a counterpart."""
-    state, saved = state_dict.structure(given, optimizer.param_groups)
+    state, saved = state_dict.structure(given, own_groups)
     converted = []
     for k, group in enumerate(saved):
         where = f"param_groups[{k}]"
@@ -72,17 +69,17 @@ def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any],
         if group["amsgrad"]:
             raise ValueError(f"{where} has amsgrad=True, which has no counterpart")
         numbers = {
-            key: _as_float(where, key, group[key]) for key in ("lr", "eps", "weight_decay", *_RATES) if key in group
+            key: as_float(where, key, group[key]) for key in ("lr", "eps", "weight_decay", *RATES) if key in group
         }
-        betas = [_as_float(where, f"betas[{j}]", beta, below=1.0) for j, beta in enumerate(betas)]
+        betas = [as_float(where, f"betas[{j}]", beta, below=1.0) for j, beta in enumerate(betas)]
         converted.append({**group, **numbers, "betas": betas})
         if group.get("decoupled_weight_decay") is False and numbers["weight_decay"] != 0.0:
             raise ValueError(
                 f"{where} is Adam's with L2 weight decay {group['weight_decay']!r}; NLCG's is decoupled: set it to 0 "
                 "in the file, and choose NLCG's own"
             )
-    finite = optimizer.param_groups[0]["nonfinite"] == "skip"
-    for i, p in state_dict.named(saved, optimizer.param_groups).items():
+    finite = own_groups[0]["nonfinite"] == "skip"
+    for i, p in state_dict.named(saved, own_groups).items():
         if i not in state:
             continue
         where, entry = f"state of parameter {i}", state[i]
@@ -95,7 +92,7 @@ def _checked(optimizer: NLCG, given: Mapping[str, Any]) -> tuple[dict[Any, Any],
     return state, converted
 
 
-def _as_float(where: str, key: str, value: object, *, below: float = math.inf) -> float:
+def as_float(where: str, key: str, value: object, *, below: float = math.inf) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     try:
@@ -107,26 +104,26 @@ def _as_float(where: str, key: str, value: object, *, below: float = math.inf) -
     return number
 
 
-def from_adamw(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
-    """AdamW's state dict converted to one of ``optimizer``; see :meth:`NLCG.load_adamw_state_dict`."""
-    own = [Options.of_group(group) for group in optimizer.param_groups]
+def from_adamw(own_groups: Groups, process_group: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """AdamW's state dict converted to one of an NLCG with these groups; see :meth:`NLCG.load_adamw_state_dict`."""
+    own = [Options.of_group(group) for group in own_groups]
     _check_preconditioner(own)
-    state, saved = _checked(optimizer, given)
+    state, saved = _checked(own_groups, given)
     adamw_group = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
     new_groups: list[dict[str, Any]] = []
     entries: dict[Any, dict[str, Any]] = {}
-    params = parameters(optimizer.param_groups)
-    ranks = find_ranks(params, optimizer._process_group, None, line_search=False)
+    params = parameters(own_groups)
+    ranks = find_ranks(params, process_group, None, line_search=False)
     copies = set() if ranks is None else {id(params[k]) for k in ranks.unowned}
     rz = largest = steps = 0.0
-    for theirs, ours, options in zip(saved, optimizer.param_groups, own, strict=True):
+    for theirs, ours, options in zip(saved, own_groups, own, strict=True):
         (beta1, beta2), eps = theirs["betas"], theirs["eps"]
         rest = {key: value for key, value in ours.items() if key not in ("params", "scalars", "alpha_prev")}
         new_groups.append(
             {
                 **{key: value for key, value in theirs.items() if key not in adamw_group},
                 **rest,
-                **{key: (1.0 - beta1) * theirs[key] for key in ("lr", *_RATES) if key in theirs},
+                **{key: (1.0 - beta1) * theirs[key] for key in ("lr", *RATES) if key in theirs},
                 "params": list(theirs["params"]),
                 "weight_decay": theirs["weight_decay"] / (1.0 - beta1),
                 "eps": eps,
@@ -183,10 +180,9 @@ def _diagonal(v: Tensor, beta2: float, steps: float) -> Tensor:
     return (v / -math.expm1(steps * math.log(beta2))).sqrt() if steps and beta2 else v.sqrt()
 
 
-def to_adamw(optimizer: NLCG, beta1: float) -> dict[str, Any]:
-    """``optimizer``'s state dict converted to AdamW's; see :meth:`NLCG.adamw_state_dict`."""
-    whole = optimizer.state_dict()
-    _check_preconditioner([Options.of_group(group) for group in optimizer.param_groups])
+def to_adamw(whole: Mapping[str, Any], own_keys: Collection[str], beta1: float) -> dict[str, Any]:
+    """An NLCG's state dict converted to AdamW's; see :meth:`NLCG.adamw_state_dict`. ``own_keys``: of NLCG's groups."""
+    _check_preconditioner([Options.of_group(group) for group in whole["param_groups"]])
     defaults = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
     state: dict[Any, dict[str, Any]] = {}
     new_groups: list[dict[str, Any]] = []
@@ -194,13 +190,9 @@ def to_adamw(optimizer: NLCG, beta1: float) -> dict[str, Any]:
         beta2, eps = group["beta2"], group["eps"]
         new_groups.append(
             {
-                **{
-                    key: value
-                    for key, value in group.items()
-                    if key not in ("scalars", "alpha_prev", *optimizer.defaults)
-                },
+                **{key: value for key, value in group.items() if key not in ("scalars", "alpha_prev", *own_keys)},
                 **{key: value for key, value in defaults.items() if key != "params"},
-                **{key: float(group[key]) / (1.0 - beta1) for key in ("lr", *_RATES) if key in group},
+                **{key: float(group[key]) / (1.0 - beta1) for key in ("lr", *RATES) if key in group},
                 "params": list(group["params"]),
                 "weight_decay": float(group["weight_decay"]) * (1.0 - beta1),
                 "betas": (beta1, beta2),

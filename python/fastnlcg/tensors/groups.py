@@ -24,9 +24,20 @@ NUMBERS = ("scalars", "alpha_prev")
 """The entries of a group that are float64 tensors."""
 
 
+_EARLIER = (19,)  # the number of scalars in files of 0.8: without those of the matrices
+
+
 def new_scalars() -> Tensor:
     """The scalars before the first step."""
     return torch.tensor(list(_native.SCALARS.values()), dtype=torch.float64, device="cpu")
+
+
+def lengthen_scalars(group: MutableMapping[str, Any]) -> None:
+    """Adds the scalars that files of earlier versions lack, with the values before the first step."""
+    scalars = group.get("scalars")
+    if isinstance(scalars, Tensor) and scalars.dim() == 1 and scalars.numel() in _EARLIER:
+        more = new_scalars()[scalars.numel() :].to(scalars.device, scalars.dtype)
+        group["scalars"] = torch.cat([scalars.detach(), more])
 
 
 def named_scalars(group: Mapping[str, Any]) -> dict[str, float]:
@@ -43,6 +54,7 @@ def complete(groups: Sequence[MutableMapping[str, Any]], defaults: Mapping[str, 
         group.setdefault("scalars", groups[0].get("scalars"))
         if group["scalars"] is None:
             group["scalars"] = new_scalars()
+        lengthen_scalars(group)
         if group.get("alpha_prev") is None:
             group["alpha_prev"] = torch.zeros((), dtype=torch.float64, device="cpu")
 
@@ -93,8 +105,23 @@ def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
     """ValueError if a shared option of group ``begin`` or a later group differs from the first group's."""
     first = groups[0]
     for k, group in enumerate(groups[begin:], start=begin):
+        is_muon = group["preconditioner"] == "muon"
+        other, alike = next((j, g) for j, g in enumerate(groups) if (g["preconditioner"] == "muon") == is_muon)
+        kinds = {group["preconditioner"], first["preconditioner"]}
+        if "muon" in kinds and len(kinds) == 2 and kinds != {"adam", "muon"}:
+            raise ValueError(
+                f"preconditioner is {group['preconditioner']!r} in parameter group {k} and {first['preconditioner']!r} "
+                "in group 0: if some groups have 'muon', the others must have 'adam'"
+            )
+        for key in ("preconditioner", "beta_max"):
+            if group[key] != alike[key]:
+                raise ValueError(
+                    f"{key} is {group[key]!r} in parameter group {k} and {alike[key]!r} in group {other}: it may "
+                    "differ only between groups with preconditioner='muon' and the others, because the sums of beta "
+                    "run over all groups of either kind"
+                )
         for key in (*SHARED, "capturable"):
-            if group[key] != first[key]:
+            if key not in ("preconditioner", "beta_max") and group[key] != first[key]:
                 raise ValueError(
                     f"{key} is {group[key]!r} in parameter group {k} and {first[key]!r} in group 0: only lr, "
                     "weight_decay and maximize may differ, because the sums run over all groups"

@@ -25,6 +25,7 @@ import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -92,7 +93,12 @@ class Ranks:
         return [sum(column) for column in zip(*owned_rows, strict=True)]
 
     def explain(
-        self, moment: str, step: float, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+        self,
+        moment: str,
+        step: float,
+        options: Mapping[str, Any],
+        groups: Sequence[Mapping[str, Any]],
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> NoReturn:
         """Raises a RuntimeError on all ranks, with the same message, which names what differs. Every rank has to call
         it."""
@@ -102,6 +108,7 @@ class Ranks:
             for group in groups
         ]  # fmt: skip
         mine = {"is in": moment, "step number": int(step), "number of groups": len(groups)}
+        mine |= dict(more)
         mine |= {f"option {key}": repr(value) for key, value in options.items()}
         mine |= {f"{key} of group {k}": value for k, group in enumerate(per_group) for key, value in group.items()}
         by_rank: list[dict[str, Any]] = [{} for _ in self.owned]
@@ -152,14 +159,14 @@ def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[list[Any]]
         )
 
 
-def check_group(group: Any) -> None:
-    """TypeError or ValueError unless ``group`` is a process group that this rank is in."""
+def check_group(name: str, group: Any) -> None:
+    """TypeError or ValueError unless the argument ``name`` is a process group that this rank is in."""
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed process group that this rank is in, got {group!r}")
+        raise TypeError(f"{name} must be a torch.distributed process group that this rank is in, got {group!r}")
     if dist.get_rank(group) < 0:
         raise ValueError(
-            f"process_group has ranks {dist.get_process_group_ranks(group)}; expected this rank, {dist.get_rank()}, to "
-            "be one of them"
+            f"{name} has ranks {dist.get_process_group_ranks(group)}; expected this rank, {dist.get_rank()}, to be one "
+            "of them"
         )
 
 
@@ -206,7 +213,7 @@ def world_size() -> int:
 _GROUPS: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
 
 
-def _group_of(ranks: tuple[int, ...]) -> Any:
+def group_of(ranks: tuple[int, ...]) -> Any:
     """A process group of these ranks, made once for each default group."""
     groups = _GROUPS.setdefault(dist.group.WORLD, {})
     if ranks not in groups:
@@ -240,7 +247,7 @@ def _find_in_mesh(params: Sequence[Tensor], dtensors: dict[int, Tensor], line_se
     elif len(coordinates_of) == world_size():
         group = dist.group.WORLD
     else:
-        group = _group_of(tuple(sorted(coordinates_of)))
+        group = group_of(tuple(sorted(coordinates_of)))
     replicated = [k for k in gathered if k not in summed]
     owned = [all(coordinates_of[rank][k] == own[k] for k in replicated) for rank in dist.get_process_group_ranks(group)]
     unowned = frozenset(i for i in range(len(params)) if any(own[k] != 0 for k in summed - sharded_along.get(i, set())))

@@ -71,6 +71,7 @@ def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
     for group in whole:
         for key, value in optimizer.defaults.items():
             group.setdefault(key, value)
+        groups.lengthen_scalars(group)
     for k, group in enumerate(whole):
         try:
             groups.check(group)
@@ -80,9 +81,10 @@ def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
     if whole:
         groups.check_together(whole)
         _share_scalars(whole)
+    group_of = {index: group for group in whole for index in group["params"]}
     for index, p in named(whole, own).items():
         if index in entries:
-            _check_entry(index, p, entries[index], whole[0])
+            _check_entry(index, p, entries[index], group_of[index])
     return {**given, "state": entries, "param_groups": whole}
 
 
@@ -186,13 +188,16 @@ def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[
     """Every parameter's state as it was saved: copies, on the parameter's device, in the state's dtype. torch's own
     load would cast to the parameter's dtype, which would round float32 state to bfloat16."""
     entries = {}
+    arrays_of = {
+        index: Options.of_group(group).streams() for group in whole["param_groups"] for index in group["params"]
+    }
     for index, p in named(whole["param_groups"], optimizer.param_groups).items():
         if index not in whole["state"]:
             continue
         saved = whole["state"][index]
         device = memory(p).device
         entry: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), dtype=torch.float64, device=device)}
-        for key in Options.of_group(whole["param_groups"][0]).streams():
+        for key in arrays_of[index]:
             shard = shard_like(saved[key], p).detach()
             entry[key] = as_like(shard.to(device, state_dtype(p), copy=True), p)
         entries[p] = entry

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fastnlcg import _native
-from fastnlcg.options import Options
+from fastnlcg.options import Options, native_options
 from fastnlcg.tensors import groups
 from fastnlcg.tensors.checks import DTYPES, usable_gradient
 from fastnlcg.tensors.dtensor import memory, place_of
+from fastnlcg.tensors.matrices import Matrices, Shape, key_of, shape_of
 from fastnlcg.tensors.ranks import find_ranks
 from fastnlcg.tensors.state import local_arrays, missing_arrays
 from fastnlcg.tensors.table import (
@@ -34,10 +35,15 @@ from fastnlcg.tensors.table import (
 class StepTable(ParameterTable):
     """The table of one NLCG's last step."""
 
-    def __init__(self, process_group: Any, average_loss: bool | None) -> None:
+    def __init__(self, process_group: Any, average_loss: bool | None, matrix_group: Any = None) -> None:
         super().__init__()
-        self.process_group, self.average_loss = process_group, average_loss
+        self.process_group, self.average_loss, self.matrix_group = process_group, average_loss, matrix_group
         self.options: Options | None = None
+        """the options of the groups that are not "muon"; those of the first if all are"""
+        self.of_groups: list[Options] = []
+        """the options of every group"""
+        self.matrices: Matrices | None = None
+        """those of the groups that are "muon", if there are any"""
         self.params: list[Tensor] = []
         """every parameter of every group"""
         self.groups: Groups = []
@@ -62,21 +68,25 @@ class StepTable(ParameterTable):
         self._disagreements: Tensor | None = None  # found by the device, in pinned memory
         self._begun = False  # a step was taken, or the state made for one
 
-    def set_options(self, options: Options) -> None:
-        """Options that may have changed since the last step. ValueError if they need another state."""
-        old = self.options
-        if old is not None and self.native is not None:
-            if options.preconditioner != old.preconditioner:
-                raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
-            if options.streams() != old.streams():
-                raise ValueError(
-                    "update cannot change to one that needs other state (grad_prev) once there is some; make a new "
-                    "optimizer"
-                )
-            self.native.set_options(options.native())
-            if (options.line_search is None) != (old.line_search is None):
+    def set_options(self, of_groups: list[Options]) -> None:
+        """Options of every group that may have changed since the last step. ValueError if they need another state."""
+        options = next((o for o in of_groups if not o.kind.of_matrices), of_groups[0])
+        if self.options is not None and self.native is not None:
+            for new, old in zip(of_groups, self.of_groups, strict=False):
+                if new.preconditioner != old.preconditioner:
+                    raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
+                if new.streams() != old.streams():
+                    raise ValueError(
+                        "update cannot change to one that needs other state (grad_prev) once there is some; make a new "
+                        "optimizer"
+                    )
+            if (options.line_search is None) != (self.options.line_search is None):
                 self.current, self._ranks_known = False, False  # other ranks may have a say in the loss
-        self.options = options
+            if any(o.kind.of_matrices for o in (*of_groups, *self.of_groups)) and of_groups != self.of_groups:
+                self.current = False  # the matrices of a parameter may be others
+            else:
+                self.native.set_options(native_options(of_groups))
+        self.options, self.of_groups = options, of_groups
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -107,14 +117,18 @@ class StepTable(ParameterTable):
             at = self._tensors(param_groups, state)
             # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
             torch.autograd.graph.increment_version(self._active_params)
+            threads = _native.num_threads()
             try:
                 if on_gpu:
                     moved = self._on_gpu(native, at, lr, weight_decay, maximize, loss, capturable, amp)
                 else:
-                    rates, threads = [float(rate) for rate in lr], _native.num_threads()
+                    rates = [float(rate) for rate in lr]
                     moved = native.step(at, rates, weight_decay, maximize, self.active_set, float(loss), threads)
             except _native.RanksDisagree:
                 self.explain("step()", param_groups)
+            finally:
+                if self.matrices is not None and native.matrices_pending:
+                    self.matrices.finish(native, threads)
             if moved is None:
                 continue
             self._begun = True
@@ -203,12 +217,13 @@ class StepTable(ParameterTable):
     def _local_entries(self) -> list[dict[str, Tensor]]:
         """This rank's memory of the state; one element for a shard that has none."""
         assert self.options is not None
+        start_of = {key: start for options in self.of_groups for key, start in options.streams().items()}
         entries = []
         for entry in self._entries:
             local = local_arrays(entry)
             if "direction" in local and local["direction"].numel() == 0:
-                for key, start in self.options.streams().items():
-                    local[key] = torch.full((1,), start, dtype=local[key].dtype, device=local[key].device)
+                for key in start_of.keys() & local.keys():
+                    local[key] = torch.full((1,), start_of[key], dtype=local[key].dtype, device=local[key].device)
             entries.append(local)
         return entries
 
@@ -252,7 +267,9 @@ class StepTable(ParameterTable):
         assert self.ranks is not None
         assert self.options is not None
         step = groups.named_scalars(param_groups[0])["step"]
-        self.ranks.explain(moment, step, vars(self.options), param_groups)
+        shared = () if self.matrices is None else self.matrices.shared()
+        more = {"matrices with gradients": ", ".join(map(str, shared))} if self.matrices is not None else {}
+        self.ranks.explain(moment, step, vars(self.options), param_groups, more)
 
     def _raise_disagreement(self) -> None:
         """On a GPU only the device knows at once: the steps since then have changed nothing."""
@@ -285,17 +302,24 @@ class StepTable(ParameterTable):
             for i, (p, g) in enumerate(zip(params, grads, strict=True))
             if g is not None and p.numel()
         }
+        group_of = [k for k, group in enumerate(param_groups) for _ in group["params"]]
+        options_of = [self.of_groups[k] for k in group_of]
+        shapes = {i: shape_of(i, params[i], options_of[i]) for i in stateful if options_of[i].kind.of_matrices}
         ranks = self.ranks
         if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
             search = self.options.line_search is not None
             ranks = find_ranks(params, self.process_group, self.average_loss, search)
+        if shapes:  # those of one batch one after another
+            first: dict[Any, int] = {}
+            keys = {i: (first.setdefault(key_of(params[i], shape), i), i) for i, shape in shapes.items()}
+            stateful = [*(i for i in stateful if i not in shapes), *sorted(shapes, key=keys.__getitem__)]
         stateful = in_order(stateful, ranks)
         groups.complete(param_groups, {})
         if not stateful and ranks is None and self.native is None:
             return  # no parameter has ever had a gradient: nothing to do
 
         device = self.device_for(params, stateful, ranks)
-        entries = {i: self._missing(i, params[i], state.get(params[i]) or {}) for i in stateful}
+        entries = {i: self._missing(i, params[i], state.get(params[i]) or {}, options_of[i]) for i in stateful}
         active = [i for i in stateful if (params[i].numel() if to_look else i in usable)]
         if _native.on_gpu(device) and _native.capturing() and any(new for new in entries.values()):
             raise RuntimeError(
@@ -319,12 +343,15 @@ class StepTable(ParameterTable):
                 diagonal=self.options.kind.diagonal,
                 steps="step",
             ),
-            options=self.options.native(),
-            group_of=[k for k, group in enumerate(param_groups) for _ in group["params"]],
+            options=native_options(self.of_groups),
+            group_of=group_of,
             n_groups=len(param_groups),
             place=(lambda p: place_of(p, self.process_group)) if rounding else None,
+            matrices=shapes,
+            matrix_groups=[k for k, options in enumerate(self.of_groups) if options.kind.of_matrices],
         )
         assert self.native is not None
+        self._lay_out_matrices(params, active, shapes)
         self.params, self.groups = params, list(param_groups)
         self._group_params = [list(group["params"]) for group in param_groups]
         self._ranks_known = True
@@ -347,10 +374,24 @@ class StepTable(ParameterTable):
             numbers = [group["alpha_prev"] for group in param_groups]
             self.native.last_move(self.look_at(param_groups[0]["scalars"], numbers), _native.num_threads())
 
-    def _missing(self, i: int, p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _lay_out_matrices(self, params: list[Tensor], active: list[int], shapes: dict[int, Shape]) -> None:
+        """Batches of the matrices, and their workspace."""
+        if not shapes:
+            self.matrices = None
+            return
+        assert self.native is not None
+        tile = _native.tile_elements
+        ends = {i: self.offset_of[i] + max(memory(params[i]).numel(), 1) for i in shapes}
+        tiles = {i: (self.offset_of[i] // tile, -(-end // tile)) for i, end in ends.items()}
+        self.matrices = self.matrices or Matrices(self.matrix_group)
+        parts = self.matrices.lay_out(params, active, shapes, tiles, self._dtype, self.device)
+        shared = self.matrices.shared()
+        self.native.set_origins(_native.Buffer(self.matrices.workspace), parts, name_of(shared, ()) if shared else 0.0)
+
+    @staticmethod
+    def _missing(i: int, p: Tensor, entry: Mapping[str, Any], options: Options) -> dict[str, Tensor]:
         """The state that parameter ``i`` lacks, with its count of steps."""
-        assert self.options is not None
-        new = missing_arrays(i, p, entry, self.options.streams())
+        new = missing_arrays(i, p, entry, options.streams())
         step, device = entry.get("step"), memory(p).device
         fits = (
             isinstance(step, Tensor)

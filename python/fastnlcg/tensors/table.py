@@ -12,8 +12,7 @@ empty shard as one dummy element that is always zero, so that step counts agree 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +46,8 @@ class ParameterTable:
         self.device = torch.device("cpu")
         self.copies: list[tuple[Tensor, Tensor]] = []
         """the memory of a parameter with gaps, and the copy in which it is stepped"""
+        self.offset_of: dict[int, int] = {}
+        """the place of each parameter in the flat index"""
         self._dtype = torch.float32
         self._workspace: Tensor | None = None
 
@@ -66,6 +67,8 @@ class ParameterTable:
         group_of: Sequence[int] | None = None,
         n_groups: int = 1,
         place: Callable[[Tensor], Place] | None = None,
+        matrices: Collection[int] = (),
+        matrix_groups: Sequence[int] = (),
     ) -> None:
         """Makes the native table: places for the parameters ``stateful``, in their order (see :func:`in_order`), and a
         segment for each of them that is ``active``.
@@ -75,11 +78,13 @@ class ParameterTable:
             options: of the native step, if it takes any.
             group_of: the group of each parameter; all are of one group by default.
             place: where a parameter's elements are in the whole parameter.
+            matrices: the parameters that are matrices: their places are multiples of a tile.
+            matrix_groups: their groups.
         """
         device = self.device_for(params, stateful, ranks)
         dtype = state_dtype(memory(params[stateful[0]])) if stateful else torch.float32
-        offsets, owned, n = places(params, stateful, frozenset() if ranks is None else ranks.unowned)
-        offset_of = dict(zip(stateful, offsets, strict=True))
+        offsets, owned, n = places(params, stateful, frozenset() if ranks is None else ranks.unowned, matrices)
+        self.offset_of = offset_of = dict(zip(stateful, offsets, strict=True))
         segments = []
         for i in active:
             local = memory(params[i])
@@ -107,7 +112,7 @@ class ParameterTable:
         if options is not None:
             self.native.set_options(options)
         workspace = self._workspace_for(n, len(stateful), n_groups)
-        self.native.lay_out(n, segments, n_groups, keys, DLPACK_API, Tensor, workspace)
+        self.native.lay_out(n, segments, n_groups, keys, DLPACK_API, Tensor, workspace, list(matrix_groups))
         if ranks is not None:
             ranks.connect(self.native, owned, device)
         self.ranks = ranks
@@ -182,27 +187,34 @@ def in_place(p: Tensor) -> bool:
     return is_dense(p) and not p.is_neg()
 
 
-def places(params: Sequence[Tensor], stateful: Sequence[int], unowned: frozenset[int]) -> tuple[list[int], int, int]:
-    """Where in the flat index each parameter begins, at multiples of a block; how much of it this rank adds to sums;
-    its length."""
+def places(
+    params: Sequence[Tensor], stateful: Sequence[int], unowned: frozenset[int], matrices: Collection[int] = ()
+) -> tuple[list[int], int, int]:
+    """Where in the flat index each parameter begins, at multiples of a block, or of a tile; how much of it this rank
+    adds to sums; its length."""
     if not stateful:
         return [], 0, 0
-    unit = _native.block_elements
-    sizes = [-(-max(memory(params[i]).numel(), is_sharded(params[i])) // unit) * unit for i in stateful]
-    owned = sum(size for i, size in zip(stateful, sizes, strict=True) if i not in unowned)
-    copies = sum(sizes) - owned
+
+    split = sum(i not in unowned for i in stateful)
+    own, owned = _in_sequence(params, stateful[:split], matrices)
+    others, copies = _in_sequence(params, stateful[split:], matrices)
     if not copies:
-        offsets = list(itertools.accumulate(sizes, initial=0))
-        return offsets[:-1], owned, owned
+        return own, owned, owned
     # The copies begin a span, so that the partial sums before them are those that count.
     span = _native.chunk_elements(owned + copies)
     begin = -(-owned // span) * span
     while _native.chunk_elements(begin + copies) != span:
         span = _native.chunk_elements(begin + copies)
         begin = -(-owned // span) * span
-    split = sum(i not in unowned for i in stateful)
-    offsets = [
-        *list(itertools.accumulate(sizes[:split], initial=0))[:-1],
-        *list(itertools.accumulate(sizes[split:], initial=begin))[:-1],
-    ]
-    return offsets, begin, begin + copies
+    return [*own, *(begin + offset for offset in others)], begin, begin + copies
+
+
+def _in_sequence(params: Sequence[Tensor], indices: Sequence[int], matrices: Collection[int]) -> tuple[list[int], int]:
+    """Where each of these parameters begins, one after another, and where the last one ends."""
+    offsets, end = [], 0
+    for i in indices:
+        unit = _native.tile_elements if i in matrices else _native.block_elements
+        begin = -(-end // unit) * unit
+        offsets.append(begin)
+        end = begin + max(memory(params[i]).numel(), is_sharded(params[i]))
+    return offsets, -(-end // _native.block_elements) * _native.block_elements

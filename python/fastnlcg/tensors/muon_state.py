@@ -1,0 +1,207 @@
+"""Conversion of the state dicts of torch.optim.Muon, with AdamW's for the other parameters, to NLCG's and back.
+
+Muon's buffer is ``m = momentum m + (1 - momentum) g``, and ``d = beta d - g`` with beta = momentum gives
+``d = -m / (1 - momentum)``; the polar factor does not depend on the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnlcg import _native
+from fastnlcg.tensors import adamw_state, groups, state_dict
+from fastnlcg.tensors.adamw_state import RATES, as_float
+from fastnlcg.tensors.dtensor import as_like, is_sharded, shard_like
+from fastnlcg.tensors.polar import COEFFICIENTS, STEPS
+from fastnlcg.tensors.ranks import device_of, find_ranks
+from fastnlcg.tensors.state import state_dtype
+from fastnlcg.tensors.table import Groups, parameters
+
+_GROUP = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
+
+
+def from_muon(
+    own_groups: Groups, process_group: Any, muon: Mapping[str, Any], adamw: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The two state dicts converted to one of an NLCG with these groups; see :meth:`NLCG.load_muon_state_dict`."""
+    inside = [group for group in own_groups if group["preconditioner"] == "muon"]
+    rest = [group for group in own_groups if group["preconditioner"] != "muon"]
+    if not inside:
+        raise ValueError("no parameter group has preconditioner='muon'; load_adamw_state_dict() takes AdamW's alone")
+    if bool(rest) != (adamw is not None):
+        given = "is needed for" if rest else "was given, but there are no"
+        raise ValueError(f"adamw {given} groups with another preconditioner than 'muon': there are {len(rest)}")
+    state, saved = _checked(inside, muon)
+    others: dict[str, Any] = {"state": {}, "param_groups": []}
+    if adamw is not None:
+        others = adamw_state.from_adamw(rest, process_group, adamw)
+    scalars = others["param_groups"][0]["scalars"] if rest else groups.new_scalars()
+    at = list(_native.SCALARS).index
+    steps = max(float(scalars[at("step")]), 1.0 if state else 0.0)
+
+    # A file has indices of its own: those of NLCG's parameters replace both.
+    index_of = {id(p): k for k, p in enumerate(parameters(own_groups))}
+    entries: dict[int, dict[str, Any]] = {}
+    rz = largest = 0.0
+    copies = _copies(own_groups, process_group)
+    for theirs, ours in zip(saved, inside, strict=True):
+        for i, p in zip(theirs["params"], ours["params"], strict=True):
+            if i not in state:
+                continue
+            buffer = _in_shape(state[i]["momentum_buffer"], p)
+            m = shard_like(buffer, p).detach().to(state_dtype(p))
+            d = m / -(1.0 - theirs["momentum"])
+            entries[index_of[id(p)]] = {
+                "direction": as_like(d, p),
+                "step": torch.tensor(steps, dtype=torch.float64),
+            }
+            if id(p) not in copies:
+                rz += float(m.double().square().sum())  # at most that of the gradients: the first beta is beta_max
+            largest = max(largest, float(d.abs().max()) if d.numel() else 0.0)
+    for theirs, ours in zip(others["param_groups"], rest, strict=True):
+        for i, p in zip(theirs["params"], ours["params"], strict=True):
+            if i in others["state"]:
+                entries[index_of[id(p)]] = others["state"][i]
+    rz, largest = _over_ranks(own_groups, process_group, rz, largest, steps)
+    if steps:
+        scalars[at("step")] = steps
+        scalars[at("rz_matrices")] = rz
+        scalars[at("direction_max")] = max(largest, float(scalars[at("direction_max")]))
+        scalars[at("active_set")] = 1.0
+    converted = iter(others["param_groups"])
+    new_groups = []
+    from_file = iter(saved)
+    for ours in own_groups:
+        indices = [index_of[id(p)] for p in ours["params"]]
+        if ours["preconditioner"] != "muon":
+            new_groups.append({**next(converted), "params": indices, "scalars": scalars})
+            continue
+        theirs = next(from_file)
+        kept = {key: value for key, value in ours.items() if key not in ("params", *groups.NUMBERS)}
+        new_groups.append(
+            {
+                **kept,
+                **{key: theirs[key] for key in ("lr", "weight_decay", *RATES) if key in theirs},
+                "adjust_lr_fn": theirs["adjust_lr_fn"],
+                "params": indices,
+                "scalars": scalars,
+                "alpha_prev": torch.tensor(theirs["lr"] if steps else 0.0, dtype=torch.float64),
+            }
+        )
+    return {"state": entries, "param_groups": new_groups}
+
+
+def _checked(inside: Groups, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """State and groups of Muon's state dict, in the groups of ``inside``. ValueError for another optimizer's, or an
+    option without a counterpart."""
+    state, saved = state_dict.structure(_regrouped(given, inside), inside)
+    converted = []
+    for k, group in enumerate(saved):
+        where = f"param_groups[{k}]"
+        if missing := [key for key in _GROUP if key not in group]:
+            raise ValueError(f"{where} lacks {', '.join(missing)}: not the state dict of torch.optim.Muon")
+        same = (True, COEFFICIENTS, STEPS)
+        got = (group["nesterov"], tuple(group["ns_coefficients"]), group["ns_steps"])
+        for name, value, expected in zip(("nesterov", "ns_coefficients", "ns_steps"), got, same, strict=True):
+            if value != expected:
+                raise ValueError(f"{where} has {name}={value!r}, which has no counterpart; expected {expected!r}")
+        numbers = {key: as_float(where, key, group[key]) for key in ("lr", "weight_decay", *RATES) if key in group}
+        momentum = as_float(where, "momentum", group["momentum"], below=1.0)
+        adjust = group["adjust_lr_fn"] or "original"
+        converted.append({**group, **numbers, "momentum": momentum, "adjust_lr_fn": adjust})
+    for i, p in state_dict.named(saved, inside).items():
+        if i not in state:
+            continue
+        where, entry = f"state of parameter {i}", state[i]
+        if not isinstance(entry, Mapping) or set(entry) != {"momentum_buffer"}:
+            got_keys = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+            raise ValueError(f"{where} has {got_keys}, expected Muon's ['momentum_buffer']")
+        value = _in_shape(entry["momentum_buffer"], p)
+        state_dict.check_tensor(where, "momentum_buffer", value, p, finite=inside[0]["nonfinite"] == "skip")
+    return state, converted
+
+
+def _regrouped(given: Mapping[str, Any], inside: Groups) -> Mapping[str, Any]:
+    """``given``, with its only group cut into those of ``inside`` if they have as many parameters together."""
+    saved = given.get("param_groups") if isinstance(given, Mapping) else None
+    if not isinstance(saved, list) or len(saved) != 1 or not isinstance(saved[0], Mapping) or len(inside) == 1:
+        return given
+    whole, sizes = saved[0], [len(group["params"]) for group in inside]
+    if len(whole.get("params", ())) != sum(sizes):
+        return given
+    parts, begin = [], 0
+    for size in sizes:
+        cut = {key: whole[key][begin : begin + size] for key in ("params", "param_names") if key in whole}
+        parts.append({**whole, **cut})
+        begin += size
+    return {**given, "param_groups": parts}
+
+
+def _in_shape(buffer: object, p: Tensor) -> Any:
+    """Muon takes two dimensions only: a buffer of a convolution that was given to it as (out, the rest)."""
+    if isinstance(buffer, Tensor) and not is_sharded(buffer) and buffer.shape == (len(p), p[0].numel()):
+        return buffer.reshape(p.shape)
+    return buffer
+
+
+def _copies(own_groups: Groups, process_group: Any) -> set[int]:
+    params = parameters(own_groups)
+    ranks = find_ranks(params, process_group, None, line_search=False)
+    return set() if ranks is None else {id(params[k]) for k in ranks.unowned}
+
+
+def _over_ranks(own_groups: Groups, process_group: Any, rz: float, largest: float, steps: float) -> tuple[float, float]:
+    """The sum and the largest over the ranks that step together."""
+    params = parameters(own_groups)
+    ranks = find_ranks(params, process_group, None, line_search=False)
+    if ranks is None:
+        return rz, largest
+    ranks.prepare(device_of(ranks, params, torch.device("cpu")))
+    rows = ranks.exchange([rz, largest], steps, "diagnostics", 0.0)
+    return ranks.total(rows)[0], max(row[1] for row in rows)
+
+
+def to_muon(
+    whole: Mapping[str, Any], own_keys: Collection[str], momentum: float, beta1: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An NLCG's state dict converted to Muon's and AdamW's; see :meth:`NLCG.muon_state_dict`."""
+    inside, rest = (
+        [g for g in whole["param_groups"] if (g["preconditioner"] == "muon") == wanted] for wanted in (True, False)
+    )
+    if not inside:
+        raise ValueError("no parameter group has preconditioner='muon'; adamw_state_dict() writes AdamW's alone")
+    defaults = torch.optim.Muon([torch.zeros(1, 1)], momentum=momentum).param_groups[0]
+    state: dict[int, dict[str, Any]] = {}
+    new_groups, number = [], 0
+    for group in inside:
+        kept = {key: value for key, value in group.items() if key not in (*groups.NUMBERS, *own_keys, "params")}
+        indices = list(range(number, number + len(group["params"])))
+        number += len(indices)
+        new_groups.append(
+            {
+                **kept,
+                **{key: value for key, value in defaults.items() if key != "params"},
+                **{key: float(group[key]) for key in ("lr", "weight_decay", *RATES) if key in group},
+                "adjust_lr_fn": group["adjust_lr_fn"],
+                "params": indices,
+            }
+        )
+        for new, old in zip(indices, group["params"], strict=True):
+            entry = whole["state"].get(old) or {}
+            if "direction" in entry:
+                state[new] = {"momentum_buffer": entry["direction"] * -(1.0 - momentum)}
+    renumbered: dict[str, Any] = {"state": {}, "param_groups": []}
+    number = 0
+    for group in rest:
+        indices = list(range(number, number + len(group["params"])))
+        number += len(indices)
+        renumbered["param_groups"].append({**group, "params": indices})
+        for new, old in zip(indices, group["params"], strict=True):
+            if old in whole["state"]:
+                renumbered["state"][new] = whole["state"][old]
+    adamw = adamw_state.to_adamw(renumbered, own_keys, beta1) if rest else {"state": {}, "param_groups": []}
+    return {"state": state, "param_groups": new_groups}, adamw

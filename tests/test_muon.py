@@ -1,0 +1,288 @@
+"""preconditioner="muon": every step against the reference, torch's Muon, bits, interrupts, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backends import Backend
+from fastnlcg import NLCG, muon_groups, reference
+from muon_lockstep import Matrices, MuonLockstep, matrices
+from torch import Tensor, nn
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+# Sides around a block of 16 and a tile of 4096 elements, either side longer, wide enough for the Gram form.
+SHAPES = [(3, 5), (16, 16), (17, 15), (5, 64), (64, 5), (1, 40), (40, 1), (64, 64), (65, 63), (8, 600)]
+
+
+def every_shape(dtype: torch.dtype) -> list[Matrices]:
+    return [matrices(shape, dtype) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+def test_every_shape_in_lockstep(lockstep_on: Backend, dtype: torch.dtype) -> None:
+    lockstep = MuonLockstep(every_shape(dtype), device=lockstep_on.device)
+    betas = []
+    for k in range(6):
+        lockstep.set_gradients(scale=[1.0, 0.8, 2.0, 0.3, 0.9, 0.95][k])
+        betas.append(lockstep.checked_step().beta_matrices)
+    assert 0.0 < min(betas[1:]) < max(betas[1:]) == 0.95
+
+
+LAYOUTS = {
+    "convolution": matrices((6, 4, 3, 3)),
+    "convolution, channels_last": matrices((6, 4, 3, 3), permuted=(0, 2, 3, 1)),
+    "convolution, out inside": matrices((6, 4, 3, 3), permuted=(1, 0, 2, 3)),
+    "transposed": matrices((6, 40), permuted=(1, 0)),
+    "gaps": matrices((6, 40), gaps=True),
+    "stack": matrices((3, 6, 20), stacked=True),
+    "stack of stacks": matrices((2, 3, 6, 20), stacked=True),
+    "stack, permuted": matrices((3, 6, 20), stacked=True, permuted=(1, 0, 2)),
+    "stack, each transposed": matrices((3, 6, 20), stacked=True, permuted=(0, 2, 1)),
+    "fused": matrices((12, 20), split=3),
+    "fused, unequal": matrices((12, 20), split=(8, 2, 2)),
+    "fused, transposed": matrices((12, 20), split=3, permuted=(1, 0)),
+    "stack, fused": matrices((3, 12, 20), stacked=True, split=(9, 3)),
+    "original": matrices((40, 8), adjust_lr_fn="original"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_in_lockstep(cpu_or_emulated: Backend, name: str) -> None:
+    """With two more of the same, so that there are batches of several."""
+    lockstep = MuonLockstep([LAYOUTS[name], matrices((6, 20)), LAYOUTS[name], LAYOUTS[name]])
+    for _ in range(4):
+        lockstep.set_gradients()
+        lockstep.checked_step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update": "heavy_ball"},
+        {"max_grad_norm": 1.0},
+        {"max_grad_norm": math.inf},
+        {"maximize": True, "lr": 1e-3},
+        {"weight_decay": 0.0, "beta_max": 0.5},
+    ],
+    ids=str,
+)
+def test_options_in_lockstep(cpu_or_emulated: Backend, options: dict[str, Any]) -> None:
+    lockstep = MuonLockstep([matrices((6, 20)), matrices((6, 20)), matrices((9, 4))], **options)
+    for k in range(5):
+        lockstep.set_gradients(scale=0.9**k)
+        lockstep.checked_step()
+
+
+def test_matrices_alone_and_with_changing_sets(cpu_or_emulated: Backend) -> None:
+    lockstep = MuonLockstep([matrices((6, 20)), matrices((6, 20)), matrices((9, 4))], rest=())
+    for without in ((), (), (0,), (0,), (2,), (), (0, 1), ()):
+        lockstep.set_gradients(without=without)
+        lockstep.checked_step()
+
+
+# ---- torch's Muon ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+def test_heavy_ball_is_torch_muon(adjust_lr_fn: str) -> None:
+    """torch's products are in bfloat16: an element of a polar factor differs by up to 0.01, and these differences add
+    up, at random, over 20 steps."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((24, 40), (40, 24), (16, 16), (24, 40))]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    groups = {"params": ours, "preconditioner": "muon", "adjust_lr_fn": adjust_lr_fn}
+    nlcg = NLCG([groups], lr=0.02, weight_decay=0.1, update="heavy_ball", beta_max=0.9)
+    muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn=adjust_lr_fn)
+    for _ in range(20):
+        for a, b in zip(ours, theirs, strict=True):
+            noise = torch.randn(a.shape, generator=generator)
+            a.grad, b.grad = a.detach() + noise, b.detach() + noise
+        nlcg.step()
+        muon.step()
+    for a, b, x in zip(ours, theirs, start, strict=True):
+        size = (
+            0.2 * math.sqrt(max(x.shape))
+            if adjust_lr_fn == "match_rms_adamw"
+            else math.sqrt(max(1, x.shape[0] / x.shape[1]))
+        )
+        assert float((a - b).detach().abs().max()) < 20**0.5 * 0.02 * size * 0.02
+        assert float((a - x).detach().abs().max()) > 20 * 0.02 * size * 0.02  # the bound does not let everything pass
+
+
+def test_the_polar_factor_has_singular_values_near_1() -> None:
+    u = torch.randn(20, 50, dtype=F64, generator=torch.Generator().manual_seed(0))
+    singular = np.linalg.svd(reference.polar(u.numpy()), compute_uv=False)
+    assert singular.min() > 0.6
+    assert singular.max() < 1.25
+
+
+# ---- bits, interrupts ------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(30, 24), nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 24), nn.Linear(24, 30))
+
+
+def train(net: nn.Module, optimizer: NLCG, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x, y = (torch.randint(0, 30, (64,), generator=generator) for _ in range(2))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+def bits(net: nn.Module, optimizer: NLCG) -> list[bytes]:
+    entries = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    tensors = [
+        *net.parameters(),
+        *(t for entry in entries for t in entry.values()),
+        optimizer.param_groups[0]["scalars"],
+    ]
+    return [t.detach().numpy().tobytes() for t in tensors]
+
+
+def test_resume_is_bit_exact(cpu_or_emulated: Backend) -> None:
+    net = network()
+    optimizer = NLCG(muon_groups(net, lr=0.02, weight_decay=0.1), max_grad_norm=1.0)
+    train(net, optimizer, 5)
+    saved = {"net": {k: v.clone() for k, v in net.state_dict().items()}, "optimizer": optimizer.state_dict()}
+    other = network()
+    other.load_state_dict(saved["net"])
+    resumed = NLCG(muon_groups(other, lr=0.02, weight_decay=0.1), max_grad_norm=1.0)
+    resumed.load_state_dict(saved["optimizer"])
+    train(net, optimizer, 5, seed=1)
+    train(other, resumed, 5, seed=1)
+    assert bits(net, optimizer) == bits(other, resumed)
+
+
+def test_an_interrupt_lets_the_step_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal arrives while torch multiplies: the exception is raised, and the step is complete."""
+    nets = [network(), network()]
+    optimizers = [NLCG(muon_groups(net, lr=0.02)) for net in nets]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, 2)
+    bmm, fired = torch.bmm, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
+        if len(fired) == 0:
+            fired.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return bmm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "bmm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(nets[0], optimizers[0], 1, seed=1)
+    assert fired
+    train(nets[1], optimizers[1], 1, seed=1)
+    assert bits(nets[0], optimizers[0]) == bits(nets[1], optimizers[1])
+
+
+def test_a_product_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network()
+    optimizer = NLCG(muon_groups(net, lr=0.02))
+    train(net, optimizer, 1)
+
+    def out_of_memory(*args: Any, **kwargs: Any) -> Tensor:
+        raise MemoryError("no memory for the product")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "bmm", out_of_memory)
+        with pytest.raises(MemoryError, match="no memory for the product"):
+            train(net, optimizer, 1)
+    train(net, optimizer, 1)  # and works again
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e30, 1e-36])
+def test_tiny_and_huge_gradients(cpu_or_emulated: Backend, value: float) -> None:
+    """torch's float32 norm of such a matrix is 0 or infinite."""
+    p = nn.Parameter(torch.zeros(20, 30))
+    optimizer = NLCG([{"params": [p], "preconditioner": "muon"}], lr=1.0, weight_decay=0.0)
+    p.grad = value * torch.ones(20, 30)
+    optimizer.step()
+    expected = -0.2 * math.sqrt(30) * reference.polar(np.ones((20, 30)))
+    np.testing.assert_allclose(p.detach().numpy(), expected, rtol=2e-4)
+
+
+def test_a_matrix_of_zeros_only_decays(cpu_or_emulated: Backend) -> None:
+    p = nn.Parameter(torch.ones(20, 30))
+    optimizer = NLCG([{"params": [p], "preconditioner": "muon"}], lr=0.5, weight_decay=0.5)
+    p.grad = torch.zeros(20, 30)
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((20, 30), 0.75))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("of_matrix", [True, False])
+def test_a_bad_number_anywhere_skips_the_step(cpu_or_emulated: Backend, value: float, of_matrix: bool) -> None:
+    if value == 3e38 and of_matrix:
+        value = 3.3e38  # sum(g g) is finite, but u = g + beta d may not be
+    net = network()
+    optimizer = NLCG(muon_groups(net, lr=0.02, weight_decay=0.1))
+    train(net, optimizer, 2)
+    before = bits(net, optimizer)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 30, (64,), generator=generator)
+    optimizer.zero_grad()
+    net(x).square().mean().backward()
+    (net[1].weight if of_matrix else net[1].bias).grad.view(-1)[-1] = value
+    optimizer.step()
+    assert optimizer.diagnostics().skipped_steps == 1
+    assert bits(net, optimizer)[:-1] == before[:-1]
+
+
+def muon(*params: Tensor, **options: Any) -> NLCG:
+    return NLCG([{"params": list(params), "preconditioner": "muon", **options}])
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((7,), {}, r"parameter 0 of shape \(7,\) has no matrices"),
+        ((), {}, r"parameter 0 of shape \(\) has no matrices"),
+        ((0, 4), {}, r"parameter 0 of shape \(0, 4\) is empty"),
+        ((7, 4), {"split": 2}, r"parameter 0 of shape \(7, 4\) cannot be split into 2 parts"),
+        ((7, 4), {"split": (4, 4)}, r"parameter 0 of shape \(7, 4\) cannot be split into parts of \(4, 4\) rows"),
+        ((7, 4), {"split": 0}, "Invalid split: 0"),
+        ((7, 4), {"adjust_lr_fn": "muon"}, "adjust_lr_fn must be one of"),
+        ((7, 4), {"update": "polak_ribiere"}, "update is 'polak_ribiere' with preconditioner='muon'"),
+    ],
+)
+def test_what_is_refused(shape: tuple[int, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        muon(nn.Parameter(torch.zeros(shape)), **options)
+
+
+def test_a_wrong_dtype_is_named() -> None:
+    with pytest.raises(TypeError, match="parameter 0 has dtype torch.complex64"):
+        muon(nn.Parameter(torch.zeros(3, 4, dtype=torch.complex64)))
+
+
+def test_options_of_muon_need_it() -> None:
+    with pytest.raises(ValueError, match="stacked is True with preconditioner='adam'; it is an option of"):
+        NLCG([{"params": [nn.Parameter(torch.zeros(2, 3, 4))], "stacked": True}])
+
+
+def test_only_adam_goes_with_muon() -> None:
+    p, q = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(4))
+    for other in ("bfgs", None):
+        for first in (0, 1):
+            groups = [{"params": [p], "preconditioner": "muon"}, {"params": [q], "preconditioner": other}]
+            with pytest.raises(ValueError, match="if some groups have 'muon', the others must have 'adam'"):
+                NLCG(groups[first:] + groups[:first])
+    with pytest.raises(ValueError, match="beta_max is 0.9 in parameter group 1 and 0.5 in group 0"):
+        NLCG(
+            [
+                {"params": [x], "preconditioner": "muon", "beta_max": b}
+                for x, b in ((p, 0.5), (nn.Parameter(p + 1), 0.9))
+            ]
+        )
