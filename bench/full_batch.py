@@ -281,7 +281,7 @@ def condition(h: np.ndarray) -> float | None:
     return float(largest / least) if least > 1e-10 * largest else None
 
 
-def timing(out: Path) -> None:
+def timing(histories: list[int], out: Path) -> None:
     """Median time of an iteration outside the closure, of CGDescent and torch's L-BFGS in turns, on a diagonal
     quadratic with a wave: float32, one thread."""
     torch.set_num_threads(1)
@@ -302,7 +302,7 @@ def timing(out: Path) -> None:
                     ps, max_iter=1, max_eval=30, history_size=history, line_search_fn="strong_wolfe",
                     tolerance_grad=0.0, tolerance_change=0.0,
                 )
-                for history in (10, 100)
+                for history in histories
             },
         }  # fmt: skip
         runs = {name: Timed(make, shapes) for name, make in sides.items()}
@@ -382,12 +382,15 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[*range(5)])
     parser.add_argument("--problems", nargs="+", help="all of the suites by default")
+    parser.add_argument("--histories", nargs="+", type=int, default=[10, 100], help="of L-BFGS, for time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.what == "run":
         run(arguments.suites, arguments.methods, arguments.seeds, arguments.problems, arguments.out)
-    elif arguments.what in ("hessians", "time"):
-        {"hessians": hessians, "time": timing}[arguments.what](arguments.out)
+    elif arguments.what == "hessians":
+        hessians(arguments.out)
+    elif arguments.what == "time":
+        timing(arguments.histories, arguments.out)
     else:
         from full_batch_plots import plot
 
