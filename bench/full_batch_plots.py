@@ -185,7 +185,7 @@ def time_table(timed: list[Row]) -> str:
     return _markdown(["float32, one thread", *(f"{n}, ms" for n in names), *(f"/ {n}" for n in names[1:])], body)
 
 
-TABLES = {"pinn": pinn_table, "cost": cost_table, "cutest": cutest_table, "networks": network_table}
+TABLES = {"pinn": pinn_table, "cost": cost_table, "cutest": cutest_table}
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -240,5 +240,7 @@ def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
     for name, table in TABLES.items():
         if name != "cutest" or methods:
             print(f"\n{name}\n\n{table(rows)}")
+    if any(row["suite"] == "networks" for row in rows):
+        print(f"\nnetworks\n\n{network_table(rows)}")
     if hessians:
         print(f"\nscale\n\n{scale_table(rows, hessians)}")

@@ -322,6 +322,16 @@ def test_a_factor_that_is_not_finite_is_dropped(make: Any, bad: float) -> None:
     assert bool((vector == 2.0).all())
 
 
+def test_a_factor_of_zeros_keeps_its_basis() -> None:
+    turning = Rotation([Matrix(0, (2, 1))], np.zeros)
+    left = turning.matrices[0].sides["left"]
+    left["basis"][:] = [[0.6, 0.8], [-0.8, 0.6]]
+    h = np.array([1.0, 2.0])
+    assert not turning.turn(h, [])
+    assert left["basis"].tolist() == [[0.6, 0.8], [-0.8, 0.6]]
+    assert h.tolist() == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError("no convergence"), None])
 def test_an_eigendecomposition_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     """It raises, or returns vectors that are not finite: the bases stay, and the run goes on."""
