@@ -43,7 +43,7 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
 
 def pinn_table(rows: list[Row]) -> str:
     """Geometric mean over the seeds of the loss at the end of the budget; least and largest; the number of seeds, if
-    not all have run."""
+    not all have run, and then no mean over the problems."""
     body = []
     grouped = _grouped(rows, ("pinn",))
     most = max(len(some) for by_method in grouped.values() for some in by_method.values())
@@ -57,7 +57,7 @@ def pinn_table(rows: list[Row]) -> str:
             line.append(
                 f"{geometric_mean(losses):.1e} ({min(losses):.1e} to {max(losses):.1e}{seeds})" if losses else ""
             )
-        line.append(f"{geometric_mean(everything):.1e}" if everything else "")
+        line.append(f"{geometric_mean(everything):.1e}" if len(everything) == most * len(grouped) else "")
         body.append(line)
     return _markdown(["", *grouped, "all"], body)
 
