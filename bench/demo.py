@@ -1,5 +1,5 @@
-"""The demonstration, in two parts: NLCG next to AdamW, Momentum, RMSProp and the paper's form of NLCG at large batch,
-on the real images of scikit-learn's digits; and minimize() next to L-BFGS in full batch, on a physics-informed network.
+"""The demonstration, in two parts: NLCG next to AdamW, Momentum, RMSProp and other forms of NLCG at large batch, on
+the real images of scikit-learn's digits; and minimize() next to L-BFGS in full batch, on a physics-informed network.
 
     make demo            or: python bench/demo.py [--out DIR]
 
@@ -29,7 +29,7 @@ import fastnlcg
 import matplotlib as mpl
 import numpy as np
 import torch
-from fastnlcg import NLCG, warmup_cosine
+from fastnlcg import NLCG, muon_groups, warmup_cosine
 from full_batch import METHODS, Meter, Over
 from full_batch_problems import poisson
 from sklearn.datasets import load_digits
@@ -46,12 +46,22 @@ STEPS = 100
 SEEDS = range(5)
 # Each with its peaks: five, factors of 3 apart, around its best.
 OPTIMIZERS: dict[str, tuple[Callable[[Any, float], torch.optim.Optimizer], tuple[float, ...]]] = {
-    "NLCG": (NLCG, (0.001, 0.003, 0.01, 0.03, 0.1)),
-    "NLCG, paper": (lambda params, lr: NLCG(params, lr, preconditioner="bfgs"), (0.03, 0.1, 0.3, 1.0, 3.0)),
-    "AdamW": (lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=0.0), (0.003, 0.01, 0.03, 0.1, 0.3)),
-    "Momentum": (lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9), (0.03, 0.1, 0.3, 1.0, 3.0)),
+    "NLCG": (lambda net, lr: NLCG(net.parameters(), lr), (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "NLCG, matrices": (lambda net, lr: NLCG(muon_groups(net, lr=lr)), (0.03, 0.1, 0.3, 1.0, 3.0)),
+    "NLCG, paper": (
+        lambda net, lr: NLCG(net.parameters(), lr, preconditioner="bfgs"),
+        (0.03, 0.1, 0.3, 1.0, 3.0),
+    ),
+    "AdamW": (
+        lambda net, lr: torch.optim.AdamW(net.parameters(), lr, weight_decay=0.0),
+        (0.003, 0.01, 0.03, 0.1, 0.3),
+    ),
+    "Momentum": (
+        lambda net, lr: torch.optim.SGD(net.parameters(), lr, momentum=0.9),
+        (0.03, 0.1, 0.3, 1.0, 3.0),
+    ),
     "RMSProp": (  # the settings of the authors' script
-        lambda params, lr: torch.optim.RMSprop(params, lr, alpha=0.9, momentum=0.9, eps=1.0),
+        lambda net, lr: torch.optim.RMSprop(net.parameters(), lr, alpha=0.9, momentum=0.9, eps=1.0),
         (0.03, 0.1, 0.3, 1.0, 3.0),
     ),
 }
@@ -74,7 +84,7 @@ def train(name: str, peak: float, seed: int) -> dict[str, Any]:
     """One run: losses before every step and after the last, test accuracy in percent, seconds per training step."""
     x, x_test, y, y_test = split(seed)
     net = perceptron(seed)
-    optimizer = OPTIMIZERS[name][0](net.parameters(), peak)
+    optimizer = OPTIMIZERS[name][0](net, peak)
     schedule = warmup_cosine(optimizer, STEPS)
     losses, seconds = [], []
     for _ in range(STEPS):
@@ -116,14 +126,14 @@ def at_best_peaks(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 def table(best: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         f"Digits, batch 1437 (all), {STEPS} steps, {len(SEEDS)} seeds; one schedule, each at its best of five peaks",
-        f"{'':<13}{'peak lr':>8}{'final loss':>22}{'test accuracy %':>18}{'ms / step':>11}",
+        f"{'':<15}{'peak lr':>8}{'final loss':>22}{'test accuracy %':>18}{'ms / step':>11}",
     ]
     for name, runs in best.items():
         accuracies = [run["accuracy"] for run in runs]
         losses = [run["losses"][-1] for run in runs]
         ms = statistics.median(run["ms_per_step"] for run in runs)
         lines.append(
-            f"{name:<13}{runs[0]['peak_lr']:>8.3g}{statistics.fmean(losses):>13.4f} ± {statistics.stdev(losses):.4f}"
+            f"{name:<15}{runs[0]['peak_lr']:>8.3g}{statistics.fmean(losses):>13.4f} ± {statistics.stdev(losses):.4f}"
             f"{statistics.fmean(accuracies):>11.2f} ± {statistics.stdev(accuracies):.2f}{ms:>11.2f}"
         )
     return "\n".join(lines)
@@ -140,7 +150,7 @@ def plot(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
             (line,) = panel.plot(at, losses.mean(0), label=f"{name}, lr {runs[0]['peak_lr']:g}")
             panel.fill_between(at, losses.min(0), losses.max(0), alpha=0.15, color=line.get_color(), linewidth=0)
     for panel, label in zip(panels, ("step", "seconds of training"), strict=True):
-        panel.set(yscale="log", xlabel=label)
+        panel.set(yscale="log", xlabel=label, ylim=(1e-5, 10))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("training loss")
     panels[0].legend()

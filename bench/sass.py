@@ -27,6 +27,8 @@ LOADS = {
     "CurvatureAndMove": 5,
     "AdamDots": 3,
     "AdamMove": 4,
+    "MuonDots": 3,
+    "MuonMove": 4,
 }
 ENDS = frozenset(("BRA", "BRX", "JMP", "EXIT", "BAR", "CALL", "RET"))
 

@@ -330,9 +330,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "Python: one lr for all groups": (
-        "python/fastnlcg/tensors/table.py",
-        "rates, threads = [float(rate) for rate in lr]",
-        "rates, threads = [float(lr[0]) for rate in lr]",
+        "python/fastnlcg/tensors/step_table.py",
+        "rates = [float(rate) for rate in lr]",
+        "rates = [float(lr[0]) for rate in lr]",
     ),
     "Python: alpha_prev is not loaded": (
         "python/fastnlcg/tensors/state_dict.py",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import signal
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from backends import Backend
-from fastnlcg import NLCG, muon_groups, reference
+from fastnlcg import NLCG, OnlineLineSearch, muon_groups, reference
 from muon_lockstep import Matrices, MuonLockstep, matrices
 from torch import Tensor, nn
 
@@ -83,6 +85,38 @@ def test_matrices_alone_and_with_changing_sets(cpu_or_emulated: Backend) -> None
     for without in ((), (), (0,), (0,), (2,), (), (0, 1), ()):
         lockstep.set_gradients(without=without)
         lockstep.checked_step()
+
+
+def test_the_first_steps_may_have_no_matrix(cpu_or_emulated: Backend) -> None:
+    lockstep = MuonLockstep([matrices((6, 20)), matrices((9, 4))])
+    for without in ((0, 1), (0, 1), (1,), ()):
+        lockstep.set_gradients(without=without)
+        lockstep.checked_step()
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_narrow_parameters_in_lockstep(cpu_or_emulated: Backend, dtype: torch.dtype) -> None:
+    lockstep = MuonLockstep([matrices((17, 40), dtype), matrices((3, 6, 20), dtype, stacked=True)], max_grad_norm=2.0)
+    for _ in range(4):
+        lockstep.set_gradients()
+        lockstep.checked_step()
+
+
+def test_stochastic_rounding_keeps_small_moves_on_average(cpu_or_emulated: Backend) -> None:
+    """Each move is a twentieth of a bfloat16's spacing at 1: rounded to the nearest, nothing would ever move."""
+    g = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    o = torch.from_numpy(0.2 * 8 * reference.polar(g.numpy().astype(float)))
+    lr = 2.0**-8 / 20 / float(o.abs().mean())
+    moved = {}
+    for stochastic in (True, False):
+        p = nn.Parameter(torch.ones(64, 64, dtype=BF16))
+        optimizer = NLCG([{"params": [p], "preconditioner": "muon"}], lr=lr, stochastic_rounding=stochastic)
+        for _ in range(20):
+            p.grad = g.to(BF16)
+            optimizer.step()
+        moved[stochastic] = float(((p.detach().double() - 1) * -o.sign()).mean())
+    assert moved[True] == pytest.approx(20 * lr * float(o.abs().mean()), rel=0.1)
+    assert abs(moved[False]) < 0.2 * moved[True]
 
 
 # ---- torch's Muon ----------------------------------------------------------------------------------------------------
@@ -182,6 +216,72 @@ def test_an_interrupt_lets_the_step_finish(monkeypatch: pytest.MonkeyPatch) -> N
     assert fired
     train(nets[1], optimizers[1], 1, seed=1)
     assert bits(nets[0], optimizers[0]) == bits(nets[1], optimizers[1])
+
+
+def test_a_compiled_step_has_the_bits_of_an_eager_one() -> None:
+    nets = [network(), network()]
+    optimizers = [NLCG(muon_groups(net, lr=0.02, weight_decay=0.1)) for net in nets]
+    compiled = torch.compile(lambda: optimizers[1].step(), fullgraph=True, backend="eager")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        x = torch.randint(0, 30, (64,), generator=generator)
+        for net, optimizer, step in zip(nets, optimizers, (optimizers[0].step, compiled), strict=True):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            step()
+    assert bits(nets[0], optimizers[0]) == bits(nets[1], optimizers[1])
+
+
+def test_a_grad_scaler_and_a_line_search_scale_both_kinds() -> None:
+    net, plain = network(), network()
+    scaled = NLCG(muon_groups(net, lr=0.02), max_grad_norm=1.0)
+    optimizer = NLCG(muon_groups(plain, lr=0.02), max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    x = torch.arange(30)
+    for _ in range(3):
+        for model, own in ((net, scaled), (plain, optimizer)):
+            own.zero_grad()
+            loss = model(x).square().mean()
+            (scaler.scale(loss) if own is scaled else loss).backward()
+        scaler.step(scaled)
+        scaler.update()
+        optimizer.step()
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    before = [p.detach().clone() for p in net.parameters()]
+    searching = NLCG(muon_groups(net, lr=0.02), line_search=OnlineLineSearch(decrease=0.5))
+    for loss in (1.0, 2.0):
+        for p, value in zip(net.parameters(), before, strict=True):
+            p.data.copy_(value)
+            p.grad = torch.ones_like(p)
+        searching.step(loss=loss)
+    assert searching.diagnostics().ls_scale == 0.5
+    assert all(float(group["alpha_prev"]) == group["lr"] / 2 for group in searching.param_groups)
+
+
+def test_a_copy_and_a_pickle_take_the_same_steps() -> None:
+    net = network()
+    optimizer = NLCG(muon_groups(net, lr=0.02))
+    train(net, optimizer, 3)
+    for twin_net, twin in (copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((net, optimizer)))):
+        train(twin_net, twin, 2, seed=1)
+        found = bits(twin_net, twin)
+    train(net, optimizer, 2, seed=1)
+    assert bits(net, optimizer) == found
+
+
+def test_a_file_of_0_8_lacks_the_scalars_of_matrices() -> None:
+    net = network()
+    optimizer = NLCG(net.parameters())
+    train(net, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["scalars"] = group["scalars"][:19].clone()
+        for key in ("adjust_lr_fn", "stacked", "split"):
+            del group[key]
+    again = NLCG(net.parameters())
+    again.load_state_dict(saved)
+    assert torch.equal(again.param_groups[0]["scalars"], optimizer.param_groups[0]["scalars"])
 
 
 def test_a_product_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

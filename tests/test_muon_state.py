@@ -187,6 +187,7 @@ class Model(nn.Module):
         self.experts = nn.Parameter(torch.zeros(4, 16, 24))
         self.norm = nn.LayerNorm(16)
         self.gate = nn.Linear(16, 1)
+        self.token_mixer = nn.Linear(9, 9)
         self.frozen = nn.Linear(16, 16)
         self.frozen.requires_grad_(False)
         self.head = nn.Linear(16, 30)
@@ -203,6 +204,7 @@ def test_muon_groups_split_a_module() -> None:
     assert names(groups, preconditioner="muon", stacked=False, split=None) == {
         "attention.out_proj.weight",
         "stem.weight",
+        "token_mixer.weight",
     }
     assert names(groups, split=3) == {"qkv.weight", "attention.in_proj_weight"}
     assert names(groups, stacked=True) == {"experts"}

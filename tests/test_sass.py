@@ -24,11 +24,12 @@ pytestmark = [
     ),
 ]
 
-WITHOUT_P = ("AdamDots",)  # its weight decay is not part of the gradient
+WITHOUT_P = ("AdamDots", "MuonDots")  # its weight decay is not part of the gradient
 PASSES = {
     "Plain": ["PlainDots", "PlainMove"],
     "Bfgs": ["CurvatureDot", "CurvatureAndDots", "CurvatureAndMove"],
     "Adam": ["AdamDots", "AdamMove"],
+    "Muon": ["MuonDots", "MuonMove"],
 }
 
 
@@ -66,7 +67,7 @@ def expected(kernel: Kernel) -> set[tuple[int, ...]]:
     state, first = pass_of(kernel)
     one_launch = kernel.name.startswith("step_in_one")
     names = PASSES[first] if one_launch else [first]
-    resident = [False, True] if one_launch and first != "Plain" else [False]
+    resident = [False, True] if one_launch and first not in ("Plain", "Muon") else [False]
     allowed = set()
     for name in names:
         for kept in resident:
@@ -77,7 +78,7 @@ def expected(kernel: Kernel) -> set[tuple[int, ...]]:
 
 def steps(kernels: dict[str, Kernel]) -> list[Kernel]:
     found = [k for name, k in kernels.items() if name.startswith(("step_pass", "step_in_one"))]
-    assert len(found) == 2 * (7 + 3 + 3) + 2 * (3 + 3)  # passes, with the norm, repeated; in one launch, with clipping
+    assert len(found) == 2 * (9 + 4 + 4) + 2 * (4 + 4)  # passes, with the norm, repeated; in one launch, with clipping
     return found
 
 

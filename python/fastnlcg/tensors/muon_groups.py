@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastnlcg.options import PRECONDITIONERS, check_real
+from fastnlcg.options import check_real
 
 __all__ = ["muon_groups"]
 
@@ -35,11 +35,11 @@ def muon_groups(
     get a tenth of it and ten times the weight decay, so that they move and decay as under AdamW with the rate ``lr``.
 
     Matrices are the weights of linear layers, of convolutions (out x the rest), of recurrent layers (one matrix for
-    each gate), of ``nn.MultiheadAttention`` (query, key and value apart), and parameters of three or more dimensions
-    that are a module's own (the last two dimensions: a stack, as of experts). Embeddings are ``nn.Embedding``, and
-    parameters with ``embed``, ``position`` or ``token`` in their name or their module's. A parameter that is shared
-    with an embedding is one. Depthwise convolutions, and matrices of one row or column, are vectors. Frozen parameters
-    are left out.
+    each gate), of ``nn.MultiheadAttention`` (query, key and value apart), and the parameters of other modules: of two
+    dimensions, or of more, which are stacks (the last two dimensions, as of experts). Embeddings are ``nn.Embedding``,
+    and parameters of such other modules with ``embed``, ``position`` or ``token`` in their name or their module's. A
+    parameter that is shared with an embedding is one. Depthwise convolutions, and matrices of one row or column, are
+    vectors. Frozen parameters are left out.
 
     Args:
         module: the module with the parameters.
@@ -47,7 +47,7 @@ def muon_groups(
             ``adjust_lr_fn="match_rms_adamw"``: AdamW's rates.
         weight_decay: of the matrices, >= 0, decoupled. Vectors do not decay.
         outside: names of modules or parameters whose matrices get ``"adam"`` in addition to embeddings. None: the
-            output layer, which is the last module that has a matrix.
+            output layer, which is the last module that has a matrix, if that is an ``nn.Linear``.
         split: for fused projections: by the end of a parameter's name, the number of parts of equal size, or the rows
             of each part: ``{"qkv.weight": 3}``, ``{"in_proj.weight": (4096, 1024, 1024)}``.
 
@@ -112,7 +112,6 @@ def muon_groups(
                     "lr": lr,
                     "weight_decay": weight_decay,
                     "preconditioner": "muon",
-                    "beta_max": PRECONDITIONERS["muon"].beta_max,
                     **kind,
                 },
             )
@@ -124,7 +123,7 @@ def muon_groups(
 def _kind(name: str, p: nn.Parameter, owner: nn.Module) -> dict[str, Any] | None:
     """How a parameter is matrices: the options of its group; None if it is not."""
     parts = name.split(".")
-    if p.dim() < 2 or any(_NOT_INSIDE.search(part) for part in parts[-2:]):
+    if p.dim() < 2:
         return None
     if isinstance(owner, _CONVOLUTIONS):
         depthwise = owner.groups > 1 and owner.groups == owner.in_channels
@@ -134,6 +133,8 @@ def _kind(name: str, p: nn.Parameter, owner: nn.Module) -> dict[str, Any] | None
     if isinstance(owner, nn.MultiheadAttention):
         return {"stacked": False, "split": 3 if parts[-1] == "in_proj_weight" else None}
     if min(p.shape[-2:]) == 1:
+        return None
+    if not isinstance(owner, nn.Linear) and any(_NOT_INSIDE.search(part) for part in parts[-2:]):
         return None
     return {"stacked": p.dim() > 2, "split": None}
 
