@@ -217,7 +217,7 @@ def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
             axis.loglog(x, y, color=COLORS[method], label=method, marker="o", markersize=3)
         axis.set_title(problem)
         axis.set_xlabel("evaluations (the loss alone: 1/2)")
-    axes[0].set_ylabel("loss, geometric mean of five seeds")
+    axes[0].set_ylabel("loss, geometric mean of the seeds")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     _save(figure, out / "pinn.png")
 
