@@ -53,7 +53,7 @@ def pinn_table(rows: list[Row]) -> str:
         for problem in grouped:
             losses = [row["loss"] for row in grouped[problem][method]]
             everything += losses
-            seeds = "" if len(losses) == most else f"; {len(losses)} seeds"
+            seeds = "" if len(losses) == most else f"; {len(losses)} seed{'s' * (len(losses) > 1)}"
             line.append(
                 f"{geometric_mean(losses):.1e} ({min(losses):.1e} to {max(losses):.1e}{seeds})" if losses else ""
             )
