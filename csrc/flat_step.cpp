@@ -27,7 +27,7 @@ void check_count(const char* name, double count) {
 
 }  // namespace
 
-void FlatStep::bind(const Buffers& given, double steps) {
+void FlatStep::bind(const Buffers& given, double steps, std::int64_t owned) {
   const StepGuard busy(*this);
   const BufferPtr& first = given.g ? given.g : given.p;
   if (!first) throw invalid_argument("p or g is needed");
@@ -54,6 +54,18 @@ void FlatStep::bind(const Buffers& given, double steps) {
   segment.direction = address("direction", given.direction, state);
   segment.diagonal = address("diagonal", given.diagonal, state);
   segment.origin = address("origin", given.origin, state);
+  if (given.rows) {
+    check_buffer("rows", *given.rows, state);
+    check_writable(given.rows, "rows");
+    if (n == 0 || n % kBlockElements != 0 || given.rows->size() % n != 0 || given.rows->size() / n > 2 * kMostPairs) {
+      throw invalid_argument("rows has " + std::to_string(given.rows->size()) + " elements, expected at most " +
+                             std::to_string(2 * kMostPairs) + " rows of n = " + std::to_string(n) + ", a multiple of " +
+                             std::to_string(kBlockElements));
+    }
+    segment.rows = given.rows->data();
+    segment.pitch = n;
+  }
+  rows_ = given.rows ? static_cast<int>(given.rows->size() / n) : 0;
   segment.steps = &steps_;
   segment.n = n;
   segment.dtype = dtype;
@@ -61,6 +73,13 @@ void FlatStep::bind(const Buffers& given, double steps) {
   buffers_ = given;
   cuda_.workspace = nullptr;  // every call on a GPU has one of its own
   use(n > 0 ? std::vector{segment} : std::vector<Segment>{}, {Group{0, 0, 0, 1, &alpha_prev_}}, n);
+  if (owned >= 0) {
+    if (owned > n || (owned != n && owned % chunk_elements(n) != 0)) {
+      throw invalid_argument("owned is " + std::to_string(owned) + ", expected a multiple of " +
+                             std::to_string(chunk_elements(n)) + " up to " + std::to_string(n));
+    }
+    step_.owned = owned;
+  }
   bound_ = true;
 }
 

@@ -19,8 +19,10 @@ class FlatStep : public NativeStep {
   // was updated.
   struct Buffers {
     BufferPtr p, g, grad_prev, direction, diagonal, origin;
+    BufferPtr rows;  // of curvature pairs, each n elements
   };
-  void bind(const Buffers&, double steps);
+  // `owned`: how many elements, from the begin, this rank adds to sums, as in TensorTable::set_exchange; -1: all.
+  void bind(const Buffers&, double steps, std::int64_t owned = -1);
 
   // A whole step. `scalars` has NLCG_SCALARS, alpha_prev and the updates of the diagonal, in this order, and is
   // written.

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "pass_full_batch.h"
+#include "pass_pairs.h"
 #include "preconditioners.h"
 
 namespace fastnlcg {
@@ -151,12 +152,17 @@ std::vector<double> NativeStep::run_descent_pass(const Descent& pass, int thread
   if (segments_.empty()) return sums;
   const bool trial = pass.kind == Descent::Kind::trial;
   std::string missing = missing_array(state_of(pass), segments_[0]);
-  const bool needs_p = trial || pass.kind == Descent::Kind::direction;
+  const bool needs_p = trial || pass.kind == Descent::Kind::direction || pass.kind == Descent::Kind::mark;
   if (missing.empty() && needs_p && segments_[0].p == nullptr) missing = "p";
   if (missing.empty() && !trial && segments_[0].g == nullptr) missing = "g";
   if (!missing.empty()) {
     throw std::invalid_argument(std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] + "' needs " +
                                 missing);
+  }
+  if (pass.row < 0 || pass.y_row < 0 || pass.count < 0 || pass.count > kMostPairs || rows_of(pass) > rows_) {
+    throw std::invalid_argument(std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] +
+                                "' needs rows up to " + std::to_string(rows_of(pass)) + ", and there are " +
+                                std::to_string(rows_));
   }
   for (Group& group : groups_) {
     group.weight_decay = 0.0, group.sign = pass.maximize ? -1.0 : 1.0, group.factor = group.sign;

@@ -85,6 +85,7 @@ class NativeStep {
   CudaStep cuda_;
   std::vector<Segment> segments_;
   std::vector<Group> groups_;
+  int rows_ = 0;  // how many rows of curvature pairs the segments have
 
  private:
   std::vector<Bias> bias_;

@@ -11,6 +11,7 @@
 //     at.moves()               false if alpha is 0: p then keeps every bit, the sign of a zero included
 //     at.is_matrix()           whether the segment is matrices (kMixesMatrices)
 //     at.wide(x), wide_grad_prev(), wide_d()      in double
+//     at.row(k), at.set_row(k, x)    row k of the matrix of curvature pairs
 //     at.add(j, a, b)          adds a * b, both in double, to sum number j
 //     at.largest(x)            takes the maximum with x >= 0
 //
@@ -44,6 +45,8 @@ struct PassDefaults {
   static constexpr bool kUsesStepCounts = false;
   // Reads or writes the origin of a line search.
   static constexpr bool kUsesOrigin = false;
+  // Reads or writes rows of curvature pairs. Its buffers are whole blocks, each a single segment.
+  static constexpr bool kUsesRows = false;
   // Calls at.largest(), whose result follows the sums.
   static constexpr bool kFormsLargest = false;
   // Walks from the end of the flat index, to find in the cache what the pass before read last.
@@ -88,6 +91,8 @@ struct AnyElement {
   float alpha(), alpha_prev(), decay_factor(), inv_sqrt_bias(), inv_sqrt_bias_prev();
   bool moves(), is_matrix();
   void set_p(float), set_grad_prev(float), set_d(float), set_diagonal(float), set_origin(float);
+  float row(int);
+  void set_row(int, float);
   double wide(float), wide_grad_prev(), wide_d();
   void add(int, double, double);
   void largest(float);

@@ -149,7 +149,13 @@ inline unsigned state_of(const Descent& x) {
     case Descent::Kind::trial:
       return kOrigin | kD;
     case Descent::Kind::slope:
+    case Descent::Kind::direction_dots:
+    case Descent::Kind::mark:
       return kD;
+    case Descent::Kind::gradient_dots:
+      return 0;
+    case Descent::Kind::pair_direction:
+      return kD | diagonal;
     default:
       return kGradPrev | kD | diagonal;
   }

@@ -50,6 +50,8 @@ struct Segment {
   void* direction;      // the same
   void* diagonal;       // the same; the preconditioner's own: h of bfgs, v of adam
   void* origin;         // the same; full batch: the point that a line search starts from
+  void* rows;           // full batch: the first row of the matrix of curvature pairs, in the state's type
+  std::int64_t pitch;   // elements from a row to the next
   double* steps;        // how often this parameter has moved
   std::int64_t offset;  // of its first element in the flat index
   std::int64_t n;
@@ -156,19 +158,38 @@ struct RankGather {
   void* context = nullptr;
 };
 
-// One pass of full-batch descent (pass_full_batch.h), with its scalars.
+// The most curvature pairs: their coefficients are part of a pass, which a GPU's kernel takes as an argument.
+constexpr int kMostPairs = 32;
+
+// One pass of full-batch descent (pass_full_batch.h, pass_pairs.h), with its scalars.
 struct Descent {
-  enum class Kind : std::int32_t { trial, slope, curvature, direction };
+  enum class Kind : std::int32_t {
+    trial,
+    slope,
+    curvature,
+    direction,
+    pair,  // from here on: pass_pairs.h
+    gradient_dots,
+    direction_dots,
+    residual,
+    pair_direction,
+    mark
+  };
   Kind kind;
   double alpha = 0;            // trial: of p = origin + alpha d
   bool first = false;          // trial: of a line search; p becomes the origin
   bool preconditioned = true;  // curvature, direction: there is an h
   bool update = false;         // curvature: h is updated, with these three
   double scale = 1, ys = 0, shs = 0;
-  double beta = 0;        // direction: of d = beta d - w
-  bool maximize = false;  // all: the gradient is that of what is maximized
+  double beta = 0;                      // direction: of d = beta d - w
+  bool maximize = false;                // all: the gradient is that of what is maximized
+  int row = 0, count = 0;               // passes over pairs: the first row, and how many
+  int y_row = 0;                        // pair: that of y; `row` is that of s
+  double gamma = 1;                     // residual: of d = gamma P q
+  double coefficient[kMostPairs] = {};  // residual, pair_direction: one a row
 };
-constexpr const char* kDescentNames[] = {"trial", "slope", "curvature", "direction"};
+constexpr const char* kDescentNames[] = {"trial",         "slope",          "curvature", "direction",      "pair",
+                                         "gradient_dots", "direction_dots", "residual",  "pair_direction", "mark"};
 
 // A pass over a batch of matrices (pass_muon.h).
 enum class MatrixPass : std::int32_t { input, move };

@@ -5,6 +5,7 @@
 #include "cpu_passes.h"
 #include "pass_diagnostics.h"
 #include "pass_full_batch.h"
+#include "pass_pairs.h"
 #include "preconditioners.h"
 
 namespace fastnlcg {
@@ -83,11 +84,13 @@ void state_norms_in(const Step& step, double* gg, double* dd, double* gd) {
 
 template <class S>
 void descend_in(const Step& step, const Descent& numbers, double* sums) {
-  with_descent_pass(numbers, LaneBroadcast<S>{}, [&](const auto& pass) {
+  const auto run = [&](const auto& pass) {
     double found[kMaxSums + 1];
     reduce<S>(step, pass, found);
     for (int j = 0; j <= kMaxSums; ++j) sums[j] = found[j];
-  });
+  };
+  if (is_pair_pass(numbers)) return with_pair_pass(numbers, LaneBroadcast<S>{}, run);
+  with_descent_pass(numbers, LaneBroadcast<S>{}, run);
 }
 
 template <class S>

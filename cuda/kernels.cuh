@@ -273,7 +273,8 @@ __global__ void __launch_bounds__(kThreads, 1) step_in_one(const __grid_constant
 }
 
 template <class S, class Pass>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) part(const __grid_constant__ Arguments a, const Pass pass) {
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
+    part(const __grid_constant__ Arguments a, const __grid_constant__ Pass pass) {
   __shared__ Totals totals;
   __shared__ typename BlockContext<S>::InShared groups;
   const BlockContext<S> context(a, groups, false);

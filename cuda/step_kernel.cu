@@ -6,6 +6,7 @@
 
 #include "../csrc/pass_diagnostics.h"
 #include "../csrc/pass_full_batch.h"
+#include "../csrc/pass_pairs.h"
 #include "../csrc/preconditioners.h"
 #include "kernels.cuh"
 #include "launch.cuh"
@@ -248,8 +249,9 @@ void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, do
 
 template <class S>
 void descend_in(const Step& step, CudaStep& cuda, const Descent& numbers, double* sums) {
-  with_descent_pass(numbers, ElementBroadcast<S>{},
-                    [&](const auto& pass) { run_part<S>("descent pass", step, cuda, pass, sums); });
+  const auto run = [&](const auto& pass) { run_part<S>("descent pass", step, cuda, pass, sums); };
+  if (is_pair_pass(numbers)) return with_pair_pass(numbers, ElementBroadcast<S>{}, run);
+  with_descent_pass(numbers, ElementBroadcast<S>{}, run);
 }
 
 template <class S, class Pass>

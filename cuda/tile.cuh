@@ -58,6 +58,8 @@ struct At {
   S p_, g_, undecayed_, grad_prev_, d_, diagonal_, origin_;
   const SegmentScalars<S>& segment;
   ThreadSums<S, K>& sums;
+  S* rows_;  // of curvature pairs, at this element; read and written in place
+  std::int64_t pitch_;
 
   __device__ __forceinline__ S g() const { return g_; }
   __device__ __forceinline__ S undecayed() const { return undecayed_; }
@@ -66,6 +68,8 @@ struct At {
   __device__ __forceinline__ S d() const { return d_; }
   __device__ __forceinline__ S diagonal() const { return diagonal_; }
   __device__ __forceinline__ S origin() const { return origin_; }
+  __device__ __forceinline__ S row(int k) const { return rows_[k * pitch_]; }
+  __device__ __forceinline__ void set_row(int k, S x) { rows_[k * pitch_] = x; }
   __device__ __forceinline__ S alpha() const { return segment.alpha; }
   __device__ __forceinline__ S alpha_prev() const { return segment.alpha_prev; }
   __device__ __forceinline__ S decay_factor() const { return segment.decay_factor; }
@@ -169,6 +173,8 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
   S* const diagonal_at = array_ptr<S>(here.diagonal, in_segment);
   S* const grad_prev_at = array_ptr<S>(here.grad_prev, in_segment);
   S* const origin_at = array_ptr<S>(here.origin, in_segment);
+  S* const rows_at = Pass::kUsesRows ? array_ptr<S>(here.rows, in_segment) : nullptr;
+  const std::int64_t pitch = Pass::kUsesRows ? here.pitch : 0;
   const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kAppliesL2Decay && scalars.weight_decay != S{0});
   const int local = static_cast<int>(position % kTile);
 
@@ -213,7 +219,10 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
     }
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
-      At<S, K> at{p[l], g[l], undecayed[l], grad_prev[l], d[l], diagonal[l], origin[l], scalars, sums};
+      At<S, K> at{
+          p[l],        g[l],      undecayed[l], grad_prev[l], d[l],
+          diagonal[l], origin[l], scalars,      sums,         rows_at == nullptr ? nullptr : rows_at + q * kApart + l,
+          pitch};
       pass(at);
       p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_, origin[l] = at.origin_;
     }
@@ -256,7 +265,9 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pa
               reads & kDiagonal ? *array_ptr<S>(segment.diagonal, in_segment) : S{},
               reads & kOrigin ? *array_ptr<S>(segment.origin, in_segment) : S{},
               scalars,
-              sums};
+              sums,
+              Pass::kUsesRows ? array_ptr<S>(segment.rows, in_segment) : nullptr,
+              Pass::kUsesRows ? segment.pitch : 0};
   if (Pass::kBuiltFromOptionsAlone && Pass::kKeptInSharedMemory != 0 && resides) {
     resident<S>(smem_offset)[local] = at.g_;
     resident<S>(smem_offset)[kTile + local] = Pass::kKeptInSharedMemory == kD ? at.d_ : at.diagonal_;

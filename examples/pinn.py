@@ -58,12 +58,12 @@ print("iteration  evaluations        loss  largest error")
 axis = torch.linspace(0, 1, 65)
 grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2)
 for i in range(1, arguments.iterations + 1):
-    value = optimizer.step(closure, loss=loss)
+    value = optimizer.step(closure)
     if i in (1, 10, 100) or i % 500 == 0 or i == arguments.iterations:
         with torch.no_grad():
             error = (net(grid) - exact(grid)).abs().max().item()
         seen = optimizer.diagnostics()
-        print(f"{i:9d}  {seen['evaluations'] + seen['loss_evaluations']:11d}  {value:10.3e}  {error:13.3e}", flush=True)
+        print(f"{i:9d}  {seen['evaluations']:11d}  {value:10.3e}  {error:13.3e}", flush=True)
     if message := optimizer.diagnostics()["message"]:
         print(message)
         break

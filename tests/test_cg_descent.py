@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("preconditioner", ["bfgs", None])
-def test_it_descends(lockstep_on: Backend, preconditioner: str | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("preconditioner", ["kronecker", "bfgs", None])
+@pytest.mark.parametrize("history", [0, 10])
+def test_it_descends(lockstep_on: Backend, history: int, preconditioner: str | None, dtype: torch.dtype) -> None:
     model, loss = problem(dtype, device=lockstep_on.device)
-    optimizer = CGDescent(model.parameters(), preconditioner=preconditioner)
+    optimizer = CGDescent(model.parameters(), history=history, preconditioner=preconditioner)
     closure = closure_of(optimizer, loss)
     begin, losses = loss().item(), []
     for _ in range(60):
@@ -36,7 +37,10 @@ def test_it_descends(lockstep_on: Backend, preconditioner: str | None, dtype: to
     assert seen["loss"] == losses[-1] == pytest.approx(loss().item(), rel=1e-6)
     sizes = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
     elements = sum(p.numel() for p in model.parameters())
-    assert sizes == elements * (3 + (preconditioner is not None)) * torch.empty((), dtype=dtype).element_size()
+    rotated = preconditioner == "kronecker"
+    vectors = elements * (3 + (preconditioner is not None) + 2 * history + rotated)
+    sides = [side for p in model.parameters() if p.dim() == 2 for side in p.shape if side > 1 and rotated]
+    assert sizes == (vectors + 2 * sum(side * side for side in sides)) * torch.empty((), dtype=dtype).element_size()
 
 
 def test_one_parameter_has_the_bits_of_minimize() -> None:
@@ -128,9 +132,10 @@ def test_copies_and_pickles_go_on() -> None:
         assert optimizer.step(closure) == twin.step(twin_closure)
 
 
-def test_an_exception_leaves_the_point_where_the_search_began() -> None:
+@pytest.mark.parametrize("history", [0, 10])
+def test_an_exception_leaves_the_point_where_the_search_began(history: int) -> None:
     model, loss = problem()
-    optimizer = CGDescent(model.parameters())
+    optimizer = CGDescent(model.parameters(), history=history)
     closure = closure_of(optimizer, loss)
     for _ in range(3):
         optimizer.step(closure)
@@ -139,7 +144,7 @@ def test_an_exception_leaves_the_point_where_the_search_began() -> None:
     def failing() -> Tensor:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == (1 if history else 2):  # pairs need one evaluation here
             raise KeyboardInterrupt
         return closure()
 
@@ -147,7 +152,7 @@ def test_an_exception_leaves_the_point_where_the_search_began() -> None:
         optimizer.step(failing)
     assert torch.equal(flat(model.parameters()), before)
     reference_model, reference_loss = problem()
-    other = CGDescent(reference_model.parameters())
+    other = CGDescent(reference_model.parameters(), history=history)
     other_closure = closure_of(other, reference_loss)
     for _ in range(4):
         other.step(other_closure)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from backends import Backend
 from fastnlcg import HagerZhang, _native, reference
+from fastnlcg.full_batch.flat import Flat
 from fastnlcg.full_batch.hager_zhang import Point, Unbounded, search
-from fastnlcg.full_batch.iteration import BETA_RULES, Course, Descent, DescentOptions, Mark, Slopes, Sums
-from fastnlcg.full_batch.minimize import _Flat
+from fastnlcg.full_batch.iteration import BETA_RULES, Course, Descent, DescentOptions, Slopes
+from fastnlcg.full_batch.passes import Mark, Sums
 from fastnlcg.tensors.table import DLPACK_API
 
 Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
@@ -269,7 +270,7 @@ class Both:
             self.x.astype(float), lambda: self.g.astype(float), preconditioned=preconditioned
         )
         device = "cuda:0" if backend.on_gpu else "cpu"
-        self.native = _Flat(self.x, lambda: np.zeros_like(self.x), device, preconditioned=preconditioned)
+        self.native = Flat(self.x, lambda: np.zeros_like(self.x), device, preconditioned=preconditioned)
         self.compared = 0
 
     def full(self, _: bool) -> float:
@@ -379,7 +380,7 @@ def test_the_passes_have_the_same_bits_however_they_run(monkeypatch: pytest.Monk
         x = memory()
         x[:] = np.random.default_rng(0).standard_normal(n)
         device = "cuda:0" if backend.on_gpu else "cpu"
-        passes, fun, g = _Flat(x, memory, device, preconditioned=True), wavy(n), memory()
+        passes, fun, g = Flat(x, memory, device, preconditioned=True), wavy(n), memory()
 
         def full(_: bool, x: Any = x, g: Any = g, passes: Any = passes, fun: Any = fun) -> float:
             f, g[:] = fun(x)

@@ -100,10 +100,38 @@ def ddp() -> tuple[list[Tensor], list[Any], int, list[str]]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ddp_follows_one_process_with_one_exchange_per_evaluation(world: int) -> None:
     results = ranks(world)(ddp)
-    check_follows([(params, course) for params, course, _, _ in results], one_process("bfgs"))
+    check_follows([(params, course) for params, course, _, _ in results], one_process("kronecker"))
     for _, course, gathers, messages in results:
         assert gathers == course[-1]["evaluations"] + 1  # and one for the largest element at the start
         assert messages == []
+
+
+def rotated(kind: str) -> tuple[list[Tensor], list[Any], list[bool]]:
+    """Thirteen steps, of which the tenth changes the bases."""
+    net = model(torch.float64) if kind == "ddp" else sharded(None, torch.float64)
+    optimizer = CGDescent(net.parameters(), history=3, average_loss=True if kind == "ddp" else None)
+    found = descend(DistributedDataParallel(net) if kind == "ddp" else net, optimizer, 13)
+    turned = [
+        not torch.equal(entry["basis_left"], torch.eye(len(entry["basis_left"]), dtype=torch.float64))
+        for entry in optimizer.state.values()
+        if "basis_left" in entry
+    ]
+    return whole(net.parameters()), found, turned
+
+
+def test_ddp_rotates_alike_on_every_rank_and_a_sharded_matrix_is_not_rotated() -> None:
+    net = model(torch.float64)
+    expected = descend(net, CGDescent(net.parameters(), history=3), 13)
+    for params, course, turned in (results := ranks(2)(rotated, "ddp")):
+        assert course == results[0][1]
+        assert all(map(torch.equal, params, results[0][0]))
+        assert turned
+        assert all(turned)
+    assert results[0][1][-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-6)
+    for params, course, turned in (results := ranks(2)(rotated, "fsdp2")):
+        assert course == results[0][1]
+        assert all(map(torch.equal, params, results[0][0]))
+        assert turned == []
 
 
 def warnings_of(average_loss: bool | None) -> list[str]:
@@ -202,11 +230,12 @@ def test_every_element_counts_once() -> None:
 
 
 def whole_state(optimizer: CGDescent) -> dict[str, Any]:
+    """A copy; the entries of ``state_dict()`` are those of the optimizer."""
     state = optimizer.state_dict()
-    for entry in state["state"].values():
-        for key, value in entry.items():
-            entry[key] = value.full_tensor() if isinstance(value, DTensor) else value
-    return state
+    whole = {
+        i: {key: value.full_tensor().clone() for key, value in entry.items()} for i, entry in state["state"].items()
+    }
+    return {**state, "state": whole}
 
 
 def saved() -> tuple[list[Tensor], dict[str, Any], list[Tensor]]:

@@ -262,7 +262,7 @@ def test_scipy_hands_over_its_forms_of_the_gradient() -> None:
 def test_it_serves_scipys_global_searches() -> None:
     fun = lambda x: (float(x @ x - 10 * np.cos(2 * np.pi * x).sum()), 2 * x + 20 * np.pi * np.sin(2 * np.pi * x))  # noqa: E731
     found = optimize.basinhopping(
-        fun, np.array([2.2, -1.7]), niter=100, rng=0, minimizer_kwargs={"method": minimize, "jac": True}
+        fun, np.array([2.2, -1.7]), niter=300, rng=0, minimizer_kwargs={"method": minimize, "jac": True}
     )
     assert found.fun == pytest.approx(-20.0)
     assert found.lowest_optimization_result.success

@@ -11,6 +11,7 @@ scalars: dict[str, float]
 row_doubles: int
 row_signature: int
 block_elements: int
+most_pairs: int
 tile_elements: int
 
 class _CudaStatus(TypedDict):
@@ -107,6 +108,11 @@ class DescentPass:
         shs: float = 0.0,
         beta: float = 0.0,
         maximize: bool = False,
+        row: int = 0,
+        count: int = 0,
+        y_row: int = 0,
+        gamma: float = 1.0,
+        coefficients: Sequence[float] = ...,
     ) -> None: ...
 
 class NativeStep:
@@ -177,7 +183,9 @@ class FlatStep(NativeStep):
         direction: Buffer | None = None,
         diagonal: Buffer | None = None,
         origin: Buffer | None = None,
+        rows: Buffer | None = None,
         steps: float = 0.0,
+        owned: int = -1,
     ) -> None: ...
     def step(
         self, scalars: Buffer, lr: float, weight_decay: float, maximize: bool, loss: float, threads: int

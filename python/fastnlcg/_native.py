@@ -77,6 +77,7 @@ same_objects = _core.same_objects
 normalize = _core.normalize
 normalize_doubles = _core.normalize_doubles
 block_elements: int = _core.block_elements
+most_pairs: int = _core.most_pairs
 tile_elements: int = _core.tile_elements
 SCALARS: dict[str, float] = _core.scalars
 """Every scalar that survives a step, with its value before the first step, in the order of the tensor ``"scalars"``."""

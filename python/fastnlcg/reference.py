@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnlcg.full_batch.iteration import Edited, Sums
+from fastnlcg.full_batch.passes import Edited, Sums
 from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.options import Options, check_real
 

@@ -23,11 +23,13 @@ from fastnlcg.full_batch.iteration import (
     Course,
     Descent,
     DescentOptions,
-    Edited,
     OutOfBudget,
     check_count,
     check_positive,
 )
+from fastnlcg.full_batch.pairs import Pairs
+from fastnlcg.full_batch.passes import Edited
+from fastnlcg.full_batch.vector_table import VectorPasses, VectorTable, leave_bases
 from fastnlcg.losses import unaveraged_loss
 from fastnlcg.options import check_real
 from fastnlcg.tensors.dtensor import memory
@@ -40,24 +42,36 @@ __all__ = ["CGDescent"]
 
 
 class CGDescent(torch.optim.Optimizer):
-    r"""Nonlinear conjugate gradients with the line search of Hager and Zhang, for a loss that is evaluated whole: what
-    ``torch.optim.LBFGS(line_search_fn="strong_wolfe")`` is used for. There is no learning rate.
+    r"""L-BFGS on the rotated diagonal of BFGS, or nonlinear conjugate gradients, with the line search of Hager and
+    Zhang, for a loss that is evaluated whole: what ``torch.optim.LBFGS(line_search_fn="strong_wolfe")`` is used for.
+    There is no learning rate.
 
     One iteration, with P = 1/h; all sums run over all parameters of all groups::
 
         p     = p + alpha d                        alpha satisfies the (approximate) Wolfe conditions
         y     = g - g_prev,  s = alpha d
         h     = L h + y^2 / sum(y s) - (L h s)^2 / sum(s L h s)
+        d     = -H g,  H by L-BFGS from the last ``history`` pairs (s, y) and gamma P, gamma = sum(y s) / sum(y P y)
+
+    and without pairs::
+
         beta  = max((sum(y P g) - 2 sum(y P y) sum(d g) / sum(d y)) / sum(d y), 0.4 sum(d g_prev) / sum(d h d))
         d     = beta d - P g
 
-    h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
-    tenfold in the median of the last eleven iterations. The first length of a search comes from a parabola through a
-    tenth of the last length, which is an evaluation more.
+    With ``preconditioner="kronecker"`` all of this is in a basis in which each weight matrix W (a x b) is QL^T W QR and
+    its bias QL^T b: QL and QR are the eigenvectors of running means (0.95) of Y Y^T / sum(y s) and Y^T Y / sum(y s),
+    taken anew with every tenth pair. Matrices are parameters of two dimensions, convolutions as out x (in k k), and
+    stacks of matrices (three dimensions); a bias is the vector behind a matrix. A side longer than 512 is not rotated,
+    nor is a matrix whose elements are not row-major in memory, or that is sharded over ranks.
 
-    State is four tensors per parameter in its dtype (``direction``, ``grad_prev``, ``hessian_diag``, ``origin``), made
-    at the first step: 16 bytes per float32 parameter, 12 without a preconditioner, whatever the number of steps. An
-    iteration moves about 84 bytes per float32 parameter outside the closure; L-BFGS some 400 with a history of 10.
+    h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
+    tenfold in the median of the last eleven iterations. If the identity has foretold the pairs better than P, gamma
+    times the identity takes the place of gamma P. With pairs the first length of a search is 1; without, it comes from
+    a parabola through a tenth of the last length, which is an evaluation more.
+
+    State is 4 + 2 ``history`` tensors per parameter in its dtype (one more if the optimizer rotates any matrix), and
+    2 (a^2 + b^2) elements for each rotated matrix, made at the first step. Without pairs and rotations it is 16 bytes
+    per float32 parameter.
 
     The function must not change within a step, and its value must repeat: no mini-batches, no dropout. If it changes
     between two steps on purpose (new collocation points), call :meth:`restart`. A step without that notices when
@@ -76,9 +90,10 @@ class CGDescent(torch.optim.Optimizer):
         params: parameters, named or not, or groups, of float32 or float64, on one device. Groups have no options.
         lr: for trainers, which pass one and read ``group["lr"]``. Nothing reads it here; a scheduler on it gets a
             warning.
-        beta: ``"hager_zhang"``, ``"polak_ribiere"`` (or 0 if that is negative), ``"fletcher_reeves"``,
-            ``"dai_yuan"`` or ``"hestenes_stiefel"``.
-        preconditioner: ``"bfgs"``, the diagonal h; or None.
+        beta: of runs without pairs: ``"hager_zhang"``, ``"polak_ribiere"`` (or 0 if that is negative),
+            ``"fletcher_reeves"``, ``"dai_yuan"`` or ``"hestenes_stiefel"``.
+        history: the number of pairs, 0 to 32; 0: conjugate gradients.
+        preconditioner: ``"kronecker"``, the diagonal h in rotated bases; ``"bfgs"``, h without rotations; or None.
         line_search: its constants, a :class:`HagerZhang`.
         max_iter: iterations per :meth:`step`.
         max_eval: calls of the closure per :meth:`step`; None: as many as it takes.
@@ -104,8 +119,9 @@ class CGDescent(torch.optim.Optimizer):
         for _ in range(1000):
             optimizer.step(closure)
 
-    Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, and 23 (2013) 2150; the diagonal: Adya et al.,
-    arXiv:1812.02886, Algorithm 2.
+    Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, and 23 (2013) 2150; the pairs: Nocedal, Math. Comp. 35 (1980)
+    773; the diagonal: Adya et al., arXiv:1812.02886, Algorithm 2. The rotated diagonal is this library's; the bases
+    are those of Shampoo and SOAP (arXiv:1802.09568, 2409.11321), there from gradients.
     """
 
     def __init__(
@@ -116,7 +132,8 @@ class CGDescent(torch.optim.Optimizer):
         beta: Literal[
             "hager_zhang", "polak_ribiere", "fletcher_reeves", "dai_yuan", "hestenes_stiefel"
         ] = "hager_zhang",
-        preconditioner: Literal["bfgs"] | None = "bfgs",
+        history: int = 10,
+        preconditioner: Literal["kronecker", "bfgs"] | None = "kronecker",
         line_search: HagerZhang | None = None,
         max_iter: int = 1,
         max_eval: int | None = None,
@@ -133,7 +150,7 @@ class CGDescent(torch.optim.Optimizer):
         if process_group is not None:
             check_group("process_group", process_group)
         self._maximize, self._average_loss, self._process_group = maximize, average_loss, process_group
-        self._options = DescentOptions(beta, preconditioner, line_search or HagerZhang())
+        self._options = DescentOptions(beta, preconditioner, line_search or HagerZhang(), history)
         self._max_iter = check_count("max_iter", max_iter)
         self._max_eval = None if max_eval is None else check_count("max_eval", max_eval)
         self._tolerance_grad = check_positive("tolerance_grad", tolerance_grad)
@@ -248,9 +265,17 @@ class CGDescent(torch.optim.Optimizer):
             return passes.mean(sign * _as_loss("loss", loss()))
 
         usable = self._table is not None and self._table.covers(self._all())
-        if not usable and not math.isnan(course.g_max):  # loaded, copied, or with other tensors of state
-            self._table = self._new_table(course.active)
-        passes = TablePasses(lambda: self._table, course)
+        if not usable:  # loaded, copied, or with other tensors of state
+            self._table = None
+            if leave_bases(self.state, self._options):  # of other options: h, d and the pairs say nothing in these
+                course.f = course.g_max = math.nan
+                course.updates, course.ratios, course.alpha, course.pairs = 0, [], 0.0, Pairs()
+            if not math.isnan(course.g_max):
+                self._table = self._new_table(course.active)
+                if isinstance(self._table, VectorTable):
+                    self._table.fit(course)
+        kind = VectorPasses if self._options.in_vectors else TablePasses
+        passes = kind(lambda: self._table, course)
         run = Descent(
             passes,
             full,
@@ -338,7 +363,17 @@ class CGDescent(torch.optim.Optimizer):
             self._warned = True
             self._advice.append(unaveraged_loss())
         agreed = repr(self._named())
-        return DescentTable(params, members, self.state, self._options, ranks, agreed=agreed, maximize=self._maximize)
+        kind = VectorTable if self._options.in_vectors else DescentTable
+        return kind(
+            params,
+            members,
+            self.state,
+            self._options,
+            ranks,
+            agreed=agreed,
+            maximize=self._maximize,
+            plain_shards=self._process_group is not None,
+        )
 
     def _course(self) -> Course:
         """As the groups have it: loaded, or left by the last step."""
@@ -409,7 +444,8 @@ def _check_state(given: Mapping[str, Any], own: list[dict[str, Any]], options: D
     state, saved = structure(given, own)
     course, params = saved[0].get("course") if saved else None, parameters(own)
     names = {one.name for one in fields(Course)}
-    if course is not None and not (isinstance(course, Mapping) and set(course) == names):
+    since = {"pairs", "next_length"}  # 0.6.0 has no pairs
+    if course is not None and not (isinstance(course, Mapping) and names - since <= set(course) <= names):
         raise ValueError("param_groups[0]['course'] is not that of a CGDescent")
     if course is not None and not all(isinstance(i, int) and 0 <= i < len(params) for i in course["active"]):
         raise ValueError(f"param_groups[0]['course']['active'] is {course['active']!r}, of {len(params)} parameters")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastnlcg import _native
-from fastnlcg.full_batch.iteration import Course, DescentOptions, Edited, Mark, Sums
+from fastnlcg.full_batch.iteration import Course, DescentOptions
+from fastnlcg.full_batch.passes import Edited, Mark, Sums
 from fastnlcg.tensors import groups
 from fastnlcg.tensors.checks import usable_gradient
 from fastnlcg.tensors.dtensor import memory
@@ -37,6 +38,7 @@ class DescentTable(ParameterTable):
     Args:
         params: every parameter of the optimizer.
         agreed: what has to be the same on all ranks, in words.
+        plain_shards: whether plain parameters are shards.
 
     Raises:
         RuntimeError: if there is no gradient; and what a parameter that cannot be stepped raises.
@@ -52,6 +54,7 @@ class DescentTable(ParameterTable):
         *,
         agreed: str,
         maximize: bool,
+        plain_shards: bool = False,
     ) -> None:
         super().__init__()
         self.members = with_gradient(params) if members is None else list(members)
@@ -62,7 +65,8 @@ class DescentTable(ParameterTable):
         for i in stateful:
             if params[i].dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"parameter {i} has dtype {params[i].dtype}; expected torch.float32 or torch.float64")
-        arrays = state_arrays(options)
+        self.plain_shards = plain_shards
+        arrays = {"origin": 0.0} if options.in_vectors else state_arrays(options)
         new = {i: missing_arrays(i, params[i], state.get(params[i]) or {}, arrays) for i in stateful}
         # Everything has been checked: from here on state is written.
         write_state(state, params, new)
@@ -71,12 +75,17 @@ class DescentTable(ParameterTable):
         """of this rank's elements; None after a load"""
         self.alpha = math.nan
         """of the last trial"""
+        self.gradients_fit = False
+        """whether the last pass read the parameters' own gradients"""
         self.params = [params[i] for i in stateful]
         self.entries = [state[p] for p in self.params]
         self.active = [i for i in stateful if memory(params[i]).numel()]  # a shard may have none
-        diagonal = None if options.preconditioner is None else "hessian_diag"
-        keys = _native.StateKeys(grad_prev="grad_prev", direction="direction", diagonal=diagonal, origin="origin")
-        self.lay_out(params, stateful, self.active, ranks, keys)
+        keys: dict[str, str | None] = {"direction": "direction", "origin": "origin"}
+        if not options.in_vectors:
+            keys["grad_prev"] = "grad_prev"
+            keys["diagonal"] = None if options.preconditioner is None else "hessian_diag"
+        self.lay_out(params, stateful, self.active, ranks, _native.StateKeys(**keys))
+        self._make_vectors(params, stateful, ranks)
         stepped = self.memory_of(params, self.active)
         self.plain = all(params[i] is local for i, local in zip(self.active, stepped, strict=True))
         entries = [state[params[i]] for i in self.active]
@@ -89,6 +98,9 @@ class DescentTable(ParameterTable):
             "alpha_prev": [torch.zeros((), dtype=torch.float64, device=self.device)],
         }
         self._tensors = _native.Tensors(**self._fixed)
+
+    def _make_vectors(self, params: list[Tensor], stateful: list[int], ranks: Ranks | None) -> None:
+        """Makes the buffers of a table that has them; after :meth:`lay_out`."""
 
     def covers(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters it was made of, with their state."""
@@ -119,6 +131,8 @@ class DescentTable(ParameterTable):
         pass_ = _native.DescentPass(kind, preconditioned=preconditioned, maximize=self.maximize, **numbers)
         threads, trial = _native.num_threads(), kind == "trial"
         sums = self.native.descend(self._tensors, pass_, threads) if trial or self.plain else None
+        if not trial:
+            self.gradients_fit = sums is not None
         if sums is None:
             at = self._tensors if trial else _native.Tensors(gradients=self._gradients(), **self._fixed)
             sums = self.native.descend(at, pass_, threads)

@@ -1,5 +1,6 @@
-"""Full-batch descent: conjugate gradients with the line search of Hager and Zhang and a diagonal preconditioner. This
-module decides, on scalars; the vectors, in any kind of memory, are behind the protocol :class:`Passes`.
+"""Full-batch descent: conjugate gradients or L-BFGS, with the line search of Hager and Zhang and a diagonal
+preconditioner. This module decides, on scalars; the vectors, in any kind of memory, are behind the protocol
+:class:`Passes`.
 
 One iteration, with P = 1/h::
 
@@ -7,7 +8,7 @@ One iteration, with P = 1/h::
     y     = g_new - g,  s = alpha d
     h_new = L h + y^2 / ys - (L h s)^2 / (L shs)      ys = sum(y s), shs = sum(s h s); L: see Course.scale
     beta  = beta_rule(...)
-    d_new = beta d - P g_new
+    d_new = beta d - P g_new                  with pairs instead: pairs.py
 
 Sources: Hager & Zhang, SIAM J. Optim. 16 (2005) 170 and 23 (2013) 2150 (beta, its truncation, preconditioning); ACM
 TOMS 32 (2006) 113 (the first step length); Adya et al., arXiv:1812.02886, Algorithm 2 (the diagonal); Oren &
@@ -20,12 +21,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
+from fastnlcg import _native
 from fastnlcg.full_batch.hager_zhang import HagerZhang, Point, Unbounded, search
+from fastnlcg.full_batch.pairs import MARGIN, Pairs
+from fastnlcg.full_batch.passes import Edited, Mark, PairPasses, Passes, Sums
+from fastnlcg.full_batch.rotation import EVERY
 from fastnlcg.options import check_real
 
-__all__ = ["BETA_RULES", "Course", "Descent", "DescentOptions", "Passes", "Sums", "first_step"]
+__all__ = ["BETA_RULES", "Course", "Descent", "DescentOptions", "first_step"]
 
 FIRST_SCALE = 1e-3
 """h starts at this fraction of the first curvature, ys / ss: below most of its later values. A small h_i is raised by
@@ -43,44 +48,6 @@ RESOLUTION = 2.0**-40
 last place, for sums of many terms"""
 RESOLUTION_FLOAT32 = 1e-6
 """the resolution of a loss that a function of float32 returns: eight units in the last place"""
-
-
-Mark = tuple[float, float]
-"""sum(x d) and sum(x x): any write to x between two iterations changes them"""
-
-
-class Edited(Exception):  # noqa: N818
-    """x is not what the last iteration left, or other variables take part: the run must start from x again."""
-
-
-class Passes(Protocol):
-    """The vectors: x, g, d, h, and x and g at the point where a search starts. Each method is one pass over memory."""
-
-    def trial(self, alpha: float, *, first: Mark | None) -> None:
-        """x = origin + alpha d. ``first``, in the first trial of a search, is the mark that x must have: x becomes the
-        origin, and if its mark differs, this call or the next evaluation raises Edited."""
-
-    def slope(self, f: float) -> tuple[float, float, float]:
-        """Returns f, sum(g d), max |g|; the second is not finite if an element of g is not. Over ranks: the mean of f,
-        the sum, and the maximum."""
-
-    def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
-        """Updates h with (alpha, scale, ys, scale * shs) if given; returns the sums over the new h."""
-
-    def direction(self, beta: float) -> tuple[float, float, Mark]:
-        """d = beta d - P g, g_prev = g. Returns sum(g d), sum(d h d), and the mark of x."""
-
-    def forget(self) -> None:
-        """Sets h = 1."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over a new gradient g, its change y since the last one, and P = 1/h."""
-
-    g_Pg: float  # noqa: N815
-    y_Pg: float  # noqa: N815
-    y_Py: float  # noqa: N815
 
 
 # ---- beta ------------------------------------------------------------------------------------------------------------
@@ -161,9 +128,18 @@ class DescentOptions:
     beta: str = "hager_zhang"
     preconditioner: str | None = "bfgs"
     line_search: HagerZhang = field(default_factory=HagerZhang)
+    history: int = 0
+
+    @property
+    def in_vectors(self) -> bool:
+        """Whether the vectors are :class:`Vectors`: there are pairs, or rotated matrices."""
+        return self.history > 0 or self.preconditioner == "kronecker"
 
     def __post_init__(self) -> None:
-        choices: dict[str, tuple[object, ...]] = {"beta": tuple(BETA_RULES), "preconditioner": ("bfgs", None)}
+        choices: dict[str, tuple[object, ...]] = {
+            "beta": tuple(BETA_RULES),
+            "preconditioner": ("kronecker", "bfgs", None),
+        }
         for name, allowed in choices.items():
             value = getattr(self, name)
             if not isinstance(value, str | None):
@@ -172,6 +148,8 @@ class DescentOptions:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
         if not isinstance(self.line_search, HagerZhang):
             raise TypeError(f"line_search must be a HagerZhang(), got {self.line_search!r}")
+        if check_count("history", self.history, minimum=0) > _native.most_pairs:
+            raise ValueError(f"Invalid history: {self.history!r}; expected at most {_native.most_pairs}")
 
 
 @dataclass
@@ -218,6 +196,13 @@ class Course:
     """evaluations of the loss alone"""
     active: list[int] = field(default_factory=list)
     """the indices of the parameters that take part; used by ``CGDescent``"""
+    pairs: Pairs = field(default_factory=Pairs)
+    next_length: float = 1.0
+    """with pairs: the first length of the next search; not 1 after a search that a limit has ended"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pairs, dict):
+            self.pairs = Pairs.of(self.pairs)
 
     def scale(self, ratio: float) -> float:
         """L: by how much h is scaled before its update, given ys / shs. Remembers the ratio."""
@@ -233,7 +218,7 @@ class Course:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields: numbers, and lists and pairs of numbers, which are replaced but never changed in place."""
-        return dict(vars(self))
+        return {**vars(self), "pairs": self.pairs.as_dict()}
 
 
 class OutOfBudget(Exception):  # noqa: N818
@@ -260,7 +245,7 @@ class Descent:
 
     def __init__(
         self,
-        passes: Passes,
+        passes: Passes | PairPasses,
         full: Callable[[bool], float],
         loss: Callable[[], float] | None,
         options: DescentOptions,
@@ -312,7 +297,12 @@ class Descent:
     def _turn_to_steepest(self) -> None:
         at = self.course
         at.steepest, at.stuck, at.beta = True, False, 0.0
-        if math.isfinite(at.g_max):
+        at.pairs.drop()
+        if self.options.history:
+            at.next_length = 1.0
+            if math.isfinite(at.g_max):
+                self._take_direction()
+        elif math.isfinite(at.g_max):
             at.slope, at.dhd, at.mark = self.passes.direction(0.0)
             at.g_Pg = -at.slope
 
@@ -379,6 +369,7 @@ class Descent:
                 self.begin()
             elif at.updates or at.alpha != 0.0:
                 self.passes.forget()
+                at.pairs = Pairs()
                 at.updates, at.ratios, at.alpha = 0, [], 0.0
                 self.begin()
             else:
@@ -450,6 +441,7 @@ class Descent:
             move(target.alpha)
             if target is start:
                 at.alpha = shortest if shortest < math.inf else at.alpha
+                at.next_length = longest if 0.0 < longest < math.inf else at.next_length
             elif target is latest and target.finite:  # the gradient is still that of this point
                 at.g_max = g_max
                 self._conclude(target)
@@ -484,6 +476,8 @@ class Descent:
         at = self.course
         if at.alpha == 0.0:
             return first_step(self.x_max(), at.g_max, start.f, -start.slope)
+        if self.options.history:
+            return at.next_length
         alpha = PROBE * at.alpha
         if self.loss is None:  # every evaluation gives a slope: use the secant of the slopes
             f, slope = phi(alpha)
@@ -500,6 +494,8 @@ class Descent:
 
     def _conclude(self, point: Point) -> None:
         """Updates h, beta and d at the new x and g."""
+        if self.options.history:
+            return self._conclude_with_pairs(point)
         at, options = self.course, self.options
         slopes = Slopes(at.slope, point.slope, at.dhd, at.g_Pg)
         ys, shs = point.alpha * slopes.dy, point.alpha * point.alpha * at.dhd
@@ -510,7 +506,8 @@ class Descent:
             update = (point.alpha, scale, ys, scale * shs)
             at.updates += 1
             slopes = Slopes(at.slope, point.slope, scale * at.dhd, at.g_Pg)
-        sums = self.passes.curvature(update)
+        turn = {"turn": at.updates % EVERY == 0} if options.preconditioner == "kronecker" else {}
+        sums = self.passes.curvature(update, **turn)
         at.g_Pg, at.f = sums.g_Pg, point.f
         at.alpha = point.alpha * scale  # P has become 1 / scale of what it was
         at.iterations += 1
@@ -520,6 +517,51 @@ class Descent:
         at.steepest, at.stuck = at.beta == 0.0, False
         if not (at.slope < 0.0 and math.isfinite(at.slope)):
             self._turn_to_steepest()
+
+    def _conclude_with_pairs(self, point: Point) -> None:
+        """Takes the pair of the step, updates h, and takes d by the two loops over the pairs."""
+        at, passes, history = self.course, self._pair_passes, self.options.history
+        dy = point.slope - at.slope
+        ys, shs = point.alpha * dy, point.alpha * point.alpha * at.dhd
+        curved = ys > 0.0 and 0.0 < shs < math.inf and 0.0 < FIRST_SCALE * (ys / shs) < math.inf
+        at.f, at.alpha, at.next_length = point.f, point.alpha, 1.0
+        at.iterations += 1
+        at.beta, at.stuck = 0.0, False
+        if curved:
+            scale = at.scale(ys / shs) if self._preconditioned else 1.0
+            turn = self.options.preconditioner == "kronecker" and (at.updates + 1) % EVERY == 0
+            sums = passes.pair(at.pairs.next_row, (point.alpha, scale, ys, scale * shs), turn=turn)
+            first = at.updates == 0
+            at.updates += 1
+            margin = 0.0 if passes.rotates else MARGIN
+            at.pairs.choose(sums, ys, scale * shs, self._preconditioned, first=first, margin=margin)
+            at.pairs.add(history, ys)
+        if at.pairs.count:
+            at.pairs.see(history, passes.gradient_dots(at.pairs.count), added=curved)
+        at.steepest = not at.pairs.count
+        self._take_direction()
+        if not (at.slope < 0.0 and math.isfinite(at.slope)):
+            self._turn_to_steepest()
+
+    @property
+    def _pair_passes(self) -> PairPasses:
+        return self.passes  # type: ignore[return-value]
+
+    def _take_direction(self) -> None:
+        """d by the two loops over the pairs, or -gamma P g if there are none."""
+        at, passes, history = self.course, self._pair_passes, self.options.history
+        pairs = at.pairs
+        try:
+            a = pairs.first_loop(history) if pairs.count else []
+        except (ZeroDivisionError, OverflowError):
+            a = [math.nan] * history
+        if not all(map(math.isfinite, a)):
+            pairs.drop()
+            at.steepest, a = True, []
+        y_r = passes.residual(a, pairs.gamma, plain=pairs.plain)
+        c = pairs.second_loop(history, a, y_r) if a else []
+        at.slope, at.dhd, at.mark = passes.pair_direction(c)
+        at.g_Pg = -at.slope
 
 
 class _Suspect(Exception):  # noqa: N818

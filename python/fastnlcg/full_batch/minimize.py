@@ -7,12 +7,14 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fastnlcg import _native
+from fastnlcg.full_batch.flat import Flat, FlatVectors
 from fastnlcg.full_batch.hager_zhang import HagerZhang
 from fastnlcg.full_batch.iteration import (
     RESOLUTION,
@@ -20,12 +22,11 @@ from fastnlcg.full_batch.iteration import (
     Course,
     Descent,
     DescentOptions,
-    Mark,
     OutOfBudget,
-    Sums,
     check_count,
     check_positive,
 )
+from fastnlcg.full_batch.rotation import flat_matrices
 from fastnlcg.warn import warn
 
 __all__ = ["OptimizeResult", "minimize"]
@@ -74,53 +75,6 @@ class OptimizeResult(dict[str, Any]):
 _CONVERGED = "the largest element of the gradient is at most gtol"
 
 
-class _Flat:
-    """:class:`Passes` over flat arrays of one dtype and device."""
-
-    def __init__(self, x: Any, zeros: Callable[[], Any], device: str, *, preconditioned: bool) -> None:
-        self.x, self.threads = x, _native.num_threads()
-        self.g_prev, self.d, self.origin = zeros(), zeros(), zeros()
-        self.h = zeros() if preconditioned else None
-        self.preconditioned = preconditioned
-        self.forget()
-        dtype = str(x.dtype).removeprefix("torch.")
-        stream = _native.current_stream(device, x) if device != "cpu" else 0
-        self._step = _native.FlatStep(dtype, device, stream)
-        arrays = {"p": x, "grad_prev": self.g_prev, "direction": self.d, "diagonal": self.h, "origin": self.origin}
-        self._buffers: dict[str, Any] = {
-            name: _native.Buffer(array) for name, array in arrays.items() if array is not None
-        }
-
-    def set_gradient(self, g: Any) -> None:
-        self._step.bind(g=_native.Buffer(g), **self._buffers)
-
-    def _run(self, kind: str, **numbers: Any) -> list[float]:
-        return self._step.descend(
-            _native.DescentPass(kind, preconditioned=self.preconditioned, **numbers), self.threads
-        )
-
-    def trial(self, alpha: float, *, first: Mark | None) -> None:
-        # fun gets copies, so x still has the mark ``first``.
-        self._run("trial", alpha=alpha, first=first is not None)
-
-    def slope(self, f: float) -> tuple[float, float, float]:
-        slope, largest, *_ = self._run("slope")
-        return f, slope, largest
-
-    def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
-        alpha, scale, ys, shs = update or (0.0, 1.0, 0.0, 0.0)
-        sums = self._run("curvature", update=update is not None, alpha=alpha, scale=scale, ys=ys, shs=shs)
-        return Sums(*sums[:3])
-
-    def direction(self, beta: float) -> tuple[float, float, Mark]:
-        slope, dhd, xd, xx, *_ = self._run("direction", beta=beta)
-        return slope, dhd, (xd, xx)
-
-    def forget(self) -> None:
-        if self.h is not None:
-            self.h[:] = 1.0
-
-
 def _is_torch(x: object) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
@@ -163,8 +117,8 @@ class _NumPy:
         # loss alone is not cheaper.
         self.device, self.cheap_loss = "cpu", callable(jac) and getattr(jac, "__self__", None) is not fun
 
-    def zeros(self) -> Any:
-        return np.zeros(self.x.size, self.x.dtype)
+    def zeros(self, shape: tuple[int, ...] | None = None) -> Any:
+        return np.zeros(self.x.size if shape is None else shape, self.x.dtype)
 
     def _at(self) -> Any:
         return self.x.reshape(self.shape).copy()
@@ -223,8 +177,8 @@ class _Torch:
         index = x0.device.index or 0
         self.device, self.cheap_loss = f"cuda:{index}" if _native.on_gpu(x0.device) else "cpu", True
 
-    def zeros(self) -> Any:
-        return self.torch.zeros_like(self.x)
+    def zeros(self, shape: tuple[int, ...] | None = None) -> Any:
+        return self.torch.zeros(self.x.shape if shape is None else shape, dtype=self.x.dtype, device=self.x.device)
 
     def loss(self) -> float:
         # x does not require a gradient, so autograd records nothing, unless fun itself differentiates.
@@ -290,7 +244,9 @@ def minimize(
     *,
     jac: bool | Callable[..., Any] | None = True,
     beta: str = "hager_zhang",
-    preconditioner: str | None = "bfgs",
+    history: int = 10,
+    preconditioner: str | None = "kronecker",
+    shapes: Sequence[Sequence[int]] | None = None,
     line_search: HagerZhang | None = None,
     gtol: float | None = None,
     maxiter: int | None = None,
@@ -307,8 +263,9 @@ def minimize(
     constraints: object = (),
     **unknown: object,
 ) -> OptimizeResult:
-    """Minimizes a smooth function by preconditioned nonlinear conjugate gradients with the line search of Hager and
-    Zhang. There is no learning rate. The state is five arrays of the size of ``x0``. It can also be used through SciPy:
+    """Minimizes a smooth function by L-BFGS on the diagonal of BFGS, or by nonlinear conjugate gradients, with the line
+    search of Hager and Zhang; see :class:`CGDescent`. There is no learning rate. The state is 6 + 2 ``history`` arrays
+    of the size of ``x0``, five with ``history=0``. It can also be used through SciPy:
     ``scipy.optimize.minimize(fun, x0, jac=True, method=fastnlcg.minimize, options={...})``.
 
     Args:
@@ -321,9 +278,14 @@ def minimize(
         args: more arguments of ``fun`` and ``jac``.
         jac: the gradient, ``jac(x, *args)``; True: ``fun`` returns it. It has the shape of ``x0``, up to dimensions of
             size 1. None and False mean True for torch, and are refused for NumPy: there are no finite differences.
-        beta: ``"hager_zhang"``, ``"polak_ribiere"`` (0 if that is negative), ``"fletcher_reeves"``, ``"dai_yuan"`` or
-            ``"hestenes_stiefel"``.
-        preconditioner: ``"bfgs"``, a diagonal estimate of the Hessian that is built during the run; or None.
+        beta: of runs without pairs: ``"hager_zhang"``, ``"polak_ribiere"`` (0 if that is negative),
+            ``"fletcher_reeves"``, ``"dai_yuan"`` or ``"hestenes_stiefel"``.
+        history: the number of curvature pairs, 0 to 32; 0: conjugate gradients.
+        preconditioner: ``"kronecker"``, a diagonal estimate of the Hessian that is built during the run, in rotated
+            bases of the matrices in ``shapes``; ``"bfgs"``, the same without rotations, which ``"kronecker"`` is
+            without ``shapes``; or None.
+        shapes: the shapes of the parts of x, in their order, if some are matrices: ``[(32, 2), (32,), ...]``. A vector
+            behind a matrix is its bias if it has the length of the matrix's first side.
         line_search: the constants of the line search, a :class:`HagerZhang`.
         gtol: success means that the largest element of the gradient is at most this, in absolute value; >= 0. Default
             ``tol``, or 1e-5.
@@ -352,7 +314,8 @@ def minimize(
             passed on.
         ModuleNotFoundError: for ``progress=True`` without tqdm.
 
-    Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, 23 (2013) 2150; the diagonal: Adya et al., arXiv:1812.02886.
+    Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, 23 (2013) 2150; the pairs: Nocedal, Math. Comp. 35 (1980) 773;
+    the diagonal: Adya et al., arXiv:1812.02886.
 
     >>> import numpy as np
     >>> def rosenbrock(x):
@@ -371,23 +334,24 @@ def minimize(
     _refuse_bounds(bounds)
     _refuse_constraints(constraints)
     args = args if isinstance(args, tuple) else (args,)
-    options = DescentOptions(beta, preconditioner, line_search or HagerZhang())
+    options = DescentOptions(beta, preconditioner, line_search or HagerZhang(), history)
     gtol = check_positive(*(("gtol", gtol) if gtol is not None else ("tol", 1e-5 if tol is None else tol)))
     maxiter = _count("maxiter", maxiter, minimum=0)
     maxfun = _count("maxfun", maxfun, minimum=1)
     if maxtime is not None:
         check_positive("maxtime", maxtime)
     if not _is_torch(x0):
-        return _run(_NumPy(fun, x0, args, jac), options, gtol, maxiter, _Limits(maxfun, maxtime), report,
+        return _run(_NumPy(fun, x0, args, jac), options, shapes, gtol, maxiter, _Limits(maxfun, maxtime), report,
                     progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
     with sys.modules["torch"].inference_mode(False):  # inference mode records no gradient, and makes frozen tensors
-        return _run(_Torch(fun, x0, args, jac), options, gtol, maxiter, _Limits(maxfun, maxtime), report,
+        return _run(_Torch(fun, x0, args, jac), options, shapes, gtol, maxiter, _Limits(maxfun, maxtime), report,
                     progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
 
 
 def _run(
     problem: _NumPy | _Torch,
     options: DescentOptions,
+    shapes: Sequence[Sequence[int]] | None,
     gtol: float,
     maxiter: int | None,
     limits: _Limits,
@@ -400,7 +364,10 @@ def _run(
 ) -> OptimizeResult:
     if unknown:
         warn(f"unknown options are ignored: {', '.join(sorted(unknown))}")
-    passes = _Flat(problem.x, problem.zeros, problem.device, preconditioned=options.preconditioner is not None)
+    parts = _check_shapes(shapes, problem.n)
+    if options.preconditioner == "kronecker" and not flat_matrices(parts):
+        options = replace(options, preconditioner="bfgs")
+    passes = _passes(problem, options, parts)
 
     def full(_: bool = True) -> float:
         limits.spend(gradient=True)
@@ -466,6 +433,24 @@ def _run(
         print(f"         Function evaluations: {limits.evaluations}")
         print(f"         Gradient evaluations: {limits.gradients}")
     return result
+
+
+def _passes(problem: _NumPy | _Torch, options: DescentOptions, shapes: list[tuple[int, ...]]) -> Flat:
+    if options.in_vectors:
+        return FlatVectors(problem.x, problem.zeros, problem.device, options, shapes)
+    return Flat(problem.x, problem.zeros, problem.device, preconditioned=options.preconditioner is not None)
+
+
+def _check_shapes(shapes: object, n: int) -> list[tuple[int, ...]]:
+    """The shapes of the parts of x; TypeError or ValueError unless they have n elements together."""
+    if shapes is None:
+        return [(n,)]
+    if not isinstance(shapes, Sequence) or isinstance(shapes, str) or not all(isinstance(s, Sequence) for s in shapes):
+        raise TypeError(f"shapes must be a list of shapes, got {shapes!r}")
+    found = [tuple(check_count(f"shapes[{i}]", size, minimum=0) for size in s) for i, s in enumerate(shapes)]
+    if (total := sum(map(math.prod, found))) != n:
+        raise ValueError(f"shapes have {total} elements together, expected those of x0, {n}")
+    return found
 
 
 def _iterate(run: Descent, gtol: float, maxiter: int, after_iteration: Callable[[], None]) -> tuple[int, str]:

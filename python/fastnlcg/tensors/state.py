@@ -17,7 +17,7 @@ from fastnlcg import _native
 from fastnlcg.tensors.checks import dense_strides, missing_bytes
 from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
 
-_HUGE = 1 << 22  # bytes of state from which huge pages are requested
+HUGE = 1 << 22  # bytes of state from which huge pages are requested
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -69,7 +69,7 @@ def missing_arrays(i: int, p: Tensor, entry: Mapping[str, Any], arrays: Mapping[
 
 def _empty(like: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     buffer = torch.empty_strided(like.shape, strides, dtype=dtype, device=like.device)
-    if buffer.numel() * buffer.element_size() >= _HUGE and buffer.device.type == "cpu":
+    if buffer.numel() * buffer.element_size() >= HUGE and buffer.device.type == "cpu":
         _native.Buffer(buffer.as_strided((buffer.numel(),), (1,))).advise_huge_pages()
     return buffer
 

@@ -1,0 +1,130 @@
+"""The vectors of :func:`fastnlcg.minimize`: flat arrays, NumPy's or torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastnlcg import _native
+from fastnlcg.full_batch.iteration import DescentOptions
+from fastnlcg.full_batch.pairs import PairSums
+from fastnlcg.full_batch.passes import Mark, Sums
+from fastnlcg.full_batch.quasi_newton import Vectors
+from fastnlcg.full_batch.rotation import flat_matrices
+
+
+class Flat:
+    """:class:`Passes` over flat arrays of one dtype and device: conjugate gradients without rotations."""
+
+    def __init__(self, x: Any, zeros: Callable[[], Any], device: str, *, preconditioned: bool) -> None:
+        self.x, self.threads = x, _native.num_threads()
+        self.g_prev, self.d, self.origin = zeros(), zeros(), zeros()
+        self.h = zeros() if preconditioned else None
+        self.preconditioned = preconditioned
+        self.forget()
+        dtype = str(x.dtype).removeprefix("torch.")
+        stream = _native.current_stream(device, x) if device != "cpu" else 0
+        self._step = _native.FlatStep(dtype, device, stream)
+        arrays = {"p": x, "grad_prev": self.g_prev, "direction": self.d, "diagonal": self.h, "origin": self.origin}
+        self._buffers: dict[str, Any] = {
+            name: _native.Buffer(array) for name, array in arrays.items() if array is not None
+        }
+
+    def set_gradient(self, g: Any) -> None:
+        self._step.bind(g=_native.Buffer(g), **self._buffers)
+
+    def _run(self, kind: str, **numbers: Any) -> list[float]:
+        return self._step.descend(
+            _native.DescentPass(kind, preconditioned=self.preconditioned, **numbers), self.threads
+        )
+
+    def trial(self, alpha: float, *, first: Mark | None) -> None:
+        # fun gets copies, so x still has the mark ``first``.
+        self._run("trial", alpha=alpha, first=first is not None)
+
+    def slope(self, f: float) -> tuple[float, float, float]:
+        slope, largest, *_ = self._run("slope")
+        return f, slope, largest
+
+    def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
+        alpha, scale, ys, shs = update or (0.0, 1.0, 0.0, 0.0)
+        sums = self._run("curvature", update=update is not None, alpha=alpha, scale=scale, ys=ys, shs=shs)
+        return Sums(*sums[:3])
+
+    def direction(self, beta: float) -> tuple[float, float, Mark]:
+        slope, dhd, xd, xx, *_ = self._run("direction", beta=beta)
+        return slope, dhd, (xd, xx)
+
+    def forget(self) -> None:
+        if self.h is not None:
+            self.h[:] = 1.0
+
+
+class FlatVectors(Flat):
+    """:class:`PairPasses` over flat arrays."""
+
+    def __init__(
+        self,
+        x: Any,
+        make: Callable[[tuple[int, ...]], Any],
+        device: str,
+        options: DescentOptions,
+        shapes: Sequence[tuple[int, ...]],
+    ) -> None:
+        (self.n,) = x.shape
+        self.x, self.threads = x, _native.num_threads()
+        self.preconditioned = options.preconditioner is not None
+        dtype = str(x.dtype).removeprefix("torch.")
+        stream = _native.current_stream(device, x) if device != "cpu" else 0
+        unit = _native.block_elements
+        self.vectors = Vectors(
+            -(-self.n // unit) * unit,
+            make,
+            dtype,
+            device,
+            stream,
+            history=options.history,
+            preconditioned=self.preconditioned,
+            matrices=flat_matrices(shapes) if options.preconditioner == "kronecker" else [],
+            load=self._load,
+        )
+        self.g, self.origin = x, make((self.n,))
+        self._step = _native.FlatStep(dtype, device, stream)
+        arrays = {"p": x, "direction": self.vectors.out[: self.n], "origin": self.origin}
+        self._buffers = {name: _native.Buffer(array) for name, array in arrays.items()}
+
+    def _load(self, buffer: Any) -> None:
+        buffer[: self.n] = self.g
+
+    def set_gradient(self, g: Any) -> None:
+        super().set_gradient(g)
+        self.g, self.vectors.fresh = g, False
+
+    def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
+        return self.vectors.curvature(update, turn=turn)
+
+    def direction(self, beta: float) -> tuple[float, float, Mark]:
+        return self._marked(self.vectors.conjugate(beta))
+
+    @property
+    def rotates(self) -> bool:
+        return self.vectors.rotates
+
+    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
+        return self.vectors.pair(row, update, turn=turn)
+
+    def gradient_dots(self, count: int) -> list[float]:
+        return self.vectors.gradient_dots(count)
+
+    def residual(self, a: list[float], gamma: float, *, plain: bool) -> list[float]:
+        return self.vectors.residual(a, gamma, plain=plain)
+
+    def pair_direction(self, c: list[float]) -> tuple[float, float, Mark]:
+        return self._marked(self.vectors.pair_direction(c))
+
+    def _marked(self, dhd: float) -> tuple[float, float, Mark]:
+        slope, xd, xx, *_ = self._run("mark")
+        return slope, dhd, (xd, xx)
+
+    def forget(self) -> None:
+        self.vectors.forget()

@@ -1,0 +1,247 @@
+"""Weight matrices in the eigenbasis of Kronecker factors, which curvature pairs form: of NumPy's arrays or torch's
+tensors, by their libraries' matrix products and eigendecompositions.
+
+For a matrix W (a x b), its bias (a) or none, and bases QL (a x a) and QR (b x b), which begin as the identity::
+
+    rotated(V) = QL^T V QR,  of the bias QL^T v
+    SL = rho SL + Y Y^T / ys,  SR = rho SR + Y^T Y / ys,  rho = 0.95, from 0        with every pair
+    QL' = eigenvectors of SL,  QR' = eigenvectors of SR                              with every tenth pair
+    H'  = (QL'^T QL)^2 H ((QR'^T QR)^2)^T, squares by element: the diagonal of the old matrix in the new basis
+
+The factors are kept in the present basis (QL^T SL QL), so they are formed from vectors that are rotated already. A side
+longer than 512 is not rotated, and a side of 1 need not be.
+
+Source: the basis is that of Gupta et al., arXiv:1802.09568 (Shampoo), and Vyas et al., arXiv:2409.11321 (SOAP), there
+from gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+RHO = 0.95
+"""how much of the factors a pair keeps"""
+EVERY = 10
+"""the bases change with every tenth pair"""
+WIDEST = 512
+"""the longest side that is rotated: an eigendecomposition of 512 x 512 in float64 takes some 0.06 s on one core"""
+
+Side = dict[str, Any]
+"""``factor`` and ``basis``"""
+
+
+@dataclass
+class Matrix:
+    """The place of a matrix in a flat vector, or of a stack of them: ``shape`` is (a, b) or (stack, a, b)."""
+
+    begin: int
+    shape: tuple[int, ...]
+    bias: int | None = None
+    """where its bias begins"""
+    sides: dict[str, Side] = field(default_factory=dict)
+    """``left`` and ``right``, as far as they are rotated"""
+    _views: dict[int, tuple[Any, Any, Any]] = field(default_factory=dict)
+    """by the id of a vector: the vector, its part here, and its bias"""
+
+    @property
+    def end(self) -> int:
+        return self.begin + math.prod(self.shape)
+
+    def side(self, name: str) -> int:
+        """The length of a side."""
+        return self.shape[-2] if name == "left" else self.shape[-1]
+
+    def rotated_sides(self) -> list[str]:
+        """The sides that are rotated."""
+        return [name for name in ("left", "right") if 1 < self.side(name) <= WIDEST]
+
+    def of(self, vector: Any) -> tuple[Any, Any]:
+        """This matrix in a flat vector, or in each row of a matrix of vectors; and its bias as a matrix of one column,
+        or None."""
+        kept = self._views.get(id(vector))
+        if kept is None or kept[0] is not vector:
+            rows = vector.shape[:-1]
+            here = vector[..., self.begin : self.end].reshape((*rows, *self.shape))
+            bias = None
+            if self.bias is not None:
+                bias = vector[..., self.bias : self.bias + self.shape[-2]].reshape((*rows, -1, 1))
+            kept = self._views[id(vector)] = vector, here, bias
+        return kept[1:]
+
+    def multiply(self, vector: Any, left: Any, right: Any) -> None:
+        """``left V right`` in place of V, and of the bias ``left v``; None: the identity."""
+        here, bias = self.of(vector)
+        if left is None:
+            if right is not None:
+                here[...] = here @ right
+            return
+        product = left @ here
+        if right is None:
+            here[...] = product
+        elif here.ndim == len(self.shape):
+            _library(here).matmul(product, right, out=here)
+        else:
+            here[...] = product @ right
+        if bias is not None:
+            bias[...] = left @ bias
+
+
+def transposed(x: Any) -> Any:
+    """The matrices of ``x``, transposed."""
+    return x.swapaxes(-1, -2)
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The matrix, or the stack of matrices, as which a parameter of this shape is rotated; None: it is not. More than
+    three dimensions are a convolution: out x (in k k)."""
+    if len(shape) < 2 or math.prod(shape) == 0:
+        return None
+    matrix = tuple(shape) if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+    return matrix if Matrix(0, matrix).rotated_sides() else None
+
+
+def matrices_of(shapes: Sequence[Sequence[int] | None], places: Sequence[int]) -> list[Matrix]:
+    """The matrices among parameters of these shapes, each with the vector behind it if that has the length of its left
+    side. None: a parameter that is not to be rotated."""
+    found: list[Matrix] = []
+    for i, shape in enumerate(shapes):
+        matrix = None if shape is None else as_matrix(shape)
+        if matrix is None:
+            continue
+        behind = shapes[i + 1] if i + 1 < len(shapes) else None
+        has_bias = len(matrix) == 2 and behind is not None and tuple(behind) == (matrix[0],)
+        one = Matrix(places[i], matrix, places[i + 1] if has_bias else None)
+        found.append(one)
+    return found
+
+
+def flat_matrices(shapes: Sequence[Sequence[int]]) -> list[Matrix]:
+    """The matrices in a flat vector that consists of parts of these shapes."""
+    places = list(itertools.accumulate(map(math.prod, shapes), initial=0))
+    return matrices_of(shapes, places)
+
+
+class Rotation:
+    """The bases and factors of some matrices.
+
+    Args:
+        matrices: where they are.
+        make: ``make(shape)`` returns zeros, where and as the vectors are.
+        agree: given the new bases, makes them those of the first rank; None: there are no other ranks.
+    """
+
+    def __init__(
+        self,
+        matrices: list[Matrix],
+        make: Callable[[tuple[int, ...]], Any],
+        agree: Callable[[list[Any]], None] | None = None,
+    ) -> None:
+        self.matrices, self.agree = matrices, agree
+        for matrix in matrices:
+            for name in matrix.rotated_sides():
+                size = matrix.side(name)
+                shape = (*matrix.shape[:-2], size, size)
+                basis = make(shape)
+                basis[..., range(size), range(size)] = 1.0
+                matrix.sides[name] = {"factor": make(shape), "basis": basis}
+        self._bases = [_bases(matrix) for matrix in matrices]
+        """of each matrix: left, right, and both transposed; views of what is written in place"""
+
+    def rotate(self, vector: Any) -> None:
+        """In place, into the bases."""
+        for matrix, (_, right, left_t, _) in zip(self.matrices, self._bases, strict=True):
+            matrix.multiply(vector, left_t, right)
+
+    def rotate_back(self, vector: Any) -> None:
+        """In place, out of the bases."""
+        for matrix, (left, _, _, right_t) in zip(self.matrices, self._bases, strict=True):
+            matrix.multiply(vector, left, right_t)
+
+    def see(self, y: Any) -> None:
+        """The factors of a new pair, from y / sqrt(ys), rotated."""
+        for matrix in self.matrices:
+            here, _ = matrix.of(y)
+            there = transposed(here)
+            for name, side in matrix.sides.items():
+                factor = side["factor"]
+                first, second = (here, there) if name == "left" else (there, here)
+                if factor.ndim == 2 and hasattr(factor, "addmm_"):
+                    factor.addmm_(first, second, beta=RHO)
+                else:
+                    factor *= RHO
+                    factor += first @ second
+
+    def forget(self) -> None:
+        """Factors of zero; the bases stay."""
+        for matrix in self.matrices:
+            for side in matrix.sides.values():
+                side["factor"][...] = 0.0
+
+    def turn(self, h: Any, vectors: Sequence[Any]) -> bool:
+        """Takes the eigenvectors of the factors for bases, and brings h and these rotated vectors to them. Returns
+        whether a basis has changed. A factor that is not finite is dropped, and its basis stays, as it does if an
+        eigendecomposition fails."""
+        new: list[tuple[Matrix, dict[str, Any]]] = []
+        for matrix in self.matrices:
+            bases = {name: _eigenvectors(side) for name, side in matrix.sides.items()}
+            new.append((matrix, {name: basis for name, basis in bases.items() if basis is not None}))
+        if self.agree is not None:
+            # Every rank has the same factors, so the same bases are there.
+            self.agree([basis for _, bases in new for basis in bases.values()])
+        try:
+            for matrix, bases in new:
+                _change_bases(matrix, bases, h, vectors)
+        except BaseException:  # an interrupt: h would be that of other bases
+            h[...] = 1.0
+            self.forget()
+            raise
+        return any(bases for _, bases in new)
+
+
+def _bases(matrix: Matrix) -> tuple[Any, Any, Any, Any]:
+    left, right = (matrix.sides[name]["basis"] if name in matrix.sides else None for name in ("left", "right"))
+    return left, right, None if left is None else transposed(left), None if right is None else transposed(right)
+
+
+def _library(array: Any) -> Any:
+    """The module of an array: numpy or torch."""
+    return sys.modules[type(array).__module__.partition(".")[0]]
+
+
+def _change_bases(matrix: Matrix, bases: dict[str, Any], h: Any, vectors: Sequence[Any]) -> None:
+    turns: dict[str, Any] = {"left": None, "right": None}
+    for name, basis in bases.items():
+        side = matrix.sides[name]
+        turns[name] = transposed(basis) @ side["basis"]
+        side["factor"][...] = turns[name] @ side["factor"] @ transposed(turns[name])
+        side["basis"][...] = basis
+    left, right = turns["left"], turns["right"]
+    for vector in vectors:
+        matrix.multiply(vector, left, None if right is None else transposed(right))
+    matrix.multiply(h, None if left is None else left * left, None if right is None else transposed(right * right))
+
+
+def _eigenvectors(side: Side) -> Any:
+    """Of a side's factor, in the type of its basis; None if there are none."""
+    factor, basis = side["factor"], side["basis"]
+    library = _library(factor)
+    # torch.linalg.eigh of a matrix with a NaN may return finite, orthogonal vectors: look before.
+    if not bool(library.isfinite(factor).all()):
+        factor[...] = 0.0
+        return None
+    if not bool((factor != 0.0).any()):
+        return None
+    whole = basis @ factor @ transposed(basis)
+    wide = whole.astype("float64") if library.__name__ == "numpy" else whole.double()
+    try:
+        vectors = library.linalg.eigh((wide + transposed(wide)) / 2.0)[1]
+    except (ValueError, RuntimeError):  # LinAlgError of NumPy, of torch
+        return None
+    if not bool(library.isfinite(vectors).all()):
+        return None
+    return vectors.astype(basis.dtype) if library.__name__ == "numpy" else vectors.to(basis.dtype)

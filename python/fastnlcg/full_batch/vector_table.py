@@ -1,0 +1,249 @@
+"""CGDescent's table if there are curvature pairs, or rotated weight matrices: state lies in flat buffers, and a
+parameter's state is views of them.
+
+============================  ==========================================================================
+``direction``, ``origin``     as without pairs
+``grad_prev``                 the last gradient, rotated
+``rotated_direction``         d, rotated, if the optimizer rotates any matrix
+``hessian_diag``              h, of the rotated matrix
+``s_0``, ``y_0``, ``s_1``...  the pairs, rotated
+``basis_left``, ``_right``    of a weight matrix, with ``factor_left`` and ``factor_right``
+============================  ==========================================================================
+
+A matrix is rotated on every rank that has all of it. A DTensor is not, because a rank has a shard of it and the bases
+belong to whole sides; neither are the shards of ``process_group=``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastnlcg import _native
+from fastnlcg.full_batch.descent_table import DescentTable, TablePasses
+from fastnlcg.full_batch.iteration import Course, DescentOptions
+from fastnlcg.full_batch.pairs import PairSums
+from fastnlcg.full_batch.passes import Mark, Sums
+from fastnlcg.full_batch.quasi_newton import Vectors
+from fastnlcg.full_batch.rotation import matrices_of
+from fastnlcg.tensors.checks import DTYPES, dense_strides, has_storage
+from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
+from fastnlcg.tensors.ranks import Ranks
+from fastnlcg.tensors.state import HUGE, state_dtype
+from fastnlcg.tensors.table import State, places
+
+ROTATED = ("basis_left", "basis_right", "factor_left", "factor_right")
+
+
+def _only_here(key: str) -> bool:
+    """Whether a key of a state is only this table's."""
+    return key == "rotated_direction" or key in ROTATED or key[:2] in ("s_", "y_")
+
+
+def leave_bases(state: Mapping[Any, Any], options: DescentOptions) -> bool:
+    """If the state is in bases that the options do not use, removes what is in them. Returns whether it was."""
+    if options.preconditioner == "kronecker":
+        return False
+    entries = [entry for entry in state.values() if isinstance(entry, dict)]
+    if not any(key in entry for entry in entries for key in ROTATED):
+        return False
+    for entry in entries:
+        for key in [*entry]:
+            if _only_here(key) or key in ("hessian_diag", "grad_prev", "direction"):
+                del entry[key]
+    return True
+
+
+class VectorTable(DescentTable):
+    """The parameters that take part, and the flat buffers of their vectors."""
+
+    vectors: Vectors
+    keeps_pairs = True
+    """whether the state had the pairs of these options"""
+
+    def _make_vectors(self, params: list[Tensor], stateful: list[int], ranks: Ranks | None) -> None:
+        unowned = frozenset() if ranks is None else ranks.unowned
+        offsets, owned, n = places(params, stateful, unowned)
+        options, on_gpu = self.options, _native.on_gpu(self.device)
+        dtype = state_dtype(memory(params[stateful[0]])) if stateful else torch.float32
+        rotates = options.preconditioner == "kronecker" and not self.plain_shards
+        shapes = [_rotatable(params[i]) if rotates else None for i in stateful]
+
+        def make(shape: tuple[int, ...]) -> Tensor:
+            made = torch.zeros(shape, dtype=dtype, device=self.device)
+            if made.numel() * made.element_size() >= HUGE and not on_gpu:
+                _native.Buffer(made.view(-1)).advise_huge_pages()
+            return made
+
+        device = f"cuda:{self.device.index or 0}" if on_gpu else "cpu"
+        self.vectors = Vectors(
+            n,
+            make,
+            DTYPES[dtype],
+            device,
+            _native.current_stream(str(self.device)) if on_gpu else 0,
+            history=options.history,
+            preconditioned=options.preconditioner is not None,
+            matrices=matrices_of(shapes, offsets),
+            load=self._load,
+            owned=owned,
+            agree=None if ranks is None else _broadcast(ranks),
+        )
+        sides = {matrix.begin: matrix.sides for matrix in self.vectors.rotation.matrices}
+        gradients: dict[int, Tensor] = {}
+        self.views: list[tuple[dict[str, Any], list[Any]]] = []
+        """each entry of the state, and what it has"""
+        for i, offset in zip(stateful, offsets, strict=True):
+            gradients[i] = _view(self.vectors.gradient, memory(params[i]), offset)
+            self._take_state(params[i], offset, sides.get(offset, {}))
+        self._gradient_views = [gradients[i] for i in self.active]
+        _let_go(self.state, {params[i] for i in stateful})
+
+    def _take_state(self, p: Tensor, offset: int, sides: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Makes the state of ``p`` views of the buffers, with what it had."""
+        v, entry, local = self.vectors, self.state[p], memory(p)
+        buffers: dict[str, Any] = {"direction": v.out, "grad_prev": v.grad_prev, "hessian_diag": v.h}
+        if v.out is not v.direction:
+            buffers["rotated_direction"] = v.direction
+        made: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for key, buffer in buffers.items():
+                if buffer is None:
+                    continue
+                view = _view(buffer, local, offset)
+                old = entry.get(key, entry.get("direction") if key == "rotated_direction" else None)
+                if isinstance(old, Tensor) and old.shape == p.shape:
+                    view.copy_(shard_like(old, p))
+                made[key] = as_like(view, p)
+            for name, side in sides.items():
+                for kind, tensor in side.items():
+                    old = entry.get(f"{kind}_{name}")
+                    if isinstance(old, Tensor) and old.shape == tensor.shape:
+                        tensor.copy_(old)
+                    made[f"{kind}_{name}"] = tensor
+            for k in range(2 * v.history):
+                assert v.rows is not None
+                key = f"{'sy'[k // v.history]}_{k % v.history}"
+                view, old = _view(v.rows, local, k * v.n + offset), entry.get(key)
+                if isinstance(old, Tensor) and old.shape == p.shape:
+                    view.copy_(shard_like(old, p))
+                else:
+                    self.keeps_pairs = False
+                made[key] = as_like(view, p)
+        for key in [*entry]:
+            if _only_here(key) and key not in made:
+                del entry[key]
+        entry.update(made)
+        self.views.append((entry, list(entry.values())))
+
+    def covers(self, params: list[Tensor]) -> bool:
+        return super().covers(params) and all(
+            _native.same_objects(list(entry.values()), tensors) for entry, tensors in self.views
+        )
+
+    def _load(self, buffer: Tensor) -> None:
+        """The gradient, as what is minimized has it."""
+        with torch.no_grad():
+            if self._gradient_views:
+                own = [p.grad for p in self._fixed["params"]] if self.gradients_fit else None
+                torch._foreach_copy_(self._gradient_views, own or self._gradients())
+            if self.maximize:
+                buffer.neg_()
+
+    def use_stream(self) -> None:
+        super().use_stream()
+        if _native.on_gpu(self.device):
+            self.vectors.follow_stream(_native.current_stream(str(self.device)))
+
+    def fit(self, course: Course) -> None:
+        """Drops the pairs of ``course`` unless the state has them."""
+        pairs, m = course.pairs, self.options.history
+        if not self.keeps_pairs or (pairs.count and len(pairs.gram) != m):
+            pairs.drop()
+
+
+class VectorPasses(TablePasses):
+    """:class:`PairPasses` over a table of tensors."""
+
+    @property
+    def vectors(self) -> Vectors:
+        table = self.table
+        assert isinstance(table, VectorTable)
+        table.use_stream()
+        table.vectors.total = lambda sums: table.total(sums, self.course.evaluations)
+        return table.vectors
+
+    def slope(self, f: float) -> tuple[float, float, float]:
+        self.vectors.fresh = False
+        return super().slope(f)
+
+    def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
+        return self.vectors.curvature(update, turn=turn)
+
+    def direction(self, beta: float) -> tuple[float, float, Mark]:
+        return self._marked(self.vectors.conjugate(beta))
+
+    @property
+    def rotates(self) -> bool:
+        """See :class:`PairPasses`, as of the other methods."""
+        return self.vectors.rotates
+
+    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
+        return self.vectors.pair(row, update, turn=turn)
+
+    def gradient_dots(self, count: int) -> list[float]:
+        return self.vectors.gradient_dots(count)
+
+    def residual(self, a: list[float], gamma: float, *, plain: bool) -> list[float]:
+        return self.vectors.residual(a, gamma, plain=plain)
+
+    def pair_direction(self, c: list[float]) -> tuple[float, float, Mark]:
+        return self._marked(self.vectors.pair_direction(c))
+
+    def _marked(self, dhd: float) -> tuple[float, float, Mark]:
+        sums = self.table.run("mark")[:3]
+        self.table.mark = sums[1], sums[2]
+        slope, xd, xx = self.table.total(sums, self.course.evaluations)
+        return slope, dhd, (xd, xx)
+
+    def forget(self) -> None:
+        self.vectors.forget()
+
+
+def _view(buffer: Tensor, like: Tensor, offset: int) -> Tensor:
+    """A parameter's elements in a flat buffer, in its memory order."""
+    return buffer.as_strided(like.shape, dense_strides(like), offset)
+
+
+def _rotatable(p: Tensor) -> tuple[int, ...] | None:
+    """The shape of a parameter whose flat elements are row-major, and all here; None for another."""
+    if is_sharded(p) or not has_storage(p):
+        return None
+    rows = torch.empty(p.shape, device="meta").stride()
+    in_rows = all(a == b or size == 1 for a, b, size in zip(dense_strides(p), rows, p.shape, strict=True))
+    return tuple(p.shape) if in_rows else None
+
+
+def _let_go(state: State, members: set[Tensor]) -> None:
+    """Copies the state of other parameters out of the buffers of an older table, which could not be freed."""
+    for p, entry in state.items():
+        if p in members or not isinstance(entry, dict):
+            continue
+        for key, value in entry.items():
+            if type(value) is Tensor and value.untyped_storage().nbytes() > value.numel() * value.element_size():
+                entry[key] = value.clone()
+
+
+def _broadcast(ranks: Ranks) -> Callable[[list[Any]], None]:
+    """The bases of the first rank, on every rank: those of an eigendecomposition depend on the number of threads."""
+
+    def agree(bases: list[Any]) -> None:
+        first = dist.get_process_group_ranks(ranks.group)[0]
+        for basis in bases:
+            dist.broadcast(basis, first, group=ranks.group)
+
+    return agree

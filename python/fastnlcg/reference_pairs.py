@@ -1,0 +1,198 @@
+"""The definition of full-batch descent with curvature pairs and rotated weight matrices, as NumPy float64; what
+:mod:`fastnlcg.reference` is for the rest. Equations and symbols as in ``full_batch/pairs.py`` and
+``full_batch/rotation.py``; factors are kept here in the original basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastnlcg.full_batch.pairs import PairSums
+from fastnlcg.full_batch.passes import Sums
+from fastnlcg.reference import Array, DescentPasses, scaled_bfgs_diagonal
+
+__all__ = ["PairPasses", "Weight", "turned_diagonal", "two_loops"]
+
+
+@dataclass
+class Weight:
+    """A weight matrix of shape (a, b) in the flat vector, its bias or None, its bases, and its factors. A side that is
+    not rotated has the identity, and no factor."""
+
+    begin: int
+    a: int
+    b: int
+    bias: int | None
+    left: Array
+    right: Array
+    factor_left: Array | None
+    factor_right: Array | None
+
+    def multiplied(self, vector: Array, left: Array, right: Array) -> Array:
+        """``vector`` with ``left V right`` in place of the matrix, and ``left v`` of the bias."""
+        found = vector.copy()
+        end = self.begin + self.a * self.b
+        found[self.begin : end] = (left @ vector[self.begin : end].reshape(self.a, self.b) @ right).ravel()
+        if self.bias is not None:
+            found[self.bias : self.bias + self.a] = left @ vector[self.bias : self.bias + self.a]
+        return found
+
+    def matrix(self, vector: Array) -> Array:
+        """The matrix in ``vector``."""
+        return vector[self.begin : self.begin + self.a * self.b].reshape(self.a, self.b)
+
+
+def turned_diagonal(h: Array, left: Array, right: Array) -> Array:
+    """The diagonal of a diagonal matrix h (a x b) after a turn by ``left`` and ``right``: ``left^2 H (right^2)^T``."""
+    return left**2 @ h @ (right**2).T
+
+
+def two_loops(g: Array, pairs: Sequence[tuple[Array, Array]], p: Callable[[Array], Array]) -> Array:
+    """``-H g`` of L-BFGS with the pairs (s, y) from the oldest to the newest and the initial matrix ``p``."""
+    q, a = g.copy(), []
+    for s, y in reversed(pairs):
+        a.append(float(s @ q) / float(s @ y))
+        q = q - a[-1] * y
+    r = p(q)
+    for (s, y), each in zip(pairs, reversed(a), strict=True):
+        r = r + (each - float(y @ r) / float(s @ y)) * s
+    return -r
+
+
+class PairPasses(DescentPasses):
+    """The vectors of a run with pairs.
+
+    Args:
+        x, gradient, preconditioned: see :class:`fastnlcg.reference.DescentPasses`.
+        history: the number of pairs.
+        weights: the matrices that are rotated. ``d``, ``g_prev``, ``h`` and the pairs are in their bases; ``out`` is d
+            as x moves along it.
+    """
+
+    def __init__(
+        self,
+        x: Array,
+        gradient: Callable[[], Array],
+        *,
+        history: int,
+        preconditioned: bool = True,
+        weights: Sequence[Weight] = (),
+    ) -> None:
+        super().__init__(x, gradient, preconditioned=preconditioned)
+        self.history, self.weights = history, list(weights)
+        self.s, self.y = np.zeros((history, x.size)), np.zeros((history, x.size))
+        self.out = np.zeros_like(x)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether there are rotated matrices."""
+        return bool(self.weights)
+
+    def rotate(self, vector: Array) -> Array:
+        """``QL^T V QR`` of every matrix."""
+        for w in self.weights:
+            vector = w.multiplied(vector, w.left.T, w.right)
+        return vector
+
+    def rotate_back(self, vector: Array) -> Array:
+        """``QL V QR^T`` of every matrix."""
+        for w in self.weights:
+            vector = w.multiplied(vector, w.left, w.right.T)
+        return vector
+
+    def trial(self, alpha: float, *, first: tuple[float, float] | None) -> None:
+        """``x = origin + alpha out``"""
+        kept, self.d = self.d, self.out
+        super().trial(alpha, first=first)
+        self.d = kept
+
+    def slope(self, f: float) -> tuple[float, float, float]:
+        """``f``, ``sum(g out)``, ``max |g|``"""
+        g = self.gradient()
+        return f, float(np.sum(g * self.out)), float(np.max(np.abs(g)))
+
+    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
+        """s and y into ``row``, h, and the factors; with ``turn`` the eigenvectors of the factors as bases."""
+        alpha, scale, ys, scaled_shs = update
+        y, s = self.rotate(self.gradient()) - self.g_prev, alpha * self.d
+        self.s[row], self.y[row] = s, y
+        back = self.rotate_back(y)
+        for w in self.weights:
+            m = w.matrix(back)
+            w.factor_left = None if w.factor_left is None else 0.95 * w.factor_left + m @ m.T / ys
+            w.factor_right = None if w.factor_right is None else 0.95 * w.factor_right + m.T @ m / ys
+        before = np.sum(y * y / (scale * self.h)) if self.preconditioned else np.sum(y * y)
+        if self.preconditioned:
+            self.h = scaled_bfgs_diagonal(self.h, y, s, ys, scaled_shs / scale, scale)
+        if turn:
+            self.turn([self.eigenvectors(w) for w in self.weights])
+            y = self.y[row]
+        return PairSums(float(before), float(np.sum(y * y / self.h)), float(np.sum(y * y)), float(np.sum(s * s)))
+
+    def eigenvectors(self, w: Weight) -> tuple[Array, Array]:
+        """Of both factors; the present basis for a factor that is not there, or zero."""
+        left = w.left if w.factor_left is None or not w.factor_left.any() else np.linalg.eigh(w.factor_left)[1]
+        right = w.right if w.factor_right is None or not w.factor_right.any() else np.linalg.eigh(w.factor_right)[1]
+        return left, right
+
+    def turn(self, bases: Sequence[tuple[Array, Array]]) -> None:
+        """Brings h and the rotated vectors to new bases."""
+        for w, (left, right) in zip(self.weights, bases, strict=True):
+            to_left, to_right = left.T @ w.left, right.T @ w.right
+            for k in range(self.history):
+                self.s[k] = w.multiplied(self.s[k], to_left, to_right.T)
+                self.y[k] = w.multiplied(self.y[k], to_left, to_right.T)
+            self.g_prev = w.multiplied(self.g_prev, to_left, to_right.T)
+            self.d = w.multiplied(self.d, to_left, to_right.T)
+            self.h = w.multiplied(self.h, to_left**2, (to_right**2).T)
+            w.left, w.right = left, right
+
+    def gradient_dots(self, count: int) -> list[float]:
+        """``sum(s_i g)``"""
+        g = self.rotate(self.gradient())
+        return [float(np.sum(s * g)) for s in self.s[:count]]
+
+    def residual(self, a: Sequence[float], gamma: float, *, plain: bool) -> list[float]:
+        """``d = gamma P (g - sum a_i y_i)``, ``g_prev = g``; ``sum(y_i d)``"""
+        self.g_prev = self.rotate(self.gradient())
+        q = self.g_prev - sum((x * y for x, y in zip(a, self.y, strict=False)), np.zeros_like(self.x))
+        self.d = gamma * (q if plain or not self.preconditioned else q / self.h)
+        return [float(np.sum(y * self.d)) for y in self.y[: len(a)]]
+
+    def pair_direction(self, c: Sequence[float]) -> tuple[float, float, tuple[float, float]]:
+        """``d = -(d + sum c_i s_i)``; ``sum(g out)``, ``sum(d h d)``, and the mark of x"""
+        self.d = -(self.d + sum((x * s for x, s in zip(c, self.s, strict=False)), np.zeros_like(self.x)))
+        return self._done()
+
+    def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
+        """Without pairs: h and the factors, and the sums of beta, rotated."""
+        g = self.rotate(self.gradient())
+        if update is not None:
+            kept, self.s, self.y, self.history = (self.s, self.y, self.history), *np.zeros((2, 1, self.x.size)), 1
+            self.pair(0, update, turn=turn)
+            self.s, self.y, self.history = kept
+            g = self.rotate(self.gradient())
+        y = g - self.g_prev
+        return Sums(float(np.sum(g * g / self.h)), float(np.sum(y * g / self.h)), float(np.sum(y * y / self.h)))
+
+    def direction(self, beta: float) -> tuple[float, float, tuple[float, float]]:
+        """Without pairs: ``d = beta d - P g``."""
+        self.g_prev = self.rotate(self.gradient())
+        self.d = beta * self.d - self.g_prev / self.h if beta != 0.0 else -self.g_prev / self.h
+        return self._done()
+
+    def _done(self) -> tuple[float, float, tuple[float, float]]:
+        self.out = self.rotate_back(self.d)
+        slope = float(np.sum(self.gradient() * self.out))
+        mark = float(np.sum(self.x * self.out)), float(np.sum(self.x * self.x))
+        return slope, float(np.sum(self.d * self.h * self.d)), mark
+
+    def forget(self) -> None:
+        """``h = 1``, and factors of zero"""
+        super().forget()
+        for w in self.weights:
+            w.factor_left = None if w.factor_left is None else 0.0 * w.factor_left
+            w.factor_right = None if w.factor_right is None else 0.0 * w.factor_right
