@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/matrices.py build/matrices.json                  the transformer of the study
     OMP_NUM_THREADS=1 python bench/matrices.py build/matrices.json --width 768      one layer of a larger one: minutes
+    OMP_NUM_THREADS=1 python bench/matrices.py build/matrices.json --width 768 --blocks 12 --without torch float32
 
 Rows are added to the file. In every round each optimizer takes a step over the same parameters, with a fresh gradient;
 a ratio is the median over rounds. "float32" is the same method from torch's own operations in float32: a loop over
@@ -82,7 +83,7 @@ def state_bytes(*optimizers: torch.optim.Optimizer) -> int:
     return sum(t.numel() * t.element_size() for e in entries for t in e.values() if isinstance(t, Tensor) and t.dim())
 
 
-def measure(width: int, blocks: int, rounds: int) -> dict[str, object]:
+def measure(width: int, blocks: int, rounds: int, without: list[str]) -> dict[str, object]:
     torch.manual_seed(0)
     shapes = transformer(width, blocks, 128 if width < 500 else 8192)
     inside, rest = ([Parameter(torch.randn(shape) / 10) for shape in part] for part in shapes)
@@ -95,6 +96,7 @@ def measure(width: int, blocks: int, rounds: int) -> dict[str, object]:
         "float32": Both(Float32Muon(inside, LR), torch.optim.AdamW(rest, LR)),
         "adamw": adamw,
     }
+    peers = {name: peer for name, peer in peers.items() if name not in without}
     times: dict[str, list[float]] = {name: [] for name in peers}
     for k in range(rounds + 1):
         for name, peer in peers.items():
@@ -123,9 +125,7 @@ def measure(width: int, blocks: int, rounds: int) -> dict[str, object]:
         "in_matrices": sum(p.numel() for p in inside),
         "rounds": rounds,
         "milliseconds": {name: round(1e3 * statistics.median(x), 3) for name, x in times.items()},
-        "of_torch": round(paired["torch"], 4),
-        "of_float32": round(paired["float32"], 3),
-        "of_adamw": round(paired["adamw"], 2),
+        **{f"of_{name}": float(f"{ratio:.3g}") for name, ratio in paired.items()},
         "state_of_adamw": round(state_bytes(nlcg) / state_bytes(adamw), 3),
         "workspace_bytes": matrices.buffers.bytes(),
         "largest_shape_bytes": max(by_shape.values()),
@@ -143,10 +143,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--without", nargs="+", default=[], choices=("torch", "float32"), help="peers to leave out")
     arguments = parser.parse_args()
     large = arguments.width >= 500
     blocks = arguments.blocks or (1 if large else 2)
-    row = measure(arguments.width, blocks, arguments.rounds or (1 if large else 50))
+    row = measure(arguments.width, blocks, arguments.rounds or (1 if large else 50), arguments.without)
     rows = json.loads(arguments.file.read_text()) if arguments.file.exists() else []
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
     arguments.file.write_text(json.dumps([*rows, row], indent=1) + "\n")

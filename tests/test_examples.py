@@ -140,7 +140,7 @@ PRINTS = {
     "own_optimizer": r"loss [\d.]+e-0\d, of 1.08e\+03",
     "minimize": r"adam +loss +3515.78 -> +9\d\.",
     "inverse": r"restored: root mean square error 0\.03",
-    "pinn": r"\n +60 +1\d\d +\d\.\d+e[-+]0\d",
+    "pinn": r"\n +60 +\d\d +\d\.\d+e[-+]0\d",
 }
 
 
