@@ -22,7 +22,7 @@ namespace fastnlcg {
 constexpr int kRowsAtOnce = kMaxSums;
 
 // Before a loop over rows: a GPU has registers for two rows at once.
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__  // not for the host's compiler
 #define NLCG_TWO_ROWS _Pragma("unroll 2")
 #else
 #define NLCG_TWO_ROWS
