@@ -122,9 +122,10 @@ def settings(rows: Rows) -> str:
             own = rows_at(rows, config, name, choice) if choice else []
             usual = usual_seeds(config)
             losses = [row["final_loss"] for row in own]
-            order = min(order, statistics.mean(losses)) if config is configs[0] else order
+            order = min(order, statistics.mean(losses)) if losses and config is configs[0] else order
             cells += [*results(own, usual), plus_minus(losses, 3, usual)] if own else ["", ""]
-        lines.append((order, cells))
+        if any(cells[1:]):
+            lines.append((order, cells))
     return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
@@ -168,6 +169,13 @@ def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, base:
     return markdown(header, lines) if lines else ""
 
 
+CONSTANTS = {
+    "nlcg_muon": "NLCG, matrices, beta at most",
+    "nlcg_muon_constant": "NLCG, matrices, beta constant",
+    "muon": "Muon, momentum",
+}
+
+
 def without_search(rows: Rows) -> str:
     """With the peak and the decay that were chosen for Muon: training loss and result at every momentum, or cap of
     beta, that has two seeds; transformer, small images, and the transformer in four times as many steps."""
@@ -175,31 +183,23 @@ def without_search(rows: Rows) -> str:
         dataclasses.replace(config, precision=rows[0]["precision"]) for config in (rivals.TEXT, rivals.IMAGES)
     )
     longer = dataclasses.replace(text, epochs=4 * text.epochs)
-    header, lines = [""], []
-    configs = {"transformer": text, "480 steps": longer, "small images": small}
-    choices = {
-        title: rivals.chosen(rows, text if config is longer else config, "muon") for title, config in configs.items()
-    }
-    for title, config in configs.items():
+    keys = [(name, beta1) for name in CONSTANTS for beta1 in rivals.BETAS]
+    header, cells = [""], {key: [f"{CONSTANTS[key[0]]} {key[1]:g}"] for key in keys}
+    for title, config, tuned_in in (
+        ("transformer", text, text),
+        ("480 steps", longer, text),
+        ("small images", small, small),
+    ):
+        choice = rivals.chosen(rows, tuned_in, "muon")
+        own = {key: rows_at(rows, config, key[0], (choice[0], key[1], choice[2])) if choice else [] for key in keys}
+        if all(len(found) < 2 for found in own.values()):
+            continue
         header += [f"{title}: training loss", WHAT[config.model == "transformer"]]
-    for name in ("nlcg_muon", "nlcg_muon_constant", "muon"):
-        for beta1 in rivals.BETAS:
-            cells, found = [], False
-            for title, config in configs.items():
-                choice = choices[title]
-                own = rows_at(rows, config, name, (choice[0], beta1, choice[2])) if choice else []
-                if len(own) < 2:
-                    cells += ["", ""]
-                    continue
-                usual = 2 if config is longer else len(rivals.SEEDS)
-                cells += [plus_minus([row["final_loss"] for row in own], 3, usual), *results(own, usual)]
-                found = True
-            if found:
-                what = "at most" if name == "nlcg_muon" else "momentum" if name == "muon" else ""
-                label = (
-                    "NLCG, matrices, beta" if name == "nlcg_muon" else LABELS[name] + ("," if name == "muon" else "")
-                )
-                lines.append([f"{label} {what} {beta1:g}".replace("  ", " "), *cells])
+        usual = 2 if config is longer else len(rivals.SEEDS)
+        for key, found in own.items():
+            loss = [row["final_loss"] for row in found]
+            cells[key] += [plus_minus(loss, 3, usual), *results(found, usual)] if len(found) > 1 else ["", ""]
+    lines = [line for line in cells.values() if any(line[1:])]
     return markdown(header, lines) if lines else ""
 
 
