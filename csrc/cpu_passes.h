@@ -45,7 +45,6 @@ class DefaultFloatMode {
 // Runs the pass over the tiles from `first_tile` to `last_tile`, exclusive. Every tile has its partial sums.
 template <class S, class Pass>
 void run_tiles(const Step& step, const Pass& pass, std::int64_t first_tile, std::int64_t last_tile) {
-  const std::int64_t tiles = last_tile - first_tile;
   const auto range = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t done = begin; done < end; done += kStrip) {
       const std::int64_t strip = end - done < kStrip ? end - done : kStrip;
@@ -57,6 +56,7 @@ void run_tiles(const Step& step, const Pass& pass, std::int64_t first_tile, std:
   };
 #ifdef _OPENMP
   // With fewer than four tiles a thread, waking a thread costs more than it saves.
+  const std::int64_t tiles = last_tile - first_tile;
   const std::int64_t useful = tiles / 4 < step.threads ? tiles / 4 : step.threads;
   const bool shared = useful > 1 && !forked();
   if (shared) {

@@ -20,20 +20,21 @@ std::uint64_t run(Preconditioner preconditioner, CudaStep::Form form, int reside
   std::vector<Segment> segments;
   for (int k = 0; k < 3; ++k) {
     const std::int64_t at = cuts[k];
-    segments.push_back({&p[at],
-                        &g[at],
-                        &grad_prev[at],
-                        &d[at],
-                        &diagonal[at],
-                        nullptr,
-                        &steps_of[k],
-                        at,
-                        cuts[k + 1] - at,
-                        {0, 0, 0, static_cast<std::uint32_t>(k)},
-                        k % 2,
-                        DType::f32});
+    Segment segment = {};
+    segment.p = &p[at];
+    segment.g = &g[at];
+    segment.grad_prev = &grad_prev[at];
+    segment.direction = &d[at];
+    segment.diagonal = &diagonal[at];
+    segment.steps = &steps_of[k];
+    segment.offset = at;
+    segment.n = cuts[k + 1] - at;
+    segment.shard = {0, 0, 0, static_cast<std::uint32_t>(k)};
+    segment.group = k % 2;
+    segment.dtype = DType::f32;
+    segments.push_back(segment);
   }
-  std::vector<Group> groups = {{0.01, 0, 0, 1, &alpha_prev[0]}, {0.02, 0, 0.1, 1, &alpha_prev[1]}};
+  std::vector<Group> groups = {Group{0.01, 0, 0, 1, &alpha_prev[0]}, Group{0.02, 0, 0.1, 1, &alpha_prev[1]}};
   Scalars scalars = {};
   scalars.ls_scale = 1.0;
   Step step = {};
