@@ -137,6 +137,20 @@ def measure(width: int, blocks: int, rounds: int, without: list[str]) -> dict[st
     }
 
 
+def table(rows: list[dict[str, object]]) -> str:
+    """That of docs/costs.md."""
+    header = ["width, blocks, threads", "NLCG, ms", "/ Muon and AdamW", "/ from float32 operations", "/ AdamW"]
+    header += ["state / AdamW's", "workspace, MB", "largest shape, MB"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        ratios = [f"{row[key]:.3g}" if key in row else "" for key in ("of_torch", "of_float32", "of_adamw")]
+        megabytes = [f"{row[key] / 1e6:.3g}" for key in ("workspace_bytes", "largest_shape_bytes")]
+        times = f"{row['milliseconds']['nlcg']:.3g}"
+        what = f"{row['width']}, {row['blocks']}, {row['threads']}"
+        lines.append([what, times, *ratios, f"{row['state_of_adamw']:.2f}", *megabytes])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path)
@@ -151,7 +165,7 @@ def main() -> None:
     rows = json.loads(arguments.file.read_text()) if arguments.file.exists() else []
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
     arguments.file.write_text(json.dumps([*rows, row], indent=1) + "\n")
-    print(json.dumps(row, indent=1))
+    print(table([*rows, row]))
 
 
 if __name__ == "__main__":

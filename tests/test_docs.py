@@ -12,6 +12,7 @@ import demo
 import full_batch
 import full_batch_plots
 import hard
+import matrices
 import numpy as np
 import plots
 import pytest
@@ -60,6 +61,10 @@ def test_the_step_times() -> None:
     assert step_table.table(rows) in COSTS
     assert step_table.clipping_table(rows) in COSTS
     assert step_table.host_time(rows) in " ".join(COSTS.split())
+
+
+def test_the_steps_of_matrices() -> None:
+    assert matrices.table(json.loads((RESULTS / "matrices.json").read_text())) in COSTS
 
 
 def test_the_demonstration() -> None:
