@@ -127,7 +127,7 @@ def test_every_tensor_of_the_state_matters() -> None:
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.permutations(range(3), 2)))
 def test_options_may_change_in_a_checkpoint(before: int, after: int) -> None:
-    """The pairs are dropped, and the run goes on."""
+    """The pairs are dropped, and the run continues."""
     options = [
         {"history": 3, "preconditioner": "kronecker"},
         {"history": 5, "preconditioner": "kronecker"},
@@ -334,7 +334,7 @@ def test_a_factor_of_zeros_keeps_its_basis() -> None:
 
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError("no convergence"), None])
 def test_an_eigendecomposition_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
-    """It raises, or returns vectors that are not finite: the bases stay, and the run goes on."""
+    """It raises, or returns vectors that are not finite: the bases stay, and the run continues."""
 
     def eigh(x: Tensor) -> Any:
         if error is not None:

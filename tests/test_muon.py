@@ -48,6 +48,9 @@ LAYOUTS = {
     "fused": matrices((12, 20), split=3),
     "fused, unequal": matrices((12, 20), split=(8, 2, 2)),
     "fused, transposed": matrices((12, 20), split=3, permuted=(1, 0)),
+    "stack of one": matrices((1, 6, 20), stacked=True),
+    "stack of one, transposed": matrices((1, 6, 20), stacked=True, permuted=(0, 2, 1)),
+    "stack of one, fused": matrices((1, 12, 20), stacked=True, split=(9, 3)),
     "stack, fused": matrices((3, 12, 20), stacked=True, split=(9, 3)),
     "original": matrices((40, 8), adjust_lr_fn="original"),
 }

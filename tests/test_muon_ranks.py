@@ -1,5 +1,5 @@
 """preconditioner="muon" over ranks: FSDP2, HSDP, tensor parallel and DDP follow one process, replicas are equal to the
-bit, and nobody repeats another rank's products."""
+bit, and no rank repeats another's products."""
 
 from __future__ import annotations
 
@@ -91,6 +91,19 @@ def placed(mesh: Any, placements: list[Any]) -> list[nn.Parameter]:
     return [nn.Parameter(x if mesh is None else distribute_tensor(x, mesh, placement)) for x, placement in both]
 
 
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The list to which each batch of matrices that this rank multiplies from now on adds its number of matrices."""
+    counted: list[int] = []
+    polar_ = NewtonSchulz.polar_
+
+    def counting(self: NewtonSchulz, x: Tensor, *rest: Any) -> None:
+        counted.append(len(x))
+        polar_(self, x, *rest)
+
+    monkeypatch.setattr(NewtonSchulz, "polar_", counting)
+    return counted
+
+
 def sharded_run(kind: str, options: dict[str, Any], backend: str) -> tuple[list[Tensor], Any, list[bytes], list[int]]:
     """The parameters, the diagnostics, the bits of this rank's shards and state, and how many matrices it multiplied
     in the last step."""
@@ -100,14 +113,7 @@ def sharded_run(kind: str, options: dict[str, Any], backend: str) -> tuple[list[
         params = placed(mesh, placements)
         optimizer = optimizer_of(params, **options)
         take_steps(params, optimizer, 0, STEPS - 1)
-        counted: list[int] = []
-        polar_ = NewtonSchulz.polar_
-
-        def counting(self: NewtonSchulz, x: Tensor, *rest: Any) -> None:
-            counted.append(len(x))
-            polar_(self, x, *rest)
-
-        monkeypatch.setattr(NewtonSchulz, "polar_", counting)
+        counted = count_products(monkeypatch)
         take_steps(params, optimizer, STEPS - 1, STEPS)
         for p in params[: len(SHAPES)]:
             assert set(optimizer.state[p]) == {"direction", "step"}
@@ -155,14 +161,7 @@ def replicas(share: bool) -> tuple[list[bytes], int]:
     params = [nn.Parameter(x) for x in start()]
     optimizer = optimizer_of(params, matrix_group=dist.group.WORLD if share else None)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        counted: list[int] = []
-        polar_ = NewtonSchulz.polar_
-
-        def counting(self: NewtonSchulz, x: Tensor, *rest: Any) -> None:
-            counted.append(len(x))
-            polar_(self, x, *rest)
-
-        monkeypatch.setattr(NewtonSchulz, "polar_", counting)
+        counted = count_products(monkeypatch)
         take_steps(params, optimizer, 0, STEPS)
     return [p.detach().numpy().tobytes() for p in params], sum(counted) // STEPS
 

@@ -60,7 +60,7 @@ class CGDescent(torch.optim.Optimizer):
 
     With ``preconditioner="kronecker"`` all of this is in a basis in which each weight matrix W (a x b) is QL^T W QR and
     its bias QL^T b: QL and QR are the eigenvectors of running means (0.95) of Y Y^T / sum(y s) and Y^T Y / sum(y s),
-    taken anew with every tenth pair. Matrices are parameters of two dimensions, convolutions as out x (in k k), and
+    taken again with every tenth pair. Matrices are parameters of two dimensions, convolutions as out x (in k k), and
     stacks of matrices (three dimensions); a bias is the vector behind a matrix. A side longer than 512 is not rotated,
     nor is a matrix whose elements are not row-major in memory, or that is sharded over ranks.
 

@@ -1,4 +1,4 @@
-"""CGDescent's table if there are curvature pairs, or rotated weight matrices: state lies in flat buffers, and a
+"""CGDescent's table if there are curvature pairs, or rotated weight matrices: state is in flat buffers, and a
 parameter's state is views of them.
 
 ============================  ==========================================================================

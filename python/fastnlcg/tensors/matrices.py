@@ -34,9 +34,10 @@ BATCH = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 @dataclass(frozen=True)
 class Shape:
-    """A parameter as matrices: ``stack`` of them, of ``columns`` columns, cut into parts of so many ``rows`` each."""
+    """A parameter as matrices of ``columns`` columns, cut into parts of so many ``rows`` each."""
 
-    stack: int
+    stacked: bool
+    """whether they are the last two dimensions; else the first dimension and all others"""
     rows: tuple[int, ...]
     columns: int
     sizes: tuple[float, ...]
@@ -55,9 +56,9 @@ def shape_of(index: int, p: Tensor, options: Options) -> Shape:
     if p.numel() == 0:
         raise ValueError(f"{what} is empty; preconditioner='muon' needs matrices with elements")
     if options.stacked:
-        stack, rows, columns = math.prod(shape[:-2]), shape[-2], shape[-1]
+        rows, columns = shape[-2:]
     else:
-        stack, rows, columns = 1, shape[0], math.prod(shape[1:])
+        rows, columns = shape[0], math.prod(shape[1:])
     split = options.split
     parts = (rows,) if split is None else split
     if isinstance(parts, int):
@@ -66,7 +67,7 @@ def shape_of(index: int, p: Tensor, options: Options) -> Shape:
         parts = (rows // parts,) * parts
     if sum(parts) != rows:
         raise ValueError(f"{what} cannot be split into parts of {parts} rows: it has {rows}")
-    return Shape(stack, parts, columns, tuple(_size(options.adjust_lr_fn, part, columns) for part in parts))
+    return Shape(options.stacked, parts, columns, tuple(_size(options.adjust_lr_fn, part, columns) for part in parts))
 
 
 def _size(adjust_lr_fn: str, rows: int, columns: int) -> float:
@@ -115,7 +116,7 @@ def in_memory(extent: Sequence[int], strides: Sequence[int], shape: Shape) -> tu
     """The rows and columns that a parameter's memory has, row after row, if it is matrices of one size there: their
     columns may be permuted, or rows and columns exchanged, and the polar factor is permuted or exchanged alike."""
     equal = len(set(shape.rows)) == 1
-    if equal and _descending(extent, strides, shape.stack == 1):
+    if equal and _descending(extent, strides, not shape.stacked):
         return shape.rows[0], shape.columns
     if len(extent) == 2 and len(shape.rows) == 1 and strides[0] == 1:
         return shape.columns, shape.rows[0]
@@ -277,7 +278,7 @@ class Matrices:
 def _pieces(flat: Tensor, count: int, layout: Layout) -> dict[tuple[int, float], list[Tensor]]:
     """The matrices of ``count`` parameters in ``flat``, as views, by their rows and their size."""
     shape, n = layout.shape, flat.numel() // count
-    stack = [range(extent) for extent in layout.extent[:-2]] if shape.stack > 1 else []
+    stack = [range(extent) for extent in layout.extent[:-2]] if shape.stacked else []
     pieces: dict[tuple[int, float], list[Tensor]] = {}
     for k in range(count):
         parameter = flat[k * n : (k + 1) * n].as_strided(layout.extent, layout.strides)

@@ -7,7 +7,7 @@ coefficients of torch.optim.Muon, five times::
 
 takes its singular values near 1. Every iterate is a polynomial in the first A times the first X. So for wide matrices
 the n x n polynomial Q is formed from A alone, and X is multiplied once, at the end (Gram form; Zhang et al. 2026,
-https://github.com/Dao-AILab/gram-newton-schulz): two wide products in place of fifteen.
+https://github.com/Dao-AILab/gram-newton-schulz): two wide products in place of ten.
 """
 
 from __future__ import annotations
