@@ -25,10 +25,6 @@ const pid_t loaded_by = getpid();  // when the module is loaded: its first use m
 bool forked() { return getpid() != loaded_by; }
 #endif
 
-// Every other pass walks backwards, in strips of half a megabyte per array: it finds in the cache what the pass before
-// read last. Inside a strip it walks forwards, which suits the hardware's prefetchers.
-constexpr std::int64_t kStrip = 32;
-
 // Sets the processor's default floating-point mode, and restores the caller's. torch.set_flush_denormal() affects the
 // thread that called it, but not OpenMP's threads, so the bits would depend on the number of threads.
 class DefaultFloatMode {
@@ -46,13 +42,7 @@ class DefaultFloatMode {
 template <class S, class Pass>
 void run_tiles(const Step& step, const Pass& pass, std::int64_t first_tile, std::int64_t last_tile) {
   const auto range = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t done = begin; done < end; done += kStrip) {
-      const std::int64_t strip = end - done < kStrip ? end - done : kStrip;
-      const std::int64_t first = Pass::kBackward ? end - (done - begin) - strip : done;
-      for (std::int64_t tile = first; tile < first + strip; ++tile) {
-        run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
-      }
-    }
+    for (std::int64_t tile = begin; tile < end; ++tile) run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
   };
 #ifdef _OPENMP
   // With fewer than four tiles a thread, waking a thread costs more than it saves.

@@ -67,10 +67,20 @@ struct SegmentLanes {
   bool matrix = false;
 };
 
-template <class S, int K>
+template <class S, class Pass>
 struct Sums {
-  Accumulator sum[K];
+  static constexpr bool kRuns = Pass::kAddsInRuns && sizeof(S) == sizeof(float);
+  Accumulator sum[Pass::kSums];
   Vector<S> largest[kVectors<S>] = {};
+  Vector<S> run[kRuns ? Pass::kSums : 1][kVectors<S>] = {};
+
+  NLCG_INLINE void end_run() {
+    if constexpr (kRuns) {
+      for (int j = 0; j < Pass::kSums; ++j) {
+        for (int k = 0; k < kVectors<S>; ++k) sum[j].add(k, widen(run[j][k])), run[j][k] = Vector<S>{};
+      }
+    }
+  }
 };
 
 // What does not change from vector to vector.
@@ -80,13 +90,13 @@ struct Flags {
 };
 
 // The vector at element `i` of the arrays, which is vector `k` of its block.
-template <class S, class P, int K>
+template <class S, class P, class Pass>
 struct At {
   const Arrays<S, P>& arrays;
   std::int64_t i;
   int k;
   const SegmentLanes<S>& segment;
-  Sums<S, K>& sums;
+  Sums<S, Pass>& sums;
   Flags flags;
 
   NLCG_INLINE Vector<S> undecayed() const {
@@ -123,6 +133,13 @@ struct At {
   NLCG_INLINE void add(int j, const Wide& a, const Wide& b) {
     sums.sum[j].add_product(k, a, b);
   }
+  NLCG_INLINE void add_in_run(int j, Vector<S> a, Vector<S> b) {
+    if constexpr (Sums<S, Pass>::kRuns) {
+      sums.run[j][k] += a * b;
+    } else {
+      add(j, wide(a), wide(b));
+    }
+  }
   NLCG_INLINE void largest(Vector<S> size) { sums.largest[k] = size > sums.largest[k] ? size : sums.largest[k]; }
 
  private:
@@ -152,24 +169,29 @@ SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
   return lanes;
 }
 
-template <class Pass, class S, class P, int K, int... Vectors>
+template <class Pass, class S, class P, int... Vectors>
 NLCG_INLINE void one_block(const Pass& pass, const Arrays<S, P>& arrays, std::int64_t i, const SegmentLanes<S>& segment,
-                           Sums<S, K>& sums, Flags flags, std::integer_sequence<int, Vectors...>) {
+                           Sums<S, Pass>& sums, Flags flags, std::integer_sequence<int, Vectors...>) {
   const auto one_vector = [&](int k) __attribute__((always_inline)) {
-    At<S, P, K> at{arrays, i + k * kLanes<S>, k, segment, sums, flags};
+    At<S, P, Pass> at{arrays, i + k * kLanes<S>, k, segment, sums, flags};
     pass(at);
   };
   (one_vector(Vectors), ...);
 }
 
-template <class Pass, class S, class P, int K>
-void run_blocks(const Pass& shared_pass, Arrays<S, P> at, std::int64_t n, const SegmentLanes<S>& shared_segment,
-                Sums<S, K>& shared_sums, Flags flags) {
+// The `n` elements from `position` of the flat index on, all in whole blocks.
+template <class Pass, class S, class P>
+void run_blocks(const Pass& shared_pass, Arrays<S, P> at, std::int64_t position, std::int64_t n,
+                const SegmentLanes<S>& shared_segment, Sums<S, Pass>& shared_sums, Flags flags) {
   const Pass pass = shared_pass;  // copies, so that the compiler can keep all of them in registers
   const SegmentLanes<S> segment = shared_segment;
-  Sums<S, K> sums = shared_sums;
-  for (std::int64_t i = 0; i < n; i += kBlock) {
-    one_block(pass, at, i, segment, sums, flags, std::make_integer_sequence<int, kVectors<S>>{});
+  Sums<S, Pass> sums = shared_sums;
+  for (std::int64_t i = 0; i < n;) {
+    const std::int64_t run_end = sums.kRuns ? (position + i) / kRun * kRun + kRun - position : n;
+    for (const std::int64_t end = run_end < n ? run_end : n; i < end; i += kBlock) {
+      one_block(pass, at, i, segment, sums, flags, std::make_integer_sequence<int, kVectors<S>>{});
+    }
+    if (i == run_end) sums.end_run();
   }
   shared_sums = sums;
 }
@@ -213,8 +235,8 @@ NLCG_INLINE void for_covered_lanes(const Step& step, std::int64_t first, std::in
   }
 }
 
-template <class S, class Pass, int K>
-void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S, K>& sums) {
+template <class S, class Pass>
+void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S, Pass>& sums) {
   Staged<S> block = {};
   for (S& x : block.diagonal) x = S{1};
   SegmentLanes<S> lanes;
@@ -241,7 +263,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   __builtin_memcpy(lanes.scalar, block.scalar, sizeof(block.scalar));
   run_blocks(pass,
              Arrays<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin, nullptr, 0},
-             kBlock, lanes, sums, Flags{});
+             position, kBlock, lanes, sums, Flags{});
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
@@ -271,9 +293,9 @@ bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Arrays<S,
 }
 
 // A block of which a single segment covers the first `count` lanes, and no other the rest: the end of a parameter.
-template <class S, class Pass, int K>
+template <class S, class Pass>
 void run_end(const Step& step, const Pass& pass, const Segment& segment, std::int64_t position, int count,
-             Sums<S, K>& sums) {
+             Sums<S, Pass>& sums) {
   with_element_type<S>(segment.dtype, [&](auto element) {
     const auto at = arrays_at<decltype(element), S>(segment, position);
     S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock], origin[kBlock] = {};
@@ -291,7 +313,8 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     if (reads & kD) __builtin_memcpy(d, at.d, bytes);
     if (reads & kDiagonal) __builtin_memcpy(diagonal, at.diagonal, bytes);
     if (reads & kOrigin) __builtin_memcpy(origin, at.origin, bytes);
-    run_blocks(pass, Arrays<S, S>{0, p, g, grad_prev, d, diagonal, origin, nullptr, 0}, kBlock, lanes, sums, Flags{});
+    run_blocks(pass, Arrays<S, S>{0, p, g, grad_prev, d, diagonal, origin, nullptr, 0}, position, kBlock, lanes, sums,
+               Flags{});
     if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
     if (writes & kD) __builtin_memcpy(at.d, d, bytes);
     if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
@@ -305,7 +328,7 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
 
 template <class S, class Pass>
 void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out) {
-  Sums<S, Pass::kSums> sums;
+  Sums<S, Pass> sums;
   std::int64_t position = tile * kTile;
   const std::int64_t tile_end = position + kTile < step.n ? position + kTile : step.n;
   // The first segment that ends after `position`.
@@ -323,7 +346,9 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
     if (s == step.n_segments || step.segments[s].offset >= tile_end) break;
     const Segment& segment = step.segments[s];
     if (segment.offset >= position + kBlock) {  // a hole: continue with the block in which the segment begins
-      position = segment.offset / kBlock * kBlock;
+      const std::int64_t begin = segment.offset / kBlock * kBlock;
+      if (begin / kRun != position / kRun) sums.end_run();
+      position = begin;
       continue;
     }
     const std::int64_t segment_end = segment.offset + segment.n;
@@ -333,7 +358,7 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
       with_element_type<S>(segment.dtype, [&](auto element) {
         const auto at = arrays_at<decltype(element), S>(segment, position);
         const Flags flags = {rounding_in(step, segment), uses_nontemporal_stores(step, pass, at)};
-        run_blocks(pass, at, whole, lanes_of<S, Pass>(step, segment), sums, flags);
+        run_blocks(pass, at, position, whole, lanes_of<S, Pass>(step, segment), sums, flags);
       });
       position += whole;
     } else {
@@ -348,6 +373,7 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
       position += kBlock;
     }
   }
+  sums.end_run();
   for (int j = 0; j < Pass::kSums; ++j) out[j] = sums.sum[j].total();
   if constexpr (Pass::kFormsLargest) {
     static_assert(Pass::kSums < kMaxSums);

@@ -113,6 +113,11 @@ struct Accumulator {
     lane[2 * k + 1] = add_exact_product(lane[2 * k + 1], a.v[1], b.v[1]);
   }
   NLCG_INLINE void add_product(int k, const Wide1& a, const Wide1& b) { lane[k] += a.v[0] * b.v[0]; }
+  // lanes of vector k of the block += x
+  NLCG_INLINE void add(int k, const Wide2& x) {
+    lane[2 * k] += x.v[0];
+    lane[2 * k + 1] += x.v[1];
+  }
 
   double total() const {  // a fixed tree: 8, 4, 2, 1
     double x[kBlock];

@@ -1,7 +1,8 @@
 // The passes of Adam's diagonal.
 //
 // v needs no curvature pair, so two passes are enough. Both form v, and the second stores it, once the step is decided:
-// a skipped step leaves v alone.
+// a skipped step leaves v alone. Terms of sums cannot overflow float32: |g| > 1.8e19 makes v infinite, which skips the
+// step, and |w| <= 1 / sqrt(1 - beta2).
 #pragma once
 
 #include "elementwise.h"
@@ -24,7 +25,7 @@ template <class T>
 struct AdamDots : PassDefaults {
   static constexpr int kSums = 2;
   static constexpr bool kFirstPass = true, kBuiltFromOptionsAlone = true, kAppliesL2Decay = false,
-                        kUsesStepCounts = true;
+                        kUsesStepCounts = true, kAddsInRuns = true;
   static constexpr unsigned kKeptInSharedMemory = kDiagonal;
   static constexpr int kMostQuadsAtOnce = 1;  // two would spill
   AdamConstants<T> c;
@@ -39,11 +40,10 @@ struct AdamDots : PassDefaults {
     const T v_old = at.diagonal();
     const T v = second_moment(v_old, g, c.beta2, c.one_minus_beta2);
     const T h = adam_diagonal(v, at.inv_sqrt_bias());
-    const auto wide_g = at.wide(g);
-    at.add(0, wide_g, at.wide(preconditioned_gradient(nan_if_not_finite(g, v), h, c.eps)));
+    at.add_in_run(0, g, preconditioned_gradient(nan_if_not_finite(g, v), h, c.eps));
     if (mid) {
       const T h_old = adam_diagonal(v_old, at.inv_sqrt_bias_prev());
-      at.add(1, wide_g, at.wide(preconditioned_gradient(at.grad_prev(), h_old, c.eps)));
+      at.add_in_run(1, g, preconditioned_gradient(at.grad_prev(), h_old, c.eps));
     }
   }
 
@@ -59,7 +59,7 @@ struct AdamDots : PassDefaults {
 template <class T>
 struct AdamMove : PassDefaults {
   static constexpr int kSums = 2;
-  static constexpr bool kBackward = true, kAppliesL2Decay = false, kUsesStepCounts = true;
+  static constexpr bool kBackward = true, kAppliesL2Decay = false, kUsesStepCounts = true, kAddsInRuns = true;
   static constexpr unsigned kKeptInSharedMemory = kDiagonal;
   AdamConstants<T> c;
   bool keep_grad, move;
@@ -78,9 +78,8 @@ struct AdamMove : PassDefaults {
     if (move && at.moves()) {
       at.set_p(moved(decayed_parameter(at.p(), at.decay_factor()), scaled_direction(at.alpha(), d)));
     }
-    const auto wide_g = at.wide(g);
-    at.add(0, wide_g, wide_g);
-    at.add(1, wide_g, at.wide(d));
+    at.add_in_run(0, g, g);
+    at.add_in_run(1, g, d);
   }
 
   template <class Broadcast>

@@ -231,6 +231,11 @@ constexpr int kMaxSums = 4;
 // parameter begins at a block, vectors are aligned, because torch aligns memory to 64 bytes.
 constexpr std::int64_t kBlockElements = 16;
 
+// A sum of float32 products that cannot overflow is formed in float32 over a run of 256 elements at a time, sixteen to a
+// lane, and over runs in double: a run is off by at most 17 roundings of its terms. On a GPU a run is a thread's four.
+constexpr std::int64_t kRun = 256;
+static_assert(kTile % kRun == 0 && kRun % kBlockElements == 0);
+
 NLCG_HD constexpr std::int64_t tiles_of(std::int64_t n) { return n / kTile + (n % kTile != 0); }
 constexpr std::int64_t partials_needed(std::int64_t n) { return kMaxSums * tiles_of(n); }
 

@@ -53,11 +53,19 @@ struct SegmentScalars : GroupScalars<S> {
   bool matrix;
 };
 
+// Of the elements of a quad, a thread's run: added to the sums in double once.
+template <bool kRuns, class S, int K>
+__device__ __forceinline__ void end_run(ThreadSums<S, K>& sums, const S (&run)[K]) {
+#pragma unroll
+  for (int j = 0; kRuns && j < K; ++j) sums.sum[j] += static_cast<double>(run[j]);
+}
+
 template <class S, int K>
 struct At {
   S p_, g_, undecayed_, grad_prev_, d_, diagonal_, origin_;
   const SegmentScalars<S>& segment;
   ThreadSums<S, K>& sums;
+  S (&run)[K];
   S* rows_;  // of curvature pairs, at this element; read and written in place
   std::int64_t pitch_;
 
@@ -90,6 +98,7 @@ struct At {
     // A product of two floats is exact in double, so fma has the bits of multiply and add.
     sums.sum[j] = sizeof(S) == sizeof(float) ? __builtin_fma(a, b, sums.sum[j]) : sums.sum[j] + a * b;
   }
+  __device__ __forceinline__ void add_in_run(int j, S a, S b) { run[j] += a * b; }
   __device__ __forceinline__ void largest(S size) { sums.largest = size > sums.largest ? size : sums.largest; }
 };
 
@@ -217,15 +226,16 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
       store_resident(to, g);
       store_resident(to + kTile, Pass::kKeptInSharedMemory == kD ? d : diagonal);
     }
+    S run[K] = {};
 #pragma unroll
     for (int l = 0; l < kQuad; ++l) {
-      At<S, K> at{
-          p[l],        g[l],      undecayed[l], grad_prev[l], d[l],
-          diagonal[l], origin[l], scalars,      sums,         rows_at == nullptr ? nullptr : rows_at + q * kApart + l,
-          pitch};
+      S* const rows = rows_at == nullptr ? nullptr : rows_at + q * kApart + l;
+      At<S, K> at{p[l],      g[l],    undecayed[l], grad_prev[l], d[l], diagonal[l],
+                  origin[l], scalars, sums,         run,          rows, pitch};
       pass(at);
       p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_, origin[l] = at.origin_;
     }
+    end_run<Pass::kAddsInRuns>(sums, run);
     if (writes & kDiagonal) store_quad(diagonal_at + q * kApart, diagonal);
     if (writes & kGradPrev) store_quad(grad_prev_at + q * kApart, grad_prev);
     if (writes & kD) store_quad(d_at + q * kApart, d);
@@ -257,6 +267,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pa
   });
   const S undecayed = scaled_gradient(g, scalars.factor);
   g = loaded ? resident<S>(smem_offset)[local] : gradient<Pass>(undecayed, p, scalars);
+  S run[K] = {};
   At<S, K> at{p,
               g,
               undecayed,
@@ -266,6 +277,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pa
               reads & kOrigin ? *array_ptr<S>(segment.origin, in_segment) : S{},
               scalars,
               sums,
+              run,
               Pass::kUsesRows ? array_ptr<S>(segment.rows, in_segment) : nullptr,
               Pass::kUsesRows ? segment.pitch : 0};
   if (Pass::kBuiltFromOptionsAlone && Pass::kKeptInSharedMemory != 0 && resides) {
@@ -273,6 +285,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pa
     resident<S>(smem_offset)[kTile + local] = Pass::kKeptInSharedMemory == kD ? at.d_ : at.diagonal_;
   }
   pass(at);
+  end_run<Pass::kAddsInRuns>(sums, run);
   if (writes & kDiagonal) *array_ptr<S>(segment.diagonal, in_segment) = at.diagonal_;
   if (writes & kGradPrev) *array_ptr<S>(segment.grad_prev, in_segment) = at.grad_prev_;
   if (writes & kD) *array_ptr<S>(segment.direction, in_segment) = at.d_;

@@ -19,6 +19,7 @@ from torch import Tensor
 
 K = 16
 SUM_ROUNDING = 64 * 2.0**-53  # sums in double: 256 additions a lane, errors of random sign
+RUN = 17  # roundings of a term in the state's type, before its run is added in double: a product, sixteen additions
 TORCH = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Half a unit in the last place of the parameter, if its type is narrower than the state's.
 STORE_ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -235,9 +236,10 @@ class Lockstep:
         w = eff / (h_new + eps)
         tol_w = np.abs(w) * (K * u + tol_h / (h_new + eps)) + tol_g / (h_new + eps)
         w_prev = gp_old / (h + eps)
+        sum_rounding = SUM_ROUNDING + (RUN * u if o.preconditioner == "adam" else 0.0)
         sum_gw, sum_mid = np.sum(np.abs(eff * w)), np.sum(np.abs(eff * w_prev))
-        tol_rz = SUM_ROUNDING * sum_gw + np.sum(np.abs(eff) * tol_w + tol_g * np.abs(w))
-        tol_mid = (SUM_ROUNDING + K * u) * sum_mid + np.sum(tol_g * np.abs(w_prev))
+        tol_rz = sum_rounding * sum_gw + np.sum(np.abs(eff) * tol_w + tol_g * np.abs(w))
+        tol_mid = (sum_rounding + K * u) * sum_mid + np.sum(tol_g * np.abs(w_prev))
         tol_beta = (tol_rz + tol_mid) / state.rz + K * u if state.rz else 0.0
         tol_d = tol_w + tol_beta * np.abs(d_old) + K * u * np.abs(new.beta * d_old)
         alpha = lr * new.ls_scale
@@ -273,9 +275,9 @@ class Lockstep:
             assert after["grad_max"] == np.max(np.abs(np.where(mask, self.g_prev, 0.0)), initial=0.0)
         if o.preconditioner == "adam":
             d_new = np.where(mask, self.d, 0.0).astype(float)
-            tol_gg = SUM_ROUNDING * np.sum(eff**2) + 2 * np.sum(np.abs(eff) * tol_g)
+            tol_gg = sum_rounding * np.sum(eff**2) + 2 * np.sum(np.abs(eff) * tol_g)
             close("gg", after["gg"], np.sum(eff**2), tol_gg)
-            tol_gd = SUM_ROUNDING * np.sum(np.abs(eff * d_new)) + np.sum(tol_g * np.abs(d_new))
+            tol_gd = sum_rounding * np.sum(np.abs(eff * d_new)) + np.sum(tol_g * np.abs(d_new))
             close("gd", after["gd"], np.sum(eff * d_new), tol_gd)
         close("p", self.flat(self.p), p_new, np.where(mask, tol_p, 0.0))
         close("rz", after["rz"], new.rz, tol_rz)

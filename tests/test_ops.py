@@ -125,6 +125,21 @@ def test_the_parts_of_adam_compute_the_equations(on_host: Backend, dtype: str, r
     np.testing.assert_array_equal(x["g_prev"], x["g"])
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_sum_of_runs_is_within_its_bound(on_host: Backend, hard: bool) -> None:
+    """At most 17 roundings of the terms, which are |g| here: beta2 = 0. On the CPU the hard case comes near: the first
+    of a lane's sixteen terms swallows the others."""
+    n = 5000
+    g = np.random.default_rng(0).standard_normal(n).astype("f")
+    if hard:
+        g = np.where(np.arange(n) % 256 < 16, 1.0, 0.98 * 2.0**-24).astype("f")
+    rz = ops.adam_preconditioned_dots(g, np.zeros(n, "f"), updates=0, beta2=0.0, eps=1e-30).rz
+    exact = np.sum(np.abs(g.astype(float)))
+    error = abs(rz - exact) / exact * 2.0**24
+    assert error <= 17.0
+    assert error > 7.0 or not hard or on_host.on_gpu
+
+
 @pytest.mark.parametrize("update", ["fletcher_reeves", "polak_ribiere"])
 def test_a_step_of_adam_from_its_parts_follows_the_fused_step(on_host: Backend, update: str) -> None:
     x, lr, pr = arrays(), 0.05, update == "polak_ribiere"
