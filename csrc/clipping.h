@@ -49,7 +49,8 @@ struct Repeated : First {
 template <class T>
 struct GradientNorm : PassDefaults {
   static constexpr int kSums = 1;
-  static constexpr bool kFirstPass = true, kBuiltFromOptionsAlone = true, kAppliesL2Decay = false;
+  static constexpr bool kFirstPass = true, kBuiltFromOptionsAlone = true, kAppliesL2Decay = false,
+                        kTakesBFloat16State = true;
   NLCG_HD unsigned reads() const { return 0; }
   NLCG_HD unsigned writes() const { return 0; }
 

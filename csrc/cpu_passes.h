@@ -39,10 +39,11 @@ class DefaultFloatMode {
 };
 
 // Runs the pass over the tiles from `first_tile` to `last_tile`, exclusive. Every tile has its partial sums.
-template <class S, class Pass>
+template <class S, class T, class Pass>
 void run_tiles(const Step& step, const Pass& pass, std::int64_t first_tile, std::int64_t last_tile) {
   const auto range = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t tile = begin; tile < end; ++tile) run_tile<S>(step, pass, tile, step.partials + tile * kMaxSums);
+    for (std::int64_t tile = begin; tile < end; ++tile)
+      run_tile<S, T>(step, pass, tile, step.partials + tile * kMaxSums);
   };
 #ifdef _OPENMP
   // With fewer than four tiles a thread, waking a thread costs more than it saves.
@@ -69,10 +70,10 @@ void run_tiles(const Step& step, const Pass& pass, std::int64_t first_tile, std:
 
 // Runs the pass over all tiles and adds up the partial sums in the order of the tiles. If the pass forms a maximum, it
 // follows the sums.
-template <class S, class Pass>
+template <class S, class T, class Pass>
 void reduce(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) {
   const std::int64_t tiles = tiles_of(step.n);
-  run_tiles<S>(step, pass, 0, tiles);
+  run_tiles<S, T>(step, pass, 0, tiles);
   for (double& sum : sums) sum = 0.0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const double* partial = step.partials + tile * kMaxSums;
@@ -108,12 +109,12 @@ void form_factors(const Step& step, double clip) {
 }
 
 // One pass, and its decision. False if the step ends here.
-template <class S, class Pass, bool kLast>
+template <class S, class T, class Pass, bool kLast>
 bool pass_and_decide(const Step& step, StepPlan& plan) {
   if (Pass::kFirstPass) form_factors(step, 1.0);
   const Pass pass = Pass::from_plan(plan, step.options, LaneBroadcast<S>{});
   double sums[kMaxSums + 1];
-  reduce<S>(step, pass, sums);
+  reduce<S, T>(step, pass, sums);
   RankRow row = {};
   for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
   row.column[kLargestElement] = sums[Pass::kSums];
@@ -137,12 +138,12 @@ bool pass_and_decide(const Step& step, StepPlan& plan) {
   return !plan.skip;
 }
 
-template <class S, class First, class... Rest>
+template <class S, class T, class First, class... Rest>
 bool every_pass(const Step& step, StepPlan& plan) {
   if (!First::kOnlyIfClipped || plan.again) {
-    if (!pass_and_decide<S, First, sizeof...(Rest) == 0>(step, plan)) return false;
+    if (!pass_and_decide<S, T, First, sizeof...(Rest) == 0>(step, plan)) return false;
   }
-  if constexpr (sizeof...(Rest) > 0) return every_pass<S, Rest...>(step, plan);
+  if constexpr (sizeof...(Rest) > 0) return every_pass<S, T, Rest...>(step, plan);
   return true;
 }
 // 1 - beta2^k and the next, for every segment's k.
@@ -156,12 +157,12 @@ void form_bias(const Step& step) {
 }
 
 // A step: every pass of the list, and its decision. If the step is skipped, nothing but a counter has changed.
-template <class S, template <class> class... P>
+template <class S, class T, template <class> class... P>
 void take_step(const Step& step, PassList<P...>) {
   constexpr bool kAnyUsesStepCounts = (P<Vector<S>>::kUsesStepCounts || ...);
   if constexpr (kAnyUsesStepCounts) form_bias(step);
   StepPlan plan = {};
-  if (!every_pass<S, P<Vector<S>>...>(step, plan)) {
+  if (!every_pass<S, T, P<Vector<S>>...>(step, plan)) {
     if (!plan.nothing_to_do) count_skip(plan, *step.scalars);
     return;
   }

@@ -17,14 +17,15 @@ namespace {
 
 // ---- what a pass sees of one vector ------------------------------------------------------------------------------
 
-template <class S, class P>
+// S: the state's type in arithmetic, T: in memory, P: that of parameters and gradients.
+template <class S, class T, class P>
 struct Arrays {
   std::int64_t local;  // of the first element in its segment
   P* p;
   const P* g;
-  S* grad_prev;
-  S* d;
-  S* diagonal;
+  T* grad_prev;
+  T* d;
+  T* diagonal;
   S* origin;
   S* rows;
   std::int64_t pitch;
@@ -85,14 +86,15 @@ struct Sums {
 
 // What does not change from vector to vector.
 struct Flags {
-  Rounding rounding;  // of the segment
-  bool nontemporal;   // g_prev, or the origin, is stored around the cache
+  Rounding rounding;                   // of the segment
+  Rounding grad_prev_, d_, diagonal_;  // of its state in bfloat16
+  bool nontemporal;                    // g_prev, or the origin, is stored around the cache
 };
 
 // The vector at element `i` of the arrays, which is vector `k` of its block.
-template <class S, class P, class Pass>
+template <class S, class T, class P, class Pass>
 struct At {
-  const Arrays<S, P>& arrays;
+  const Arrays<S, T, P>& arrays;
   std::int64_t i;
   int k;
   const SegmentLanes<S>& segment;
@@ -121,10 +123,12 @@ struct At {
   NLCG_INLINE bool moves() const { return segment.moves; }
   NLCG_INLINE bool is_matrix() const { return segment.matrix; }
   NLCG_INLINE void set_p(Vector<S> p) { store_rounded(arrays.p + i, p, flags.rounding, arrays.local + i); }
-  NLCG_INLINE void set_grad_prev(Vector<S> g) { store_perhaps_nontemporal(arrays.grad_prev + i, g); }
-  NLCG_INLINE void set_d(Vector<S> d) { store(arrays.d + i, d); }
-  NLCG_INLINE void set_diagonal(Vector<S> x) { store(arrays.diagonal + i, x); }
-  NLCG_INLINE void set_origin(Vector<S> x) { store_perhaps_nontemporal(arrays.origin + i, x); }
+  NLCG_INLINE void set_grad_prev(Vector<S> g) { store_perhaps_nontemporal(arrays.grad_prev + i, g, flags.grad_prev_); }
+  NLCG_INLINE void set_d(Vector<S> d) { store_rounded(arrays.d + i, d, flags.d_, arrays.local + i); }
+  NLCG_INLINE void set_diagonal(Vector<S> x) {
+    store_rounded(arrays.diagonal + i, x, flags.diagonal_, arrays.local + i);
+  }
+  NLCG_INLINE void set_origin(Vector<S> x) { store_perhaps_nontemporal(arrays.origin + i, x, {}); }
 
   NLCG_INLINE auto wide(Vector<S> x) const { return widen(x); }
   NLCG_INLINE auto wide_grad_prev() const { return load_wide(arrays.grad_prev + i); }
@@ -143,12 +147,12 @@ struct At {
   NLCG_INLINE void largest(Vector<S> size) { sums.largest[k] = size > sums.largest[k] ? size : sums.largest[k]; }
 
  private:
-  NLCG_INLINE void store_perhaps_nontemporal(S* to, Vector<S> x) const {
-    if (flags.nontemporal) {
-      store_nontemporal(to, x);
-    } else {
-      store(to, x);
+  template <class E>
+  NLCG_INLINE void store_perhaps_nontemporal(E* to, Vector<S> x, const Rounding& rounding) const {
+    if constexpr (sizeof(E) == sizeof(S)) {
+      if (flags.nontemporal) return store_nontemporal(to, x);
     }
+    store_rounded(to, x, rounding, arrays.local + i);
   }
 };
 
@@ -169,19 +173,20 @@ SegmentLanes<S> lanes_of(const Step& step, const Segment& segment) {
   return lanes;
 }
 
-template <class Pass, class S, class P, int... Vectors>
-NLCG_INLINE void one_block(const Pass& pass, const Arrays<S, P>& arrays, std::int64_t i, const SegmentLanes<S>& segment,
-                           Sums<S, Pass>& sums, Flags flags, std::integer_sequence<int, Vectors...>) {
+template <class Pass, class S, class T, class P, int... Vectors>
+NLCG_INLINE void one_block(const Pass& pass, const Arrays<S, T, P>& arrays, std::int64_t i,
+                           const SegmentLanes<S>& segment, Sums<S, Pass>& sums, Flags flags,
+                           std::integer_sequence<int, Vectors...>) {
   const auto one_vector = [&](int k) __attribute__((always_inline)) {
-    At<S, P, Pass> at{arrays, i + k * kLanes<S>, k, segment, sums, flags};
+    At<S, T, P, Pass> at{arrays, i + k * kLanes<S>, k, segment, sums, flags};
     pass(at);
   };
   (one_vector(Vectors), ...);
 }
 
 // The `n` elements from `position` of the flat index on, all in whole blocks.
-template <class Pass, class S, class P>
-void run_blocks(const Pass& shared_pass, Arrays<S, P> at, std::int64_t position, std::int64_t n,
+template <class Pass, class S, class T, class P>
+void run_blocks(const Pass& shared_pass, Arrays<S, T, P> at, std::int64_t position, std::int64_t n,
                 const SegmentLanes<S>& shared_segment, Sums<S, Pass>& shared_sums, Flags flags) {
   const Pass pass = shared_pass;  // copies, so that the compiler can keep all of them in registers
   const SegmentLanes<S> segment = shared_segment;
@@ -196,24 +201,32 @@ void run_blocks(const Pass& shared_pass, Arrays<S, P> at, std::int64_t position,
   shared_sums = sums;
 }
 
-template <class P, class S>
-Arrays<S, P> arrays_at(const Segment& segment, std::int64_t position) {
+template <class P, class S, class T>
+Arrays<S, T, P> arrays_at(const Segment& segment, std::int64_t position) {
   const std::int64_t local = position - segment.offset;
-  const auto state = [&](void* base) { return base ? static_cast<S*>(base) + local : nullptr; };
+  const auto state = [&](void* base) { return base ? static_cast<T*>(base) + local : nullptr; };
+  const auto value = [&](void* base) { return base ? static_cast<S*>(base) + local : nullptr; };
   return {local,
           segment.p ? static_cast<P*>(segment.p) + local : nullptr,
           segment.g ? static_cast<const P*>(segment.g) + local : nullptr,
           state(segment.grad_prev),
           state(segment.direction),
           state(segment.diagonal),
-          state(segment.origin),
-          state(segment.rows),
+          value(segment.origin),
+          value(segment.rows),
           segment.pitch};
 }
 
 Rounding rounding_in(const Step& step, const Segment& segment) {
   if (!step.options.stochastic_rounding) return {};
   return rounding_of(step.options, step.scalars->step, segment.shard);
+}
+
+template <class S, class T>
+Flags flags_in(const Step& step, const Segment& segment, bool nontemporal) {
+  if constexpr (sizeof(T) == sizeof(S)) return {rounding_in(step, segment), {}, {}, {}, nontemporal};
+  const auto of = [&](unsigned array) { return rounding_of_state(array, step.scalars->step, segment.shard); };
+  return {rounding_in(step, segment), of(kGradPrev), of(kD), of(kDiagonal), nontemporal};
 }
 
 // A block on the stack. Lanes without a segment hold g = d = 0 and h or v = 1: they add zeros, and are not scattered.
@@ -235,7 +248,7 @@ NLCG_INLINE void for_covered_lanes(const Step& step, std::int64_t first, std::in
   }
 }
 
-template <class S, class Pass>
+template <class S, class T, class Pass>
 void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int64_t position, Sums<S, Pass>& sums) {
   Staged<S> block = {};
   for (S& x : block.diagonal) x = S{1};
@@ -245,12 +258,12 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   const Segment* known = nullptr;  // the segment whose scalars x holds
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
-      const auto from = arrays_at<decltype(element), S>(segment, position + lane);
+      const auto from = arrays_at<decltype(element), S, T>(segment, position + lane);
       if (from.p) block.p[lane] = value_of(*from.p);
       if (Pass::kReadsGradient && from.g) block.g[lane] = value_of(*from.g);
-      if (from.grad_prev) block.grad_prev[lane] = *from.grad_prev;
-      if (from.d) block.d[lane] = *from.d;
-      if (from.diagonal) block.diagonal[lane] = *from.diagonal;
+      if (from.grad_prev) block.grad_prev[lane] = value_of(*from.grad_prev);
+      if (from.d) block.d[lane] = value_of(*from.d);
+      if (from.diagonal) block.diagonal[lane] = value_of(*from.diagonal);
       if (Pass::kUsesOrigin) block.origin[lane] = *from.origin;
     });
     if (known != &segment) scalars_of<S, Pass>(step, *(known = &segment), x);
@@ -262,18 +275,19 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   static_assert(sizeof(lanes.scalar) == sizeof(block.scalar));
   __builtin_memcpy(lanes.scalar, block.scalar, sizeof(block.scalar));
   run_blocks(pass,
-             Arrays<S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin, nullptr, 0},
+             Arrays<S, S, S>{0, block.p, block.g, block.grad_prev, block.d, block.diagonal, block.origin, nullptr, 0},
              position, kBlock, lanes, sums, Flags{});
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
     with_element_type<S>(segment.dtype, [&](auto element) {
-      const auto to = arrays_at<decltype(element), S>(segment, position + lane);
-      if (writes & kGradPrev) *to.grad_prev = block.grad_prev[lane];
-      if (writes & kD) *to.d = block.d[lane];
+      const auto to = arrays_at<decltype(element), S, T>(segment, position + lane);
+      const Flags flags = flags_in<S, T>(step, segment, false);
+      if (writes & kGradPrev) assign_rounded(*to.grad_prev, block.grad_prev[lane], flags.grad_prev_, to.local);
+      if (writes & kD) assign_rounded(*to.d, block.d[lane], flags.d_, to.local);
       if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || block.scalar[kAlpha][lane] != S{0})) {
-        assign_rounded(*to.p, block.p[lane], rounding_in(step, segment), to.local);
+        assign_rounded(*to.p, block.p[lane], flags.rounding, to.local);
       }
-      if (writes & kDiagonal) *to.diagonal = block.diagonal[lane];
+      if (writes & kDiagonal) assign_rounded(*to.diagonal, block.diagonal[lane], flags.diagonal_, to.local);
       if (writes & kOrigin) *to.origin = block.origin[lane];
     });
   });
@@ -284,49 +298,49 @@ constexpr std::int64_t kNontemporalElements = std::int64_t{1} << 21;
 
 // Whether a pass stores g_prev, or the origin, around the cache: if it does not read the array, and the cache is too
 // small.
-template <class Pass, class S, class P>
-bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Arrays<S, P>& at) {
-  const void* const once = Pass::kUsesOrigin ? at.origin : at.grad_prev;
+template <class Pass, class S, class T, class P>
+bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Arrays<S, T, P>& at) {
+  if (sizeof(T) != sizeof(S)) return false;
+  const void* const once = Pass::kUsesOrigin ? static_cast<const void*>(at.origin) : at.grad_prev;
   const bool aligned = reinterpret_cast<std::uintptr_t>(once) % kVectorBytes == 0;
   const unsigned bit = Pass::kUsesOrigin ? kOrigin : kGradPrev;
   return aligned && (pass.writes() & ~pass.reads() & bit) && step.n >= kNontemporalElements;
 }
 
 // A block of which a single segment covers the first `count` lanes, and no other the rest: the end of a parameter.
-template <class S, class Pass>
+template <class S, class T, class Pass>
 void run_end(const Step& step, const Pass& pass, const Segment& segment, std::int64_t position, int count,
              Sums<S, Pass>& sums) {
   with_element_type<S>(segment.dtype, [&](auto element) {
-    const auto at = arrays_at<decltype(element), S>(segment, position);
+    const auto at = arrays_at<decltype(element), S, T>(segment, position);
     S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock], origin[kBlock] = {};
     for (S& x : diagonal) x = S{1};
     const unsigned reads = arrays_of<Pass>(segment, pass.reads()), writes = arrays_of<Pass>(segment, pass.writes());
     const SegmentLanes<S> lanes = lanes_of<S, Pass>(step, segment);
-    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(S);
-    if (Pass::kReadsGradient) {
-      for (int lane = 0; lane < count; ++lane) g[lane] = value_of(at.g[lane]);
-    }
-    if ((reads & kP) || lanes.decays) {
-      for (int lane = 0; lane < count; ++lane) p[lane] = value_of(at.p[lane]);
-    }
-    if (reads & kGradPrev) __builtin_memcpy(grad_prev, at.grad_prev, bytes);
-    if (reads & kD) __builtin_memcpy(d, at.d, bytes);
-    if (reads & kDiagonal) __builtin_memcpy(diagonal, at.diagonal, bytes);
-    if (reads & kOrigin) __builtin_memcpy(origin, at.origin, bytes);
-    run_blocks(pass, Arrays<S, S>{0, p, g, grad_prev, d, diagonal, origin, nullptr, 0}, position, kBlock, lanes, sums,
-               Flags{});
-    if (writes & kGradPrev) __builtin_memcpy(at.grad_prev, grad_prev, bytes);
-    if (writes & kD) __builtin_memcpy(at.d, d, bytes);
-    if (writes & kDiagonal) __builtin_memcpy(at.diagonal, diagonal, bytes);
-    if (writes & kOrigin) __builtin_memcpy(at.origin, origin, bytes);
-    if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || lanes.moves)) {
-      const Rounding rounding = rounding_in(step, segment);
-      for (int lane = 0; lane < count; ++lane) assign_rounded(at.p[lane], p[lane], rounding, at.local + lane);
-    }
+    const auto gather = [&](S(&to)[kBlock], const auto* from) {
+      for (int lane = 0; lane < count; ++lane) to[lane] = value_of(from[lane]);
+    };
+    const auto scatter = [&](auto* to, const S(&from)[kBlock], const Rounding& rounding) {
+      for (int lane = 0; lane < count; ++lane) assign_rounded(to[lane], from[lane], rounding, at.local + lane);
+    };
+    if (Pass::kReadsGradient) gather(g, at.g);
+    if ((reads & kP) || lanes.decays) gather(p, at.p);
+    if (reads & kGradPrev) gather(grad_prev, at.grad_prev);
+    if (reads & kD) gather(d, at.d);
+    if (reads & kDiagonal) gather(diagonal, at.diagonal);
+    if (reads & kOrigin) gather(origin, at.origin);
+    run_blocks(pass, Arrays<S, S, S>{0, p, g, grad_prev, d, diagonal, origin, nullptr, 0}, position, kBlock, lanes,
+               sums, Flags{});
+    const Flags flags = flags_in<S, T>(step, segment, false);
+    if (writes & kGradPrev) scatter(at.grad_prev, grad_prev, flags.grad_prev_);
+    if (writes & kD) scatter(at.d, d, flags.d_);
+    if (writes & kDiagonal) scatter(at.diagonal, diagonal, flags.diagonal_);
+    if (writes & kOrigin) scatter(at.origin, origin, {});
+    if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || lanes.moves)) scatter(at.p, p, flags.rounding);
   });
 }
 
-template <class S, class Pass>
+template <class S, class T, class Pass>
 void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out) {
   Sums<S, Pass> sums;
   std::int64_t position = tile * kTile;
@@ -356,8 +370,8 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
     const std::int64_t whole = (end - position) / kBlock * kBlock;
     if (segment.offset <= position && whole > 0) {
       with_element_type<S>(segment.dtype, [&](auto element) {
-        const auto at = arrays_at<decltype(element), S>(segment, position);
-        const Flags flags = {rounding_in(step, segment), uses_nontemporal_stores(step, pass, at)};
+        const auto at = arrays_at<decltype(element), S, T>(segment, position);
+        const Flags flags = flags_in<S, T>(step, segment, uses_nontemporal_stores(step, pass, at));
         run_blocks(pass, at, position, whole, lanes_of<S, Pass>(step, segment), sums, flags);
       });
       position += whole;
@@ -365,9 +379,9 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
       if constexpr (!Pass::kUsesRows) {
         const bool alone = s + 1 == step.n_segments || step.segments[s + 1].offset >= position + kBlock;
         if (alone && segment.offset <= position) {
-          run_end(step, pass, segment, position, static_cast<int>(segment_end - position), sums);
+          run_end<S, T>(step, pass, segment, position, static_cast<int>(segment_end - position), sums);
         } else {
-          run_staged(step, pass, s, position, sums);
+          run_staged<S, T>(step, pass, s, position, sums);
         }
       }
       position += kBlock;

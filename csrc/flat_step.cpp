@@ -182,7 +182,9 @@ std::vector<double> FlatStep::descend(const Descent& pass, int threads) {
 class MatrixNorms : public NativeStep {
  public:
   MatrixNorms(const std::string& state_dtype, const std::string& device, std::uintptr_t stream)
-      : NativeStep(state_dtype, device, stream) {}
+      : NativeStep(state_dtype, device, stream) {
+    refuse_bfloat16_state("normalize()");
+  }
   void run_over(const BufferPtr& x, std::int64_t count, std::int64_t n, int threads, const BufferPtr& sums) {
     check_buffer("x", *x, kDTypeNames[static_cast<int>(step_.state_dtype)]);
     if (x->readonly()) throw invalid_argument("x is read-only");

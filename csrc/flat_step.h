@@ -13,7 +13,9 @@ namespace fastnlcg {
 class FlatStep : public NativeStep {
  public:
   FlatStep(const std::string& state_dtype, const std::string& device, std::uintptr_t stream)
-      : NativeStep(state_dtype, device, stream) {}
+      : NativeStep(state_dtype, device, stream) {
+    refuse_bfloat16_state("a flat step");
+  }
 
   // The buffers of the calls below, which it holds. Null: absent; p or g must be given. `steps`: how often the diagonal
   // was updated.

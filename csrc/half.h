@@ -88,6 +88,14 @@ NLCG_HD void assign(double& to, double x) { to = x; }
 NLCG_HD void assign(BFloat16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_bf16<std::uint32_t>(x)); }
 NLCG_HD void assign(Float16& to, float x) { to.bits = static_cast<std::uint16_t>(encode_f16<std::uint32_t>(x)); }
 
+// Calls f(S{}, T{}) with the types of the state, in arithmetic and in memory.
+template <class F>
+decltype(auto) with_state_types(DType state, F&& f) {
+  if (state == DType::f64) return f(double{}, double{});
+  if (state == DType::f32) return f(float{}, float{});
+  return f(float{}, BFloat16{});
+}
+
 // Element `l` of a segment's parameter.
 template <class E, class S>
 NLCG_HD void assign_rounded(E& to, S x, const Rounding&, std::int64_t) {

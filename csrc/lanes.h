@@ -74,7 +74,7 @@ NLCG_INLINE Float load(const Float16* from) { return decode_f16<Float>(load_16bi
 NLCG_INLINE void store(BFloat16* to, Float v) { store_16bit(to, encode_bf16<Bits32>(v)); }
 NLCG_INLINE void store(Float16* to, Float v) { store_16bit(to, encode_f16<Bits32>(v)); }
 
-// The same for the elements of a segment's parameter from element `l` on.
+// The same for the elements of a segment's parameter, or of its state, from element `l` on.
 template <class E, class V>
 NLCG_INLINE void store_rounded(E* to, V v, const Rounding&, std::int64_t) {
   store(to, v);
@@ -102,6 +102,7 @@ NLCG_INLINE void store_rounded(BFloat16* to, Float v, const Rounding& rounding, 
 
 NLCG_INLINE Wide1 widen(Double x) { return {{x}}; }
 NLCG_INLINE Wide1 load_wide(const double* from) { return {{load(from)}}; }
+NLCG_INLINE Wide2 load_wide(const BFloat16* from) { return widen(load(from)); }
 
 // The sixteen lanes of one sum.
 struct Accumulator {

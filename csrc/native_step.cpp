@@ -58,8 +58,8 @@ DType dtype_named(const std::string& name) {
 NativeStep::NativeStep(const std::string& state_dtype, const std::string& device, std::uintptr_t stream)
     : device_(ordinal_of(device)), device_name_(device) {
   step_.state_dtype = dtype_named(state_dtype);
-  if (step_.state_dtype != DType::f64 && step_.state_dtype != DType::f32) {
-    throw std::invalid_argument("state_dtype is " + state_dtype + ", expected float64 or float32");
+  if (step_.state_dtype == DType::f16) {
+    throw std::invalid_argument("state_dtype is float16, expected float64, float32 or bfloat16");
   }
   cuda_.device = std::max(device_, 0);
   cuda_.stream = reinterpret_cast<void*>(stream);
@@ -115,7 +115,11 @@ void NativeStep::check_state_dtype(const std::string& what, DType dtype) const {
   if ((dtype == DType::f64) == (step_.state_dtype == DType::f64)) return;
   throw py::type_error(what + " is " + kDTypeNames[static_cast<int>(dtype)] + " but the state is " +
                        kDTypeNames[static_cast<int>(step_.state_dtype)] +
-                       "; float64 parameters need float64 state, and other parameters float32 state");
+                       "; float64 parameters need float64 state, and other parameters float32 or bfloat16 state");
+}
+
+void NativeStep::refuse_bfloat16_state(const std::string& what) const {
+  if (step_.state_dtype == DType::bf16) throw std::invalid_argument(what + " does not take state in bfloat16");
 }
 
 void NativeStep::check_state() const {
@@ -124,6 +128,13 @@ void NativeStep::check_state() const {
       step_.options.preconditioner, [&](auto preconditioner) { return preconditioner.state_arrays(step_.options); });
   const bool takes_matrices = with_preconditioner(
       step_.options.preconditioner, [](auto preconditioner) { return kTakesMatrices<decltype(preconditioner)>; });
+  const bool takes_bfloat16 = with_preconditioner(step_.options.preconditioner, [](auto preconditioner) {
+    return takes_bfloat16_state(typename decltype(preconditioner)::Passes{});
+  });
+  if (!takes_bfloat16) {
+    refuse_bfloat16_state(std::string("the preconditioner '") +
+                          kPreconditionerNames[static_cast<int>(step_.options.preconditioner)] + "'");
+  }
   for (const Segment& segment : segments_) {
     if (segment.matrices && !takes_matrices) throw std::invalid_argument("matrices need the preconditioner 'muon'");
     const std::string missing = missing_array(segment.matrices ? needed & ~kDiagonal : needed, segment);
@@ -148,6 +159,7 @@ void NativeStep::use(std::vector<Segment> segments, std::vector<Group> groups, s
 }
 
 std::vector<double> NativeStep::run_descent_pass(const Descent& pass, int threads) {
+  refuse_bfloat16_state("full-batch descent");
   std::vector<double> sums(kMaxSums + 1);
   if (segments_.empty()) return sums;
   const bool trial = pass.kind == Descent::Kind::trial;

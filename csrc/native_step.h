@@ -59,6 +59,9 @@ class NativeStep {
   void check_buffer(const char* name, const Buffer&, const std::string& dtype) const;
   // Throws if float64 is mixed with another dtype. `what`: the parameters, in words.
   void check_state_dtype(const std::string& what, DType) const;
+  // Throws if the state is bfloat16. `what`: what cannot take it.
+  void refuse_bfloat16_state(const std::string& what) const;
+  DType arithmetic_dtype() const { return step_.state_dtype == DType::f64 ? DType::f64 : DType::f32; }
   // Throws if a segment lacks a state array that the passes of the options need. All segments have the same ones,
   // except that those of matrices have no diagonal.
   void check_state() const;

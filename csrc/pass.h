@@ -50,6 +50,8 @@ struct PassDefaults {
   static constexpr bool kUsesRows = false;
   // Calls at.largest(), whose result follows the sums.
   static constexpr bool kFormsLargest = false;
+  // The state may be bfloat16, rounded stochastically.
+  static constexpr bool kTakesBFloat16State = false;
   // Calls at.add_in_run(): only for terms that cannot overflow the state's type.
   static constexpr bool kAddsInRuns = false;
   // GPU: walks from the end of the flat index, to find in the cache what the pass before read last. (On processors with 32
@@ -127,6 +129,11 @@ concept StepPass = Pass<P> && requires(P& pass, StepPlan& plan, const Options& o
 template <template <class> class... P>
   requires(StepPass<P<float>> && ...)
 struct PassList {};
+
+template <template <class> class... P>
+constexpr bool takes_bfloat16_state(PassList<P...>) {
+  return (P<float>::kTakesBFloat16State && ...);
+}
 
 // A pass that forms rz forms rz_mid too if it is wanted: its sums().
 NLCG_HD unsigned dots_wanted(bool mid) { return mid ? 3u : 1u; }

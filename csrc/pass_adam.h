@@ -25,7 +25,7 @@ template <class T>
 struct AdamDots : PassDefaults {
   static constexpr int kSums = 2;
   static constexpr bool kFirstPass = true, kBuiltFromOptionsAlone = true, kAppliesL2Decay = false,
-                        kUsesStepCounts = true, kAddsInRuns = true;
+                        kUsesStepCounts = true, kAddsInRuns = true, kTakesBFloat16State = true;
   static constexpr unsigned kKeptInSharedMemory = kDiagonal;
   static constexpr int kMostQuadsAtOnce = 1;  // two would spill
   AdamConstants<T> c;
@@ -59,7 +59,8 @@ struct AdamDots : PassDefaults {
 template <class T>
 struct AdamMove : PassDefaults {
   static constexpr int kSums = 2;
-  static constexpr bool kBackward = true, kAppliesL2Decay = false, kUsesStepCounts = true, kAddsInRuns = true;
+  static constexpr bool kBackward = true, kAppliesL2Decay = false, kUsesStepCounts = true, kAddsInRuns = true,
+                        kTakesBFloat16State = true;
   static constexpr unsigned kKeptInSharedMemory = kDiagonal;
   AdamConstants<T> c;
   bool keep_grad, move;

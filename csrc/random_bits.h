@@ -1,5 +1,5 @@
-// Random bits for stochastic rounding. They depend on the step, the parameter's index and the element's index in the
-// whole parameter alone: they are the same on every machine, in replicas, in shards and in a resumed run.
+// Random bits for stochastic rounding. They depend on the step, the parameter's index, the element's index in the whole
+// parameter and what is rounded alone: they are the same on every machine, in replicas, in shards and in a resumed run.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,11 @@ struct Rounding {
 NLCG_HD Rounding rounding_of(const Options& o, double step, const Shard& shard) {
   const auto of_step = mixed(static_cast<std::uint32_t>(static_cast<std::uint64_t>(step)) + 0x9e3779b9u);
   return {o.stochastic_rounding, mixed(of_step ^ mixed(shard.parameter + 0x85ebca6bu)), shard};
+}
+// Of state in bfloat16, which is always rounded so: other bits for each array of StateArrays (pass.h).
+NLCG_HD Rounding rounding_of_state(unsigned array, double step, const Shard& shard) {
+  const auto of_step = mixed(static_cast<std::uint32_t>(static_cast<std::uint64_t>(step)) + 0x9e3779b9u);
+  return {true, mixed(of_step ^ mixed(shard.parameter + 0x85ebca6bu) ^ mixed(array + 0xc2b2ae35u)), shard};
 }
 // The index of a segment's element `l` in the whole parameter.
 NLCG_HD std::uint64_t global_index(const Shard& shard, std::int64_t l) {

@@ -46,10 +46,10 @@ struct Shard {
 struct Segment {
   void* p;              // parameters; may be null if no pass reads or writes them
   const void* g;        // gradient, in the dtype and memory order of p; may be null if no pass reads it
-  void* grad_prev;      // state, in the state's type and the memory order of p; null if the options do not use it
+  void* grad_prev;      // state, in Step::state_dtype and the memory order of p; null if the options do not use it
   void* direction;      // the same
   void* diagonal;       // the same; the preconditioner's own: h of bfgs, v of adam
-  void* origin;         // the same; full batch: the point that a line search starts from
+  void* origin;         // in the arithmetic's type; full batch: the point that a line search starts from
   void* rows;           // full batch: the first row of the matrix of curvature pairs, in the state's type
   std::int64_t pitch;   // elements from a row to the next
   double* steps;        // how often this parameter has moved
@@ -203,8 +203,8 @@ struct Bias {
 struct Step {
   const Segment* segments;
   std::int64_t n_segments;
-  std::int64_t n;  // length of the flat index
-  DType state_dtype;
+  std::int64_t n;     // length of the flat index
+  DType state_dtype;  // f64, f32, or bf16, with float32 arithmetic: passes with kTakesBFloat16State alone
   Group* groups;
   std::int64_t n_groups;
   Options options;

@@ -397,7 +397,7 @@ void TensorTable::set_origins(const BufferPtr& workspace,
                               const std::vector<std::pair<std::size_t, std::int64_t>>& parts, double shared) {
   const StepGuard busy(*this);
   check_laid_out("set_origins()");
-  check_buffer("workspace", *workspace, kDTypeNames[static_cast<int>(step_.state_dtype)]);
+  check_buffer("workspace", *workspace, kDTypeNames[static_cast<int>(arithmetic_dtype())]);
   if (workspace->readonly()) throw invalid_argument("workspace is read-only");
   for (const auto& [i, begin] : parts) {
     if (i >= segments_.size() || !segments_[i].matrices || begin < 0 ||
@@ -408,7 +408,7 @@ void TensorTable::set_origins(const BufferPtr& workspace,
     }
   }
   for (const auto& [i, begin] : parts) {
-    segments_[i].origin = static_cast<char*>(workspace->data()) + begin * size_of(step_.state_dtype);
+    segments_[i].origin = static_cast<char*>(workspace->data()) + begin * size_of(arithmetic_dtype());
   }
   origins_ = workspace;
   shared_ = shared;
@@ -458,6 +458,7 @@ std::optional<std::tuple<double, double, double>> TensorTable::state_norms(const
 bool TensorTable::last_move(const Tensors& at, int threads) {
   const StepGuard busy(*this);
   check_laid_out("last_move()");
+  refuse_bfloat16_state("last_move()");
   const DropLive drop{live_};
   if (!follow(at, Reads::state)) return false;
   for (const Segment& segment : segments_) {

@@ -29,8 +29,8 @@ namespace {
 
 // ---- a pass over the block's chunks, and what follows from its sums -----------------------------------------------
 
-template <bool kMayReside, class S, class Pass>
-__device__ __forceinline__ void run_pass(const BlockContext<S>& context, const Pass& pass, Totals& totals) {
+template <bool kMayReside, class S, class T, class Pass>
+__device__ __forceinline__ void run_pass(const BlockContext<S, T>& context, const Pass& pass, Totals& totals) {
   const Arguments& a = context.a;
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const int last = block + (a.chunks - 1 - block) / blocks * blocks;
@@ -171,11 +171,11 @@ __host__ __device__ __forceinline__ bool exchanges(const RankGather& exchange, b
 
 // One pass of the step, and its decision on the Next. kAlone: all passes are in one launch, so never over ranks, and
 // tiles may stay in shared memory. True in the block that decided.
-template <class S, class Pass, class Next, bool kAlone>
+template <class S, class T, class Pass, class Next, bool kAlone>
 __device__ __forceinline__ bool pass_and_decide(const Arguments& a, Totals& totals) {
   constexpr bool kLast = std::is_same_v<Next, NoPass>;
-  __shared__ typename BlockContext<S>::InShared groups;
-  const BlockContext<S> context(a, groups, !Pass::kFirstPass);
+  __shared__ typename BlockContext<S, T>::InShared groups;
+  const BlockContext<S, T> context(a, groups, !Pass::kFirstPass);
   const Pass pass = pass_of<S, Pass>(a);
   run_pass<kAlone>(context, pass, totals);
   if (!is_last_block(a.control->barrier)) return false;
@@ -212,12 +212,12 @@ __device__ __forceinline__ bool found_inf_set(const Arguments& a) {
 template <class S>
 constexpr int kBlocksOf = sizeof(S) == sizeof(float) ? 2 : 1;
 
-template <class S, class Pass, class Next>
+template <class S, class Pass, class Next, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a) || (!Pass::kFirstPass && a.control->plan.skip)) return;
   if (Pass::kOnlyIfClipped && !a.control->plan.again) return;
-  pass_and_decide<S, Pass, Next, false>(a, totals);
+  pass_and_decide<S, T, Pass, Next, false>(a, totals);
 }
 
 template <class S, class Pass, class Next>
@@ -237,11 +237,11 @@ __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
 }
 
 // The passes, one after another; after each but the last all blocks wait for each other.
-template <class S, class First, class... Rest>
+template <class S, class T, class First, class... Rest>
 __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
                                               unsigned meetings) {
   if (!First::kOnlyIfClipped || a.control->plan.again) {
-    const bool decided = pass_and_decide<S, First, typename NextOf<Rest...>::type, true>(a, totals);
+    const bool decided = pass_and_decide<S, T, First, typename NextOf<Rest...>::type, true>(a, totals);
     if constexpr (sizeof...(Rest) > 0) {
       GridBarrier& barrier = a.control->barrier;
       if (decided) {
@@ -254,30 +254,30 @@ __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals
     }
   }
   if constexpr (sizeof...(Rest) > 0) {
-    if (!a.control->plan.skip) passes_in_one<S, Rest...>(a, totals, generation, meetings);
+    if (!a.control->plan.skip) passes_in_one<S, T, Rest...>(a, totals, generation, meetings);
   }
 }
-template <class S, template <class> class... P>
+template <class S, class T, template <class> class... P>
 __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals, const unsigned& generation,
                                               PassList<P...>) {
-  passes_in_one<S, P<S>...>(a, totals, generation, 0);
+  passes_in_one<S, T, P<S>...>(a, totals, generation, 0);
 }
 
-template <class S, class Preconditioner>
+template <class S, class Preconditioner, class T>
 __global__ void __launch_bounds__(kThreads, 1) step_in_one(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a)) return;
   __shared__ unsigned generation;  // as thread 0 saw it before the first barrier
   if (threadIdx.x == 0) generation = barrier_generation(a.control->barrier);
-  passes_in_one<S>(a, totals, generation, typename Preconditioner::Passes{});
+  passes_in_one<S, T>(a, totals, generation, typename Preconditioner::Passes{});
 }
 
-template <class S, class Pass>
+template <class S, class Pass, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
     part(const __grid_constant__ Arguments a, const __grid_constant__ Pass pass) {
   __shared__ Totals totals;
-  __shared__ typename BlockContext<S>::InShared groups;
-  const BlockContext<S> context(a, groups, false);
+  __shared__ typename BlockContext<S, T>::InShared groups;
+  const BlockContext<S, T> context(a, groups, false);
   run_pass<false>(context, pass, totals);
   if (!is_last_block(a.control->barrier)) return;
   double x[Pass::kSums], largest;
@@ -289,12 +289,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
 }
 
 // One pass over the matrices in the tiles from `first` to `last`, exclusive. Nothing if the step was skipped.
-template <class S, class Pass>
+template <class S, class Pass, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
     matrix_pass(const __grid_constant__ Arguments a, const int first, const int last) {
-  __shared__ typename BlockContext<S>::InShared groups;
+  __shared__ typename BlockContext<S, T>::InShared groups;
   if (found_inf_set(a) || a.control->plan.skip) return;
-  const BlockContext<S> context(a, groups, true);
+  const BlockContext<S, T> context(a, groups, true);
   const Pass pass = Pass::of(*a.scalars, ElementBroadcast<S>{});
   ThreadSums<S, Pass::kSums> sums = {};
 #pragma unroll 1

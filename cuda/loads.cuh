@@ -104,10 +104,6 @@ __device__ __forceinline__ void store_rounded_quad(E* to, const S (&from)[kQuad]
     for (int l = 0; l < kQuad; ++l) to[l] = element[l];
   }
 }
-template <class S>
-__device__ __forceinline__ void store_quad(S* to, const S (&from)[kQuad]) {
-  store_rounded_quad<true>(to, from, Rounding{}, 0);
-}
 
 // The same in shared memory.
 template <class S>
@@ -131,13 +127,12 @@ __device__ __forceinline__ bool takes_quads(const Segment& segment, std::int64_t
   return (((p + bytes) | (g + bytes)) & ((size == 2 ? 8 : 16) - 1)) == 0;
 }
 
-// The same for the state arrays.
-template <class S>
+// The same for the state arrays, of type T in memory; the origin is of 4 or 8 bytes.
+template <class T>
 __device__ __forceinline__ bool state_takes_quads(const Segment& segment) {
   const auto bits = [](const void* at) { return reinterpret_cast<std::uintptr_t>(at); };
-  return ((bits(segment.grad_prev) | bits(segment.direction) | bits(segment.diagonal) | bits(segment.origin)) & 15) ==
-             0 &&
-         segment.offset % kQuad == 0;
+  const auto state = bits(segment.grad_prev) | bits(segment.direction) | bits(segment.diagonal);
+  return ((state & (sizeof(T) == 2 ? 7 : 15)) | (bits(segment.origin) & 15)) == 0 && segment.offset % kQuad == 0;
 }
 
 }  // namespace

@@ -58,18 +58,18 @@ void load_tables() {
 // Calls f(kernel, number, decision) for the kernel of every pass; `decision` is the kernel that decides over ranks,
 // null after the last pass.
 using Decision = void (*)(Arguments);
-template <class S, class First, class... Rest, class F>
+template <class S, class T, class First, class... Rest, class F>
 void for_each_pass(F&& f, int number = 0) {
   static_assert(sizeof...(Rest) < kMostPasses);
   Decision decision = nullptr;
   using Next = typename NextOf<Rest...>::type;
   if constexpr (sizeof...(Rest) > 0) decision = decide_over_ranks<S, First, Next>;
-  f(step_pass<S, First, Next>, number, decision);
-  if constexpr (sizeof...(Rest) > 0) for_each_pass<S, Rest...>(f, number + 1);
+  f(step_pass<S, First, Next, T>, number, decision);
+  if constexpr (sizeof...(Rest) > 0) for_each_pass<S, T, Rest...>(f, number + 1);
 }
-template <class S, template <class> class... P, class F>
+template <class S, class T, template <class> class... P, class F>
 void for_each_pass(PassList<P...>, F&& f) {
-  for_each_pass<S, P<S>...>(f);
+  for_each_pass<S, T, P<S>...>(f);
 }
 template <template <class> class... P>
 constexpr int number_of_passes(PassList<P...>) {
@@ -84,10 +84,10 @@ constexpr bool keeps_tiles(PassList<First, Rest...>) {
   return First<S>::kKeptInSharedMemory != 0;
 }
 
-template <class S, class Preconditioner>
+template <class S, class T, class Preconditioner>
 const Limits& limits(int device) {
   using Passes = typename Preconditioner::Passes;
-  const auto in_one = step_in_one<S, Preconditioner>;
+  const auto in_one = step_in_one<S, Preconditioner, T>;
   constexpr int kMostDevices = 64;
   static std::mutex mutex;
   static bool known[kMostDevices] = {};
@@ -101,7 +101,7 @@ const Limits& limits(int device) {
   load_tables();
   const int multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount);
   l.cooperative = attribute_of(device, cudaDevAttrCooperativeLaunch) != 0;
-  for_each_pass<S>(Passes{}, [&](auto kernel, int number, auto) {
+  for_each_pass<S, T>(Passes{}, [&](auto kernel, int number, auto) {
     l.blocks_of_pass[number] = multiprocessors * blocks_per_multiprocessor(kernel, 0);
   });
   const int without = blocks_per_multiprocessor(in_one, 0);
@@ -124,10 +124,10 @@ const Limits& limits(int device) {
 // Up to this size one launch is estimated to be faster on an H100, despite its lower occupancy. Not measured.
 constexpr std::int64_t kOneLaunchElements = 16'000'000;
 
-template <class S, class Preconditioner>
+template <class S, class T, class Preconditioner>
 void step_with(const Step& step, CudaStep& cuda) {
   const Workspace at(step.n, cuda.max_segments, step.n_groups);
-  const Limits& fits = limits<S, Preconditioner>(cuda.device);
+  const Limits& fits = limits<S, T, Preconditioner>(cuda.device);
   write_segments(step, cuda, at);
   Arguments a = arguments_of(step, cuda, at);
   write_groups(step, cuda, at, a);
@@ -146,7 +146,7 @@ void step_with(const Step& step, CudaStep& cuda) {
     if (cuda.resident_tiles >= 0) a.resident_tiles = std::min(a.resident_tiles, cuda.resident_tiles);
     const std::size_t bytes = static_cast<std::size_t>(a.resident_tiles) * kResidentBytes<S>;
     const Grid whole = {blocks, kThreads, bytes, true};
-    const cudaError_t error = try_launch(step_in_one<S, Preconditioner>, whole, cuda, a);
+    const cudaError_t error = try_launch(step_in_one<S, Preconditioner, T>, whole, cuda, a);
     if (error != cudaErrorCooperativeLaunchTooLarge) {
       check_launch(error, "step_in_one", whole, cuda);
       cuda.launches = 1;
@@ -159,7 +159,7 @@ void step_with(const Step& step, CudaStep& cuda) {
   }
   cuda.launches = 0;
   const int passes = number_of_passes(typename Preconditioner::Passes{});
-  for_each_pass<S>(typename Preconditioner::Passes{}, [&](auto kernel, int number, auto decision) {
+  for_each_pass<S, T>(typename Preconditioner::Passes{}, [&](auto kernel, int number, auto decision) {
     launch("step_pass", kernel, {grid(fits.blocks_of_pass[number])}, cuda, a);
     ++cuda.launches;
     if (!exchanges(a.exchange, number == 0, number == passes - 1)) return;
@@ -169,24 +169,31 @@ void step_with(const Step& step, CudaStep& cuda) {
   });
 }
 
-template <class S>
+template <class S, class T>
 void step_in(const Step& step, CudaStep& cuda) {
-  with_passes(step.options, [&](auto preconditioner) { step_with<S, decltype(preconditioner)>(step, cuda); });
+  with_passes(step.options, [&](auto preconditioner) {
+    using P = decltype(preconditioner);
+    if constexpr (sizeof(T) == sizeof(S) || takes_bfloat16_state(typename P::Passes{})) {
+      step_with<S, T, P>(step, cuda);
+    } else {
+      __builtin_unreachable();  // the options' checks
+    }
+  });
 }
 
 // ---- the parts ---------------------------------------------------------------------------------------------------
 
 // One pass with scalars from the host. If `sums` is not null, waits for them.
-template <class S, class Pass>
+template <class S, class T, class Pass>
 void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pass, double* sums) {
   const Workspace at(step.n, cuda.max_segments, step.n_groups);
   write_segments(step, cuda, at);
   Arguments a = arguments_of(step, cuda, at);
   write_groups(step, cuda, at, a);
   const int multiprocessors = attribute_of(cuda.device, cudaDevAttrMultiProcessorCount);
-  const int most = multiprocessors * blocks_per_multiprocessor(part<S, Pass>, 0);
+  const int most = multiprocessors * blocks_per_multiprocessor(part<S, Pass, T>, 0);
   const int blocks = std::min(a.chunks, cuda.blocks > 0 ? cuda.blocks : most);
-  launch(name, part<S, Pass>, {blocks}, cuda, a, pass);
+  launch(name, part<S, Pass, T>, {blocks}, cuda, a, pass);
   if (sums == nullptr) return;
   copy_to_host(sums, a.control->sums, (Pass::kSums + Pass::kFormsLargest) * sizeof(double), cuda);
   wait_for(cuda);
@@ -198,11 +205,11 @@ template <class S>
 bool update_curvature_in(const Step& step, CudaStep& cuda, double* ys, double* shs) {
   const Scratch scratch(step, cuda);
   double sums[kMaxSums];
-  run_part<S>("bfgs_diag_update, sums", scratch.step, cuda, CurvatureSums<S>{}, sums);
+  run_part<S, S>("bfgs_diag_update, sums", scratch.step, cuda, CurvatureSums<S>{}, sums);
   *ys = sums[2] - sums[0];
   *shs = sums[1];
   if (!curvature_accepted(*ys, *shs, step.options.curvature_eps)) return false;
-  run_part<S>("bfgs_diag_update", scratch.step, cuda, Bfgs::update(*ys, *shs, ElementBroadcast<S>{}), nullptr);
+  run_part<S, S>("bfgs_diag_update", scratch.step, cuda, Bfgs::update(*ys, *shs, ElementBroadcast<S>{}), nullptr);
   return true;
 }
 
@@ -212,8 +219,8 @@ void preconditioned_dots_in(const Step& step, CudaStep& cuda, double* rz, double
   double sums[kMaxSums];
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     const bool mid = has_grad_prev(step);
-    run_part<S>("preconditioned_dots", scratch.step, cuda,
-                preconditioner.dots(step.options, mid, ElementBroadcast<S>{}), sums);
+    run_part<S, S>("preconditioned_dots", scratch.step, cuda,
+                   preconditioner.dots(step.options, mid, ElementBroadcast<S>{}), sums);
   });
   *rz = sums[0];
   *rz_mid = sums[1];
@@ -225,23 +232,23 @@ void update_direction_in(const Step& step, CudaStep& cuda, double beta) {
   const bool move = step.segments[0].p != nullptr, keep_grad = has_grad_prev(step);
   with_preconditioner(step.options.preconditioner, [&](auto preconditioner) {
     const auto pass = preconditioner.move(step.options, beta, keep_grad, move, ElementBroadcast<S>{});
-    run_part<S>("direction_update", scratch.step, cuda, pass, nullptr);
+    run_part<S, S>("direction_update", scratch.step, cuda, pass, nullptr);
   });
 }
 
 template <class S>
 void last_move_in(const Step& step, CudaStep& cuda) {
   double sums[kMaxSums] = {};
-  if (step.n_segments > 0) run_part<S>("last_move", step, cuda, LastMove<S>{}, sums);
+  if (step.n_segments > 0) run_part<S, S>("last_move", step, cuda, LastMove<S>{}, sums);
   copy_to_device(&step.scalars->gs, &sums[0], sizeof(double), cuda);
   copy_to_device(&step.scalars->shs, &sums[1], sizeof(double), cuda);
   wait_for(cuda);
 }
 
-template <class S>
+template <class S, class T>
 void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
   double sums[kMaxSums];
-  run_part<S>("state_norms", step, cuda, StateNorms<S>{{}, has_grad_prev(step)}, sums);
+  run_part<S, T>("state_norms", step, cuda, StateNorms<S>{{}, has_grad_prev(step)}, sums);
   *gg = sums[0];
   *dd = sums[1];
   *gd = sums[2];
@@ -249,33 +256,33 @@ void state_norms_in(const Step& step, CudaStep& cuda, double* gg, double* dd, do
 
 template <class S>
 void descend_in(const Step& step, CudaStep& cuda, const Descent& numbers, double* sums) {
-  const auto run = [&](const auto& pass) { run_part<S>("descent pass", step, cuda, pass, sums); };
+  const auto run = [&](const auto& pass) { run_part<S, S>("descent pass", step, cuda, pass, sums); };
   if (is_pair_pass(numbers)) return with_pair_pass(numbers, ElementBroadcast<S>{}, run);
   with_descent_pass(numbers, ElementBroadcast<S>{}, run);
 }
 
-template <class S, class Pass>
+template <class S, class T, class Pass>
 void matrix_pass_with(const Step& step, CudaStep& cuda, std::int64_t first_tile, std::int64_t last_tile) {
   const Workspace at(step.n, cuda.max_segments, step.n_groups);
   write_segments(step, cuda, at);
   Arguments a = arguments_of(step, cuda, at);
   write_groups(step, cuda, at, a);
   const int multiprocessors = attribute_of(cuda.device, cudaDevAttrMultiProcessorCount);
-  const int most = multiprocessors * blocks_per_multiprocessor(matrix_pass<S, Pass>, 0);
+  const int most = multiprocessors * blocks_per_multiprocessor(matrix_pass<S, Pass, T>, 0);
   const int tiles = static_cast<int>(last_tile - first_tile);
   const int blocks = std::min(tiles, cuda.blocks > 0 ? std::min(cuda.blocks, most) : most);
   if (tiles == 0) return;
-  launch("matrix_pass", matrix_pass<S, Pass>, {blocks}, cuda, a, static_cast<int>(first_tile),
+  launch("matrix_pass", matrix_pass<S, Pass, T>, {blocks}, cuda, a, static_cast<int>(first_tile),
          static_cast<int>(last_tile));
 }
 
-template <class S>
+template <class S, class T>
 void matrix_pass_in(const Step& step, CudaStep& cuda, MatrixPass kind, std::int64_t first_tile,
                     std::int64_t last_tile) {
   if (kind == MatrixPass::input) {
-    matrix_pass_with<S, MatrixInput<S>>(step, cuda, first_tile, last_tile);
+    matrix_pass_with<S, T, MatrixInput<S>>(step, cuda, first_tile, last_tile);
   } else {
-    matrix_pass_with<S, MatrixMove<S>>(step, cuda, first_tile, last_tile);
+    matrix_pass_with<S, T, MatrixMove<S>>(step, cuda, first_tile, last_tile);
   }
 }
 
@@ -322,12 +329,15 @@ std::int64_t workspace_doubles(std::int64_t n, std::int64_t max_segments, std::i
 
 #define NLCG_BY_TYPE(function, ...) \
   (step.state_dtype == DType::f64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__))
+// Of those that take state in bfloat16
+#define NLCG_BY_TYPES(function, ...) \
+  with_state_types(step.state_dtype, [&](auto s, auto t) { function<decltype(s), decltype(t)>(__VA_ARGS__); })
 
 void cuda_step(const Step& step, CudaStep& cuda) {
   const DeviceGuard guard(cuda.device);
   follow_last_stream(cuda);
   try {
-    NLCG_BY_TYPE(step_in, step, cuda);
+    NLCG_BY_TYPES(step_in, step, cuda);
   } catch (...) {  // an exchange that failed: some passes are under way
     try {
       mark_last_work(cuda);
@@ -356,14 +366,14 @@ void cuda_join_stream(const CudaStep& cuda) {
 void cuda_state_norms(const Step& step, CudaStep& cuda, double* gg, double* dd, double* gd) {
   const DeviceGuard guard(cuda.device);
   follow_last_stream(cuda);
-  NLCG_BY_TYPE(state_norms_in, step, cuda, gg, dd, gd);
+  NLCG_BY_TYPES(state_norms_in, step, cuda, gg, dd, gd);
 }
 
 void cuda_matrix_pass(const Step& step, CudaStep& cuda, MatrixPass kind, std::int64_t first_tile,
                       std::int64_t last_tile) {
   const DeviceGuard guard(cuda.device);
   follow_last_stream(cuda);
-  NLCG_BY_TYPE(matrix_pass_in, step, cuda, kind, first_tile, last_tile);
+  NLCG_BY_TYPES(matrix_pass_in, step, cuda, kind, first_tile, last_tile);
   mark_last_work(cuda);
 }
 

@@ -102,8 +102,9 @@ struct At {
   __device__ __forceinline__ void largest(S size) { sums.largest = size > sums.largest ? size : sums.largest; }
 };
 
-// What a block needs during a pass. All of its threads construct it together.
-template <class S>
+// What a block needs during a pass, with state of type S in arithmetic and T in memory. All of its threads construct it
+// together.
+template <class S, class T>
 struct BlockContext {
   using InShared = GroupScalars<S>[kInlineGroups];
   const Arguments& a;
@@ -121,6 +122,9 @@ struct BlockContext {
   // Read when it is used: few steps use it, and registers are scarce.
   __device__ __forceinline__ Rounding rounding(const Segment& segment) const {
     return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step, segment.shard) : Rounding{};
+  }
+  __device__ __forceinline__ Rounding rounding_of_array(unsigned array, const Segment& segment) const {
+    return sizeof(T) == sizeof(S) ? Rounding{} : rounding_of_state(array, a.scalars->step, segment.shard);
   }
   template <class Pass>
   __device__ __forceinline__ SegmentScalars<S> scalars(const Segment& segment) const {
@@ -169,8 +173,8 @@ __device__ __forceinline__ int find_segment(const Segment* segments, int low, in
 // Q times four elements, half a tile apart, all in segment `here`. The state is aligned to 16 bytes; if kWide, p and g
 // are too. `smem_offset`: of a resident tile's g in shared memory, followed by the array kKeptInSharedMemory; -1 if the
 // tile is not resident. kLoaded: the first pass has left both there.
-template <bool kMayReside, bool kLoaded, bool kWide, int Q, class S, class E, class Pass, int K>
-__device__ __forceinline__ void run_quads(const BlockContext<S>& context, const Pass& pass, const Segment& here,
+template <bool kMayReside, bool kLoaded, bool kWide, int Q, class S, class T, class E, class Pass, int K>
+__device__ __forceinline__ void run_quads(const BlockContext<S, T>& context, const Pass& pass, const Segment& here,
                                           E* p_at, const E* g_at, std::int64_t position, int smem_offset,
                                           const SegmentScalars<S>& scalars, ThreadSums<S, K>& sums) {
   constexpr int kApart = kQuad * kThreads;
@@ -178,16 +182,17 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
   constexpr unsigned kInMemory = kLoaded ? ~Pass::kKeptInSharedMemory : ~0u;
   const unsigned reads = arrays_of<Pass>(here, pass.reads()) & kInMemory, writes = arrays_of<Pass>(here, pass.writes());
   const std::int64_t in_segment = position - here.offset;
-  S* const d_at = array_ptr<S>(here.direction, in_segment);
-  S* const diagonal_at = array_ptr<S>(here.diagonal, in_segment);
-  S* const grad_prev_at = array_ptr<S>(here.grad_prev, in_segment);
+  T* const d_at = array_ptr<T>(here.direction, in_segment);
+  T* const diagonal_at = array_ptr<T>(here.diagonal, in_segment);
+  T* const grad_prev_at = array_ptr<T>(here.grad_prev, in_segment);
   S* const origin_at = array_ptr<S>(here.origin, in_segment);
   S* const rows_at = Pass::kUsesRows ? array_ptr<S>(here.rows, in_segment) : nullptr;
   const std::int64_t pitch = Pass::kUsesRows ? here.pitch : 0;
   const bool reads_p = (reads & kP) || (kReadsGradient && Pass::kAppliesL2Decay && scalars.weight_decay != S{0});
   const int local = static_cast<int>(position % kTile);
 
-  Raw<S> d_raw[Q] = {}, diagonal_raw[Q] = {}, grad_prev_raw[Q] = {}, origin_raw[Q] = {}, g_loaded[Q] = {};
+  Raw<T> d_raw[Q] = {}, diagonal_raw[Q] = {}, grad_prev_raw[Q] = {};
+  Raw<S> origin_raw[Q] = {}, g_loaded[Q] = {}, kept_loaded[Q] = {};
   Raw<E, kWide> g_raw[Q] = {}, p_raw[Q] = {};
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
@@ -203,7 +208,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
     for (int q = 0; q < Q; ++q) {
       const S* const from = resident<S>(smem_offset) + local + q * kApart;
       load_resident(from, g_loaded[q]);
-      load_resident(from + kTile, Pass::kKeptInSharedMemory == kD ? d_raw[q] : diagonal_raw[q]);
+      load_resident(from + kTile, kept_loaded[q]);
     }
   }
 #pragma unroll
@@ -213,6 +218,7 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
     origin_raw[q].decode(origin);
     if constexpr (kLoaded) {
       g_loaded[q].decode(g);
+      kept_loaded[q].decode(Pass::kKeptInSharedMemory == kD ? d : diagonal);
     } else {
       g_raw[q].decode(g);
 #pragma unroll
@@ -236,10 +242,14 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
       p[l] = at.p_, grad_prev[l] = at.grad_prev_, d[l] = at.d_, diagonal[l] = at.diagonal_, origin[l] = at.origin_;
     }
     end_run<Pass::kAddsInRuns>(sums, run);
-    if (writes & kDiagonal) store_quad(diagonal_at + q * kApart, diagonal);
-    if (writes & kGradPrev) store_quad(grad_prev_at + q * kApart, grad_prev);
-    if (writes & kD) store_quad(d_at + q * kApart, d);
-    if (writes & kOrigin) store_quad(origin_at + q * kApart, origin);
+    const auto store_state = [&](unsigned array, T* to, const S(&from)[kQuad]) {
+      if (!(writes & array)) return;
+      store_rounded_quad<true>(to + q * kApart, from, context.rounding_of_array(array, here), in_segment + q * kApart);
+    };
+    store_state(kDiagonal, diagonal_at, diagonal);
+    store_state(kGradPrev, grad_prev_at, grad_prev);
+    store_state(kD, d_at, d);
+    if (writes & kOrigin) store_rounded_quad<true>(origin_at + q * kApart, origin, Rounding{}, 0);
     if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || scalars.moves())) {
       store_rounded_quad<kWide>(p_at + q * kApart, p, context.rounding(here), in_segment + q * kApart);
     }
@@ -247,8 +257,8 @@ __device__ __forceinline__ void run_quads(const BlockContext<S>& context, const 
 }
 
 // One element of a segment, of any type.
-template <bool kMayReside, class S, class Pass, int K>
-__device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pass& pass, const Segment& segment,
+template <bool kMayReside, class S, class T, class Pass, int K>
+__device__ __forceinline__ void run_one(const BlockContext<S, T>& context, const Pass& pass, const Segment& segment,
                                         std::int64_t position, int smem_offset, ThreadSums<S, K>& sums) {
   const SegmentScalars<S> scalars = context.template scalars<Pass>(segment);
   const unsigned reads = arrays_of<Pass>(segment, pass.reads()), writes = arrays_of<Pass>(segment, pass.writes());
@@ -271,9 +281,9 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pa
   At<S, K> at{p,
               g,
               undecayed,
-              reads & kGradPrev ? *array_ptr<S>(segment.grad_prev, in_segment) : S{},
-              reads & kD ? *array_ptr<S>(segment.direction, in_segment) : S{},
-              reads & kDiagonal ? *array_ptr<S>(segment.diagonal, in_segment) : S{},
+              reads & kGradPrev ? value_of(*array_ptr<T>(segment.grad_prev, in_segment)) : S{},
+              reads & kD ? value_of(*array_ptr<T>(segment.direction, in_segment)) : S{},
+              reads & kDiagonal ? value_of(*array_ptr<T>(segment.diagonal, in_segment)) : S{},
               reads & kOrigin ? *array_ptr<S>(segment.origin, in_segment) : S{},
               scalars,
               sums,
@@ -286,9 +296,13 @@ __device__ __forceinline__ void run_one(const BlockContext<S>& context, const Pa
   }
   pass(at);
   end_run<Pass::kAddsInRuns>(sums, run);
-  if (writes & kDiagonal) *array_ptr<S>(segment.diagonal, in_segment) = at.diagonal_;
-  if (writes & kGradPrev) *array_ptr<S>(segment.grad_prev, in_segment) = at.grad_prev_;
-  if (writes & kD) *array_ptr<S>(segment.direction, in_segment) = at.d_;
+  const auto store_state = [&](unsigned array, void* to, S x) {
+    if (!(writes & array)) return;
+    assign_rounded(*array_ptr<T>(to, in_segment), x, context.rounding_of_array(array, segment), in_segment);
+  };
+  store_state(kDiagonal, segment.diagonal, at.diagonal_);
+  store_state(kGradPrev, segment.grad_prev, at.grad_prev_);
+  store_state(kD, segment.direction, at.d_);
   if (writes & kOrigin) *array_ptr<S>(segment.origin, in_segment) = at.origin_;
   if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || scalars.moves())) {
     with_element_type<S>(segment.dtype, [&](auto element) {
@@ -305,8 +319,8 @@ constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kBuiltFromOpti
                                  ? (kMayReside ? Pass::kMostQuadsAtOnceInOneLaunch : Pass::kMostQuadsAtOnce)
                                  : 1;
 
-template <bool kMayReside, class S, class Pass, int K>
-__device__ __forceinline__ void run_tile(const BlockContext<S>& context, const Pass& pass, int tile, int smem_offset,
+template <bool kMayReside, class S, class T, class Pass, int K>
+__device__ __forceinline__ void run_tile(const BlockContext<S, T>& context, const Pass& pass, int tile, int smem_offset,
                                          ThreadSums<S, K>& sums) {
   const Arguments& a = context.a;
   const std::int64_t begin = std::int64_t{tile} * kTile, end = begin + kTile;
@@ -324,7 +338,7 @@ __device__ __forceinline__ void run_tile(const BlockContext<S>& context, const P
     s = find_segment(a.segments, s, beyond, at);
     if (s == a.n_segments) return;
     const Segment& here = a.segments[s];
-    if (here.offset <= at && here.offset + here.n >= at + kQuad && state_takes_quads<S>(here)) {
+    if (here.offset <= at && here.offset + here.n >= at + kQuad && state_takes_quads<T>(here)) {
       const SegmentScalars<S> scalars = context.template scalars<Pass>(here);
       const bool wide = takes_quads(here, at - here.offset), both = Q == 2 && whole && wide;
       with_element_type<S>(here.dtype, [&](auto element) {

@@ -49,12 +49,13 @@ struct Case {
   int threads = 1;
   bool flushing = false;  // the caller's mode; the step has its own
   bool descent = false;   // instead of steps: full-batch descent's passes, and the parts
+  bool bfloat16_state = false;
 };
 
 // Numbers in (-1, 1) with 24 bits, exact in float.
 float number(std::uint32_t i) { return static_cast<float>(static_cast<std::int32_t>(mixed(i)) >> 7) * 0x1p-24f; }
 
-template <class E, class S>
+template <class E, class S, class T = S>
 std::uint64_t run(const Case& c) {
   std::vector<Segment> segments;
   std::int64_t n = 0;
@@ -76,7 +77,8 @@ std::uint64_t run(const Case& c) {
   const bool bfgs = c.options.preconditioner == Preconditioner::bfgs;
   const auto size = static_cast<std::size_t>(n);
   std::vector<E> p(size), g(size);
-  std::vector<S> grad_prev(size), d(size), diagonal(size, bfgs ? S{1} : S{0});
+  std::vector<T> grad_prev(size), d(size), diagonal(size);
+  for (T& h : diagonal) assign(h, bfgs ? S{1} : S{0});
   for (std::size_t i = 0; i < size; ++i) {
     assign(p[i], static_cast<S>(c.scale * number(static_cast<std::uint32_t>(i))));
   }
@@ -97,7 +99,7 @@ std::uint64_t run(const Case& c) {
   step.segments = segments.data();
   step.n_segments = static_cast<std::int64_t>(segments.size());
   step.n = n;
-  step.state_dtype = sizeof(S) == sizeof(double) ? DType::f64 : DType::f32;
+  step.state_dtype = sizeof(S) == sizeof(double) ? DType::f64 : sizeof(T) == sizeof(S) ? DType::f32 : DType::bf16;
   step.groups = groups.data();
   step.n_groups = 2;
   step.options = c.options;
@@ -158,7 +160,8 @@ std::uint64_t run(const Case& c) {
 }
 
 void report(const Case& c) {
-  const std::uint64_t digest = c.dtype == DType::f64    ? run<double, double>(c)
+  const std::uint64_t digest = c.bfloat16_state         ? run<float, float, BFloat16>(c)
+                               : c.dtype == DType::f64  ? run<double, double>(c)
                                : c.dtype == DType::f32  ? run<float, float>(c)
                                : c.dtype == DType::bf16 ? run<BFloat16, float>(c)
                                                         : run<Float16, float>(c);
@@ -241,6 +244,22 @@ int main() {
             c.packed = packed;
           });
         }
+      }
+      if (dtype == DType::f32 && kind == Preconditioner::adam) {
+        for (const bool packed : {false, true}) {
+          with(packed ? "state in bfloat16 packed" : "state in bfloat16", [packed](Case& c) {
+            c.options.update = UpdateRule::polak_ribiere;
+            c.bfloat16_state = true;
+            c.packed = packed;
+          });
+        }
+        with("state in bfloat16 clipping, three threads", [](Case& c) {
+          c.options.measure_norm = true;
+          c.options.max_grad_norm = 20;
+          c.bfloat16_state = true;
+          c.threads = 3;
+          c.sizes = {100000, 17, 30001};
+        });
       }
       if (dtype == DType::f32) {
         with("stores around the cache", [](Case& c) { c.sizes = {(1 << 21) + 16}; });

@@ -54,8 +54,9 @@ class Lockstep:
         self.cuts, self.options, self.lr, self.weight_decay, self.threads = cuts, options, lr, weight_decay, threads
         self.rng = np.random.default_rng(seed)
         self.n = sum(cut.n for cut in cuts)
-        self.state_type = "float64" if cuts[0].dtype == "float64" else "float32"
+        self.state_type = options.state_dtype or ("float64" if cuts[0].dtype == "float64" else "float32")
         self.u = 2.0**-53 if self.state_type == "float64" else 2.0**-24
+        self.state_rounding = 2.0**-7 if self.state_type == "bfloat16" else 0.0  # to either neighbour
         values = self.rng.standard_normal(self.n)
         self.curvature = self.rng.uniform(0.1, 3.0, self.n)
         self.p, self.g, self.begin = [], [], []
@@ -94,10 +95,14 @@ class Lockstep:
             self.guards.append((guard, guard.clone()))
         return inside
 
-    g_prev = property(lambda self: self.state["grad_prev"].cpu().numpy() if "grad_prev" in self.state else None)
-    d = property(lambda self: self.state["direction"].cpu().numpy())
-    diagonal = property(lambda self: self.state[self.diagonal_key].cpu().numpy() if self.diagonal_key else None)
+    g_prev = property(lambda self: self.array("grad_prev") if "grad_prev" in self.state else None)
+    d = property(lambda self: self.array("direction"))
+    diagonal = property(lambda self: self.array(self.diagonal_key) if self.diagonal_key else None)
     scalars = property(lambda self: dict(zip(_native.SCALARS, self.numbers.tolist(), strict=True)))
+
+    def array(self, key: str) -> np.ndarray:
+        x = self.state[key].cpu()
+        return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
     def use(self, active: list[int]) -> None:
         """From now on only these parameters have gradients."""
@@ -168,7 +173,7 @@ class Lockstep:
 
     def snapshot(self) -> dict[str, bytes]:
         """Everything a step may write, as bytes."""
-        parts = {key: tensor.cpu().numpy().tobytes() for key, tensor in self.state.items()}
+        parts = {key: tensor.cpu().view(torch.uint8).numpy().tobytes() for key, tensor in self.state.items()}
         parts["p"] = b"".join(p.contiguous().view(torch.uint8).cpu().numpy().tobytes() for p in self.p if p.numel())
         parts["scalars"] = repr((sorted(self.scalars.items()), self.alpha_prev.tolist())).encode()
         return parts
@@ -250,15 +255,18 @@ class Lockstep:
         if self.n > 100 and not o.maximize:  # the bound must not let everything pass
             assert np.mean(tol_d <= 1e-3 * (np.abs(new.d) + np.abs(w) + 1e-30)) > 0.8
 
+        def stored(x: np.ndarray, tolerance: np.ndarray) -> np.ndarray:
+            return tolerance + self.state_rounding * (np.abs(x) + tolerance)
+
         def close(name: str, actual: object, expected: object, tolerance: object) -> None:
             error = np.abs(np.asarray(actual, dtype=float) - np.asarray(expected, dtype=float))
             assert np.all(error <= tolerance), f"{name} at step {after['step']}: off by {np.max(error - tolerance)}"
 
         if self.g_prev is not None:
-            close("g_prev", self.g_prev, new.g_prev, tol_g)
-        close("d", self.d, new.d, tol_d)
+            close("g_prev", self.g_prev, new.g_prev, stored(new.g_prev, tol_g))
+        close("d", self.d, new.d, stored(new.d, tol_d))
         if self.diagonal is not None:
-            close("diagonal", self.diagonal, new.diagonal, tol_diagonal)
+            close("diagonal", self.diagonal, new.diagonal, stored(new.diagonal, tol_diagonal))
         assert bool(after["updated"]) == new.updated
         if o.preconditioner == "bfgs":
             close("ys", after["ys"], new.ys, tol_ys)
@@ -278,6 +286,7 @@ class Lockstep:
             tol_gg = sum_rounding * np.sum(eff**2) + 2 * np.sum(np.abs(eff) * tol_g)
             close("gg", after["gg"], np.sum(eff**2), tol_gg)
             tol_gd = sum_rounding * np.sum(np.abs(eff * d_new)) + np.sum(tol_g * np.abs(d_new))
+            tol_gd += 2 * self.state_rounding * np.sum(np.abs(eff * d_new))  # formed from d before it is rounded
             close("gd", after["gd"], np.sum(eff * d_new), tol_gd)
         close("p", self.flat(self.p), p_new, np.where(mask, tol_p, 0.0))
         close("rz", after["rz"], new.rz, tol_rz)

@@ -4,6 +4,7 @@ are equal to the bit."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import backends
@@ -245,22 +246,38 @@ def test_no_process_group_is_made_twice() -> None:
     assert max(ranks(4)(groups_made)) <= 1
 
 
-def rounded(placement: Any, world_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Some steps of stochastically rounded bfloat16 parameters: one sharded by ``placement``, one replicated."""
+def rounded_steps(place: Callable[[Tensor], Tensor], replicate: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Some steps of stochastically rounded bfloat16 parameters, and some with state in bfloat16, each of a parameter
+    that ``place`` spreads and one that ``replicate`` copies: parameters and state. The betas are constants, because
+    sums over shards have other roundings."""
+    found = []
+    for options in (
+        {"preconditioner": None, "beta_max": 0.0, "stochastic_rounding": True},
+        {"beta_max": 0.5, "state_dtype": torch.bfloat16},
+    ):
+        p = nn.Parameter(place(torch.linspace(-1.0, 1.0, 240).view(6, 10, 4).bfloat16()))
+        q = nn.Parameter(replicate(torch.linspace(0.5, 1.0, 300).bfloat16()))
+        optimizer = NLCG([p, q], 1e-3, update="heavy_ball", **options)
+        for t in range(4):
+            p.grad = place(torch.sin(torch.arange(240.0) + t).view(6, 10, 4).bfloat16())
+            q.grad = replicate(torch.cos(torch.arange(300.0) * (t + 1)).bfloat16())
+            optimizer.step()
+        found += [p.detach(), q.detach()]
+        found += [x for each in (p, q) for key, x in sorted(optimizer.state[each].items()) if key != "step"]
+    return found
+
+
+def rounded(placement: Any, world_shape: tuple[int, ...]) -> list[Tensor]:
+    """Those steps with one parameter sharded by ``placement`` and one replicated."""
     mesh = init_device_mesh("cpu", world_shape)
-    whole_p = torch.linspace(-1.0, 1.0, 240).view(6, 10, 4).bfloat16()
-    sharded_p = nn.Parameter(distribute_tensor(whole_p, mesh, placement))
-    replica = nn.Parameter(distribute_tensor(torch.linspace(0.5, 1.0, 300).bfloat16(), mesh, [Replicate()] * mesh.ndim))
-    optimizer = NLCG([sharded_p, replica], 1e-3, preconditioner=None, update="heavy_ball", beta_max=0.0,
-                     stochastic_rounding=True)  # fmt: skip
-    for t in range(4):
-        g = torch.sin(torch.arange(240.0) + t).view(6, 10, 4).bfloat16()
-        sharded_p.grad = distribute_tensor(g, mesh, placement)
-        replica.grad = distribute_tensor(
-            torch.cos(torch.arange(300.0) * (t + 1)).bfloat16(), mesh, [Replicate()] * mesh.ndim
-        )
-        optimizer.step()
-    return sharded_p.full_tensor().detach(), replica.to_local().detach()
+
+    def place(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, placement)
+
+    def replicate(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, [Replicate()] * mesh.ndim)
+
+    return [x.full_tensor() for x in rounded_steps(place, replicate)]
 
 
 @pytest.mark.parametrize(
@@ -276,16 +293,11 @@ def rounded(placement: Any, world_shape: tuple[int, ...]) -> tuple[Tensor, Tenso
 )
 def test_random_bits_are_those_of_the_whole_parameter(placement: list[Any], shape: tuple[int, ...]) -> None:
     """Replicas agree, shards are parts of one sequence, and one process draws the same."""
-    p = nn.Parameter(torch.linspace(-1.0, 1.0, 240).view(6, 10, 4).bfloat16())
-    q = nn.Parameter(torch.linspace(0.5, 1.0, 300).bfloat16())
-    optimizer = NLCG([p, q], 1e-3, preconditioner=None, update="heavy_ball", beta_max=0.0, stochastic_rounding=True)
-    for t in range(4):
-        p.grad = torch.sin(torch.arange(240.0) + t).view(6, 10, 4).bfloat16()
-        q.grad = torch.cos(torch.arange(300.0) * (t + 1)).bfloat16()
-        optimizer.step()
+    alone = rounded_steps(lambda x: x, lambda x: x)
     world = 1
     for extent in shape:
         world *= extent
-    for found, replica in ranks(world)(rounded, placement, shape):
-        assert torch.equal(found, p.detach())
-        assert torch.equal(replica, q.detach())
+    for found in ranks(world)(rounded, placement, shape):
+        assert len(found) == len(alone) == 12
+        for x, expected in zip(found, alone, strict=True):
+            assert torch.equal(x, expected)

@@ -103,6 +103,9 @@ OPTIMIZERS: dict[str, Maker] = {
     "nlcg_polak_ribiere": capped(**PR),
     "nlcg_line_search": capped(line_search=OnlineLineSearch()),
     "nlcg_stochastic": capped(stochastic_rounding=True),
+    "nlcg_state16": capped(state_dtype=torch.bfloat16),
+    "nlcg_muon_state16": matrices(state_dtype=torch.bfloat16),
+    "nlcg_all16": capped(state_dtype=torch.bfloat16, stochastic_rounding=True),
     # The paper's form: beta is at most 1.
     "nlcg_fr": nlcg(**BFGS),
     "nlcg_pr": nlcg(**BFGS, **PR),

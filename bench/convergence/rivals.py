@@ -15,6 +15,7 @@ full size with the choices of the small ones.
 
 Last, without any search of their own: NLCG with Muon's direction and Muon itself, both at the peak and decay that were
 chosen for Muon, each at its own default cap or momentum, and with constant momenta; also in four times as many steps.
+And NLCG at its choices with the state in bfloat16, and with everything in bfloat16.
 """
 
 from __future__ import annotations
@@ -223,4 +224,26 @@ def matrices(rows: Rows, precision: str) -> Iterator[Run]:
             yield from (at(longer, "muon", (peak, beta1, decay), seed) for beta1 in (0.8, 0.9, 0.95))
 
 
-PARTS = {"text": text, "rules": rules, "batches": batches, "images": images, "full32": full, "matrices": matrices}
+def state16(rows: Rows, precision: str) -> Iterator[Run]:
+    """The state in bfloat16 at the choices above, and everything in bfloat16, rounded stochastically; five seeds."""
+    for middle in (TEXT, IMAGES):
+        config = dataclasses.replace(middle, precision=precision)
+        pure = dataclasses.replace(config, precision="pure_bfloat16")
+        for name in ("nlcg", "nlcg_muon"):
+            choice = chosen(rows, config, name)
+            if choice is None:
+                continue
+            yield from (at(config, f"{name}_state16", choice, seed) for seed in SEEDS)
+            if name == "nlcg":
+                yield from (at(pure, "nlcg_all16", choice, seed) for seed in SEEDS)
+
+
+PARTS = {
+    "text": text,
+    "rules": rules,
+    "batches": batches,
+    "images": images,
+    "full32": full,
+    "matrices": matrices,
+    "state16": state16,
+}

@@ -71,9 +71,10 @@ class NLCG(torch.optim.Optimizer):
     =========== ============================ ============= ================== ==================
 
     ``"adam"`` keeps grad_prev too if ``update="polak_ribiere"`` needs it. State is float32 (float64 for float64
-    parameters); bytes are those of float32 parameters. It is allocated when a parameter first has a gradient, as
-    separate tensors, which may be moved, shared, off-loaded or replaced between steps: the next step takes what
-    ``state[p]`` then contains. ``state[p]["step"]`` counts the steps that moved ``p``.
+    parameters, bfloat16 with ``state_dtype=torch.bfloat16``); bytes are those of float32 parameters and state. It is
+    allocated when a parameter first has a gradient, as separate tensors, which may be moved, shared, off-loaded or
+    replaced between steps: the next step takes what ``state[p]`` then contains. ``state[p]["step"]`` counts the steps
+    that moved ``p``.
 
     ``polar(u)`` is five steps of Muon's Newton-Schulz iteration: torch's products, of batches of matrices of one shape,
     in bfloat16 on a GPU and on processors that multiply in it, else in the state's dtype. Their workspace is kept
@@ -144,6 +145,10 @@ class NLCG(torch.optim.Optimizer):
             updates below a parameter's resolution are kept on average instead of lost. The random bits depend on the
             step, the parameter's index and the element's place in the whole parameter, so replicas and resumed runs
             agree.
+        state_dtype: ``torch.bfloat16``, with ``"adam"`` and ``"muon"``: keep the state in bfloat16, half of its bytes,
+            and evaluate all formulas in float32. State is rounded as ``stochastic_rounding`` rounds parameters; those
+            may be of any dtype but float64. In a group and in checkpoints it is the string ``"bfloat16"``; if it
+            changes, the next step converts the state. None: float32, and float64 for float64 parameters.
         average_loss: average the line search's loss over all ranks, which data-parallel training needs: replicas whose
             line searches see different losses drift apart. One exchange of 104 bytes per rank and step. If parameters
             are spread over ranks, the loss is always averaged, at no extra cost. None: it is averaged only then, and
@@ -200,6 +205,7 @@ class NLCG(torch.optim.Optimizer):
         nonfinite: Literal["skip", "propagate"] = "skip",
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
         average_loss: bool | None = None,
         process_group: Any = None,
         matrix_group: Any = None,
@@ -226,6 +232,7 @@ class NLCG(torch.optim.Optimizer):
             skip_grad_norm=skip_grad_norm,
             nonfinite=nonfinite,
             stochastic_rounding=stochastic_rounding,
+            state_dtype=state_dtype,  # type: ignore[arg-type]
             maximize=maximize,
         )
         defaults: dict[str, Any] = {

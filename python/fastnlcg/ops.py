@@ -370,6 +370,11 @@ def nlcg_step(
     weight_decay = check_real("weight_decay", weight_decay, minimum=0.0)
     chosen = Options(preconditioner=preconditioner, **options)
     kind = chosen.kind
+    if chosen.state_dtype is not None:
+        raise ValueError(
+            f"state_dtype is {chosen.state_dtype!r}; expected None: the state of flat buffers is float32, or float64 "
+            "for float64 parameters; fastnlcg.NLCG takes bfloat16"
+        )
     if kind.of_matrices:
         raise ValueError(
             f"preconditioner is {preconditioner!r}, which needs the shapes of matrices, and a flat buffer has none; "

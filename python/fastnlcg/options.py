@@ -40,14 +40,18 @@ class Preconditioner:
     """whether the diagonal can be 0, so that eps must not be"""
     sums_last_move: bool = False
     """whether its decisions use the sums over the last move (``last_move`` of the native table)"""
+    takes_bfloat16_state: bool = False
+    """whether its state may be bfloat16"""
     of_matrices: bool = False
     """whether its parameters are matrices; another group of the optimizer may then have ``"adam"``"""
 
 
 PRECONDITIONERS: dict[str | None, Preconditioner] = {
-    "adam": Preconditioner("adam", "exp_avg_sq", keeps_gradient=False, beta_max=0.9, divides_by_eps=True),
+    "adam": Preconditioner(
+        "adam", "exp_avg_sq", keeps_gradient=False, beta_max=0.9, divides_by_eps=True, takes_bfloat16_state=True
+    ),
     "bfgs": Preconditioner("bfgs", "hessian_diag", start=1.0, sums_last_move=True),
-    "muon": Preconditioner("muon", keeps_gradient=False, beta_max=0.95, of_matrices=True),
+    "muon": Preconditioner("muon", keeps_gradient=False, beta_max=0.95, takes_bfloat16_state=True, of_matrices=True),
     None: Preconditioner("none"),
 }
 
@@ -142,6 +146,15 @@ def _split(name: str, value: object) -> int | tuple[int, ...] | None:
     return value if isinstance(value, int) else tuple(parts)
 
 
+def _state_dtype(name: str, value: object) -> str | None:
+    text = str(value).removeprefix("torch.")  # this module does without torch
+    if value is None or text == "bfloat16":
+        return None if value is None else text
+    raise (ValueError if isinstance(value, str) or "torch." in str(value) else TypeError)(
+        f"{name} must be None (the parameters' float64, or else float32) or torch.bfloat16, got {value!r}"
+    )
+
+
 def _option(default: object, check: Check, *, of_group: bool = False, native: bool = True) -> Any:
     """``of_group``: may differ between parameter groups; ``native``: the native step has it too."""
     return field(default=default, metadata={"check": check, "of_group": of_group, "native": native})
@@ -168,6 +181,7 @@ class Options:
     skip_grad_norm: float | None = _option(None, _norm_or_none)
     nonfinite: Literal["skip", "propagate"] = _option("skip", _one_of("skip", "propagate"))
     stochastic_rounding: bool = _option(False, _bool)
+    state_dtype: str | None = _option(None, _state_dtype, native=False)
     maximize: bool = _option(False, _bool, of_group=True)
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = _option(
         "match_rms_adamw", _one_of("match_rms_adamw", "original"), of_group=True, native=False
@@ -185,6 +199,11 @@ class Options:
             )
         if self.update == "heavy_ball" and self.largest_beta >= 1.0:
             raise ValueError("expected beta_max < 1 with update='heavy_ball', which sets beta = beta_max; got 1")
+        if self.state_dtype is not None and not self.kind.takes_bfloat16_state:
+            raise ValueError(
+                f"state_dtype is {self.state_dtype!r} with preconditioner={self.preconditioner!r}; expected None: only "
+                "'adam' and 'muon' take state in bfloat16"
+            )
         if not self.kind.of_matrices:
             for name in ("adjust_lr_fn", "stacked", "split"):
                 if getattr(self, name) != getattr(Options, name):

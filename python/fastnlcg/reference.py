@@ -58,6 +58,7 @@ __all__ = [
     "nlcg_step",
     "polar",
     "preconditioned_residual",
+    "rounded_to_bfloat16",
     "scaled_bfgs_diagonal",
     "second_moment",
 ]
@@ -213,6 +214,46 @@ def line_search_scale(scale: float, loss: float, loss_prev: float | None, search
     if loss < loss_prev + flat_threshold * abs(loss_prev):
         return min(1.0, scale * (1.0 + increase))
     return scale
+
+
+_STATE_ARRAYS = {"g_prev": 2, "d": 4, "diagonal": 8}
+
+
+def rounded_to_bfloat16(
+    x: npt.NDArray[np.float32], *, step: int, parameter: int, array: str = "p"
+) -> npt.NDArray[np.float32]:
+    """Stochastic rounding: a number goes to the bfloat16 away from zero with the probability of the part that is cut
+    off, to the other one else, by bits that depend on the arguments and on the place in ``x`` alone.
+
+    Args:
+        x: a whole parameter, or an array of its state, in row-major order.
+        step: how many steps the optimizer has completed before this one.
+        parameter: the parameter's index, over all groups.
+        array: what ``x`` is: ``"p"``, or state: ``"g_prev"``, ``"d"`` or ``"diagonal"``.
+    """
+
+    half = np.uint32(16)
+
+    def mixed(n: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:  # lowbias32 of Chris Wellons' hash-prospector
+        n = (n ^ (n >> half)) * np.uint32(0x7FEB352D)
+        n = (n ^ (n >> np.uint32(15))) * np.uint32(0x846CA68B)
+        return n ^ (n >> half)
+
+    def word(n: int) -> npt.NDArray[np.uint32]:
+        return np.array([n & 0xFFFFFFFF], dtype=np.uint32)
+
+    key = mixed(word(step + 0x9E3779B9)) ^ mixed(word(parameter + 0x85EBCA6B))
+    if array != "p":
+        key = key ^ mixed(word(_STATE_ARRAYS[array] + 0xC2B2AE35))
+    key = mixed(key)
+    place = np.arange(x.size, dtype=np.uint64)
+    low, high = (place & 0xFFFFFFFF).astype(np.uint32), (place >> 32).astype(np.uint32)
+    random = mixed(mixed(low ^ key) + (mixed(high + np.uint32(0x85EBCA6B)) ^ key)) & np.uint32(0xFFFF)
+    bits = np.ascontiguousarray(x, dtype=np.float32).reshape(-1).view(np.uint32)
+    nearest = bits + np.uint32(0x7FFF) + ((bits >> half) & np.uint32(1))
+    up = bits + random
+    chosen = np.where((up >> half) & np.uint32(0x7FFF) >= 0x7F80, nearest, up) & np.uint32(0xFFFF0000)
+    return chosen.astype(np.uint32).view(np.float32).reshape(x.shape)
 
 
 def polar(u: Array) -> Array:

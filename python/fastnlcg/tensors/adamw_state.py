@@ -19,7 +19,7 @@ from fastnlcg.options import Options, check_real
 from fastnlcg.tensors import groups, state_dict
 from fastnlcg.tensors.dtensor import as_like, shard_like
 from fastnlcg.tensors.ranks import device_of, find_ranks
-from fastnlcg.tensors.state import state_dtype
+from fastnlcg.tensors.state import as_arithmetic, state_dtype
 from fastnlcg.tensors.table import Groups, parameters
 from fastnlcg.warn import warn
 
@@ -204,7 +204,7 @@ def to_adamw(whole: Mapping[str, Any], own_keys: Collection[str], beta1: float) 
             entry = whole["state"].get(i) or {}
             if "direction" not in entry:
                 continue
-            t, v, d = float(entry["step"]), entry["exp_avg_sq"], entry["direction"]
+            t, v, d = float(entry["step"]), *(as_arithmetic(entry[key]) for key in ("exp_avg_sq", "direction"))
             state[i] = {
                 "step": torch.tensor(t, dtype=torch.float32),
                 "exp_avg": d * (-(1.0 - beta1) * (_diagonal(v, beta2, t) + eps)),

@@ -18,7 +18,7 @@ from fastnlcg.tensors.adamw_state import RATES, as_float
 from fastnlcg.tensors.dtensor import as_like, is_sharded, shard_like
 from fastnlcg.tensors.polar import COEFFICIENTS, STEPS
 from fastnlcg.tensors.ranks import device_of, find_ranks
-from fastnlcg.tensors.state import state_dtype
+from fastnlcg.tensors.state import as_arithmetic, state_dtype
 from fastnlcg.tensors.table import Groups, parameters
 
 _GROUP = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
@@ -193,7 +193,7 @@ def to_muon(
         for new, old in zip(indices, group["params"], strict=True):
             entry = whole["state"].get(old) or {}
             if "direction" in entry:
-                state[new] = {"momentum_buffer": entry["direction"] * -(1.0 - momentum)}
+                state[new] = {"momentum_buffer": as_arithmetic(entry["direction"]) * -(1.0 - momentum)}
     renumbered: dict[str, Any] = {"state": {}, "param_groups": []}
     number = 0
     for group in rest:

@@ -20,23 +20,41 @@ from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
 HUGE = 1 << 22  # bytes of state from which huge pages are requested
 
 
-def state_dtype(p: Tensor) -> torch.dtype:
-    """Of the state of ``p``."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+def state_dtype(p: Tensor, wanted: str | None = None, what: str = "a parameter") -> torch.dtype:
+    """Of the state of ``p``, with the option ``state_dtype``. ValueError for float64 parameters if that is bfloat16."""
+    if p.dtype == torch.float64 and wanted is not None:
+        raise ValueError(
+            f"{what} of shape {tuple(p.shape)} is torch.float64 and state_dtype {wanted!r}; expected None, or "
+            "parameters of another dtype"
+        )
+    return torch.float64 if p.dtype == torch.float64 else torch.float32 if wanted is None else torch.bfloat16
 
 
-def missing_arrays(i: int, p: Tensor, entry: Mapping[str, Any], arrays: Mapping[str, float]) -> dict[str, Tensor]:
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the formulas of a state of ``dtype`` are evaluated."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def as_arithmetic(value: Tensor) -> Tensor:
+    """State in the dtype of its formulas."""
+    return value.to(arithmetic_dtype(value.dtype))
+
+
+def missing_arrays(
+    i: int, p: Tensor, entry: Mapping[str, Any], arrays: Mapping[str, float], wanted: str | None = None
+) -> dict[str, Tensor]:
     """What the state ``entry`` of parameter ``i`` lacks, or has in a form that the native step cannot use: new tensors,
     with the old values if there are any. Writes nothing.
 
     Args:
         arrays: the state arrays by name, and the value that each starts with.
+        wanted: the option ``state_dtype``.
 
     Raises:
         RuntimeError: for a state array of another shape than the parameter, or with too little storage.
     """
     local_p = memory(p)
-    strides, dtype = dense_strides(local_p), state_dtype(p)
+    strides, dtype = dense_strides(local_p), state_dtype(p, wanted, f"parameter {i}")
     new: dict[str, Tensor] = {}
     for key, start in arrays.items():
         value = entry.get(key)

@@ -188,17 +188,15 @@ def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[
     """Every parameter's state as it was saved: copies, on the parameter's device, in the state's dtype. torch's own
     load would cast to the parameter's dtype, which would round float32 state to bfloat16."""
     entries = {}
-    arrays_of = {
-        index: Options.of_group(group).streams() for group in whole["param_groups"] for index in group["params"]
-    }
+    options_of = {index: Options.of_group(group) for group in whole["param_groups"] for index in group["params"]}
     for index, p in named(whole["param_groups"], optimizer.param_groups).items():
         if index not in whole["state"]:
             continue
         saved = whole["state"][index]
         device = memory(p).device
         entry: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), dtype=torch.float64, device=device)}
-        for key in arrays_of[index]:
-            shard = shard_like(saved[key], p).detach()
-            entry[key] = as_like(shard.to(device, state_dtype(p), copy=True), p)
+        dtype = state_dtype(p, options_of[index].state_dtype)
+        for key in options_of[index].streams():
+            entry[key] = as_like(shard_like(saved[key], p).detach().to(device, dtype, copy=True), p)
         entries[p] = entry
     return entries

@@ -18,7 +18,7 @@ from fastnlcg.tensors.checks import DTYPES, usable_gradient
 from fastnlcg.tensors.dtensor import memory, place_of
 from fastnlcg.tensors.matrices import Matrices, Shape, key_of, shape_of
 from fastnlcg.tensors.ranks import find_ranks
-from fastnlcg.tensors.state import local_arrays, missing_arrays
+from fastnlcg.tensors.state import arithmetic_dtype, local_arrays, missing_arrays
 from fastnlcg.tensors.table import (
     Groups,
     ParameterTable,
@@ -82,8 +82,11 @@ class StepTable(ParameterTable):
                     )
             if (options.line_search is None) != (self.options.line_search is None):
                 self.current, self._ranks_known = False, False  # other ranks may have a say in the loss
+            rounding, last = ((o.state_dtype, o.stochastic_rounding) for o in (options, self.options))
             if any(o.kind.of_matrices for o in (*of_groups, *self.of_groups)) and of_groups != self.of_groups:
                 self.current = False  # the matrices of a parameter may be others
+            elif rounding != last:
+                self.current = False  # the state has another dtype, or random bits need the places of shards
             else:
                 self.native.set_options(native_options(of_groups))
         self.options, self.of_groups = options, of_groups
@@ -333,7 +336,7 @@ class StepTable(ParameterTable):
         self._rename_set(params, stateful, state, param_groups[0]["scalars"])
         write_state(state, params, entries)
         same_ranks = ranks is self.ranks
-        rounding = self.options.stochastic_rounding
+        rounding = self.options.stochastic_rounding or self.options.state_dtype is not None
         self.lay_out(
             params,
             stateful,
@@ -346,6 +349,7 @@ class StepTable(ParameterTable):
                 steps="step",
             ),
             options=native_options(of_groups),
+            wanted_dtype=self.options.state_dtype,
             group_of=group_of,
             n_groups=len(param_groups),
             place=(lambda p: place_of(p, self.process_group)) if rounding else None,
@@ -386,14 +390,14 @@ class StepTable(ParameterTable):
         ends = {i: self.offset_of[i] + max(memory(params[i]).numel(), 1) for i in shapes}
         tiles = {i: (self.offset_of[i] // tile, -(-end // tile)) for i, end in ends.items()}
         self.matrices = self.matrices or Matrices(self.matrix_group)
-        parts = self.matrices.lay_out(params, active, shapes, tiles, self._dtype, self.device)
+        parts = self.matrices.lay_out(params, active, shapes, tiles, arithmetic_dtype(self._dtype), self.device)
         shared = self.matrices.shared()
         self.native.set_origins(_native.Buffer(self.matrices.workspace), parts, name_of(shared, ()) if shared else 0.0)
 
     @staticmethod
     def _missing(i: int, p: Tensor, entry: Mapping[str, Any], options: Options) -> dict[str, Tensor]:
         """The state that parameter ``i`` lacks, with its count of steps."""
-        new = missing_arrays(i, p, entry, options.streams())
+        new = missing_arrays(i, p, entry, options.streams(), options.state_dtype)
         step, device = entry.get("step"), memory(p).device
         fits = (
             isinstance(step, Tensor)

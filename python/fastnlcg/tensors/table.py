@@ -64,6 +64,7 @@ class ParameterTable:
         keys: _native.StateKeys,
         *,
         options: Mapping[str, Any] | None = None,
+        wanted_dtype: str | None = None,
         group_of: Sequence[int] | None = None,
         n_groups: int = 1,
         place: Callable[[Tensor], Place] | None = None,
@@ -76,13 +77,14 @@ class ParameterTable:
         Args:
             keys: the names of the state arrays.
             options: of the native step, if it takes any.
+            wanted_dtype: the option ``state_dtype``.
             group_of: the group of each parameter; all are of one group by default.
             place: where a parameter's elements are in the whole parameter.
             matrices: the parameters that are matrices: their places are multiples of a tile.
             matrix_groups: their groups.
         """
         device = self.device_for(params, stateful, ranks)
-        dtype = state_dtype(memory(params[stateful[0]])) if stateful else torch.float32
+        dtype = state_dtype(memory(params[stateful[0]]), wanted_dtype) if stateful else torch.float32
         offsets, owned, n = places(params, stateful, frozenset() if ranks is None else ranks.unowned, matrices)
         self.offset_of = offset_of = dict(zip(stateful, offsets, strict=True))
         segments = []
