@@ -96,16 +96,19 @@ decltype(auto) with_state_types(DType state, F&& f) {
   return f(float{}, BFloat16{});
 }
 
-// Element `l` of a segment's parameter.
+// `index`: of the element in the whole parameter.
+NLCG_HD void assign_stochastically(BFloat16& to, float x, const Rounding& rounding, std::uint64_t index) {
+  const auto low = static_cast<std::uint32_t>(index), high = static_cast<std::uint32_t>(index >> 32);
+  to.bits = static_cast<std::uint16_t>(encode_bf16_stochastic(x, random_bits(rounding, low, high)));
+}
+// Element `l` of a segment's parameter, or of its state.
 template <class E, class S>
 NLCG_HD void assign_rounded(E& to, S x, const Rounding&, std::int64_t) {
   assign(to, x);
 }
 NLCG_HD void assign_rounded(BFloat16& to, float x, const Rounding& rounding, std::int64_t l) {
   if (!rounding.stochastic) return assign(to, x);
-  const std::uint64_t index = global_index(rounding.shard, l);
-  const auto low = static_cast<std::uint32_t>(index), high = static_cast<std::uint32_t>(index >> 32);
-  to.bits = static_cast<std::uint16_t>(encode_bf16_stochastic(x, random_bits(rounding, low, high)));
+  assign_stochastically(to, x, rounding, global_index(rounding.shard, l));
 }
 
 // Calls f(E{}) with the element type E of p and g, given the state's type S. Host or device, as f is.

@@ -36,6 +36,28 @@ NLCG_HD std::uint64_t global_index(const Shard& shard, std::int64_t l) {
   const std::int64_t skipped = shard.run == 0 ? 0 : l / shard.run * shard.skip;
   return static_cast<std::uint64_t>(shard.begin + l + skipped);
 }
+// The same of consecutive elements, with one division for all.
+class Places {
+ public:
+  NLCG_HD Places(const Shard& shard, std::int64_t l) : index_(static_cast<std::uint64_t>(shard.begin + l)), left_(0) {
+    if (shard.run == 0) return;
+    const std::int64_t runs = l / shard.run;
+    index_ += static_cast<std::uint64_t>(runs * shard.skip);
+    left_ = shard.run - (l - runs * shard.run);
+  }
+  NLCG_HD std::uint64_t next(const Shard& shard) {
+    const std::uint64_t index = index_++;
+    if (--left_ == 0) {
+      index_ += static_cast<std::uint64_t>(shard.skip);
+      left_ = shard.run;
+    }
+    return index;
+  }
+
+ private:
+  std::uint64_t index_;
+  std::int64_t left_;  // until the end of the run; negative without runs
+};
 // `low` and `high`: the halves of that index.
 template <class U>
 NLCG_HD U random_bits(const Rounding& rounding, U low, U high) {

@@ -208,12 +208,13 @@ __device__ __forceinline__ bool found_inf_set(const Arguments& a) {
 }
 
 // ---- kernels -----------------------------------------------------------------------------------------------------
-// Two blocks of 512 threads fit a multiprocessor at 64 registers a thread; with doubles one, at 128.
-template <class S>
-constexpr int kBlocksOf = sizeof(S) == sizeof(float) ? 2 : 1;
+// Two blocks of 512 threads fit a multiprocessor at 64 registers a thread; with doubles one, at 128, and with state in
+// bfloat16, whose rounding takes registers: a thread then has two quads in flight.
+template <class S, class T>
+constexpr int kBlocksOf = sizeof(S) == sizeof(float) && sizeof(T) == sizeof(S) ? 2 : 1;
 
 template <class S, class Pass, class Next, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<S>) step_pass(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S, T>) step_pass(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a) || (!Pass::kFirstPass && a.control->plan.skip)) return;
   if (Pass::kOnlyIfClipped && !a.control->plan.again) return;
@@ -263,17 +264,17 @@ __device__ __forceinline__ void passes_in_one(const Arguments& a, Totals& totals
   passes_in_one<S, T, P<S>...>(a, totals, generation, 0);
 }
 
-template <class S, class Preconditioner, class T>
+template <class S, class Preconditioner>
 __global__ void __launch_bounds__(kThreads, 1) step_in_one(const __grid_constant__ Arguments a) {
   __shared__ Totals totals;
   if (found_inf_set(a)) return;
   __shared__ unsigned generation;  // as thread 0 saw it before the first barrier
   if (threadIdx.x == 0) generation = barrier_generation(a.control->barrier);
-  passes_in_one<S, T>(a, totals, generation, typename Preconditioner::Passes{});
+  passes_in_one<S, S>(a, totals, generation, typename Preconditioner::Passes{});
 }
 
 template <class S, class Pass, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S, T>)
     part(const __grid_constant__ Arguments a, const __grid_constant__ Pass pass) {
   __shared__ Totals totals;
   __shared__ typename BlockContext<S, T>::InShared groups;
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
 
 // One pass over the matrices in the tiles from `first` to `last`, exclusive. Nothing if the step was skipped.
 template <class S, class Pass, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<S>)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<S, T>)
     matrix_pass(const __grid_constant__ Arguments a, const int first, const int last) {
   __shared__ typename BlockContext<S, T>::InShared groups;
   if (found_inf_set(a) || a.control->plan.skip) return;

@@ -87,13 +87,24 @@ __device__ __forceinline__ void load_quad(Raw<E, kWide>& to, const E* from, bool
   }
 }
 
-// Stores four elements of a parameter, from element `first` of its segment on, rounded.
+// Stores four elements of a parameter or of its state, from element `first` of its segment on, rounded.
 template <bool kWide, class S, class E>
 __device__ __forceinline__ void store_rounded_quad(E* to, const S (&from)[kQuad], const Rounding& rounding,
                                                    std::int64_t first) {
   E element[kQuad];
+  bool rounded = false;
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    if (rounding.stochastic) {
+      Places places(rounding.shard, first);
 #pragma unroll
-  for (int l = 0; l < kQuad; ++l) assign_rounded(element[l], from[l], rounding, first + l);
+      for (int l = 0; l < kQuad; ++l) assign_stochastically(element[l], from[l], rounding, places.next(rounding.shard));
+      rounded = true;
+    }
+  }
+  if (!rounded) {
+#pragma unroll
+    for (int l = 0; l < kQuad; ++l) assign(element[l], from[l]);
+  }
   if constexpr (kWide) {
     Raw<E> raw;
     __builtin_memcpy(raw.piece, element, sizeof(element));

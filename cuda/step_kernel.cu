@@ -84,10 +84,13 @@ constexpr bool keeps_tiles(PassList<First, Rest...>) {
   return First<S>::kKeptInSharedMemory != 0;
 }
 
+// The kernel of one launch is the largest, so only the usual state, float32, has it.
+template <class S, class T>
+constexpr bool kHasOneLaunch = sizeof(S) == sizeof(float) && sizeof(T) == sizeof(float);
+
 template <class S, class T, class Preconditioner>
 const Limits& limits(int device) {
   using Passes = typename Preconditioner::Passes;
-  const auto in_one = step_in_one<S, Preconditioner, T>;
   constexpr int kMostDevices = 64;
   static std::mutex mutex;
   static bool known[kMostDevices] = {};
@@ -100,20 +103,23 @@ const Limits& limits(int device) {
   if (known[device]) return l;
   load_tables();
   const int multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount);
-  l.cooperative = attribute_of(device, cudaDevAttrCooperativeLaunch) != 0;
+  l.cooperative = kHasOneLaunch<S, T> && attribute_of(device, cudaDevAttrCooperativeLaunch) != 0;
   for_each_pass<S, T>(Passes{}, [&](auto kernel, int number, auto) {
     l.blocks_of_pass[number] = multiprocessors * blocks_per_multiprocessor(kernel, 0);
   });
-  const int without = blocks_per_multiprocessor(in_one, 0);
-  l.blocks_in_one = multiprocessors * without;
-  const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - attributes_of(in_one).static_bytes;
-  l.resident_tiles = 0;
-  for (int tiles = keeps_tiles<S>(Passes{}) ? most / kResidentBytes<S> : 0; tiles > 0 && l.resident_tiles == 0;
-       --tiles) {
-    const int bytes = tiles * kResidentBytes<S>;
-    check(cudaFuncSetAttribute(in_one, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-          "shared memory of step_in_one");
-    if (blocks_per_multiprocessor(in_one, static_cast<std::size_t>(bytes)) == without) l.resident_tiles = tiles;
+  if constexpr (kHasOneLaunch<S, T>) {
+    const auto in_one = step_in_one<S, Preconditioner>;
+    const int without = blocks_per_multiprocessor(in_one, 0);
+    l.blocks_in_one = multiprocessors * without;
+    const int most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) - attributes_of(in_one).static_bytes;
+    l.resident_tiles = 0;
+    for (int tiles = keeps_tiles<S>(Passes{}) ? most / kResidentBytes<S> : 0; tiles > 0 && l.resident_tiles == 0;
+         --tiles) {
+      const int bytes = tiles * kResidentBytes<S>;
+      check(cudaFuncSetAttribute(in_one, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+            "shared memory of step_in_one");
+      if (blocks_per_multiprocessor(in_one, static_cast<std::size_t>(bytes)) == without) l.resident_tiles = tiles;
+    }
   }
   known[device] = true;
   return l;
@@ -139,23 +145,25 @@ void step_with(const Step& step, CudaStep& cuda) {
   };
   const bool automatic = cuda.form == CudaStep::Form::automatic;
   const bool wanted = automatic ? step.n <= kOneLaunchElements : cuda.form == CudaStep::Form::one_launch;
-  if (wanted && fits.cooperative && !cuda.cooperative_refused && step.exchange.ranks == 0) {
-    const int blocks = grid(fits.blocks_in_one);
-    const std::int64_t needed = std::int64_t{(chunks + blocks - 1) / blocks} * a.tiles_per_chunk;
-    a.resident_tiles = static_cast<int>(std::min<std::int64_t>(fits.resident_tiles, needed));
-    if (cuda.resident_tiles >= 0) a.resident_tiles = std::min(a.resident_tiles, cuda.resident_tiles);
-    const std::size_t bytes = static_cast<std::size_t>(a.resident_tiles) * kResidentBytes<S>;
-    const Grid whole = {blocks, kThreads, bytes, true};
-    const cudaError_t error = try_launch(step_in_one<S, Preconditioner, T>, whole, cuda, a);
-    if (error != cudaErrorCooperativeLaunchTooLarge) {
-      check_launch(error, "step_in_one", whole, cuda);
-      cuda.launches = 1;
-      return;
+  if constexpr (kHasOneLaunch<S, T>) {
+    if (wanted && fits.cooperative && !cuda.cooperative_refused && step.exchange.ranks == 0) {
+      const int blocks = grid(fits.blocks_in_one);
+      const std::int64_t needed = std::int64_t{(chunks + blocks - 1) / blocks} * a.tiles_per_chunk;
+      a.resident_tiles = static_cast<int>(std::min<std::int64_t>(fits.resident_tiles, needed));
+      if (cuda.resident_tiles >= 0) a.resident_tiles = std::min(a.resident_tiles, cuda.resident_tiles);
+      const std::size_t bytes = static_cast<std::size_t>(a.resident_tiles) * kResidentBytes<S>;
+      const Grid whole = {blocks, kThreads, bytes, true};
+      const cudaError_t error = try_launch(step_in_one<S, Preconditioner>, whole, cuda, a);
+      if (error != cudaErrorCooperativeLaunchTooLarge) {
+        check_launch(error, "step_in_one", whole, cuda);
+        cuda.launches = 1;
+        return;
+      }
+      // A green context, or MPS, has fewer multiprocessors than the device reports: separate launches from now on.
+      cudaGetLastError();
+      cuda.cooperative_refused = true;
+      a.resident_tiles = 0;
     }
-    // A green context, or MPS, has fewer multiprocessors than the device reports: separate launches from now on.
-    cudaGetLastError();
-    cuda.cooperative_refused = true;
-    a.resident_tiles = 0;
   }
   cuda.launches = 0;
   const int passes = number_of_passes(typename Preconditioner::Passes{});

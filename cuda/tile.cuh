@@ -313,11 +313,12 @@ __device__ __forceinline__ void run_one(const BlockContext<S, T>& context, const
 }
 
 // Both quads of a tile at once, if there are registers for them: if the pass reads little, or the kernel has a whole
-// multiprocessor.
-template <class S, class Pass, bool kMayReside>
-constexpr int kQuadsAtOnce = sizeof(S) == sizeof(float) && (Pass::kBuiltFromOptionsAlone || kMayReside)
-                                 ? (kMayReside ? Pass::kMostQuadsAtOnceInOneLaunch : Pass::kMostQuadsAtOnce)
-                                 : 1;
+// multiprocessor, as that of one launch and those over state in bfloat16 have.
+template <class S, class T, class Pass, bool kMayReside>
+constexpr int kQuadsAtOnce = sizeof(S) != sizeof(float)             ? 1
+                             : kMayReside || sizeof(T) != sizeof(S) ? Pass::kMostQuadsAtOnceInOneLaunch
+                             : Pass::kBuiltFromOptionsAlone         ? Pass::kMostQuadsAtOnce
+                                                                    : 1;
 
 template <bool kMayReside, class S, class T, class Pass, int K>
 __device__ __forceinline__ void run_tile(const BlockContext<S, T>& context, const Pass& pass, int tile, int smem_offset,
@@ -331,7 +332,7 @@ __device__ __forceinline__ void run_tile(const BlockContext<S, T>& context, cons
   const bool whole = a.segments[first].offset <= begin && a.segments[first].offset + a.segments[first].n >= end;
   const int beyond = whole ? first : first_segment(a, tile + 1);
   int s = first;
-  constexpr int Q = kQuadsAtOnce<S, Pass, kMayReside>;
+  constexpr int Q = kQuadsAtOnce<S, T, Pass, kMayReside>;
 #pragma unroll 1
   for (int q = 0; q < 2; ++q) {
     const std::int64_t at = position + q * kQuad * kThreads;
