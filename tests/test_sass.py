@@ -48,7 +48,8 @@ def quads(name: str, state: str, resident: bool) -> Iterator[tuple[int, ...]]:
     first pass has left in shared memory is not loaded."""
     in_model = 1 if name in WITHOUT_P else 2  # g and p; the other streams are the state's
     scattered = in_model - (1 if resident else 0)
-    wide_state = (16,) * ((sass.LOADS[name] - in_model - (1 if resident else 0)) * (2 if state == "double" else 1))
+    of_state = sass.LOADS[name] - in_model - (1 if resident else 0)
+    wide_state = (8,) * of_state if state == "bfloat16" else (16,) * (of_state * (2 if state == "double" else 1))
     for size in (8,) if state == "double" else (4, 2):
         whole = (16, 16) if size == 8 else (16,) if size == 4 else (8,)
         yield tuple(sorted(whole * scattered + wide_state))
@@ -58,8 +59,8 @@ def quads(name: str, state: str, resident: bool) -> Iterator[tuple[int, ...]]:
 def pass_of(kernel: Kernel) -> tuple[str, str]:
     """The type of the state, and the pass, or the preconditioner where all passes are in one launch; clipping loads
     nothing else."""
-    _, state, first, *_ = re.findall(r"\w+", re.sub(r"(WithNorm|Repeated|Clipped)<", "", kernel.name))
-    return state, first
+    _, state, first, *_, last = re.findall(r"\w+", re.sub(r"(WithNorm|Repeated|Clipped)<", "", kernel.name))
+    return "bfloat16" if last == "BFloat16" else state, first
 
 
 def expected(kernel: Kernel) -> set[tuple[int, ...]]:
@@ -78,7 +79,8 @@ def expected(kernel: Kernel) -> set[tuple[int, ...]]:
 
 def steps(kernels: dict[str, Kernel]) -> list[Kernel]:
     found = [k for name, k in kernels.items() if name.startswith(("step_pass", "step_in_one"))]
-    assert len(found) == 2 * (9 + 4 + 4) + 2 * (4 + 4)  # passes, with the norm, repeated; in one launch, with clipping
+    # Passes, with the norm, repeated; those of "adam" and "muon" over state in bfloat16; in one launch, with clipping.
+    assert len(found) == 2 * (9 + 4 + 4) + (4 + 2 + 2) + (4 + 4)
     return found
 
 
@@ -98,16 +100,19 @@ def test_all_loads_of_a_quad_are_in_flight_together(kernels: dict[str, Kernel]) 
 def test_the_widest_way_loads_what_is_claimed(kernels: dict[str, Kernel]) -> None:
     for kernel in steps(kernels):
         if "<float" in kernel.name and kernel.name.startswith("step_pass"):
-            _, name = pass_of(kernel)
+            state, name = pass_of(kernel)
             in_flight = max(sum(group.widths) for group in kernel.groups())
-            twice = 2 if name in ("PlainDots", "CurvatureDot") else 1
-            assert in_flight == twice * 16 * sass.LOADS[name]
+            in_model = 1 if name in WITHOUT_P else 2
+            of_state = (8 if state == "bfloat16" else 16) * (sass.LOADS[name] - in_model)
+            twice = 2 if name in ("PlainDots", "CurvatureDot") or state == "bfloat16" else 1
+            assert in_flight == twice * (16 * in_model + of_state), kernel.name
 
 
 def test_registers_and_spills(kernels: dict[str, Kernel]) -> None:
-    """Two blocks of 512 threads a multiprocessor for a pass of float32, one for all passes in one launch."""
+    """Two blocks of 512 threads a multiprocessor for a pass of float32, one for all passes in one launch and over state in
+    bfloat16."""
     for name, kernel in kernels.items():
-        two = name.startswith(("step_pass<float", "part<float"))
+        two = name.startswith(("step_pass<float", "part<float")) and not name.endswith("BFloat16>")
         assert kernel.registers <= (64 if two else 128), name
         assert not {"LDL", "STL"} & kernel.counts.keys(), name
 
