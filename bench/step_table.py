@@ -12,7 +12,8 @@ from pathlib import Path
 LISTS = {"resnet32": "ResNet-32", "resnet50": "ResNet-50", "flat100M": "100 M flat"}
 LABELS = {
     "nlcg_adam": "**NLCG**",
-    "nlcg_adam_pr": "**NLCG, Polak-Ribiere**",
+    "nlcg_adam_state16": "NLCG, state in bfloat16",
+    "nlcg_adam_pr": "NLCG, Polak-Ribiere",
     "nlcg_fr": "the paper's form, Fletcher-Reeves",
     "nlcg_pr": "the paper's form, Polak-Ribiere",
     "nlcg_fr_gate_closed": "the paper's form, curvature condition never met",

@@ -112,6 +112,7 @@ LISTS = {
 ROUNDS = {"small100": 300, "resnet32": 200, "resnet50": 15, "flat100M": 5}
 OPTIMIZERS = {
     "nlcg_adam": lambda ps: NLCG(ps, LR),
+    "nlcg_adam_state16": lambda ps: NLCG(ps, LR, state_dtype=torch.bfloat16),
     "nlcg_adam_pr": lambda ps: NLCG(ps, LR, update="polak_ribiere"),
     "nlcg_adam_measured": lambda ps: NLCG(ps, LR, max_grad_norm=1e30),
     "nlcg_adam_clipped": lambda ps: NLCG(ps, LR, max_grad_norm=1e-3),
@@ -130,6 +131,7 @@ OPTIMIZERS = {
 # Counted traffic in bytes per float32 parameter, for the optimizers whose passes over memory we know.
 BYTES = {
     "nlcg_adam": 36,
+    "nlcg_adam_state16": 26,
     "nlcg_adam_pr": 44,
     "nlcg_adam_measured": 36,
     "nlcg_adam_clipped": 40,

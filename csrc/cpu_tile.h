@@ -86,9 +86,9 @@ struct Sums {
 
 // What does not change from vector to vector.
 struct Flags {
-  Rounding rounding;                   // of the segment
-  Rounding grad_prev_, d_, diagonal_;  // of its state in bfloat16
-  bool nontemporal;                    // g_prev, or the origin, is stored around the cache
+  Rounding rounding;                         // of the segment
+  Rounding of_grad_prev, of_d, of_diagonal;  // of its state in bfloat16
+  bool nontemporal;                          // g_prev, or the origin, is stored around the cache
 };
 
 // The vector at element `i` of the arrays, which is vector `k` of its block.
@@ -100,6 +100,7 @@ struct At {
   const SegmentLanes<S>& segment;
   Sums<S, Pass>& sums;
   Flags flags;
+  Bits32 state_bits;  // random, for state in bfloat16
 
   NLCG_INLINE Vector<S> undecayed() const {
     const Vector<S> g = load(arrays.g + i);
@@ -123,11 +124,11 @@ struct At {
   NLCG_INLINE bool moves() const { return segment.moves; }
   NLCG_INLINE bool is_matrix() const { return segment.matrix; }
   NLCG_INLINE void set_p(Vector<S> p) { store_rounded(arrays.p + i, p, flags.rounding, arrays.local + i); }
-  NLCG_INLINE void set_grad_prev(Vector<S> g) { store_perhaps_nontemporal(arrays.grad_prev + i, g, flags.grad_prev_); }
-  NLCG_INLINE void set_d(Vector<S> d) { store_rounded(arrays.d + i, d, flags.d_, arrays.local + i); }
-  NLCG_INLINE void set_diagonal(Vector<S> x) {
-    store_rounded(arrays.diagonal + i, x, flags.diagonal_, arrays.local + i);
+  NLCG_INLINE void set_grad_prev(Vector<S> g) {
+    store_perhaps_nontemporal(arrays.grad_prev + i, g, flags.of_grad_prev);
   }
+  NLCG_INLINE void set_d(Vector<S> d) { store_state(arrays.d + i, d, 0); }
+  NLCG_INLINE void set_diagonal(Vector<S> x) { store_state(arrays.diagonal + i, x, flags.of_diagonal.shift); }
   NLCG_INLINE void set_origin(Vector<S> x) { store_perhaps_nontemporal(arrays.origin + i, x, {}); }
 
   NLCG_INLINE auto wide(Vector<S> x) const { return widen(x); }
@@ -147,6 +148,14 @@ struct At {
   NLCG_INLINE void largest(Vector<S> size) { sums.largest[k] = size > sums.largest[k] ? size : sums.largest[k]; }
 
  private:
+  // The direction and the diagonal have the two halves of the same random bits.
+  NLCG_INLINE void store_state(T* to, Vector<S> x, int shift) const {
+    if constexpr (sizeof(T) == sizeof(S)) {
+      store(to, x);
+    } else {
+      store_16bit(to, encode_bf16_stochastic(x, state_bits >> shift));
+    }
+  }
   template <class E>
   NLCG_INLINE void store_perhaps_nontemporal(E* to, Vector<S> x, const Rounding& rounding) const {
     if constexpr (sizeof(E) == sizeof(S)) {
@@ -178,7 +187,9 @@ NLCG_INLINE void one_block(const Pass& pass, const Arrays<S, T, P>& arrays, std:
                            const SegmentLanes<S>& segment, Sums<S, Pass>& sums, Flags flags,
                            std::integer_sequence<int, Vectors...>) {
   const auto one_vector = [&](int k) __attribute__((always_inline)) {
-    At<S, T, P, Pass> at{arrays, i + k * kLanes<S>, k, segment, sums, flags};
+    const std::int64_t first = i + k * kLanes<S>;
+    const Bits32 bits = sizeof(T) == sizeof(S) ? Bits32{} : random_lanes(flags.of_d, arrays.local + first);
+    At<S, T, P, Pass> at{arrays, first, k, segment, sums, flags, bits};
     pass(at);
   };
   (one_vector(Vectors), ...);
@@ -225,8 +236,9 @@ Rounding rounding_in(const Step& step, const Segment& segment) {
 template <class S, class T>
 Flags flags_in(const Step& step, const Segment& segment, bool nontemporal) {
   if constexpr (sizeof(T) == sizeof(S)) return {rounding_in(step, segment), {}, {}, {}, nontemporal};
-  const auto of = [&](unsigned array) { return rounding_of_state(array, step.scalars->step, segment.shard); };
-  return {rounding_in(step, segment), of(kGradPrev), of(kD), of(kDiagonal), nontemporal};
+  const auto of = [&](StateArray array) { return rounding_of_state(array, step.scalars->step, segment.shard); };
+  return {rounding_in(step, segment), of(StateArray::grad_prev), of(StateArray::direction), of(StateArray::diagonal),
+          nontemporal};
 }
 
 // A block on the stack. Lanes without a segment hold g = d = 0 and h or v = 1: they add zeros, and are not scattered.
@@ -282,12 +294,12 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
     with_element_type<S>(segment.dtype, [&](auto element) {
       const auto to = arrays_at<decltype(element), S, T>(segment, position + lane);
       const Flags flags = flags_in<S, T>(step, segment, false);
-      if (writes & kGradPrev) assign_rounded(*to.grad_prev, block.grad_prev[lane], flags.grad_prev_, to.local);
-      if (writes & kD) assign_rounded(*to.d, block.d[lane], flags.d_, to.local);
+      if (writes & kGradPrev) assign_rounded(*to.grad_prev, block.grad_prev[lane], flags.of_grad_prev, to.local);
+      if (writes & kD) assign_rounded(*to.d, block.d[lane], flags.of_d, to.local);
       if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || block.scalar[kAlpha][lane] != S{0})) {
         assign_rounded(*to.p, block.p[lane], flags.rounding, to.local);
       }
-      if (writes & kDiagonal) assign_rounded(*to.diagonal, block.diagonal[lane], flags.diagonal_, to.local);
+      if (writes & kDiagonal) assign_rounded(*to.diagonal, block.diagonal[lane], flags.of_diagonal, to.local);
       if (writes & kOrigin) *to.origin = block.origin[lane];
     });
   });
@@ -332,9 +344,9 @@ void run_end(const Step& step, const Pass& pass, const Segment& segment, std::in
     run_blocks(pass, Arrays<S, S, S>{0, p, g, grad_prev, d, diagonal, origin, nullptr, 0}, position, kBlock, lanes,
                sums, Flags{});
     const Flags flags = flags_in<S, T>(step, segment, false);
-    if (writes & kGradPrev) scatter(at.grad_prev, grad_prev, flags.grad_prev_);
-    if (writes & kD) scatter(at.d, d, flags.d_);
-    if (writes & kDiagonal) scatter(at.diagonal, diagonal, flags.diagonal_);
+    if (writes & kGradPrev) scatter(at.grad_prev, grad_prev, flags.of_grad_prev);
+    if (writes & kD) scatter(at.d, d, flags.of_d);
+    if (writes & kDiagonal) scatter(at.diagonal, diagonal, flags.of_diagonal);
     if (writes & kOrigin) scatter(at.origin, origin, {});
     if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || lanes.moves)) scatter(at.p, p, flags.rounding);
   });

@@ -98,8 +98,9 @@ decltype(auto) with_state_types(DType state, F&& f) {
 
 // `index`: of the element in the whole parameter.
 NLCG_HD void assign_stochastically(BFloat16& to, float x, const Rounding& rounding, std::uint64_t index) {
-  const auto low = static_cast<std::uint32_t>(index), high = static_cast<std::uint32_t>(index >> 32);
-  to.bits = static_cast<std::uint16_t>(encode_bf16_stochastic(x, random_bits(rounding, low, high)));
+  const std::uint32_t of_high = mixed_high(rounding, static_cast<std::uint32_t>(index >> 32));
+  const std::uint32_t bits = random_bits(rounding, static_cast<std::uint32_t>(index), of_high);
+  to.bits = static_cast<std::uint16_t>(encode_bf16_stochastic(x, bits));
 }
 // Element `l` of a segment's parameter, or of its state.
 template <class E, class S>

@@ -79,23 +79,27 @@ template <class E, class V>
 NLCG_INLINE void store_rounded(E* to, V v, const Rounding&, std::int64_t) {
   store(to, v);
 }
-NLCG_INLINE void store_rounded(BFloat16* to, Float v, const Rounding& rounding, std::int64_t l) {
-  if (!rounding.stochastic) return store(to, v);
-  Bits32 low, high;
+// Random bits for the lanes of a vector, whose first is element `l`.
+NLCG_INLINE Bits32 random_lanes(const Rounding& rounding, std::int64_t l) {
   const std::uint64_t first = global_index(rounding.shard, l);
   const auto first_low = static_cast<std::uint32_t>(first);
+  Bits32 low = {}, of_high = {};
   if (rounding.shard.run == 0 && first_low <= UINT32_MAX - kLanes<float>) {  // one high half for all
     for (int lane = 0; lane < kLanes<float>; ++lane) low[lane] = static_cast<std::uint32_t>(lane);
     low += first_low;
-    high = Bits32{} + static_cast<std::uint32_t>(first >> 32);
+    of_high = Bits32{} + mixed_high(rounding, static_cast<std::uint32_t>(first >> 32));
   } else {
     for (int lane = 0; lane < kLanes<float>; ++lane) {
       const std::uint64_t index = global_index(rounding.shard, l + lane);
       low[lane] = static_cast<std::uint32_t>(index);
-      high[lane] = static_cast<std::uint32_t>(index >> 32);
+      of_high[lane] = mixed_high(rounding, static_cast<std::uint32_t>(index >> 32));
     }
   }
-  store_16bit(to, encode_bf16_stochastic(v, random_bits(rounding, low, high)));
+  return random_bits(rounding, low, of_high);
+}
+NLCG_INLINE void store_rounded(BFloat16* to, Float v, const Rounding& rounding, std::int64_t l) {
+  if (!rounding.stochastic) return store(to, v);
+  store_16bit(to, encode_bf16_stochastic(v, random_lanes(rounding, l)));
 }
 
 // ---- sums in double ----------------------------------------------------------------------------------------------

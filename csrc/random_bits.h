@@ -19,17 +19,24 @@ NLCG_HD U mixed(U x) {
 }
 struct Rounding {
   bool stochastic;
-  std::uint32_t key;  // of the step and the parameter
+  std::uint32_t key;  // of the step, the parameter, and what is rounded
   Shard shard;
+  bool of_state;
+  int shift;  // of state: the sixteen bits to use begin here
 };
-NLCG_HD Rounding rounding_of(const Options& o, double step, const Shard& shard) {
+NLCG_HD std::uint32_t mixed_step_and_parameter(double step, const Shard& shard) {
   const auto of_step = mixed(static_cast<std::uint32_t>(static_cast<std::uint64_t>(step)) + 0x9e3779b9u);
-  return {o.stochastic_rounding, mixed(of_step ^ mixed(shard.parameter + 0x85ebca6bu)), shard};
+  return of_step ^ mixed(shard.parameter + 0x85ebca6bu);
 }
-// Of state in bfloat16, which is always rounded so: other bits for each array of StateArrays (pass.h).
-NLCG_HD Rounding rounding_of_state(unsigned array, double step, const Shard& shard) {
-  const auto of_step = mixed(static_cast<std::uint32_t>(static_cast<std::uint64_t>(step)) + 0x9e3779b9u);
-  return {true, mixed(of_step ^ mixed(shard.parameter + 0x85ebca6bu) ^ mixed(array + 0xc2b2ae35u)), shard};
+NLCG_HD Rounding rounding_of(const Options& o, double step, const Shard& shard) {
+  return {o.stochastic_rounding, mixed(mixed_step_and_parameter(step, shard)), shard, false, 0};
+}
+// Of state in bfloat16, which is always rounded so. The direction and the diagonal have the two halves of one number.
+enum class StateArray : std::uint32_t { grad_prev, direction, diagonal };
+NLCG_HD Rounding rounding_of_state(StateArray array, double step, const Shard& shard) {
+  const std::uint32_t salt = array == StateArray::grad_prev ? 0xc2b2ae35u : 0x27d4eb2fu;
+  const std::uint32_t key = mixed(mixed_step_and_parameter(step, shard) ^ salt);
+  return {true, key, shard, true, array == StateArray::diagonal ? 16 : 0};
 }
 // The index of a segment's element `l` in the whole parameter.
 NLCG_HD std::uint64_t global_index(const Shard& shard, std::int64_t l) {
@@ -58,11 +65,15 @@ class Places {
   std::uint64_t index_;
   std::int64_t left_;  // until the end of the run; negative without runs
 };
-// `low` and `high`: the halves of that index.
+// Random bits for an element, from the halves of that index: the high half first, which is the same for many.
+NLCG_HD std::uint32_t mixed_high(const Rounding& rounding, std::uint32_t high) {
+  if (rounding.of_state) return high == 0u ? rounding.key : mixed(rounding.key ^ mixed(high));
+  return mixed(high + 0x85ebca6bu) ^ rounding.key;
+}
 template <class U>
-NLCG_HD U random_bits(const Rounding& rounding, U low, U high) {
-  return mixed(static_cast<U>(mixed(static_cast<U>(low ^ rounding.key)) +
-                              (mixed(static_cast<U>(high + 0x85ebca6bu)) ^ rounding.key)));
+NLCG_HD U random_bits(const Rounding& rounding, U low, U of_high) {
+  if (rounding.of_state) return mixed(static_cast<U>(low ^ of_high)) >> rounding.shift;
+  return mixed(static_cast<U>(mixed(static_cast<U>(low ^ rounding.key)) + of_high));
 }
 
 }  // namespace fastnlcg

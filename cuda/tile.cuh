@@ -124,7 +124,11 @@ struct BlockContext {
     return a.options.stochastic_rounding ? rounding_of(a.options, a.scalars->step, segment.shard) : Rounding{};
   }
   __device__ __forceinline__ Rounding rounding_of_array(unsigned array, const Segment& segment) const {
-    return sizeof(T) == sizeof(S) ? Rounding{} : rounding_of_state(array, a.scalars->step, segment.shard);
+    if (sizeof(T) == sizeof(S)) return Rounding{};
+    const auto kind = array == kGradPrev ? StateArray::grad_prev
+                      : array == kD      ? StateArray::direction
+                                         : StateArray::diagonal;
+    return rounding_of_state(kind, a.scalars->step, segment.shard);
   }
   template <class Pass>
   __device__ __forceinline__ SegmentScalars<S> scalars(const Segment& segment) const {

@@ -109,8 +109,8 @@ def test_the_widest_way_loads_what_is_claimed(kernels: dict[str, Kernel]) -> Non
 
 
 def test_registers_and_spills(kernels: dict[str, Kernel]) -> None:
-    """Two blocks of 512 threads a multiprocessor for a pass of float32, one for all passes in one launch and over state in
-    bfloat16."""
+    """Two blocks of 512 threads a multiprocessor for a pass of float32, one for all passes in one launch and over state
+    in bfloat16."""
     for name, kernel in kernels.items():
         two = name.startswith(("step_pass<float", "part<float")) and not name.endswith("BFloat16>")
         assert kernel.registers <= (64 if two else 128), name

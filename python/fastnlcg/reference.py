@@ -216,7 +216,7 @@ def line_search_scale(scale: float, loss: float, loss_prev: float | None, search
     return scale
 
 
-_STATE_ARRAYS = {"g_prev": 2, "d": 4, "diagonal": 8}
+_STATE_ARRAYS = {"g_prev": (0xC2B2AE35, 0), "d": (0x27D4EB2F, 0), "diagonal": (0x27D4EB2F, 16)}
 
 
 def rounded_to_bfloat16(
@@ -242,13 +242,15 @@ def rounded_to_bfloat16(
     def word(n: int) -> npt.NDArray[np.uint32]:
         return np.array([n & 0xFFFFFFFF], dtype=np.uint32)
 
-    key = mixed(word(step + 0x9E3779B9)) ^ mixed(word(parameter + 0x85EBCA6B))
-    if array != "p":
-        key = key ^ mixed(word(_STATE_ARRAYS[array] + 0xC2B2AE35))
-    key = mixed(key)
+    salt, shift = (0, 0) if array == "p" else _STATE_ARRAYS[array]
+    key = mixed(mixed(word(step + 0x9E3779B9)) ^ mixed(word(parameter + 0x85EBCA6B)) ^ word(salt))
     place = np.arange(x.size, dtype=np.uint64)
     low, high = (place & 0xFFFFFFFF).astype(np.uint32), (place >> 32).astype(np.uint32)
-    random = mixed(mixed(low ^ key) + (mixed(high + np.uint32(0x85EBCA6B)) ^ key)) & np.uint32(0xFFFF)
+    if array == "p":
+        random = mixed(mixed(low ^ key) + (mixed(high + np.uint32(0x85EBCA6B)) ^ key))
+    else:
+        random = mixed(low ^ np.where(high == 0, key, mixed(key ^ mixed(high)))) >> np.uint32(shift)
+    random = random & np.uint32(0xFFFF)
     bits = np.ascontiguousarray(x, dtype=np.float32).reshape(-1).view(np.uint32)
     nearest = bits + np.uint32(0x7FFF) + ((bits >> half) & np.uint32(1))
     up = bits + random
