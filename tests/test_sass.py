@@ -59,8 +59,8 @@ def quads(name: str, state: str, resident: bool) -> Iterator[tuple[int, ...]]:
 def pass_of(kernel: Kernel) -> tuple[str, str]:
     """The type of the state, and the pass, or the preconditioner where all passes are in one launch; clipping loads
     nothing else."""
-    _, state, first, *_, last = re.findall(r"\w+", re.sub(r"(WithNorm|Repeated|Clipped)<", "", kernel.name))
-    return "bfloat16" if last == "BFloat16" else state, first
+    _, state, first, *_ = re.findall(r"\w+", re.sub(r"(WithNorm|Repeated|Clipped)<", "", kernel.name))
+    return "bfloat16" if kernel.name.endswith("BFloat16>") else state, first
 
 
 def expected(kernel: Kernel) -> set[tuple[int, ...]]:

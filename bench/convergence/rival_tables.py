@@ -178,7 +178,8 @@ CONSTANTS = {
 
 def without_search(rows: Rows) -> str:
     """With the peak and the decay that were chosen for Muon: training loss and result at every momentum, or cap of
-    beta, that has two seeds; transformer, small images, and the transformer in four times as many steps."""
+    beta, that has two seeds; transformer, small images, and, with a seed at least, the transformer in four times as
+    many steps."""
     text, small = (
         dataclasses.replace(config, precision=rows[0]["precision"]) for config in (rivals.TEXT, rivals.IMAGES)
     )
@@ -192,13 +193,36 @@ def without_search(rows: Rows) -> str:
     ):
         choice = rivals.chosen(rows, tuned_in, "muon")
         own = {key: rows_at(rows, config, key[0], (choice[0], key[1], choice[2])) if choice else [] for key in keys}
-        if all(len(found) < 2 for found in own.values()):
+        least = 1 if config is longer else 2
+        if all(len(found) < least for found in own.values()):
             continue
         header += [f"{title}: training loss", WHAT[config.model == "transformer"]]
         usual = 2 if config is longer else len(rivals.SEEDS)
         for key, found in own.items():
             loss = [row["final_loss"] for row in found]
-            cells[key] += [plus_minus(loss, 3, usual), *results(found, usual)] if len(found) > 1 else ["", ""]
+            cells[key] += [plus_minus(loss, 3, usual), *results(found, usual)] if len(found) >= least else ["", ""]
+    lines = [line for line in cells.values() if any(line[1:])]
+    return markdown(header, lines) if lines else ""
+
+
+def state_in_bfloat16(rows: Rows) -> str:
+    """NLCG's forms at their best choices, with state in float32 and in bfloat16: training loss, result, and the paired
+    difference of the losses."""
+    header, cells = [""], {name: [LABELS[name]] for name in ("nlcg", "nlcg_muon")}
+    for title in ("Transformer", "Small images"):
+        config = dataclasses.replace(SETTINGS[title], precision=rows[0]["precision"])
+        header += [f"{title.lower()}: state in float32", "in bfloat16", "difference, seed by seed"]
+        for name, line in cells.items():
+            choice = best_choice(rows, config, name)
+            wide, half = (rows_at(rows, config, n, choice) if choice else [] for n in (name, f"{name}_state16"))
+            if not half:
+                line += ["", "", ""]
+                continue
+            of_seed = {row["seed"]: row["final_loss"] for row in wide}
+            difference = [row["final_loss"] - of_seed[row["seed"]] for row in half if row["seed"] in of_seed]
+            usual = len(rivals.SEEDS)
+            line += [plus_minus([row["final_loss"] for row in own], 3, usual) for own in (wide, half)]
+            line.append(plus_minus(difference, 3, usual))
     lines = [line for line in cells.values() if any(line[1:])]
     return markdown(header, lines) if lines else ""
 
@@ -253,6 +277,8 @@ def tables(rows: Rows) -> dict[str, str]:
             found[f"{title}, rules"] = rules
     if table := without_search(rows):
         found["Matrices"] = table
+    if table := state_in_bfloat16(rows):
+        found["State in bfloat16"] = table
     if all(f"{title}, ranking" in found for title in SETTINGS):
         found["Settings"] = settings(rows)
     if best_choice(rows, rivals.at_batch(dataclasses.replace(rivals.TEXT, precision=precision), 96), "nlcg"):
