@@ -286,12 +286,6 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "sums[j] += partial[j];",
         "sums[j] = static_cast<float>(sums[j] + partial[j]);",
     ),
-    "a lost run": ("csrc/cpu_tile.h", "  sums.end_run();\n  for (int j = 0;", "  for (int j = 0;"),
-    "state in bfloat16: one array's random bits for another": (
-        "csrc/cpu_tile.h",
-        "store_state(arrays.diagonal + i, x, flags.of_diagonal.shift)",
-        "store_state(arrays.diagonal + i, x, 0)",
-    ),
     "a lost tail": (ARGS, "n / kTile + (n % kTile != 0)", "n / kTile + (n % kTile > 1)"),
     "a stale scalar: rz": (DECISIONS, "  plan.next.rz = rz_new;\n", ""),
     "the curvature condition without y s": (
@@ -325,11 +319,6 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "lane < kWarps ? of_warp.sum[j][lane]",
         "lane < kWarps - 1 ? of_warp.sum[j][lane]",
     ),
-    "CUDA: a lost run": (
-        "cuda/tile.cuh",
-        "sums.sum[j] += static_cast<double>(run[j]);",
-        "sums.sum[j] += 0.0;",
-    ),
     "CUDA: four elements across an end": (
         "cuda/tile.cuh",
         "here.offset + here.n >= at + kQuad",
@@ -354,7 +343,6 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
 CATCHES = [
     "test_ops.py",
     "test_step.py",
-    "test_state_dtype.py",
     "test_cuda.py",
     "test_properties.py",
     "test_nlcg.py",

@@ -35,7 +35,8 @@ def trajectory(cuts: list[Cut], options: Options, form: str, blocks: int, reside
     for _ in range(steps):
         lockstep.noisy_gradients()
         lockstep.run()
-    assert lockstep.native.launches == (1 if form == "one" else PASSES[options.preconditioner] + options.measures_norm)
+    one = form == "one" and cuts[0].dtype != "float64" and options.state_dtype is None  # others have separate launches
+    assert lockstep.native.launches == (1 if one else PASSES[options.preconditioner] + options.measures_norm)
     assert lockstep.scalars["step"] == steps
     return lockstep.snapshot()
 
@@ -52,6 +53,7 @@ PR = {"update": "polak_ribiere"}
 FORMS = {
     "adam": Options(preconditioner="adam"),
     "adam_pr": Options(preconditioner="adam", **PR),
+    "adam_state16": Options(preconditioner="adam", state_dtype="bfloat16", **PR),
     "bfgs": Options(preconditioner="bfgs"),
     "bfgs_pr": Options(preconditioner="bfgs", **PR, eps=0.0),  # eps = 0 defers the update of h to the last pass
     "none_pr": Options(preconditioner=None, **PR),
@@ -73,6 +75,8 @@ THOROUGH_FORMS = ("bfgs_pr", "none_pr")
 @pytest.mark.parametrize("name", CUTS)
 def test_same_bits_for_any_form_grid_and_residency(gpu: Backend, name: str, options: Options) -> None:
     """The sums' order depends on the place in the flat state alone."""
+    if name == "doubles" and options.state_dtype is not None:
+        pytest.skip("float64 parameters have float64 state")
     expected = trajectory(CUTS[name], options, "separate", 1, 0)
     for form, blocks, resident in (
         *(("separate", blocks, 0) for blocks in (2, 3, 0)),

@@ -67,7 +67,8 @@ def test_the_optimizer_follows_the_float64_reference(
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-4}[dtype]
     assert np.linalg.norm(flat(ps) - p) <= tolerance * np.linalg.norm(p)
     d = optimizer.diagnostics()
-    assert (d.step, d.skipped_steps, d.launches) == (30, 0, 1)
+    launches = {"adam": 2, "bfgs": 3}[preconditioner] if dtype == torch.float64 else 1
+    assert (d.step, d.skipped_steps, d.launches) == (30, 0, launches)
     assert d.rz == pytest.approx(state.rz, rel=50 * tolerance)
     assert d.ls_scale == pytest.approx(state.ls_scale)
     assert all(optimizer.state[q]["step"].item() == 30 for q in ps)

@@ -174,7 +174,7 @@ void run(const char* name, Passes passes, const Options& options) {
       g[i] =
           p[i] * (2.0 + number(static_cast<std::uint32_t>(i + 77))) + 0.1 * number(static_cast<std::uint32_t>(i) * 7u);
     }
-    take_step<double>(step, passes);
+    take_step<double, double>(step, passes);
     loop.step(g, alpha, options);
     clipped = clipped || scalars.clip < 1.0;
     largest[0] = std::max(largest[0], difference(p, loop.p));
