@@ -49,10 +49,11 @@ class Lockstep:
         threads: int = 1,
         seed: int = 0,
         stochastic_rounding: bool = False,
+        shard: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
         backend = self.backend = backends.current
         self.cuts, self.options, self.lr, self.weight_decay, self.threads = cuts, options, lr, weight_decay, threads
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.shard = np.random.default_rng(seed), shard
         self.n = sum(cut.n for cut in cuts)
         self.state_type = options.state_dtype or ("float64" if cuts[0].dtype == "float64" else "float32")
         self.u = 2.0**-53 if self.state_type == "float64" else 2.0**-24
@@ -123,6 +124,9 @@ class Lockstep:
                 dtype=self.cuts[i].dtype,
                 shape=(self.cuts[i].n,),
                 strides=(1,),
+                begin=self.shard[0],
+                run=self.shard[1],
+                skip=self.shard[2],
             )
             for i in self.active
         ]

@@ -53,7 +53,7 @@ def as_bits(x: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["adam", "polak_ribiere", "muon"])
-def test_a_step_is_that_of_float32_state_and_a_rounding(kind: str) -> None:
+def test_a_step_is_that_of_float32_state_and_a_rounding(cpu_or_emulated: Backend, kind: str) -> None:
     """To the bit: of parameters, and of the state after the reference's stochastic rounding."""
     net = small_net()
     optimizer = optimizer_of(net, kind, state_dtype=torch.bfloat16)
@@ -82,6 +82,24 @@ def test_a_step_is_that_of_float32_state_and_a_rounding(kind: str) -> None:
                 rounded = reference.rounded_to_bfloat16(exact, step=t, parameter=index_of[id(p)], array=array)
                 assert optimizer.state[p][key].dtype == torch.bfloat16
                 np.testing.assert_array_equal(optimizer.state[p][key].float().numpy(), rounded)
+
+
+@pytest.mark.parametrize("n", [3, 1500, 4099])
+def test_a_shard_of_columns_has_the_random_bits_of_its_places(lockstep_on: Backend, n: int) -> None:
+    """Columns 4 to 6 of ten."""
+    options = {"update": "heavy_ball", "beta_max": 0.5}
+    half = Lockstep([Cut(n, "float32")], Options(state_dtype="bfloat16", **options), shard=(4, 3, 7))
+    single = Lockstep([Cut(n, "float32")], Options(**options))
+    for each in (half, single):
+        each.noisy_gradients()
+        each.run()
+    places = np.arange(n)
+    places += 4 + places // 3 * 7
+    for key, exact in (("d", single.d), ("diagonal", single.diagonal)):
+        whole = np.zeros(places[-1] + 1, dtype=np.float32)
+        whole[places] = exact
+        rounded = reference.rounded_to_bfloat16(whole, step=0, parameter=0, array=key)[places]
+        np.testing.assert_array_equal(getattr(half, key), rounded)
 
 
 def test_rounding_is_right_on_average() -> None:
