@@ -7,9 +7,8 @@ from typing import Any
 
 from fastnlcg import _native
 from fastnlcg.full_batch.iteration import DescentOptions
-from fastnlcg.full_batch.pairs import PairSums
 from fastnlcg.full_batch.passes import Mark, Sums
-from fastnlcg.full_batch.quasi_newton import Vectors
+from fastnlcg.full_batch.quasi_newton import OverVectors, Vectors
 from fastnlcg.full_batch.rotation import flat_matrices
 
 
@@ -60,7 +59,7 @@ class Flat:
             self.h[:] = 1.0
 
 
-class FlatVectors(Flat):
+class FlatVectors(OverVectors, Flat):
     """:class:`PairPasses` over flat arrays."""
 
     def __init__(
@@ -99,28 +98,6 @@ class FlatVectors(Flat):
     def set_gradient(self, g: Any) -> None:
         super().set_gradient(g)
         self.g, self.vectors.fresh = g, False
-
-    def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
-        return self.vectors.curvature(update, turn=turn)
-
-    def direction(self, beta: float) -> tuple[float, float, Mark]:
-        return self._marked(self.vectors.conjugate(beta))
-
-    @property
-    def rotates(self) -> bool:
-        return self.vectors.rotates
-
-    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
-        return self.vectors.pair(row, update, turn=turn)
-
-    def gradient_dots(self, count: int) -> list[float]:
-        return self.vectors.gradient_dots(count)
-
-    def residual(self, a: list[float], gamma: float, *, plain: bool) -> list[float]:
-        return self.vectors.residual(a, gamma, plain=plain)
-
-    def pair_direction(self, c: list[float]) -> tuple[float, float, Mark]:
-        return self._marked(self.vectors.pair_direction(c))
 
     def _marked(self, dhd: float) -> tuple[float, float, Mark]:
         slope, xd, xx, *_ = self._run("mark")

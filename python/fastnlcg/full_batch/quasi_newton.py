@@ -21,7 +21,7 @@ from typing import Any
 
 from fastnlcg import _native
 from fastnlcg.full_batch.pairs import PairSums
-from fastnlcg.full_batch.passes import Sums
+from fastnlcg.full_batch.passes import Mark, Sums
 from fastnlcg.full_batch.rotation import Matrix, Rotation
 
 AT_ONCE = 4
@@ -204,3 +204,35 @@ class Vectors:
         if self.h is not None:
             self.h[...] = 1.0
         self.rotation.forget()
+
+
+class OverVectors:
+    """The part of :class:`PairPasses` that is :class:`Vectors`' work, wherever x is."""
+
+    vectors: Vectors
+
+    def _marked(self, dhd: float) -> tuple[float, float, Mark]:
+        """Behind a new direction: sum(g d), ``dhd``, and the mark of x."""
+        raise NotImplementedError
+
+    def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
+        return self.vectors.curvature(update, turn=turn)
+
+    def direction(self, beta: float) -> tuple[float, float, Mark]:
+        return self._marked(self.vectors.conjugate(beta))
+
+    @property
+    def rotates(self) -> bool:
+        return self.vectors.rotates
+
+    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
+        return self.vectors.pair(row, update, turn=turn)
+
+    def gradient_dots(self, count: int) -> list[float]:
+        return self.vectors.gradient_dots(count)
+
+    def residual(self, a: list[float], gamma: float, *, plain: bool) -> list[float]:
+        return self.vectors.residual(a, gamma, plain=plain)
+
+    def pair_direction(self, c: list[float]) -> tuple[float, float, Mark]:
+        return self._marked(self.vectors.pair_direction(c))

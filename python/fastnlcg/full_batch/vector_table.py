@@ -26,9 +26,8 @@ from torch import Tensor
 from fastnlcg import _native
 from fastnlcg.full_batch.descent_table import DescentTable, TablePasses
 from fastnlcg.full_batch.iteration import Course, DescentOptions
-from fastnlcg.full_batch.pairs import PairSums
-from fastnlcg.full_batch.passes import Mark, Sums
-from fastnlcg.full_batch.quasi_newton import Vectors
+from fastnlcg.full_batch.passes import Mark
+from fastnlcg.full_batch.quasi_newton import OverVectors, Vectors
 from fastnlcg.full_batch.rotation import matrices_of
 from fastnlcg.tensors.checks import DTYPES, dense_strides, has_storage
 from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
@@ -166,11 +165,11 @@ class VectorTable(DescentTable):
             pairs.drop()
 
 
-class VectorPasses(TablePasses):
+class VectorPasses(OverVectors, TablePasses):
     """:class:`PairPasses` over a table of tensors."""
 
     @property
-    def vectors(self) -> Vectors:
+    def vectors(self) -> Vectors:  # type: ignore[override]
         table = self.table
         assert isinstance(table, VectorTable)
         table.use_stream()
@@ -180,29 +179,6 @@ class VectorPasses(TablePasses):
     def slope(self, f: float) -> tuple[float, float, float]:
         self.vectors.fresh = False
         return super().slope(f)
-
-    def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
-        return self.vectors.curvature(update, turn=turn)
-
-    def direction(self, beta: float) -> tuple[float, float, Mark]:
-        return self._marked(self.vectors.conjugate(beta))
-
-    @property
-    def rotates(self) -> bool:
-        """See :class:`PairPasses`, as of the other methods."""
-        return self.vectors.rotates
-
-    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
-        return self.vectors.pair(row, update, turn=turn)
-
-    def gradient_dots(self, count: int) -> list[float]:
-        return self.vectors.gradient_dots(count)
-
-    def residual(self, a: list[float], gamma: float, *, plain: bool) -> list[float]:
-        return self.vectors.residual(a, gamma, plain=plain)
-
-    def pair_direction(self, c: list[float]) -> tuple[float, float, Mark]:
-        return self._marked(self.vectors.pair_direction(c))
 
     def _marked(self, dhd: float) -> tuple[float, float, Mark]:
         sums = self.table.run("mark")[:3]
