@@ -16,6 +16,7 @@ A buffer is whole blocks of 16 elements. What no variable covers is 0 in it, and
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -206,14 +207,14 @@ class Vectors:
         self.rotation.forget()
 
 
-class OverVectors:
+class OverVectors(ABC):
     """The part of :class:`PairPasses` that is :class:`Vectors`' work, wherever x is."""
 
     vectors: Vectors
 
+    @abstractmethod
     def _marked(self, dhd: float) -> tuple[float, float, Mark]:
         """Behind a new direction: sum(g d), ``dhd``, and the mark of x."""
-        raise NotImplementedError
 
     def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
         return self.vectors.curvature(update, turn=turn)
