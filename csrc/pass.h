@@ -54,8 +54,8 @@ struct PassDefaults {
   static constexpr bool kTakesBFloat16State = false;
   // Calls at.add_in_run(): only for terms that cannot overflow the state's type.
   static constexpr bool kAddsInRuns = false;
-  // GPU: walks from the end of the flat index, to find in the cache what the pass before read last. (On processors with 32
-  // MB of cache this gained nothing at any size, and lost 5 % beyond it.)
+  // GPU: walks from the end of the flat index, to find in the cache what the pass before read last. (On a
+  // processor this gained nothing.)
   static constexpr bool kBackward = false;
   // Stores p even if alpha is 0, because it has a step length of its own.
   static constexpr bool kStoresEvenAtZeroAlpha = false;
