@@ -1,5 +1,5 @@
-// The passes of full-batch descent: conjugate gradients with a line search, both decided by python/fastnlcg/descent.py.
-// They run on the same machinery as the passes of a step (pass.h).
+// The passes of full-batch descent: conjugate gradients with a line search, both decided by
+// python/fastnlcg/full_batch/iteration.py. They run on the same machinery as the passes of a step (pass.h).
 //
 //     Trial         reads origin, d           writes p                                  12 bytes
 //                   the first of a search: reads p, d; writes p, origin; the mark       16

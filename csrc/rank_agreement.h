@@ -1,6 +1,6 @@
 // What ranks exchange, if the parameters are spread over ranks: a row of doubles each, with its sums and a signature.
 // Rows with different signatures show that the ranks are not about to take the same step; nothing is then written, and
-// Python words the error (python/fastnlcg/distributed.py).
+// Python words the error (python/fastnlcg/tensors/ranks.py).
 #pragma once
 
 #include <cstring>

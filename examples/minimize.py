@@ -1,8 +1,9 @@
-"""Minimizing a function with the reference: NumPy float64, no torch, no native code in the loop.
+"""Minimizing a function with NLCG's reference, fastnlcg.reference.minimize: NumPy float64, no torch, no native code.
 
     python examples/minimize.py
 
-fastnlcg.reference is the definition of the method, which every kernel is tested against, and usable by itself.
+fastnlcg.reference defines the step of NLCG. Every kernel is tested against it, and it can be used by itself. For
+fastnlcg.minimize, the full-batch method without a learning rate, see inverse.py.
 """
 
 import numpy as np

@@ -38,7 +38,10 @@ _COMPARED = (*NAMES, "capturable")  # the entries of a group whose change makes 
 class NLCG(torch.optim.Optimizer):
     r"""Preconditioned nonlinear conjugate gradients as a fused native step.
 
-    One step; all sums run over all parameters of all groups::
+    Most users only need to set ``lr`` and ``weight_decay``, and to make the groups with :func:`fastnlcg.muon_groups` if
+    the network consists of matrices.
+
+    One step computes the following; all sums run over all parameters of all groups::
 
         z     = -g / (h + eps)
         beta  = clamp(sum(-g z) / rz, 0, beta_max)                fletcher_reeves
@@ -89,8 +92,8 @@ class NLCG(torch.optim.Optimizer):
 
     On a GPU a step is enqueued on torch's current stream. It does not synchronize or allocate, and only the device
     knows whether it was skipped. The first step, and the first with a new parameter, allocate state and cannot be
-    captured into a CUDA graph. :meth:`diagnostics` and :meth:`state_dict` synchronize. CPU and GPU evaluate the same
-    formulas but sum in different orders, so their trajectories agree up to rounding, not bit for bit.
+    captured into a CUDA graph. :meth:`diagnostics` waits for the device; :meth:`state_dict` does not. CPU and GPU
+    evaluate the same formulas but sum in different orders, so their trajectories agree up to rounding, not bit for bit.
 
     Parameters may be spread over ranks: as DTensors (FSDP2, HSDP, tensor parallel), or as plain shards with
     ``process_group`` (FSDP1, ZeroRedundancyOptimizer). All sums then run over all ranks, in one exchange of 104 bytes
@@ -102,8 +105,6 @@ class NLCG(torch.optim.Optimizer):
     One thread steps at a time; a second one gets a RuntimeError. Exceptions, a failed exchange and skipped steps leave
     parameters and state unchanged; an interrupt lets the native step finish first. In a graph of ``torch.compile`` a
     step without a closure is one operator.
-
-    Most users need ``lr`` and ``weight_decay`` only.
 
     Args:
         params: parameters, named or not, or groups. Groups may have their own ``lr``, ``weight_decay`` and
@@ -124,8 +125,8 @@ class NLCG(torch.optim.Optimizer):
             ``"muon"``, for matrices alone, which takes Muon's learning rates: 0.02 to 0.1 in the study.
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
             closure, from ``step(loss=...)``, or from :meth:`set_loss`.
-        weight_decay: >= 0. Decoupled with ``"adam"``: p is multiplied by ``1 - alpha * weight_decay`` first. Else L2:
-            the method sees the gradient ``g + weight_decay * p``.
+        weight_decay: >= 0. With ``"adam"`` and ``"muon"`` it is decoupled: the step first multiplies p by
+            ``1 - alpha * weight_decay``. Otherwise it is L2: the step uses the gradient ``g + weight_decay * p``.
         eps: added to h in every division by h, >= 0; > 0 with ``"adam"``. With ``"bfgs"`` and 0 a step with a curvature
             update moves 4 more bytes per parameter.
         curvature_eps: bound of the curvature condition of ``"bfgs"``, >= 0.

@@ -30,9 +30,10 @@ def muon_groups(
     outside: Iterable[str] | None = None,
     split: Mapping[str, int | Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups in which the matrices inside ``module`` have ``preconditioner="muon"``, and embeddings, the output layer,
-    biases, normalizations and other vectors ``"adam"``. One learning rate, Muon's, serves both: the groups of the rest
-    get a tenth of it and ten times the weight decay, so that they move and decay as under AdamW with the rate ``lr``.
+    """Makes the parameter groups of ``NLCG`` for a network of matrices. The matrices inside ``module`` get
+    ``preconditioner="muon"``. Embeddings, the output layer, biases, normalizations and other vectors get ``"adam"``.
+    You give one learning rate, Muon's: the ``"adam"`` groups get a tenth of it, and those of embeddings and the output
+    layer ten times the weight decay, so that they move and decay as under AdamW with the rate ``lr``.
 
     Matrices are the weights of linear layers, of convolutions (out x the rest), of recurrent layers (one matrix for
     each gate), of ``nn.MultiheadAttention`` (query, key and value apart), and the parameters of other modules: of two
