@@ -1,4 +1,4 @@
-# make demo      NLCG next to AdamW, Momentum and RMSProp on real images: builds the CPU part, then two minutes
+# make demo      NLCG next to AdamW, Momentum, RMSProp and L-BFGS: builds the CPU part, then three minutes
 # make test      the tests: at most five minutes on two cores, and the set-up
 # make test-all  all of them, the thorough ones too
 # make sanitize  the tests of memory with AddressSanitizer and UndefinedBehaviorSanitizer in the module
@@ -31,7 +31,7 @@ BUILD := --no-deps --no-build-isolation -C cmake.define.FASTNLCG_WERROR=ON -C cm
 demo: .venv/fastnlcg
 	@echo "installing matplotlib, scikit-learn and tqdm, for the demonstration"
 	@$(PIP) matplotlib scikit-learn tqdm
-	@echo "training: five optimizers, five peaks, five seeds; about two minutes"
+	@echo "training: six optimizers, five peaks, five seeds, and a full batch; about three minutes"
 	@$(BIN)/python bench/demo.py
 
 # The thorough tests take long for what they add: the comment at their mark says what covers their paths.

@@ -8,10 +8,10 @@
 //     NewDirection  reads p, g, d, h          writes d, g_prev; sum(g d), sum(d h d),   24
 //                                             the mark
 //
-// The mark of a point is sum(p d), sum(p p): formed where an iteration ends and where the next one begins, in the same order.
-// They differ if p was written in between.
-//
 // per float32 element; 4 or 8 less without a preconditioner. A trial needs no gradient.
+//
+// The mark of a point is sum(p d), sum(p p). It is formed at the end of an iteration and again at the start of the next,
+// in the same order. If the two differ, something has written p in between.
 #pragma once
 
 #include "elementwise.h"

@@ -8,7 +8,7 @@
 // All other parameters take the step of Adam's diagonal (pass_adam.h), in the same two passes: MuonDots and MuonMove. Of
 // matrices those form the sum and d. Then, for one batch of matrices after another, MatrixInput writes u to a workspace,
 // the segment's origin, normalize() divides it by its norm, torch's products replace it by O
-// (python/fastnlcg/matrices), and MatrixMove moves p.
+// (python/fastnlcg/tensors/matrices.py), and MatrixMove moves p.
 //
 //     MuonDots       matrices: reads g                sum(g g)               4 bytes
 //     MuonMove       matrices: reads g, d             writes d              12

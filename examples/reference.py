@@ -1,6 +1,6 @@
 """Minimizing a function with NLCG's reference, fastnlcg.reference.minimize: NumPy float64, no torch, no native code.
 
-    python examples/minimize.py
+    python examples/reference.py
 
 fastnlcg.reference defines the step of NLCG. Every kernel is tested against it, and it can be used by itself. For
 fastnlcg.minimize, the full-batch method without a learning rate, see inverse.py.
