@@ -1,9 +1,9 @@
 // What the two native steps share: the options, the device, how kernels run on it, and the plain Step that they fill
 // in. tensor_table.h follows torch's tensors; flat_step.h works on flat buffers.
 //
-// Python checks arguments and words the errors (_native.py, tensors/groups.py, tensors/checks.py); whatever could make a kernel
-// write outside a buffer is checked here again. Nothing is written before every check has passed. One thread steps at a
-// time, and the GIL is released while kernels run.
+// Python checks arguments and words the errors (_native.py, tensors/groups.py, tensors/checks.py); whatever could make a
+// kernel write outside a buffer is checked here again. Nothing is written before every check has passed. One thread steps
+// at a time, and the GIL is released while kernels run.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -138,7 +138,7 @@ PRINTS = {
     "minimal": r"training accuracy 9[5-9]",
     "large_batch": r"best: 0.0[13]\n",
     "own_optimizer": r"loss [\d.]+e-0\d, of 1.08e\+03",
-    "minimize": r"adam +loss +3515.78 -> +9\d\.",
+    "reference": r"adam +loss +3515.78 -> +9\d\.",
     "inverse": r"restored: root mean square error 0\.03",
     "pinn": r"\n +60 +\d\d +\d\.\d+e[-+]0\d",
 }
