@@ -38,6 +38,7 @@ struct WithNorm : First {
 // The first pass over the clipped gradient.
 template <class First>
 struct Repeated : First {
+  using Kernel = First;
   static constexpr bool kFirstPass = false, kOnlyIfClipped = true;
   template <class Broadcast>
   NLCG_HD static Repeated from_plan(const StepPlan& plan, const Options& o, Broadcast broadcast) {

@@ -114,7 +114,7 @@ bool pass_and_decide(const Step& step, StepPlan& plan) {
   if (Pass::kFirstPass) form_factors(step, 1.0);
   const Pass pass = Pass::from_plan(plan, step.options, LaneBroadcast<S>{});
   double sums[kMaxSums + 1];
-  reduce<S, T>(step, pass, sums);
+  reduce<S, T>(step, kernel_of(pass), sums);
   RankRow row = {};
   for (int j = 0; j < Pass::kSums; ++j) row.column[j] = sums[j];
   row.column[kLargestElement] = sums[Pass::kSums];

@@ -269,7 +269,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
   double x[kSegmentScalars] = {};
   const Segment* known = nullptr;  // the segment whose scalars x holds
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
-    with_element_type<S>(segment.dtype, [&](auto element) {
+    with_element_type<S, Pass::kTakes16Bit>(segment.dtype, [&](auto element) {
       const auto from = arrays_at<decltype(element), S, T>(segment, position + lane);
       if (from.p) block.p[lane] = value_of(*from.p);
       if (Pass::kReadsGradient && from.g) block.g[lane] = value_of(*from.g);
@@ -291,7 +291,7 @@ void run_staged(const Step& step, const Pass& pass, std::int64_t first, std::int
              position, kBlock, lanes, sums, Flags{});
   const unsigned writes = pass.writes();
   for_covered_lanes(step, first, position, [&](const Segment& segment, std::int64_t lane) {
-    with_element_type<S>(segment.dtype, [&](auto element) {
+    with_element_type<S, Pass::kTakes16Bit>(segment.dtype, [&](auto element) {
       const auto to = arrays_at<decltype(element), S, T>(segment, position + lane);
       const Flags flags = flags_in<S, T>(step, segment, false);
       if (writes & kGradPrev) assign_rounded(*to.grad_prev, block.grad_prev[lane], flags.of_grad_prev, to.local);
@@ -323,7 +323,7 @@ bool uses_nontemporal_stores(const Step& step, const Pass& pass, const Arrays<S,
 template <class S, class T, class Pass>
 void run_end(const Step& step, const Pass& pass, const Segment& segment, std::int64_t position, int count,
              Sums<S, Pass>& sums) {
-  with_element_type<S>(segment.dtype, [&](auto element) {
+  with_element_type<S, Pass::kTakes16Bit>(segment.dtype, [&](auto element) {
     const auto at = arrays_at<decltype(element), S, T>(segment, position);
     S p[kBlock] = {}, g[kBlock] = {}, grad_prev[kBlock] = {}, d[kBlock] = {}, diagonal[kBlock], origin[kBlock] = {};
     for (S& x : diagonal) x = S{1};
@@ -381,7 +381,7 @@ void run_tile(const Step& step, const Pass& pass, std::int64_t tile, double* out
     const std::int64_t end = segment_end < tile_end ? segment_end : tile_end;
     const std::int64_t whole = (end - position) / kBlock * kBlock;
     if (segment.offset <= position && whole > 0) {
-      with_element_type<S>(segment.dtype, [&](auto element) {
+      with_element_type<S, Pass::kTakes16Bit>(segment.dtype, [&](auto element) {
         const auto at = arrays_at<decltype(element), S, T>(segment, position);
         const Flags flags = flags_in<S, T>(step, segment, uses_nontemporal_stores(step, pass, at));
         run_blocks(pass, at, position, whole, lanes_of<S, Pass>(step, segment), sums, flags);

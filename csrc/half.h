@@ -112,14 +112,15 @@ NLCG_HD void assign_rounded(BFloat16& to, float x, const Rounding& rounding, std
   assign_stochastically(to, x, rounding, global_index(rounding.shard, l));
 }
 
-// Calls f(E{}) with the element type E of p and g, given the state's type S. Host or device, as f is.
+// Calls f(E{}) with the element type E of p and g, given the state's type S and whether it may have 16 bits. Host or
+// device, as f is.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
-template <class S, class F>
+template <class S, bool kTakes16Bit, class F>
 NLCG_HD void with_element_type(DType dtype, F&& f) {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    f(double{});
+  if constexpr (sizeof(S) == sizeof(double) || !kTakes16Bit) {
+    f(S{});
   } else if (dtype == DType::f32) {
     f(float{});
   } else if (dtype == DType::bf16) {

@@ -171,6 +171,13 @@ std::vector<double> NativeStep::run_descent_pass(const Descent& pass, int thread
     throw std::invalid_argument(std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] + "' needs " +
                                 missing);
   }
+  for (const Segment& segment : segments_) {
+    if (segment.dtype != step_.state_dtype) {
+      throw std::invalid_argument("full-batch descent takes parameters of the dtype of the state, " +
+                                  std::string(kDTypeNames[static_cast<int>(step_.state_dtype)]) + ", got " +
+                                  kDTypeNames[static_cast<int>(segment.dtype)]);
+    }
+  }
   if (pass.row < 0 || pass.y_row < 0 || pass.count < 0 || pass.count > kMostPairs || rows_of(pass) > rows_) {
     throw std::invalid_argument(std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] +
                                 "' needs rows up to " + std::to_string(rows_of(pass)) + ", and there are " +

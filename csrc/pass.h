@@ -50,6 +50,8 @@ struct PassDefaults {
   static constexpr bool kUsesRows = false;
   // Calls at.largest(), whose result follows the sums.
   static constexpr bool kFormsLargest = false;
+  // Parameters and gradients may be bfloat16 or float16.
+  static constexpr bool kTakes16Bit = true;
   // The state may be bfloat16, rounded stochastically.
   static constexpr bool kTakesBFloat16State = false;
   // Calls at.add_in_run(): only for terms that cannot overflow the state's type.
@@ -133,6 +135,16 @@ struct PassList {};
 template <template <class> class... P>
 constexpr bool takes_bfloat16_state(PassList<P...>) {
   return (P<float>::kTakesBFloat16State && ...);
+}
+
+// The pass that is compiled for the CPU: passes that differ in their decisions alone share one.
+template <class P>
+const auto& kernel_of(const P& pass) {
+  if constexpr (requires { typename P::Kernel; }) {
+    return static_cast<const typename P::Kernel&>(pass);
+  } else {
+    return pass;
+  }
 }
 
 // A pass that forms rz forms rz_mid too if it is wanted: its sums().

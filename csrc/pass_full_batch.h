@@ -19,6 +19,10 @@
 
 namespace fastnlcg {
 
+struct FullBatchDefaults : PassDefaults {
+  static constexpr bool kAppliesL2Decay = false, kTakes16Bit = false;
+};
+
 template <class At, class T>
 NLCG_HD void add_mark(At& at, int sum, T p, T d) {
   const auto wide_p = at.wide(p);
@@ -27,10 +31,9 @@ NLCG_HD void add_mark(At& at, int sum, T p, T d) {
 }
 
 template <class T>
-struct Trial : PassDefaults {
+struct Trial : FullBatchDefaults {
   static constexpr int kSums = 2;
-  static constexpr bool kReadsGradient = false, kAppliesL2Decay = false, kStoresEvenAtZeroAlpha = true,
-                        kUsesOrigin = true;
+  static constexpr bool kReadsGradient = false, kStoresEvenAtZeroAlpha = true, kUsesOrigin = true;
   T alpha;
   bool first, moves;  // false: alpha is 0, and p becomes the origin, whatever d holds
   NLCG_HD unsigned reads() const { return (first ? kP : kOrigin) | kD; }
@@ -48,9 +51,9 @@ struct Trial : PassDefaults {
 };
 
 template <class T>
-struct Slope : PassDefaults {
+struct Slope : FullBatchDefaults {
   static constexpr int kSums = 1;
-  static constexpr bool kFormsLargest = true, kAppliesL2Decay = false;
+  static constexpr bool kFormsLargest = true;
   NLCG_HD unsigned reads() const { return kD; }
   NLCG_HD unsigned writes() const { return 0; }
 
@@ -63,9 +66,8 @@ struct Slope : PassDefaults {
 };
 
 template <class T>
-struct Curvature : PassDefaults {
+struct Curvature : FullBatchDefaults {
   static constexpr int kSums = 3;
-  static constexpr bool kAppliesL2Decay = false;
   T scale, rsqrt_ys, rsqrt_shs, bound, epsilon, alpha;
   bool update, preconditioned;
   NLCG_HD unsigned reads() const { return kGradPrev | (update ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
@@ -94,9 +96,9 @@ struct Curvature : PassDefaults {
 };
 
 template <class T>
-struct NewDirection : PassDefaults {
+struct NewDirection : FullBatchDefaults {
   static constexpr int kSums = 4;
-  static constexpr bool kBackward = true, kAppliesL2Decay = false;
+  static constexpr bool kBackward = true;
   T beta;
   bool keeps, preconditioned;  // keeps = false: d = -w, whatever d held
   NLCG_HD unsigned reads() const { return kP | (keeps ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }

@@ -137,7 +137,7 @@ struct MatrixMove : PassDefaults {
 template <class T>
 struct MatrixSquares : PassDefaults {
   static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = false, kAppliesL2Decay = false, kUsesOrigin = true;
+  static constexpr bool kReadsGradient = false, kAppliesL2Decay = false, kUsesOrigin = true, kTakes16Bit = false;
   NLCG_HD unsigned reads() const { return kOrigin; }
   NLCG_HD unsigned writes() const { return 0; }
 
@@ -150,7 +150,7 @@ struct MatrixSquares : PassDefaults {
 template <class T>
 struct MatrixScale : PassDefaults {
   static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = false, kAppliesL2Decay = false, kUsesOrigin = true;
+  static constexpr bool kReadsGradient = false, kAppliesL2Decay = false, kUsesOrigin = true, kTakes16Bit = false;
   NLCG_HD unsigned reads() const { return kOrigin; }
   NLCG_HD unsigned writes() const { return kOrigin; }
   NLCG_HD unsigned sums() const { return 0; }

@@ -29,9 +29,9 @@ constexpr int kRowsAtOnce = kMaxSums;
 #endif
 
 template <class T>
-struct StorePair : PassDefaults {
+struct StorePair : FullBatchDefaults {
   static constexpr int kSums = 4;
-  static constexpr bool kAppliesL2Decay = false, kUsesRows = true;
+  static constexpr bool kUsesRows = true;
   T scale, rsqrt_ys, rsqrt_shs, bound, epsilon, alpha;
   int s_row, y_row;
   bool preconditioned;
@@ -61,9 +61,9 @@ struct StorePair : PassDefaults {
 
 // kOfDirection: times d, else times g.
 template <class T, bool kOfDirection>
-struct RowDots : PassDefaults {
+struct RowDots : FullBatchDefaults {
   static constexpr int kSums = kRowsAtOnce;
-  static constexpr bool kAppliesL2Decay = false, kUsesRows = true, kReadsGradient = !kOfDirection;
+  static constexpr bool kUsesRows = true, kReadsGradient = !kOfDirection;
   int row, count;
   NLCG_HD unsigned reads() const { return kOfDirection ? kD : 0u; }
   NLCG_HD unsigned writes() const { return 0; }
@@ -84,9 +84,9 @@ struct RowDots : PassDefaults {
 };
 
 template <class T>
-struct PairResidual : PassDefaults {
+struct PairResidual : FullBatchDefaults {
   static constexpr int kSums = kRowsAtOnce;
-  static constexpr bool kAppliesL2Decay = false, kUsesRows = true;
+  static constexpr bool kUsesRows = true;
   T gamma;
   int row, count;
   bool preconditioned;
@@ -112,9 +112,9 @@ struct PairResidual : PassDefaults {
 };
 
 template <class T>
-struct PairDirection : PassDefaults {
+struct PairDirection : FullBatchDefaults {
   static constexpr int kSums = 2;
-  static constexpr bool kBackward = true, kAppliesL2Decay = false, kUsesRows = true;
+  static constexpr bool kBackward = true, kUsesRows = true;
   int row, count;
   bool preconditioned;
   T coefficient[kMostPairs];
@@ -135,9 +135,8 @@ struct PairDirection : PassDefaults {
 };
 
 template <class T>
-struct Mark : PassDefaults {
+struct Mark : FullBatchDefaults {
   static constexpr int kSums = 3;
-  static constexpr bool kAppliesL2Decay = false;
   NLCG_HD unsigned reads() const { return kP | kD; }
   NLCG_HD unsigned writes() const { return 0; }
 

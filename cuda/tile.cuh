@@ -274,7 +274,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S, T>& context, const
   const bool reads_p = (reads & kP) || (reads_g && Pass::kAppliesL2Decay && scalars.weight_decay != S{0});
 
   S p = {}, g = {};
-  with_element_type<S>(segment.dtype, [&](auto element) {
+  with_element_type<S, Pass::kTakes16Bit>(segment.dtype, [&](auto element) {
     using E = decltype(element);
     if (reads_p) p = value_of(static_cast<const E*>(segment.p)[in_segment]);
     if (reads_g) g = value_of(static_cast<const E*>(segment.g)[in_segment]);
@@ -309,7 +309,7 @@ __device__ __forceinline__ void run_one(const BlockContext<S, T>& context, const
   store_state(kD, segment.direction, at.d_);
   if (writes & kOrigin) *array_ptr<S>(segment.origin, in_segment) = at.origin_;
   if ((writes & kP) && (Pass::kStoresEvenAtZeroAlpha || scalars.moves())) {
-    with_element_type<S>(segment.dtype, [&](auto element) {
+    with_element_type<S, Pass::kTakes16Bit>(segment.dtype, [&](auto element) {
       assign_rounded(static_cast<decltype(element)*>(segment.p)[in_segment], at.p_, context.rounding(segment),
                      in_segment);
     });
@@ -346,7 +346,7 @@ __device__ __forceinline__ void run_tile(const BlockContext<S, T>& context, cons
     if (here.offset <= at && here.offset + here.n >= at + kQuad && state_takes_quads<T>(here)) {
       const SegmentScalars<S> scalars = context.template scalars<Pass>(here);
       const bool wide = takes_quads(here, at - here.offset), both = Q == 2 && whole && wide;
-      with_element_type<S>(here.dtype, [&](auto element) {
+      with_element_type<S, Pass::kTakes16Bit>(here.dtype, [&](auto element) {
         using E = decltype(element);
         E* const p_at = static_cast<E*>(here.p) + (at - here.offset);
         const E* const g_at = static_cast<const E*>(here.g) + (at - here.offset);

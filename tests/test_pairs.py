@@ -363,6 +363,11 @@ def test_a_pass_refuses_what_would_write_elsewhere() -> None:
         step.bind(**buffers, rows=_native.Buffer(np.zeros(31)))
     with pytest.raises(ValueError, match="a multiple of 16"):
         step.bind(g=_native.Buffer(np.zeros(8)), rows=_native.Buffer(np.zeros(8)))
+    half = _native.FlatStep("float32")
+    state = {name: _native.Buffer(np.zeros(32, np.float32)) for name in ("direction", "origin")}
+    half.bind(p=_native.Buffer(np.zeros(32, np.float16)), **state)
+    with pytest.raises(ValueError, match="takes parameters of the dtype of the state, float32, got float16"):
+        half.descend(named("trial", preconditioned=False), 1)
     fixed = np.zeros(32)
     fixed.flags.writeable = False
     with pytest.raises(ValueError, match="rows is read-only"):
