@@ -4,6 +4,7 @@ tests/fixtures/bits.txt has those that gcc made on x86-64. After a change of the
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shlex
@@ -31,30 +32,39 @@ SETS = {
 }
 # By name: processor, compiler, what is given to it and the linker, what runs the result.
 BUILDS = {
-    "g++": (platform.machine(), "g++", "-fopenmp", ""),
-    "clang++": (platform.machine(), "clang++", "", ""),  # one thread: libomp is a package of its own
-    "clang++-14": (platform.machine(), "clang++-14", "", ""),
-    "clang++-19": (platform.machine(), "clang++-19", "", ""),
-    "aarch64": ("aarch64", "aarch64-linux-gnu-g++", "-fopenmp -static", "qemu-aarch64-static"),
-    "aarch64 with SVE": ("aarch64", "aarch64-linux-gnu-g++", "-fopenmp -static", "qemu-aarch64-static -cpu max"),
+    "g++": (platform.machine(), "g++", "-fopenmp", [""]),
+    "clang++": (platform.machine(), "clang++", "", [""]),  # one thread: libomp is a package of its own
+    "clang++-14": (platform.machine(), "clang++-14", "", [""]),
+    "clang++-19": (platform.machine(), "clang++-19", "", [""]),
+    # "-cpu max" has SVE.
+    "aarch64": (
+        "aarch64",
+        "aarch64-linux-gnu-g++",
+        "-fopenmp -static",
+        ["qemu-aarch64-static", "qemu-aarch64-static -cpu max"],
+    ),
 }
 
 
-def compile_program(folder: Path, processor: str, compiler: str, flags: str) -> Path:
+def compile_program(
+    folder: Path, compiler: str, flags: str, march_of: dict[str, tuple[str, str]], run_here: list[str]
+) -> Path:
+    """``run_here``: the instruction sets that will run; the others are only linked."""
+
     def run(*arguments: str) -> None:
         done = subprocess.run([compiler, *FLAGS, *shlex.split(flags), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:4000]
 
     def compile_set(isa: str) -> str:
-        symbol, march = SETS[processor][isa]
-        named = [f'-DFASTNLCG_ISA_NAME="{isa}"', f"-DFASTNLCG_ISA_SYMBOL={symbol}"]
-        run(
-            *named, *shlex.split(march), "-w", "-c", str(ROOT / "csrc" / "step_cpu.cpp"), "-o", str(folder / f"{isa}.o")
-        )
-        return str(folder / f"{isa}.o")
+        symbol, march = march_of[isa]
+        named = [f'-DFASTNLCG_ISA_NAME="{isa}"', f"-DFASTNLCG_ISA_SYMBOL={symbol}", *shlex.split(march)]
+        unoptimized = [] if isa in run_here else ["-O0"]
+        source, target = str(ROOT / "csrc" / "step_cpu.cpp"), str(folder / f"{isa}.o")
+        run(*named, *unoptimized, "-w", "-c", source, "-o", target)
+        return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_set, SETS[processor]))
+        objects = list(pool.map(compile_set, march_of))
     sources = [str(ROOT / "tests" / "bits.cpp"), str(ROOT / "csrc" / "dispatch_cpu.cpp")]
     run(*sources, *objects, "-o", str(folder / "bits"))
     return folder / "bits"
@@ -62,14 +72,17 @@ def compile_program(folder: Path, processor: str, compiler: str, flags: str) -> 
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_bits(build: str, tmp_path: Path) -> None:
-    processor, compiler, flags, runner = BUILDS[build]
-    if shutil.which(compiler) is None:
-        pytest.skip(f"needs {compiler}")
-    if runner and shutil.which(shlex.split(runner)[0]) is None:
-        pytest.skip(f"needs {shlex.split(runner)[0]}, of qemu-user-static")
-    program = compile_program(tmp_path, processor, compiler, flags)
-    here = not runner
-    for isa in _native.instruction_sets() if here else SETS[processor]:
+    processor, compiler, flags, runners = BUILDS[build]
+    for program in (compiler, *(shlex.split(runner)[0] for runner in runners if runner)):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program}")
+    here = os.path.realpath(str(shutil.which(compiler)))
+    for other in itertools.takewhile(lambda name: name != build, BUILDS):
+        if os.path.realpath(str(shutil.which(BUILDS[other][1]))) == here:
+            pytest.skip(f"{compiler} is {other}")
+    isas = list(SETS[processor]) if runners[0] else _native.instruction_sets()
+    program = compile_program(tmp_path, compiler, flags, SETS[processor], isas)
+    for runner, isa in itertools.product(runners, isas):
         command = [*shlex.split(runner), str(program)]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=600, env={**os.environ, "FASTNLCG_ISA": isa}
@@ -80,5 +93,5 @@ def test_bits(build: str, tmp_path: Path) -> None:
         lines, expected = done.stdout.splitlines(), EXPECTED.read_text().splitlines()
         assert len(lines) > 150
         assert not [line for line in lines if line.startswith("00000000")]  # a lost mode, an unwanted skip
-        other = [f"{got} instead of {line}" for got, line in zip(lines, expected, strict=True) if got != line]
-        assert not other, f"{isa}: {len(other)} of {len(lines)} cases differ:\n" + "\n".join(other[:20])
+        other_bits = [f"{got} instead of {line}" for got, line in zip(lines, expected, strict=True) if got != line]
+        assert not other_bits, f"{isa}: {len(other_bits)} of {len(lines)} cases differ:\n" + "\n".join(other_bits[:20])
