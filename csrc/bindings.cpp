@@ -178,20 +178,22 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
              std::vector<bool> maximize, double active_set, double loss, int threads,
              const std::vector<std::optional<DeviceScalar>>& lr_on_device,
              const std::optional<DeviceScalar>& loss_on_device, const std::optional<DeviceScalar>& grad_scale,
-             const std::optional<DeviceScalar>& found_inf) {
+             const std::optional<DeviceScalar>& found_inf, const std::optional<py::function>& complete) {
             StepInputs in{
                 std::move(lr), std::move(weight_decay), std::move(maximize), active_set, loss, threads, {}, {}, {}, {}};
             for (const auto& rate : lr_on_device) in.lr_on_device.push_back(rate.value_or(DeviceScalar{}));
             in.loss_on_device = loss_on_device.value_or(DeviceScalar{});
             in.grad_scale = grad_scale.value_or(DeviceScalar{});
             in.found_inf = found_inf.value_or(DeviceScalar{});
-            return self.step(at, in);
+            const std::optional<bool> moved = self.step(at, in);
+            if (complete && moved.value_or(false)) complete_step(*complete);
+            return moved;
           },
           "at"_a, "lr"_a, "weight_decay"_a, "maximize"_a, "active_set"_a, "loss"_a, "threads"_a,
           "lr_on_device"_a = std::vector<std::optional<DeviceScalar>>{}, "loss_on_device"_a = py::none(),
-          "grad_scale"_a = py::none(), "found_inf"_a = py::none())
+          "grad_scale"_a = py::none(), "found_inf"_a = py::none(), "complete"_a = py::none())
       .def("state_norms", &TensorTable::state_norms, "at"_a, "threads"_a)
-      .def("set_origins", &TensorTable::set_origins, "workspace"_a, "parts"_a, "shared"_a = 0.0)
+      .def("set_origins", &TensorTable::set_origins, "workspace"_a, "parts"_a)
       .def(
           "matrix_pass",
           [](TensorTable& self, const std::string& kind, std::int64_t first_tile, std::int64_t last_tile, int threads) {
@@ -207,6 +209,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def("last_move", &TensorTable::last_move, "at"_a, "threads"_a)
       .def("descend", &TensorTable::descend, "at"_a, "pass_"_a, "threads"_a)
       .def_property_readonly("digest", &TensorTable::digest)
+      .def_readwrite("agreed", &TensorTable::agreed)
       .def("join_stream", &TensorTable::join_stream);
 
   m.def("normalize", &normalize, "x"_a, "count"_a, "n"_a, "threads"_a, "stream"_a = 0, "sums"_a = nullptr);

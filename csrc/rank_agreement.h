@@ -35,7 +35,7 @@ enum Column {
   kLoss,
   kStepNumber,
   kExchangeId,
-  kDigest,  // of the options, and of every group's lr, weight_decay and sign
+  kDigest,  // digest_of() what all ranks must have alike
   kColumns
 };
 struct RankRow {
@@ -71,7 +71,8 @@ NLCG_HD void contribute(RankRow& row, const Scalars& now, double active_set, dou
   row.column[kLoss] = loss;
 }
 
-// One column over the ranks, in their order: the largest, the mean of the losses, or the sum over the owned ranks.
+// One column over the ranks, in their order: the largest, the mean of the losses, or the sum over the owned ranks, which
+// is not finite if any rank's is not.
 NLCG_HD double over_ranks(const RankRow* all, const double* owned, int ranks, int column) {
   double x = 0.0;
   for (int rank = 0; rank < ranks; ++rank) {
@@ -80,16 +81,16 @@ NLCG_HD double over_ranks(const RankRow* all, const double* owned, int ranks, in
       x = y > x ? y : x;
     } else if (column == kLoss) {
       x += y / static_cast<double>(ranks);
-    } else if (owned[rank] != 0.0) {
-      x += y;
+    } else {
+      x += owned[rank] != 0.0 ? y : y - y;  // y - y is NaN if y is not finite: all ranks then skip the step
     }
   }
   return x;
 }
 
-// A digest of the options, of every group's lr, weight_decay, sign and kind, and of which matrices are exchanged, in 53
-// bits: equal on ranks that may step together.
-inline double digest_of(const Options& options, const Group* groups, std::int64_t n_groups, double shared) {
+// A digest of the options, of every group's lr, weight_decay, sign and kind, and of `agreed`, in 53 bits: equal on ranks
+// that may step together.
+inline double digest_of(const Options& options, const Group* groups, std::int64_t n_groups, double agreed) {
   std::uint64_t hash = 1469598103934665603u;  // FNV-1a, over the bits of doubles
   const auto add = [&](double x) {
     std::uint64_t bits;
@@ -102,7 +103,7 @@ inline double digest_of(const Options& options, const Group* groups, std::int64_
     add(groups[k].lr), add(groups[k].weight_decay), add(groups[k].sign);
     if (groups[k].matrices) add(static_cast<double>(k));
   }
-  if (shared != 0.0) add(shared);
+  add(agreed);
   return static_cast<double>(hash >> 11);
 }
 

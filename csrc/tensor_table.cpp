@@ -141,7 +141,6 @@ void TensorTable::lay_out(std::int64_t n, const std::vector<SegmentSpec>& specs,
   live_.clear();  // of a step whose matrices have not moved
   matrix_moves_ = 0;
   origins_ = nullptr;
-  shared_ = 0.0;
   shapes_ = std::move(shapes);
   workspace_ = workspace;
   tensor_type_ = tensor_type;
@@ -350,7 +349,7 @@ void TensorTable::set_groups(const StepInputs& in) {
   }
 }
 
-double TensorTable::digest() const { return digest_of(step_.options, step_.groups, step_.n_groups, shared_); }
+double TensorTable::digest() const { return digest_of(step_.options, step_.groups, step_.n_groups, agreed); }
 
 std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
   const StepGuard busy(*this);
@@ -394,7 +393,7 @@ std::optional<bool> TensorTable::step(const Tensors& at, const StepInputs& in) {
 }
 
 void TensorTable::set_origins(const BufferPtr& workspace,
-                              const std::vector<std::pair<std::size_t, std::int64_t>>& parts, double shared) {
+                              const std::vector<std::pair<std::size_t, std::int64_t>>& parts) {
   const StepGuard busy(*this);
   check_laid_out("set_origins()");
   check_buffer("workspace", *workspace, kDTypeNames[static_cast<int>(arithmetic_dtype())]);
@@ -411,7 +410,6 @@ void TensorTable::set_origins(const BufferPtr& workspace,
     segments_[i].origin = static_cast<char*>(workspace->data()) + begin * size_of(arithmetic_dtype());
   }
   origins_ = workspace;
-  shared_ = shared;
 }
 
 void TensorTable::matrix_pass(MatrixPass kind, std::int64_t first_tile, std::int64_t last_tile, int threads) {
@@ -477,6 +475,20 @@ std::optional<std::vector<double>> TensorTable::descend(const Tensors& at, const
   const DropLive drop{live_};
   if (!follow(at, pass.kind == Descent::Kind::trial ? Reads::parameters : Reads::gradients)) return std::nullopt;
   return run_descent_pass(pass, threads);
+}
+
+void complete_step(const py::function& complete) {
+  constexpr int kAttempts = 4;
+  std::optional<py::error_already_set> raised;
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    try {
+      complete();
+      break;
+    } catch (const py::error_already_set& error) {
+      if (!raised) raised = error;
+    }
+  }
+  if (raised) throw py::error_already_set(*raised);
 }
 
 void TensorTable::join_stream() {

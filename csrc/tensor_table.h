@@ -81,10 +81,8 @@ class TensorTable : public NativeStep {
   std::optional<std::vector<double>> descend(const Tensors&, const Descent&, int threads);
 
   // The origins of segments: their parts of a workspace in which matrices are kept between the passes over them.
-  // `parts` has the segment and the first element of each. `shared` names the matrices that ranks exchange, which all
-  // ranks must have alike: part of the digest.
-  void set_origins(const BufferPtr& workspace, const std::vector<std::pair<std::size_t, std::int64_t>>& parts,
-                   double shared);
+  // `parts` has the segment and the first element of each.
+  void set_origins(const BufferPtr& workspace, const std::vector<std::pair<std::size_t, std::int64_t>>& parts);
   // After step() has returned true, with the tensors of that step: one pass over the matrices in these tiles. Moves
   // are counted, and step() counts from 0 again.
   void matrix_pass(MatrixPass, std::int64_t first_tile, std::int64_t last_tile, int threads);
@@ -95,8 +93,9 @@ class TensorTable : public NativeStep {
   // Makes the stream's next work follow the last step.
   void join_stream();
 
-  // Of the options and of every group's lr, weight_decay and sign, in 53 bits: equal on ranks that may step together.
+  // See digest_of().
   double digest() const;
+  double agreed = 0.0;  // names what else all ranks must have alike
 
  private:
   void check_laid_out(const char* call) const;
@@ -119,9 +118,12 @@ class TensorTable : public NativeStep {
   bool overlaps_checked_ = false;  // of parameters and state, at their present addresses
   BufferPtr workspace_, mine_, all_, owned_, origins_;
   bool has_matrices_ = false;
-  double shared_ = 0.0;
   int matrix_moves_ = 0;
   py::object gather_;
 };
+
+// Calls `complete`, which ends a step in Python: moves of matrices, copies. An interrupt must not leave half of a step:
+// if the call raises, it is repeated until it returns, and then the first exception is raised.
+void complete_step(const py::function& complete);
 
 }  // namespace fastnlcg

@@ -13,6 +13,8 @@ import pytest
 import torch
 from backends import Backend
 from fastnlcg import NLCG, OnlineLineSearch, muon_groups, reference
+from fastnlcg.tensors.matrices import Matrices as Batches
+from fastnlcg.tensors.step_table import StepTable
 from muon_lockstep import Matrices, MuonLockstep, matrices
 from torch import Tensor, nn
 
@@ -161,9 +163,15 @@ def test_the_polar_factor_has_singular_values_near_1() -> None:
 # ---- bits, interrupts ------------------------------------------------------------------------------------------------
 
 
-def network() -> nn.Module:
+def network(*, gaps: bool = False) -> nn.Module:
+    """``gaps``: a matrix and a bias are slices of larger tensors, which are stepped in copies."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(30, 24), nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 24), nn.Linear(24, 30))
+    net = nn.Sequential(nn.Embedding(30, 24), nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 24), nn.Linear(24, 30))
+    if gaps:
+        for name in ("weight", "bias"):
+            value = getattr(net[1], name).detach()
+            setattr(net[1], name, nn.Parameter(torch.stack([value, value], -1)[..., 0]))
+    return net
 
 
 def train(net: nn.Module, optimizer: NLCG, steps: int, seed: int = 0) -> None:
@@ -199,21 +207,26 @@ def test_resume_is_bit_exact(cpu_or_emulated: Backend) -> None:
     assert bits(net, optimizer) == bits(other, resumed)
 
 
-def test_an_interrupt_lets_the_step_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal arrives while torch multiplies: the exception is raised, and the step is complete."""
-    nets = [network(), network()]
-    optimizers = [NLCG(muon_groups(net, lr=0.02)) for net in nets]
+@pytest.mark.parametrize(
+    ("owner", "function"),
+    [(torch, "bmm"), (Batches, "finish"), (StepTable, "write_back"), (StepTable, "_complete")],
+)
+def test_an_interrupt_lets_the_step_finish(owner: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal arrives while torch multiplies, or anywhere behind the native step: the exception is raised, and the
+    step is complete."""
+    nets = [network(gaps=True), network(gaps=True)]
+    optimizers = [NLCG(muon_groups(net, lr=0.02, weight_decay=0.1)) for net in nets]
     for net, optimizer in zip(nets, optimizers, strict=True):
         train(net, optimizer, 2)
-    bmm, fired = torch.bmm, []
+    original, fired = getattr(owner, function), []
 
-    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         if len(fired) == 0:
             fired.append(True)
             signal.raise_signal(signal.SIGINT)
-        return bmm(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "bmm", interrupted)
+    monkeypatch.setattr(owner, function, interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -291,18 +304,39 @@ def test_a_file_of_0_8_lacks_the_scalars_of_matrices() -> None:
     assert torch.equal(again.param_groups[0]["scalars"], optimizer.param_groups[0]["scalars"])
 
 
-def test_a_product_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = network()
+def test_a_workspace_of_inference_mode_serves_training() -> None:
+    nets = [network(), network()]
+    optimizers = [NLCG(muon_groups(net, lr=0.02, weight_decay=0.1)) for net in nets]
+    train(nets[0], optimizers[0], 2)
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    with torch.inference_mode():
+        optimizers[1].diagnostics()
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, 2, seed=1)
+    assert bits(nets[0], optimizers[0]) == bits(nets[1], optimizers[1])
+
+
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError])
+def test_a_product_that_fails_is_reported(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not tried again; everything but its matrices has moved."""
+    net = network(gaps=True)
     optimizer = NLCG(muon_groups(net, lr=0.02))
     train(net, optimizer, 1)
+    before, failed = [p.detach().clone() for p in net.parameters()], []
 
     def out_of_memory(*args: Any, **kwargs: Any) -> Tensor:
-        raise MemoryError("no memory for the product")
+        failed.append(True)
+        raise kind("no memory for the product")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "bmm", out_of_memory)
-        with pytest.raises(MemoryError, match="no memory for the product"):
+        with pytest.raises(kind, match="no memory for the product"):
             train(net, optimizer, 1)
+    assert len(failed) == 1
+    matrices_of_net = {net[1].weight, net[3].weight}
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, old) == (p in matrices_of_net)
     train(net, optimizer, 1)  # and works again
 
 

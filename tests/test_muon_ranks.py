@@ -3,6 +3,7 @@ bit, and no rank repeats another's products."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from typing import Any
@@ -289,3 +290,60 @@ def test_a_checkpoint_of_2_ranks_is_continued_by_3_and_by_1() -> None:
 def test_a_group_of_ranks_is_checked() -> None:
     with pytest.raises(TypeError, match="matrix_group must be a torch.distributed process group"):
         optimizer_of([nn.Parameter(x) for x in start()], matrix_group=3)
+
+
+def both_groups() -> None:
+    with pytest.raises(ValueError, match="matrix_group is for ranks with equal parameters"):
+        optimizer_of([nn.Parameter(x) for x in start()], matrix_group=dist.group.WORLD, process_group=dist.group.WORLD)
+
+
+def test_ranks_have_equal_parameters_or_different_ones() -> None:
+    ranks(2)(both_groups)
+
+
+def different_replicas(what: str) -> None:
+    """One rank of those that share the products lacks a gradient, or has a NaN."""
+    params = [nn.Parameter(x) for x in start()]
+    optimizer = optimizer_of(params, matrix_group=dist.group.WORLD)
+    take_steps(params, optimizer, 0, 2)
+    before = [p.detach().clone() for p in params]
+    state = [optimizer.state[p]["direction"].clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    if dist.get_rank() == 1:
+        params[1].grad = None if what == "missing" else params[1].grad.fill_(math.nan)  # type: ignore[union-attr]
+    if what == "missing":
+        with pytest.raises(RuntimeError, match="nothing has changed: matrices with gradients 0, 2, .* on rank 1, 0, 1"):
+            optimizer.step()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert all(torch.equal(optimizer.state[p]["direction"], old) for p, old in zip(params, state, strict=True))
+    take_steps(params, optimizer, 2, 3)
+
+
+@pytest.mark.parametrize("what", ["missing", "nan"])
+def test_replicas_that_share_products_take_the_same_step_or_none(what: str) -> None:
+    ranks(2)(different_replicas, what)
+
+
+def different_options(name: str, value: Any) -> None:
+    """One rank cuts its matrices differently."""
+    mesh, placements = placements_of("fsdp", dist.get_world_size())
+    params = placed(mesh, placements)
+    optimizer = optimizer_of(params)
+    take_steps(params, optimizer, 0, 1)
+    before = [p.to_local().clone() for p in params]  # type: ignore[attr-defined]
+    if dist.get_rank() == 1:
+        for group in optimizer.param_groups[:2]:
+            group[name] = value
+    with pytest.raises(RuntimeError, match=f"nothing has changed: option {name} of group 0 {value!r} on rank 1"):
+        take_steps(params, optimizer, 1, 2)
+    assert all(torch.equal(p.to_local(), old) for p, old in zip(params, before, strict=True))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "value"), [("adjust_lr_fn", "original"), ("beta_max", 0.5)])
+def test_ranks_with_different_options_of_matrices_refuse_the_step(name: str, value: Any) -> None:
+    ranks(2)(different_options, name, value)

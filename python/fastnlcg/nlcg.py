@@ -81,8 +81,8 @@ class NLCG(torch.optim.Optimizer):
 
     ``polar(u)`` is five steps of Muon's Newton-Schulz iteration: torch's products, of batches of matrices of one shape,
     in bfloat16 on a GPU and on processors that multiply in it, else in the state's dtype. Their workspace is kept
-    between steps. If a product raises an exception (out of memory), the matrices of earlier batches have moved and the
-    others have not; interrupts let the step finish.
+    between steps. If a product fails (out of memory), or an exchange of matrices between ranks, everything but the
+    matrices of that batch and of later ones has moved.
 
     Parameters without a gradient take no part in a step. When their set changes, that step has beta = 0 and keeps the
     BFGS h. Weights may be edited between steps (clipping, averaging, loading): the next curvature pair then does not
@@ -102,9 +102,9 @@ class NLCG(torch.optim.Optimizer):
     checkpoint, or has another lr), all of them raise, and nothing changes. Under DDP gradients are equal on all ranks
     and nothing is exchanged.
 
-    One thread steps at a time; a second one gets a RuntimeError. Exceptions, a failed exchange and skipped steps leave
-    parameters and state unchanged; an interrupt lets the native step finish first. In a graph of ``torch.compile`` a
-    step without a closure is one operator.
+    One thread steps at a time; a second one gets a RuntimeError. Exceptions, a failed exchange of sums and skipped
+    steps leave parameters and state unchanged; the step is completed before an interrupt is raised, unless ranks
+    exchange matrices at that moment. In a graph of ``torch.compile`` a step without a closure is one operator.
 
     Args:
         params: parameters, named or not, or groups. Groups may have their own ``lr``, ``weight_decay`` and
@@ -156,8 +156,9 @@ class NLCG(torch.optim.Optimizer):
             there is a warning if there are other ranks.
         process_group: the process group whose ranks hold the shards of plain parameters.
         matrix_group: for ``"muon"`` under DDP: a process group of ranks with equal parameters, each of which forms the
-            polar factors of its share of the matrices. None: every rank forms all of them. Matrices that are DTensors
-            are always shared.
+            polar factors of its share of the matrices. The ranks must take the same steps, which one exchange of 104
+            bytes per rank and step checks; it also averages the line search's loss. None: every rank forms all of
+            them. Matrices that are DTensors are always shared. Not together with ``process_group``.
         capturable: for CUDA parameters: allows capturing a step into a ``torch.cuda.CUDAGraph``; lr may then be a
             tensor on the device (a step is skipped if it is negative or not finite), and a GradScaler leaves unscaling
             and the decision to skip to the step, without waiting.
@@ -221,6 +222,11 @@ class NLCG(torch.optim.Optimizer):
             check_group("process_group", process_group)
         if matrix_group is not None:
             check_group("matrix_group", matrix_group)
+            if process_group is not None:
+                raise ValueError(
+                    "matrix_group is for ranks with equal parameters, process_group for ranks with different ones; "
+                    "expected one of them"
+                )
         options = Options(
             update=update,
             preconditioner=preconditioner,
@@ -402,7 +408,8 @@ class NLCG(torch.optim.Optimizer):
 
     def _one_of_many(self) -> bool:
         """Whether other ranks have losses of their own, and the user has not chosen ``average_loss``."""
-        if self.average_loss is not None or self._process_group is not None or world_size() == 1:
+        groups_of_ranks = self._process_group, self._matrix_group
+        if self.average_loss is not None or any(g is not None for g in groups_of_ranks) or world_size() == 1:
             return False
         return not self._has_sharded()
 

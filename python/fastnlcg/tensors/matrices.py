@@ -131,9 +131,6 @@ def _descending(shape: Sequence[int], strides: Sequence[int], first_only: bool) 
     return kept == sorted(kept, reverse=True)
 
 
-_ATTEMPTS = 4  # one, and three interrupts
-
-
 def _layout(extent: Sequence[int], strides: Sequence[int], shape: Shape) -> Layout:
     return Layout(tuple(extent), tuple(strides), shape, in_memory(extent, strides, shape))
 
@@ -207,22 +204,20 @@ class Matrices:
         return tuple(i for batch in self.batches if batch.sharing is not None for i in batch.members)
 
     def finish(self, native: Any, threads: int) -> None:
-        """Moves the matrices, after the step of all parameters has completed."""
-        raised: BaseException | None = None
-        for _ in range(_ATTEMPTS):
-            try:
-                for batch in self.batches[native.matrix_moves :]:
-                    native.matrix_pass("input", batch.first_tile, batch.last_tile, threads)
-                    self._to_polar(batch, threads)
-                    native.matrix_pass("move", batch.first_tile, batch.last_tile, threads)
-                break
-            except BaseException as error:  # if it is an interrupt, the rest of the step can follow
-                raised = raised or error
-                if any(batch.sharing is not None for batch in self.batches):
-                    break  # the other ranks do not repeat their exchanges
+        """Moves the matrices, after the pass over all parameters. After an interrupt another call goes on with the
+        batch that was interrupted. It does not if a product failed, or if ranks share the products: the other ranks do
+        not repeat their exchanges."""
+        try:
+            for batch in self.batches[native.matrix_moves :]:
+                native.matrix_pass("input", batch.first_tile, batch.last_tile, threads)
+                self._to_polar(batch, threads)
+                native.matrix_pass("move", batch.first_tile, batch.last_tile, threads)
+        except BaseException as error:
+            shared = any(batch.sharing is not None for batch in self.batches)
+            if shared or isinstance(error, RuntimeError | MemoryError):
+                native.end_matrices()
+            raise
         native.end_matrices()
-        if raised is not None:
-            raise raised
 
     def _to_polar(self, batch: Batch, threads: int) -> None:
         """Replaces u in the workspace by the polar factors."""

@@ -31,7 +31,8 @@ class Buffers:
         """A tensor of this shape, with any values."""
         n, kept = math.prod(shape), self._kept.get(name)
         if kept is None or kept.dtype != dtype or kept.device != device or kept.numel() < n:
-            kept = self._kept[name] = torch.zeros(n, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a tensor of inference mode could not be written outside it
+                kept = self._kept[name] = torch.zeros(n, dtype=dtype, device=device)
         return kept[:n].view(*shape)
 
     def bytes(self) -> int:

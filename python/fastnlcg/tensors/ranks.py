@@ -108,8 +108,8 @@ class Ranks:
             for group in groups
         ]  # fmt: skip
         mine = {"is in": moment, "step number": int(step), "number of groups": len(groups)}
-        mine |= dict(more)
         mine |= {f"option {key}": repr(value) for key, value in options.items()}
+        mine |= dict(more)
         mine |= {f"{key} of group {k}": value for k, group in enumerate(per_group) for key, value in group.items()}
         by_rank: list[dict[str, Any]] = [{} for _ in self.owned]
         dist.all_gather_object(by_rank, mine, group=self.group)
@@ -171,9 +171,14 @@ def check_group(name: str, group: Any) -> None:
 
 
 def find_ranks(
-    params: Sequence[Tensor], process_group: Any, average_loss: bool | None, line_search: bool
+    params: Sequence[Tensor],
+    process_group: Any,
+    average_loss: bool | None,
+    line_search: bool,
+    matrix_group: Any = None,
 ) -> Ranks | None:
-    """The ranks that step together with this one; None if it steps alone.
+    """The ranks that step together with this one; None if it steps alone. ``matrix_group``: those that share the
+    products of plain matrices, and must take the same steps.
 
     Raises:
         ValueError: for DTensor parameters together with ``process_group``, or without a common mesh.
@@ -190,10 +195,11 @@ def find_ranks(
             )
         return Ranks(process_group, [True] * dist.get_world_size(process_group), True, frozenset())
     if not dtensors:
-        if not (average_loss and line_search and world_size() > 1):
+        group = matrix_group or (dist.group.WORLD if average_loss and line_search and world_size() > 1 else None)
+        if group is None or dist.get_world_size(group) == 1:
             return None
-        own = [rank == dist.get_rank() for rank in range(dist.get_world_size())]
-        return Ranks(dist.group.WORLD, own, False, frozenset())
+        own = [rank == dist.get_rank(group) for rank in range(dist.get_world_size(group))]
+        return Ranks(group, own, False, frozenset())
     return _find_in_mesh(params, dtensors, line_search)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -90,6 +90,16 @@ class StepTable(ParameterTable):
             else:
                 self.native.set_options(native_options(of_groups))
         self.options, self.of_groups = options, of_groups
+        self._agree()
+
+    def _agree(self) -> None:
+        """Tells the native table what all ranks must have alike, besides what it knows: the options of each group, and
+        which matrices they share."""
+        if self.native is not None and self.ranks is not None:
+            self.native.agreed = _number_of((self.of_groups, self._shared_matrices()))
+
+    def _shared_matrices(self) -> tuple[int, ...]:
+        return () if self.matrices is None else self.matrices.shared()
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -120,26 +130,31 @@ class StepTable(ParameterTable):
             at = self._tensors(param_groups, state)
             # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
             torch.autograd.graph.increment_version(self._active_params)
-            threads = _native.num_threads()
+            complete = self._complete if self.copies or self.matrices is not None else None
             try:
                 if on_gpu:
-                    moved = self._on_gpu(native, at, lr, weight_decay, maximize, loss, capturable, amp)
+                    moved = self._on_gpu(native, at, lr, weight_decay, maximize, loss, capturable, amp, complete)
                 else:
                     rates = [float(rate) for rate in lr]
-                    moved = native.step(at, rates, weight_decay, maximize, self.active_set, float(loss), threads)
+                    numbers = rates, weight_decay, maximize, self.active_set, float(loss), _native.num_threads()
+                    moved = native.step(at, *numbers, complete=complete)
             except _native.RanksDisagree:
                 self.explain("step()", param_groups)
-            finally:
-                if self.matrices is not None and native.matrices_pending:
-                    self.matrices.finish(native, threads)
             if moved is None:
                 continue
             self._begun = True
-            if moved:
-                self.write_back()
             self.copies = []
             return moved
         raise RuntimeError("a parameter, a gradient or a tensor of the state was changed while the step began")
+
+    def _complete(self) -> None:
+        """What follows a step of the native table, unless it was skipped. The table calls it again if it is
+        interrupted."""
+        try:
+            if self.matrices is not None and self.native is not None and self.native.matrices_pending:
+                self.matrices.finish(self.native, _native.num_threads())
+        finally:
+            self.write_back()
 
     def makes_state_only(self, param_groups: Groups, state: State, lr: list[float | Tensor]) -> bool:
         """Whether this is the step by which torch.distributed.checkpoint makes the state that it reads or loads into:
@@ -240,6 +255,7 @@ class StepTable(ParameterTable):
         loss: float | Tensor,
         capturable: bool,
         amp: tuple[float | Tensor | None, float | Tensor | None],
+        complete: Callable[[], None] | None,
     ) -> bool | None:
         """Enqueues the step on torch's current stream. The kernels read scalars that are on the device."""
         for name, x in (("loss", loss), *(("lr", rate) for rate in lr)):
@@ -261,6 +277,7 @@ class StepTable(ParameterTable):
             loss_on_device=_device_scalar(loss),
             grad_scale=_device_scalar(self._amp[0]),
             found_inf=_device_scalar(self._amp[1]),
+            complete=complete,
         )
 
     # ---- ranks that disagree ---------------------------------------------------------------------------------------
@@ -270,8 +287,9 @@ class StepTable(ParameterTable):
         assert self.ranks is not None
         assert self.options is not None
         step = groups.named_scalars(param_groups[0])["step"]
-        shared = () if self.matrices is None else self.matrices.shared()
-        more = {"matrices with gradients": ", ".join(map(str, shared))} if self.matrices is not None else {}
+        more: dict[str, Any] = {"matrices with gradients": ", ".join(map(str, sorted(self._shared_matrices())))}
+        for k, options in enumerate(self.of_groups):
+            more |= {f"option {name} of group {k}": repr(value) for name, value in vars(options).items()}
         self.ranks.explain(moment, step, vars(self.options), param_groups, more)
 
     def _raise_disagreement(self) -> None:
@@ -313,7 +331,7 @@ class StepTable(ParameterTable):
         ranks = self.ranks
         if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
             search = self.options.line_search is not None
-            ranks = find_ranks(params, self.process_group, self.average_loss, search)
+            ranks = find_ranks(params, self.process_group, self.average_loss, search, self.matrix_group)
         if shapes:  # those of one batch one after another
             first: dict[Any, int] = {}
             keys = {i: (first.setdefault(key_of(params[i], shape), i), i) for i, shape in shapes.items()}
@@ -358,6 +376,7 @@ class StepTable(ParameterTable):
         )
         assert self.native is not None
         self._lay_out_matrices(params, active, shapes)
+        self._agree()
         self.params, self.groups = params, list(param_groups)
         self._group_params = [list(group["params"]) for group in param_groups]
         self._ranks_known = True
@@ -391,8 +410,7 @@ class StepTable(ParameterTable):
         tiles = {i: (self.offset_of[i] // tile, -(-end // tile)) for i, end in ends.items()}
         self.matrices = self.matrices or Matrices(self.matrix_group)
         parts = self.matrices.lay_out(params, active, shapes, tiles, arithmetic_dtype(self._dtype), self.device)
-        shared = self.matrices.shared()
-        self.native.set_origins(_native.Buffer(self.matrices.workspace), parts, name_of(shared, ()) if shared else 0.0)
+        self.native.set_origins(_native.Buffer(self.matrices.workspace), parts)
 
     @staticmethod
     def _missing(i: int, p: Tensor, entry: Mapping[str, Any], options: Options) -> dict[str, Tensor]:
@@ -481,7 +499,12 @@ def name_of(active: Sequence[int], everything: Sequence[int]) -> float:
     bits, exact in a double. All of them, the usual case, have one name on all ranks, whoever has which parameters."""
     if sorted(active) == sorted(everything):
         return 1.0
-    digest = hashlib.blake2b(repr(tuple(sorted(active))).encode(), digest_size=8).digest()
+    return _number_of(tuple(sorted(active)))
+
+
+def _number_of(x: object) -> float:
+    """A hash of what ``repr`` shows, in 53 bits."""
+    digest = hashlib.blake2b(repr(x).encode(), digest_size=8).digest()
     return float(int.from_bytes(digest, "little") >> 11)
 
 
