@@ -165,7 +165,7 @@ def paired(rows: Rows, config: Run, names: tuple[str, ...] = rivals.NAMES, base:
         differences = plus_minus(difference, 3, usual), plus_minus(of_result, digits, usual)
         lines.append([LABELS[name], f"{theirs[0]:g}", *differences, f"{lower} of {len(pairs)}"])
     what = "validation loss" if config.model == "transformer" else "test accuracy, points"
-    header = [f"less {LABELS[base]}", "peak", "training loss", what, f"{LABELS[base]} lower on"]
+    header = [f"minus {LABELS[base]}", "peak", "training loss", what, f"{LABELS[base]} lower on"]
     return markdown(header, lines) if lines else ""
 
 
@@ -253,7 +253,7 @@ def over_batches(rows: Rows, precision: str) -> dict[str, str]:
     return {
         "Batches": markdown(["", *header], ends),
         "Batches, paired": markdown(
-            ["less NLCG, NLCG lower on", *header], [line for k, line in enumerate(differences) if k != base]
+            ["minus NLCG, NLCG lower on", *header], [line for k, line in enumerate(differences) if k != base]
         ),
     }
 
