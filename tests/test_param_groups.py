@@ -16,11 +16,19 @@ from torch import nn
 pytestmark = pytest.mark.usefixtures("cpu_or_emulated")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def some(kind: str) -> tuple[list[nn.Parameter], NLCG]:
+    """Groups of one preconditioner, or a group of matrices before one of ``"adam"``."""
+    if kind != "muon":
+        return make(kind)
+    ps = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(3))) for shape in ((4, 5), (3, 2))]
+    return ps, NLCG([{"params": ps[:1], "preconditioner": "muon"}, {"params": ps[1:], "lr": 0.002}], 0.02)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "muon"])
 def test_groups_may_be_reordered(kind: str) -> None:
     """Equal up to the order of the sums."""
-    ps, optimizer = make(kind)
-    qs, undisturbed = make(kind)
+    ps, optimizer = some(kind)
+    qs, undisturbed = some(kind)
     for t in range(8):
         if t == 4:
             optimizer.param_groups.reverse()
@@ -31,9 +39,9 @@ def test_groups_may_be_reordered(kind: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "muon"])
 def test_groups_may_be_deleted_replaced_and_added_again(kind: str) -> None:
-    ps, optimizer = make(kind)
+    ps, optimizer = some(kind)
     for t in range(3):
         step(ps, optimizer, t)
     gone = optimizer.param_groups.pop(0)
@@ -47,7 +55,7 @@ def test_groups_may_be_deleted_replaced_and_added_again(kind: str) -> None:
     step(ps, optimizer, 5)
     assert optimizer.diagnostics().beta == 0.0
     step(ps, optimizer, 6)
-    new = nn.Parameter(torch.randn(9))
+    new = nn.Parameter(torch.randn(9, 2))
     optimizer.state.pop(gone["params"][0])
     gone["params"][0] = new
     step([new, *ps[1:]], optimizer, 7)
@@ -57,6 +65,18 @@ def test_groups_may_be_deleted_replaced_and_added_again(kind: str) -> None:
     del optimizer.param_groups[:]
     with pytest.raises(RuntimeError, match="no parameter groups"):
         optimizer.step()
+
+
+def test_a_parameter_with_state_keeps_its_preconditioner() -> None:
+    """Whatever place its group has."""
+    ps, optimizer = some("muon")
+    step(ps, optimizer, 0)
+    optimizer.param_groups.reverse()
+    optimizer.param_groups[1]["preconditioner"] = "adam"
+    with pytest.raises(ValueError, match="preconditioner cannot change once there is state"):
+        step(ps, optimizer, 1)
+    optimizer.param_groups[1]["preconditioner"] = "muon"
+    step(ps, optimizer, 1)
 
 
 def test_state_may_be_cut_and_extended_as_gaussian_splatting_does() -> None:

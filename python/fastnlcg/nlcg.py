@@ -305,7 +305,7 @@ class NLCG(torch.optim.Optimizer):
             for group in param_groups:
                 groups.check(group)
             groups.check_together(param_groups)
-            self._table.set_options([Options.of_group(group) for group in param_groups])
+            self._table.set_options(param_groups)
             self._checked = current
         options = self._table.options
         assert options is not None
@@ -449,7 +449,7 @@ class NLCG(torch.optim.Optimizer):
                 raise RuntimeError("diagnostics() was called inside a step of the same thread")
             table = self._table
             if table.options is None:
-                table.set_options([Options.of_group(group) for group in self.param_groups])
+                table.set_options(self.param_groups)
             return diagnostics.read(table, self.param_groups, self.state)
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -48,6 +48,8 @@ class StepTable(ParameterTable):
         """every parameter of every group"""
         self.groups: Groups = []
         self._group_params: list[list[Tensor]] = []
+        self._options_of: dict[int, Options] = {}
+        """those that the table was made with, by the id of the parameter"""
         self.active: list[int] = []
         """those with a gradient and at least one element: one segment each, in the order of the flat index"""
         self.active_set = 0.0
@@ -68,11 +70,13 @@ class StepTable(ParameterTable):
         self._disagreements: Tensor | None = None  # found by the device, in pinned memory
         self._begun = False  # a step was taken, or the state made for one
 
-    def set_options(self, of_groups: list[Options]) -> None:
-        """Options of every group that may have changed since the last step. ValueError if they need another state."""
+    def set_options(self, param_groups: Groups) -> None:
+        """Options of every group that may have changed since the last step. ValueError if a parameter needs another
+        state than it has."""
+        of_groups = [Options.of_group(group) for group in param_groups]
         options = next((o for o in of_groups if not o.kind.of_matrices), of_groups[0])
         if self.options is not None and self.native is not None:
-            for new, old in zip(of_groups, self.of_groups, strict=False):
+            for new, old in self._changes(param_groups, of_groups):
                 if new.preconditioner != old.preconditioner:
                     raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
                 if new.streams() != old.streams():
@@ -100,6 +104,13 @@ class StepTable(ParameterTable):
 
     def _shared_matrices(self) -> tuple[int, ...]:
         return () if self.matrices is None else self.matrices.shared()
+
+    def _changes(self, param_groups: Groups, of_groups: list[Options]) -> Iterator[tuple[Options, Options]]:
+        """The present options of the table's parameters, and those that the table was made with. Groups may have been
+        reordered, deleted and added since then."""
+        for group, new in zip(param_groups, of_groups, strict=True):
+            found = (self._options_of.get(id(p)) for p in group["params"])
+            yield from ((new, old) for old in {id(old): old for old in found if old is not None}.values())
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -379,6 +390,7 @@ class StepTable(ParameterTable):
         self._agree()
         self.params, self.groups = params, list(param_groups)
         self._group_params = [list(group["params"]) for group in param_groups]
+        self._options_of = dict(zip(map(id, params), options_of, strict=True))
         self._ranks_known = True
         self.active, self.active_set = active, name_of(active, _with_elements(params, stateful))
         self._active_params = [params[i] for i in active]
