@@ -41,12 +41,12 @@ def ours(net: nn.Module, **options: Any) -> NLCG:
     return NLCG(groups, lr=0.002, **options)
 
 
-def train(net: nn.Module, optimizers: Any, begin: int, end: int) -> None:
+def train(net: nn.Module, optimizers: Any, begin: int, end: int, scale: float = 1.0) -> None:
     for t in range(begin, end):
         generator = torch.Generator().manual_seed(t)
         x, y = (torch.randint(0, 30, (8, 9), generator=generator) for _ in range(2))
         net.zero_grad()
-        nn.functional.cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
+        (scale * nn.functional.cross_entropy(net(x).flatten(0, 1), y.flatten())).backward()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -71,13 +71,14 @@ def test_a_run_of_muon_is_continued() -> None:
         assert torch.linalg.vector_norm(found - theirs) < tolerance * torch.linalg.vector_norm(theirs), name
 
 
-def test_the_first_beta_after_it_is_the_cap() -> None:
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_first_beta_after_it_is_the_cap(scale: float) -> None:
     net = network()
     muon, adamw = torchs(net)
     train(net, (muon, adamw), 0, 6)
     nlcg = ours(net)
     nlcg.load_muon_state_dict(muon.state_dict(), adamw.state_dict())
-    train(net, (nlcg,), 6, 7)
+    train(net, (nlcg,), 6, 7, scale)
     assert nlcg.diagnostics().beta_matrices == 0.9
     assert nlcg.diagnostics().step == 7
 

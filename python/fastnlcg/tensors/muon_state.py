@@ -21,7 +21,12 @@ from fastnlcg.tensors.ranks import device_of, find_ranks
 from fastnlcg.tensors.state import as_arithmetic, state_dtype
 from fastnlcg.tensors.table import Groups, parameters
 
-_GROUP = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
+_MUONS_ALONE = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "eps": 1e-7, "ns_steps": STEPS}
+"""Options that only Muon has, with the values that go with NLCG's step; eps is Muon's default."""
+_GROUP = ("lr", "weight_decay", "momentum", "adjust_lr_fn", *_MUONS_ALONE)
+_SMALL = 1e-150
+"""Stands for the sum of squares of the last gradients, which Muon does not keep. Every such sum of float32 gradients is
+larger, so the first beta is beta_max, and the quotient of the two is finite."""
 
 
 def from_muon(
@@ -46,8 +51,7 @@ def from_muon(
     # A file has indices of its own: those of NLCG's parameters replace both.
     index_of = {id(p): k for k, p in enumerate(parameters(own_groups))}
     entries: dict[int, dict[str, Any]] = {}
-    rz = largest = 0.0
-    copies = _copies(own_groups, process_group)
+    largest = 0.0
     for theirs, ours in zip(saved, inside, strict=True):
         for i, p in zip(theirs["params"], ours["params"], strict=True):
             if i not in state:
@@ -59,17 +63,15 @@ def from_muon(
                 "direction": as_like(d, p),
                 "step": torch.tensor(steps, dtype=torch.float64),
             }
-            if id(p) not in copies:
-                rz += float(m.double().square().sum())  # at most that of the gradients: the first beta is beta_max
             largest = max(largest, float(d.abs().max()) if d.numel() else 0.0)
     for theirs, ours in zip(others["param_groups"], rest, strict=True):
         for i, p in zip(theirs["params"], ours["params"], strict=True):
             if i in others["state"]:
                 entries[index_of[id(p)]] = others["state"][i]
-    rz, largest = _over_ranks(own_groups, process_group, rz, largest, steps)
+    largest = _largest_over_ranks(own_groups, process_group, largest, steps)
     if steps:
         scalars[at("step")] = steps
-        scalars[at("rz_matrices")] = rz
+        scalars[at("rz_matrices")] = _SMALL
         scalars[at("direction_max")] = max(largest, float(scalars[at("direction_max")]))
         scalars[at("active_set")] = 1.0
     converted = iter(others["param_groups"])
@@ -148,21 +150,14 @@ def _in_shape(buffer: object, p: Tensor) -> Any:
     return buffer
 
 
-def _copies(own_groups: Groups, process_group: Any) -> set[int]:
-    params = parameters(own_groups)
-    ranks = find_ranks(params, process_group, None, line_search=False)
-    return set() if ranks is None else {id(params[k]) for k in ranks.unowned}
-
-
-def _over_ranks(own_groups: Groups, process_group: Any, rz: float, largest: float, steps: float) -> tuple[float, float]:
-    """The sum and the largest over the ranks that step together."""
+def _largest_over_ranks(own_groups: Groups, process_group: Any, largest: float, steps: float) -> float:
+    """Over the ranks that step together."""
     params = parameters(own_groups)
     ranks = find_ranks(params, process_group, None, line_search=False)
     if ranks is None:
-        return rz, largest
+        return largest
     ranks.prepare(device_of(ranks, params, torch.device("cpu")))
-    rows = ranks.exchange([rz, largest], steps, "diagnostics", 0.0)
-    return ranks.total(rows)[0], max(row[1] for row in rows)
+    return max(row[0] for row in ranks.exchange([largest], steps, "diagnostics", 0.0))
 
 
 def to_muon(
