@@ -29,10 +29,10 @@ def split(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return inside, [p for group in groups if group["preconditioner"] != "muon" for p in group["params"]]
 
 
-def torchs(net: nn.Module, momentum: float = 0.9) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+def torchs(net: nn.Module, momentum: float = 0.9, **of_adamw: Any) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
     inside, rest = split(net)
     muon = torch.optim.Muon(inside, lr=0.02, weight_decay=0.1, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-    return muon, torch.optim.AdamW(rest, lr=0.02, weight_decay=0.1)
+    return muon, torch.optim.AdamW(rest, lr=0.02, weight_decay=0.1, **of_adamw)
 
 
 def ours(net: nn.Module, **options: Any) -> NLCG:
@@ -83,9 +83,10 @@ def test_the_first_beta_after_it_is_the_cap(scale: float) -> None:
     assert nlcg.diagnostics().step == 7
 
 
-def test_there_and_back() -> None:
+@pytest.mark.parametrize("of_adamw", [{}, {"betas": (0.9, 0.95), "eps": 1e-10}])
+def test_there_and_back(of_adamw: dict[str, Any]) -> None:
     net = network()
-    muon, adamw = torchs(net)
+    muon, adamw = torchs(net, **of_adamw)
     train(net, (muon, adamw), 0, 6)
     nlcg = ours(net)
     nlcg.load_muon_state_dict(muon.state_dict(), adamw.state_dict())

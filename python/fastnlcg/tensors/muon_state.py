@@ -47,6 +47,7 @@ def from_muon(
     scalars = others["param_groups"][0]["scalars"] if rest else groups.new_scalars()
     at = list(_native.SCALARS).index
     steps = max(float(scalars[at("step")]), 1.0 if state else 0.0)
+    shared = {key: others["param_groups"][0][key] for key in ("eps", "beta2")} if rest else {}
 
     # A file has indices of its own: those of NLCG's parameters replace both.
     index_of = {id(p): k for k, p in enumerate(parameters(own_groups))}
@@ -89,6 +90,7 @@ def from_muon(
                 **kept,
                 **{key: theirs[key] for key in ("lr", "weight_decay", *RATES) if key in theirs},
                 "adjust_lr_fn": theirs["adjust_lr_fn"],
+                **shared,
                 "params": indices,
                 "scalars": scalars,
                 "alpha_prev": torch.tensor(theirs["lr"] if steps else 0.0, dtype=torch.float64),
