@@ -104,6 +104,27 @@ def test_there_and_back(of_adamw: dict[str, Any]) -> None:
     train(net, (muon, adamw), 6, 7)
 
 
+def test_a_convolution_there_and_back() -> None:
+    """torch's Muon takes it as (out, the rest)."""
+    stem = nn.Parameter(torch.randn(6, 4, 3, 3))
+    nlcg = NLCG([stem], preconditioner="muon", update="heavy_ball", lr=0.02)
+    flat = nn.Parameter(stem.detach().flatten(1))
+    muon = torch.optim.Muon([flat], adjust_lr_fn="match_rms_adamw")
+    for t in range(4):
+        stem.grad = torch.randn(stem.shape)
+        flat.grad = stem.grad.flatten(1)
+        nlcg.step()
+        if t == 1:
+            muon.load_state_dict(nlcg.muon_state_dict()[0])
+            flat.data.copy_(stem.detach().flatten(1))
+        elif t > 1:
+            muon.step()
+    torch.testing.assert_close(flat.detach(), stem.detach().flatten(1), rtol=0.02, atol=0.002)
+    direction = nlcg.state[stem]["direction"].clone()
+    nlcg.load_muon_state_dict(nlcg.muon_state_dict()[0])
+    torch.testing.assert_close(nlcg.state[stem]["direction"], direction)
+
+
 def test_groups_of_muon_groups_take_one_group_of_muon() -> None:
     """The gates of an LSTM are apart in a group of their own."""
     net = network()
@@ -121,6 +142,36 @@ def test_groups_of_muon_groups_take_one_group_of_muon() -> None:
     inside = [group for group in nlcg.param_groups if group["preconditioner"] == "muon"]
     assert [group["split"] for group in inside] == [4, None]
     assert all(group["lr"] == 0.02 for group in inside)
+
+
+def alike() -> tuple[nn.ModuleDict, torch.optim.AdamW]:
+    net = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "abc"} | {"head": nn.Linear(8, 2, bias=False)})
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    return net, torch.optim.AdamW(net["head"].parameters())
+
+
+@pytest.mark.parametrize("order", ["abc", "cab"])
+def test_one_group_of_muon_is_divided_by_names(order: str) -> None:
+    """``split`` puts b into a group of its own, before or after the others."""
+    net, adamw = alike()
+    muon = torch.optim.Muon([(f"module.{name}.weight", net[name].weight) for name in order])
+    muon.step()
+    nlcg = NLCG(muon_groups(net, lr=0.02, split={"b.weight": 2}))
+    nlcg.load_muon_state_dict(muon.state_dict(), adamw.state_dict())
+    for name in order:
+        torch.testing.assert_close(nlcg.state[net[name].weight]["direction"], -net[name].weight.grad)
+    another = torch.optim.Muon([(name, net[name].weight) for name in order]).state_dict()
+    with pytest.raises(ValueError, match=r"'param_names'\]\[0\] is 'a|c', expected 'a.weight'"):
+        nlcg.load_muon_state_dict(another, adamw.state_dict())
+
+
+def test_parameters_that_may_be_mistaken_for_each_other_are_refused() -> None:
+    net, adamw = alike()
+    muon = torch.optim.Muon([net[name].weight for name in "abc"])
+    nlcg = NLCG(muon_groups(net, lr=0.02, split={"b.weight": 2}))
+    with pytest.raises(ValueError, match=r"muon has one group, .* 8 x 8 in several groups"):
+        nlcg.load_muon_state_dict(muon.state_dict(), adamw.state_dict())
 
 
 @pytest.mark.parametrize(

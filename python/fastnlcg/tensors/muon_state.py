@@ -6,6 +6,7 @@ Muon's buffer is ``m = momentum m + (1 - momentum) g``, and ``d = beta d - g`` w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,14 +16,14 @@ from torch import Tensor
 from fastnlcg import _native
 from fastnlcg.tensors import adamw_state, groups, state_dict
 from fastnlcg.tensors.adamw_state import RATES, as_float
-from fastnlcg.tensors.dtensor import as_like, is_sharded, shard_like
+from fastnlcg.tensors.dtensor import as_like, shard_like
 from fastnlcg.tensors.polar import COEFFICIENTS, STEPS
 from fastnlcg.tensors.ranks import device_of, find_ranks
 from fastnlcg.tensors.state import as_arithmetic, state_dtype
 from fastnlcg.tensors.table import Groups, parameters
 
-_MUONS_ALONE = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "eps": 1e-7, "ns_steps": STEPS}
-"""Options that only Muon has, with the values that go with NLCG's step; eps is Muon's default."""
+_MUONS_ALONE = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "ns_steps": STEPS}
+"""Options that only Muon has, with the values that go with NLCG's step."""
 _GROUP = ("lr", "weight_decay", "momentum", "adjust_lr_fn", *_MUONS_ALONE)
 _SMALL = 1e-150
 """Stands for the sum of squares of the last gradients, which Muon does not keep. Every such sum of float32 gradients is
@@ -45,9 +46,9 @@ def from_muon(
     if adamw is not None:
         others = adamw_state.from_adamw(rest, process_group, adamw)
     scalars = others["param_groups"][0]["scalars"] if rest else groups.new_scalars()
+    shared = {key: others["param_groups"][0][key] for key in ("eps", "beta2")} if rest else {}
     at = list(_native.SCALARS).index
     steps = max(float(scalars[at("step")]), 1.0 if state else 0.0)
-    shared = {key: others["param_groups"][0][key] for key in ("eps", "beta2")} if rest else {}
 
     # A file has indices of its own: those of NLCG's parameters replace both.
     index_of = {id(p): k for k, p in enumerate(parameters(own_groups))}
@@ -88,9 +89,9 @@ def from_muon(
         new_groups.append(
             {
                 **kept,
+                **shared,
                 **{key: theirs[key] for key in ("lr", "weight_decay", *RATES) if key in theirs},
                 "adjust_lr_fn": theirs["adjust_lr_fn"],
-                **shared,
                 "params": indices,
                 "scalars": scalars,
                 "alpha_prev": torch.tensor(theirs["lr"] if steps else 0.0, dtype=torch.float64),
@@ -108,11 +109,7 @@ def _checked(inside: Groups, given: Mapping[str, Any]) -> tuple[dict[Any, Any], 
         where = f"param_groups[{k}]"
         if missing := [key for key in _GROUP if key not in group]:
             raise ValueError(f"{where} lacks {', '.join(missing)}: not the state dict of torch.optim.Muon")
-        same = (True, COEFFICIENTS, STEPS)
-        got = (group["nesterov"], tuple(group["ns_coefficients"]), group["ns_steps"])
-        for name, value, expected in zip(("nesterov", "ns_coefficients", "ns_steps"), got, same, strict=True):
-            if value != expected:
-                raise ValueError(f"{where} has {name}={value!r}, which has no counterpart; expected {expected!r}")
+        _check_counterparts(where, group, _MUONS_ALONE)
         numbers = {key: as_float(where, key, group[key]) for key in ("lr", "weight_decay", *RATES) if key in group}
         momentum = as_float(where, "momentum", group["momentum"], below=1.0)
         adjust = group["adjust_lr_fn"] or "original"
@@ -129,25 +126,62 @@ def _checked(inside: Groups, given: Mapping[str, Any]) -> tuple[dict[Any, Any], 
     return state, converted
 
 
+def _check_counterparts(where: str, group: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name, value in expected.items():
+        got = tuple(group[name]) if isinstance(group[name], list) else group[name]
+        if got != value:
+            raise ValueError(f"{where} has {name}={got!r}, which has no counterpart; expected {value!r}")
+
+
 def _regrouped(given: Mapping[str, Any], inside: Groups) -> Mapping[str, Any]:
-    """``given``, with its only group cut into those of ``inside`` if they have as many parameters together."""
+    """``given``, with its only group divided into those of ``inside`` if they have as many parameters together: by
+    names if both sides have the same, else in their order. ValueError if the order could mistake a parameter for
+    one of another group."""
     saved = given.get("param_groups") if isinstance(given, Mapping) else None
     if not isinstance(saved, list) or len(saved) != 1 or not isinstance(saved[0], Mapping) or len(inside) == 1:
         return given
     whole, sizes = saved[0], [len(group["params"]) for group in inside]
     if len(whole.get("params", ())) != sum(sizes):
         return given
+    lists = {key: whole[key] for key in ("params", "param_names") if key in whole}
+    names = state_dict.names_of(whole)
+    if names is not None and all("param_names" in group for group in inside):
+        theirs = state_dict.bare_names(names)
+        ours = state_dict.bare_names([name for group in inside for name in group["param_names"]])
+        if sorted(theirs) == sorted(ours):  # if not, structure() says which differ
+            place = {name: k for k, name in enumerate(theirs)}
+            lists = {key: [values[place[name]] for name in ours] for key, values in lists.items()}
+    else:
+        _check_shapes_differ(inside)
     parts, begin = [], 0
     for size in sizes:
-        cut = {key: whole[key][begin : begin + size] for key in ("params", "param_names") if key in whole}
-        parts.append({**whole, **cut})
+        parts.append({**whole, **{key: values[begin : begin + size] for key, values in lists.items()}})
         begin += size
     return {**given, "param_groups": parts}
 
 
+def _check_shapes_differ(inside: Groups) -> None:
+    """ValueError if two of these groups have parameters of the same shape."""
+    seen: set[tuple[int, int]] = set()
+    for group in inside:
+        shapes = {_two_dimensions(p) for p in group["params"]}
+        if both := seen & shapes:
+            raise ValueError(
+                "muon has one group, and this optimizer has parameters of shape "
+                f"{' x '.join(map(str, min(both)))} in several groups with preconditioner='muon', maybe in another "
+                "order: expected names on both sides, or the groups of this optimizer"
+            )
+        seen |= shapes
+
+
+def _two_dimensions(p: Tensor) -> tuple[int, int]:
+    """The shape in which Muon, which takes two dimensions only, is given a convolution: out, and the rest."""
+    return p.shape[0], math.prod(p.shape[1:])
+
+
 def _in_shape(buffer: object, p: Tensor) -> Any:
-    """Muon takes two dimensions only: a buffer of a convolution that was given to it as (out, the rest)."""
-    if isinstance(buffer, Tensor) and not is_sharded(buffer) and buffer.shape == (len(p), p[0].numel()):
+    """Muon's buffer in the shape of ``p``."""
+    if isinstance(buffer, Tensor) and buffer.shape == _two_dimensions(p):
         return buffer.reshape(p.shape)
     return buffer
 
@@ -190,7 +224,8 @@ def to_muon(
         for new, old in zip(indices, group["params"], strict=True):
             entry = whole["state"].get(old) or {}
             if "direction" in entry:
-                state[new] = {"momentum_buffer": as_arithmetic(entry["direction"]) * -(1.0 - momentum)}
+                m = as_arithmetic(entry["direction"]) * -(1.0 - momentum)
+                state[new] = {"momentum_buffer": m.flatten(1)}
     renumbered: dict[str, Any] = {"state": {}, "param_groups": []}
     number = 0
     for group in rest:

@@ -108,8 +108,8 @@ def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> N
     """Parameters are matched by their order: ValueError if both sides have names, in different orders."""
     places, theirs, ours = [], [], []
     for k, (group, mine) in enumerate(zip(saved, own, strict=True)):
-        names = group.get("param_names", group["params"])  # FSDP and torch.distributed.checkpoint have names there
-        if "param_names" not in mine or not (names and all(isinstance(name, str) for name in names)):
+        names = names_of(group)
+        if names is None or "param_names" not in mine:
             continue
         if len(names) != len(mine["param_names"]):
             raise ValueError(
@@ -119,7 +119,7 @@ def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> N
         places += [(k, i) for i in range(len(names))]
         theirs += names
         ours += mine["param_names"]
-    for (k, i), name, expected, a, b in zip(places, theirs, ours, _bare(theirs), _bare(ours), strict=True):
+    for (k, i), name, expected, a, b in zip(places, theirs, ours, bare_names(theirs), bare_names(ours), strict=True):
         if a != b:
             raise ValueError(
                 f"param_groups[{k}]['param_names'][{i}] is {name!r}, expected {expected!r}: state is matched to "
@@ -127,7 +127,14 @@ def _check_names(saved: list[Mapping[str, Any]], own: list[dict[str, Any]]) -> N
             )
 
 
-def _bare(names: list[str]) -> list[tuple[str, ...]]:
+def names_of(group: Mapping[str, Any]) -> list[str] | None:
+    """The names of the parameters of a saved group, which FSDP and torch.distributed.checkpoint put in the place of
+    indices; None if it has none."""
+    names: list[str] = group.get("param_names", group["params"])
+    return names if names and all(isinstance(name, str) for name in names) else None
+
+
+def bare_names(names: list[str]) -> list[tuple[str, ...]]:
     """Names without the parts that wrappers have added. DDP adds ``module``, which may also be the name of one of the
     user's modules: it is left out if all names begin with it, and elsewhere only if all names stay different."""
     parts = [tuple(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
