@@ -174,11 +174,26 @@ def test_parameters_that_may_be_mistaken_for_each_other_are_refused() -> None:
         nlcg.load_muon_state_dict(muon.state_dict(), adamw.state_dict())
 
 
+@pytest.mark.parametrize(("option", "value"), [("maximize", True), ("stacked", True), ("split", 2)])
+def test_what_muon_lacks_is_refused(option: str, value: Any) -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(3))]}]
+    groups += [{"params": [nn.Parameter(torch.ones(4, 4))], "preconditioner": "muon", option: value}]
+    nlcg = NLCG(groups)
+    message = f"parameter group 1 has {option}={value}, which has no counterpart; expected"
+    with pytest.raises(ValueError, match=message):
+        nlcg.muon_state_dict()
+    if option == "maximize":
+        muon, adamw = torch.optim.Muon(groups[1]["params"]), torch.optim.AdamW(groups[0]["params"])
+        with pytest.raises(ValueError, match=message):
+            nlcg.load_muon_state_dict(muon.state_dict(), adamw.state_dict())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"nesterov": False}, r"param_groups\[0\] has nesterov=False, which has no counterpart; expected True"),
         ({"ns_steps": 7}, "ns_steps=7, which has no counterpart"),
+        ({"eps": 10.0}, "eps=10.0, which has no counterpart; expected 1e-07"),
         ({"momentum": 1.0}, "Invalid momentum: 1.0"),
     ],
 )

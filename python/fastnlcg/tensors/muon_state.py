@@ -22,8 +22,8 @@ from fastnlcg.tensors.ranks import device_of, find_ranks
 from fastnlcg.tensors.state import as_arithmetic, state_dtype
 from fastnlcg.tensors.table import Groups, parameters
 
-_MUONS_ALONE = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "ns_steps": STEPS}
-"""Options that only Muon has, with the values that go with NLCG's step."""
+_MUONS_ALONE = {"nesterov": True, "ns_coefficients": COEFFICIENTS, "eps": 1e-7, "ns_steps": STEPS}
+"""Options that only Muon has, with the values that go with NLCG's step; eps is Muon's default."""
 _GROUP = ("lr", "weight_decay", "momentum", "adjust_lr_fn", *_MUONS_ALONE)
 _SMALL = 1e-150
 """Stands for the sum of squares of the last gradients, which Muon does not keep. Every such sum of float32 gradients is
@@ -41,6 +41,7 @@ def from_muon(
     if bool(rest) != (adamw is not None):
         given = "is needed for" if rest else "was given, but there are no"
         raise ValueError(f"adamw {given} groups with another preconditioner than 'muon': there are {len(rest)}")
+    _check_ours(own_groups, maximize=False)
     state, saved = _checked(inside, muon)
     others: dict[str, Any] = {"state": {}, "param_groups": []}
     if adamw is not None:
@@ -126,6 +127,13 @@ def _checked(inside: Groups, given: Mapping[str, Any]) -> tuple[dict[Any, Any], 
     return state, converted
 
 
+def _check_ours(own_groups: Groups, **expected: Any) -> None:
+    """ValueError unless the groups of matrices have these options."""
+    for k, group in enumerate(own_groups):
+        if group["preconditioner"] == "muon":
+            _check_counterparts(f"parameter group {k}", group, expected)
+
+
 def _check_counterparts(where: str, group: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for name, value in expected.items():
         got = tuple(group[name]) if isinstance(group[name], list) else group[name]
@@ -205,6 +213,7 @@ def to_muon(
     )
     if not inside:
         raise ValueError("no parameter group has preconditioner='muon'; adamw_state_dict() writes AdamW's alone")
+    _check_ours(whole["param_groups"], maximize=False, stacked=False, split=None)
     defaults = torch.optim.Muon([torch.zeros(1, 1)], momentum=momentum).param_groups[0]
     state: dict[int, dict[str, Any]] = {}
     new_groups, number = [], 0
