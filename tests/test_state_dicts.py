@@ -162,3 +162,22 @@ def test_a_step_count_of_one_element_is_taken() -> None:
     optimizer.load_state_dict(saved)
     one_step(ps, optimizer)
     assert optimizer.state[ps[0]]["step"] == 4
+
+
+def test_options_with_which_no_step_is_possible_are_refused() -> None:
+    p = nn.Parameter(torch.ones(12, 8))
+    optimizer = NLCG([{"params": [p], "preconditioner": "muon", "split": 3}])
+    one_step([p], optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["split"] = 5
+    before = everything([p], optimizer)
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(12, 8\) cannot be split into 5 parts"):
+        optimizer.load_state_dict(saved)
+    assert everything([p], optimizer) == before
+    of_vectors = NLCG([nn.Parameter(torch.ones(3))], update="heavy_ball")
+    with pytest.raises(ValueError, match="parameter 0 .*has no matrices"):
+        of_vectors.load_state_dict(NLCG([p], preconditioner="muon").state_dict())
+    double = NLCG([nn.Parameter(torch.ones(12, 8, dtype=torch.float64))])
+    with pytest.raises(ValueError, match="parameter 0 .*is torch.float64 and state_dtype 'bfloat16'"):
+        double.load_state_dict(NLCG([p], state_dtype=torch.bfloat16).state_dict())
+    assert double.param_groups[0]["state_dtype"] is None

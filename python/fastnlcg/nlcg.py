@@ -13,7 +13,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable without importing the compiler
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fastnlcg import _native, compiled, diagnostics
 from fastnlcg.diagnostics import Diagnostics
@@ -23,7 +22,6 @@ from fastnlcg.options import NAMES, Options, check_below_one, check_real
 from fastnlcg.tensors import adamw_state, groups, muon_state
 from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.tensors.dtensor import is_sharded
-from fastnlcg.tensors.matrices import shape_of
 from fastnlcg.tensors.ranks import check_group, check_whole, shapes_of, world_size
 from fastnlcg.tensors.state_dict import checked, entries_for
 from fastnlcg.tensors.step_table import StepTable
@@ -270,14 +268,14 @@ class NLCG(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             groups.check(group)
+            options = Options.of_group(group)
             for index, p in enumerate(group["params"], start=self._n_params):
                 if p.requires_grad and p.dtype not in DTYPES:
                     raise TypeError(
                         f"parameter {index} has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPES))}, "
                         "unless it is frozen"
                     )
-                if group["preconditioner"] == "muon" and not isinstance(p, UninitializedTensorMixin):
-                    shape_of(index, p, Options.of_group(group))
+                groups.check_matrices(index, p, options)
             groups.check_together(self.param_groups, len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fastnlcg import _native
 from fastnlcg.options import SHARED, Options, check_real
 from fastnlcg.tensors.checks import DTYPES
+from fastnlcg.tensors.matrices import shape_of
 
 COUNTS = ("step", "skipped_steps", "disagreements")
 """The scalars that are whole numbers."""
@@ -91,6 +93,13 @@ def check(group: MutableMapping[str, Any]) -> None:
     if group["differentiable"]:
         raise ValueError("differentiable=True is not supported: the step is native and not recorded by autograd")
     group.update(Options.of_group(group).for_group())
+
+
+def check_matrices(index: int, p: Tensor, options: Options) -> None:
+    """ValueError if the options need matrices and parameter ``index`` has none. A lazy parameter has no shape yet; its
+    first step checks it."""
+    if options.kind.of_matrices and not isinstance(p, UninitializedTensorMixin):
+        shape_of(index, p, options)
 
 
 def plain_numbers(group: MutableMapping[str, Any]) -> None:

@@ -81,16 +81,26 @@ def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
     if whole:
         groups.check_together(whole)
         _share_scalars(whole)
-    group_of = {index: group for group in whole for index in group["params"]}
-    for index, p in named(whole, own).items():
+    options_of = _options_of(whole)
+    for i, (index, p) in enumerate(named(whole, own).items()):
+        options = options_of[index]
+        groups.check_matrices(i, p, options)
+        if p.requires_grad or index in entries:
+            state_dtype(p, options.state_dtype, f"parameter {i}")
         if index in entries:
-            _check_entry(index, p, entries[index], group_of[index])
+            _check_entry(index, p, entries[index], options)
     return {**given, "state": entries, "param_groups": whole}
 
 
 def named(saved: list[Any], own: list[dict[str, Any]]) -> dict[Any, Tensor]:
     """The parameters by the keys that a state dict has for them."""
     return dict(zip(parameters(saved), parameters(own), strict=True))
+
+
+def _options_of(saved: list[Any]) -> dict[Any, Options]:
+    """The options of every parameter, by the keys that a state dict has for them."""
+    of_groups = [(group, Options.of_group(group)) for group in saved]
+    return {index: options for group, options in of_groups for index in group["params"]}
 
 
 def _share_scalars(whole: list[dict[str, Any]]) -> None:
@@ -144,9 +154,9 @@ def bare_names(names: list[str]) -> list[tuple[str, ...]]:
     return short if len(set(short)) == len(short) else parts
 
 
-def _check_entry(index: Any, p: Tensor, entry: object, group: Mapping[str, Any]) -> None:
+def _check_entry(index: Any, p: Tensor, entry: object, options: Options) -> None:
     where = f"state of parameter {index}"
-    keys = {"step", *Options.of_group(group).streams()}
+    keys = {"step", *options.streams()}
     if not isinstance(entry, Mapping) or not keys <= set(entry):
         got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
         whose = "" if _is_ours(entry) else "; is it another optimizer's?"
@@ -155,7 +165,7 @@ def _check_entry(index: Any, p: Tensor, entry: object, group: Mapping[str, Any])
         if key == "step":
             check_step(where, entry[key])
         else:
-            check_tensor(where, key, entry[key], p, finite=group["nonfinite"] == "skip")
+            check_tensor(where, key, entry[key], p, finite=options.nonfinite == "skip")
 
 
 def check_tensor(where: str, key: str, value: object, p: Tensor, *, finite: bool) -> None:
@@ -195,7 +205,7 @@ def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[
     """Every parameter's state as it was saved: copies, on the parameter's device, in the state's dtype. torch's own
     load would cast to the parameter's dtype, which would round float32 state to bfloat16."""
     entries = {}
-    options_of = {index: Options.of_group(group) for group in whole["param_groups"] for index in group["params"]}
+    options_of = _options_of(whole["param_groups"])
     for index, p in named(whole["param_groups"], optimizer.param_groups).items():
         if index not in whole["state"]:
             continue
