@@ -107,7 +107,8 @@ def test_options_follow_the_state_dict(preconditioner: str) -> None:
     """As in torch; the preconditioner is one of them."""
     ps, optimizer = stepped(preconditioner=preconditioner)
     qs, other = stepped(preconditioner=None)
-    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    with pytest.warns(UserWarning, match="changes preconditioner"):
+        optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
     with torch.no_grad():
         for p, q in zip(ps, qs, strict=True):
             p.copy_(q)
@@ -181,3 +182,25 @@ def test_options_with_which_no_step_is_possible_are_refused() -> None:
     with pytest.raises(ValueError, match="parameter 0 .*is torch.float64 and state_dtype 'bfloat16'"):
         double.load_state_dict(NLCG([p], state_dtype=torch.bfloat16).state_dict())
     assert double.param_groups[0]["state_dtype"] is None
+
+
+def test_another_preconditioner_or_state_dtype_of_a_file_is_told() -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    saved = NLCG([p]).state_dict()
+    optimizer = NLCG([p], preconditioner="muon", state_dtype=torch.bfloat16)
+    before = everything([p], optimizer)
+    with warnings.catch_warnings(action="error"), pytest.raises(UserWarning, match="'muon'"):
+        optimizer.load_state_dict(saved)
+    assert everything([p], optimizer) == before
+    message = (
+        r"preconditioner of parameter group 0 from 'muon' to 'adam' and "
+        r"state_dtype of parameter group 0 from 'bfloat16' to None"
+    )
+    with pytest.warns(UserWarning, match=message) as warned:
+        optimizer.load_state_dict(saved)
+    assert warned[0].filename == __file__
+    assert optimizer.param_groups[0]["preconditioner"] == "adam"
+    saved["param_groups"][0].pop("state_dtype")  # as in files of 0.8
+    kept = NLCG([p], state_dtype=torch.bfloat16)
+    kept.load_state_dict(saved)
+    assert kept.param_groups[0]["state_dtype"] == "bfloat16"

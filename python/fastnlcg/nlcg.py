@@ -23,7 +23,7 @@ from fastnlcg.tensors import adamw_state, groups, muon_state
 from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.tensors.dtensor import is_sharded
 from fastnlcg.tensors.ranks import check_group, check_whole, shapes_of, world_size
-from fastnlcg.tensors.state_dict import checked, entries_for
+from fastnlcg.tensors.state_dict import checked, entries_for, warn_of_changes
 from fastnlcg.tensors.step_table import StepTable
 from fastnlcg.tensors.table import parameters
 
@@ -471,6 +471,11 @@ class NLCG(torch.optim.Optimizer):
         of DTensor parameters. If both sides have ``param_names``, their order is checked. Entries that other code has
         put into a parameter's state are kept.
 
+        The file's options replace this optimizer's, ``preconditioner`` and ``state_dtype`` too; if these two change,
+        there is a warning. If you want bfloat16 state after loading a file without it, set ``group["state_dtype"]`` to
+        ``"bfloat16"`` in all groups: the next step converts the state. Options that a file of an earlier version lacks
+        are those given to the constructor.
+
         Raises:
             ValueError: for anything but a state dict of an NLCG over parameters of the same number and shapes, naming
                 key and parameter; the optimizer is unchanged then.
@@ -480,6 +485,7 @@ class NLCG(torch.optim.Optimizer):
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             whole = checked(self, given)
             entries.update(entries_for(self, whole))
+            warn_of_changes(self.param_groups, whole["param_groups"])  # if that raises, nothing has changed
             return whole
 
         with self._lock:

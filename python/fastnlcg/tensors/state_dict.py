@@ -17,6 +17,7 @@ from fastnlcg.tensors.checks import has_storage
 from fastnlcg.tensors.dtensor import as_like, memory, shard_like
 from fastnlcg.tensors.state import state_dtype
 from fastnlcg.tensors.table import parameters
+from fastnlcg.warn import warn
 
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
@@ -90,6 +91,20 @@ def checked(optimizer: NLCG, given: Mapping[str, Any]) -> dict[str, Any]:
         if index in entries:
             _check_entry(index, p, entries[index], options)
     return {**given, "state": entries, "param_groups": whole}
+
+
+def warn_of_changes(own: list[dict[str, Any]], whole: list[Mapping[str, Any]]) -> None:
+    """Warns if the file of ``whole`` brings another method or another dtype of the state than the groups have."""
+    changes: dict[str, str] = {}
+    for k, (ours, theirs) in enumerate(zip(own, whole, strict=True)):
+        for key in ("preconditioner", "state_dtype"):
+            if theirs[key] != ours[key]:
+                changes.setdefault(key, f"{key} of parameter group {k} from {ours[key]!r} to {theirs[key]!r}")
+    if changes:
+        warn(
+            f"load_state_dict() changes {' and '.join(changes.values())}: the options of the state dict replace "
+            "those of the optimizer, as in torch's optimizers"
+        )
 
 
 def named(saved: list[Any], own: list[dict[str, Any]]) -> dict[Any, Tensor]:
