@@ -117,7 +117,9 @@ class NLCG(torch.optim.Optimizer):
             at every batch size; the default is cautious. The other preconditioners take the rates of SGD; the paper's
             peak is 0.1 * batch / 256.
         update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1; not with ``"muon"``), or ``"heavy_ball"``, a
-            constant beta: then ``preconditioner=None`` is SGD with momentum, and ``"muon"`` is torch.optim.Muon.
+            constant beta: then ``preconditioner=None`` is SGD with momentum, and ``"muon"`` is torch.optim.Muon, while
+            the same parameters have gradients: a step in which others have gradients has beta = 0 here, and the
+            momentum of each parameter there.
         preconditioner: ``"adam"``, the recommended one; ``"bfgs"``, the paper's diagonal of Algorithm 2, for large
             batches only: at small ones the noise in y inflates h until the steps vanish; None, plain NLCG; or
             ``"muon"``, for matrices alone, which takes Muon's learning rates: 0.02 to 0.1 in the study.
@@ -537,17 +539,23 @@ class NLCG(torch.optim.Optimizer):
     def load_muon_state_dict(self, muon: Mapping[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
         """Continues a run of ``torch.optim.Muon``, with ``torch.optim.AdamW`` for the other parameters. The direction
         of a matrix is ``-momentum_buffer / (1 - momentum)``; lr, weight decay and ``adjust_lr_fn`` are taken as they
-        are. The other groups are converted as by :meth:`load_adamw_state_dict`. With ``update="heavy_ball"`` and the
-        momentum as the matrices' beta_max the steps are Muon's; else the first step has beta_max.
+        are. The other groups are converted as by :meth:`load_adamw_state_dict`; eps and beta2 of AdamW's file become
+        those of all groups. All other options, ``stacked`` and ``split`` among them, are this optimizer's. With
+        ``update="heavy_ball"`` and the momentum as the matrices' beta_max the steps are Muon's while the same
+        parameters have gradients. With ``"fletcher_reeves"`` the first step has beta_max, whatever the gradient,
+        because Muon does not keep the last one.
 
         Args:
-            muon: what ``torch.optim.Muon.state_dict()`` returned, over the parameters of the ``"muon"`` groups in their
-                order; in the same groups, or in one.
+            muon: what ``torch.optim.Muon.state_dict()`` returned, over the parameters of the ``"muon"`` groups, in the
+                same groups and order; or in one group, which is divided by the names if both sides have them, else in
+                the order of these groups. A convolution may be (out, the rest).
             adamw: that of AdamW over the parameters of the other groups; None if there are none.
 
         Raises:
-            ValueError: for other state dicts, or options without a counterpart (``nesterov=False``, other
-                coefficients or numbers of Newton-Schulz steps); the optimizer is unchanged then.
+            ValueError: for other state dicts; for options without a counterpart (``nesterov=False``, another eps than
+                Muon's default, other coefficients or numbers of Newton-Schulz steps, and ``maximize=True`` of this
+                optimizer's groups of matrices); and for one group without names, if parameters of one shape are in
+                several groups here, because their order may differ. The optimizer is unchanged then.
         """
         self.load_state_dict(muon_state.from_muon(self.param_groups, self._process_group, muon, adamw))
         if adamw is not None:
@@ -555,11 +563,17 @@ class NLCG(torch.optim.Optimizer):
 
     def muon_state_dict(self, momentum: float = 0.95, beta1: float = 0.9) -> tuple[dict[str, Any], dict[str, Any]]:
         """The inverse of :meth:`load_muon_state_dict`: state dicts for ``torch.optim.Muon`` over the matrices, and for
-        ``torch.optim.AdamW`` over the other parameters, both in the order of the groups.
+        ``torch.optim.AdamW`` over the other parameters, both in the order of the groups. Muon takes two dimensions:
+        the buffer of a convolution is (out, the rest).
 
         Args:
             momentum: Muon's, in [0, 1).
             beta1: AdamW's, in [0, 1).
+
+        Raises:
+            TypeError, ValueError: for a number outside [0, 1), or groups of matrices with ``maximize``, ``stacked`` or
+                ``split``, which Muon lacks. If Muon is to take such parameters whole, set the group's ``split`` to None
+                first.
         """
         return muon_state.to_muon(
             self.state_dict(), self.defaults, check_below_one("momentum", momentum), check_below_one("beta1", beta1)
