@@ -542,8 +542,8 @@ class NLCG(torch.optim.Optimizer):
         are. The other groups are converted as by :meth:`load_adamw_state_dict`; eps and beta2 of AdamW's file become
         those of all groups. All other options, ``stacked`` and ``split`` among them, are this optimizer's. With
         ``update="heavy_ball"`` and the momentum as the matrices' beta_max the steps are Muon's while the same
-        parameters have gradients. With ``"fletcher_reeves"`` the first step has beta_max, whatever the gradient,
-        because Muon does not keep the last one.
+        parameters have gradients. With ``"fletcher_reeves"`` the first beta of the matrices is beta_max, whatever
+        the gradient, because Muon does not keep the last one.
 
         Args:
             muon: what ``torch.optim.Muon.state_dict()`` returned, over the parameters of the ``"muon"`` groups, in the
