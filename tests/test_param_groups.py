@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,16 @@ def test_a_parameter_with_state_keeps_its_preconditioner() -> None:
         step(ps, optimizer, 1)
     optimizer.param_groups[1]["preconditioner"] = "muon"
     step(ps, optimizer, 1)
+
+
+def test_a_weight_decay_that_no_group_takes_is_reported() -> None:
+    w = nn.Parameter(torch.zeros(3, 3))
+    with pytest.warns(UserWarning, match=r"weight_decay=0\.1 has no effect"):
+        NLCG([{"params": [w], "weight_decay": 0.0}], weight_decay=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NLCG([{"params": [w], "weight_decay": 0.0}, {"params": [nn.Parameter(torch.zeros(3))]}], weight_decay=0.1)
+        NLCG([{"params": [w], "weight_decay": 0.1}])
 
 
 def test_state_may_be_cut_and_extended_as_gaussian_splatting_does() -> None:

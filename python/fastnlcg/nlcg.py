@@ -26,6 +26,7 @@ from fastnlcg.tensors.ranks import check_group, check_whole, shapes_of, world_si
 from fastnlcg.tensors.state_dict import checked, entries_for, warn_of_changes
 from fastnlcg.tensors.step_table import StepTable
 from fastnlcg.tensors.table import parameters
+from fastnlcg.warn import warn
 
 __all__ = ["NLCG", "Diagnostics"]
 
@@ -260,6 +261,8 @@ class NLCG(torch.optim.Optimizer):
         self._reset_caches()
         super().__init__(params, defaults)
         self._step_supports_amp_scaling = capturable
+        if weight_decay and all(group["weight_decay"] != weight_decay for group in self.param_groups):
+            warn(f"weight_decay={weight_decay!r} has no effect: every parameter group has one of its own")
 
     # ---- groups --------------------------------------------------------------------------------------------------
 
