@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from fastnlcg.line_search import OnlineLineSearch
@@ -134,16 +134,17 @@ def _line_search(name: str, value: object) -> object:
 def _split(name: str, value: object) -> int | tuple[int, ...] | None:
     if value is None:
         return None
-    parts = (value,) if isinstance(value, int) else value
+    parts = (value,) if isinstance(value, Integral) else value
     if (
-        not isinstance(parts, tuple | list)
+        not isinstance(parts, Sequence)
+        or isinstance(parts, str | bytes)
         or not parts
-        or any(isinstance(part, bool) or not isinstance(part, int) for part in parts)
+        or any(isinstance(part, bool) or not isinstance(part, Integral) for part in parts)
     ):
-        raise TypeError(f"{name} must be None, an int or a tuple of ints, got {value!r}")
+        raise TypeError(f"{name} must be None, an int or a sequence of ints, got {value!r}")
     if any(part < 1 for part in parts):
         raise ValueError(f"Invalid {name}: {value!r}; expected ints >= 1")
-    return value if isinstance(value, int) else tuple(parts)
+    return int(value) if isinstance(value, Integral) else tuple(map(int, parts))
 
 
 def _state_dtype(name: str, value: object) -> str | None:
