@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastnlcg import NLCG, muon_groups
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 
 def network() -> nn.Module:
@@ -283,23 +288,236 @@ def test_muon_groups_split_a_module() -> None:
         "gate.weight",
         "head.weight",
     }
+    assert all(p.dim() == 1 for g in groups if g["weight_decay"] == 0.0 for p in g["params"])
     every = {name for name, p in Model().named_parameters() if p.requires_grad}
     assert set().union(*(g["param_names"] for g in groups)) == every
     assert all(g["lr"] == pytest.approx(0.02 if g["preconditioner"] == "muon" else 0.002) for g in groups)
     NLCG(groups)
 
 
-def test_a_weight_tied_to_an_embedding_is_outside() -> None:
-    net = Model()
-    net.qkv.weight = net.head.weight = net.embed.weight
-    assert "embed.weight" in names(muon_groups(net, lr=0.02), preconditioner="adam")
+def kinds(module: nn.Module, **arguments: Any) -> dict[str, str]:
+    """What the parameters of two or more dimensions are, by name: so many matrices, a stack, or a vector that decays or
+    not."""
+    found = {}
+    for group in muon_groups(module, lr=0.02, weight_decay=0.1, **arguments):
+        kind = "decays" if group["weight_decay"] else "vector"
+        if group["preconditioner"] == "muon":
+            kind = "stack" if group["stacked"] else f"{group['split'] or 1}"
+        found |= {name: kind for name, p in zip(group["param_names"], group["params"], strict=True) if p.dim() >= 2}
+    return found
+
+
+class Holder(nn.Module):
+    """Holds parameters of zeros under these names."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+class HeadNorm(Holder):
+    pass
+
+
+# What torch.nn makes, other modules, and parametrizations of them.
+OF_MODULES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "LayerNorm": (lambda: nn.LayerNorm([8, 6, 6]), {"weight": "vector", "bias": "vector"}),
+    "RMSNorm": (lambda: nn.RMSNorm([6, 6]), {"weight": "vector"}),
+    "another norm": (lambda: HeadNorm(gain=(4, 8)), {"gain": "vector"}),
+    "LSTM": (
+        lambda: nn.LSTM(6, 8, proj_size=3),
+        {"weight_ih_l0": "4", "weight_hh_l0": "4", "weight_hr_l0": "1"},
+    ),
+    "LSTM of numbers": (lambda: nn.LSTM(1, 8), {"weight_ih_l0": "decays", "weight_hh_l0": "4"}),
+    "GRU of one state": (lambda: nn.GRU(6, 1), {"weight_ih_l0": "decays", "weight_hh_l0": "decays"}),
+    "LSTMCell": (lambda: nn.LSTMCell(5, 8), {"weight_ih": "4", "weight_hh": "4"}),
+    "GRUCell": (lambda: nn.GRUCell(5, 8), {"weight_ih": "3", "weight_hh": "3"}),
+    "RNNCell": (lambda: nn.RNNCell(5, 8), {"weight_ih": "1", "weight_hh": "1"}),
+    "attention": (
+        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        {"in_proj_weight": "3", "bias_k": "vector", "bias_v": "vector", "out_proj.weight": "1"},
+    ),
+    "Conv2d, normed": (
+        lambda: weight_norm(nn.Conv2d(3, 8, 3)),
+        {"parametrizations.weight.original0": "decays", "parametrizations.weight.original1": "1"},
+    ),
+    "Conv2d, spectral": (lambda: spectral_norm(nn.Conv2d(3, 8, 3)), {"parametrizations.weight.original": "1"}),
+    "Embedding, normed": (
+        lambda: weight_norm(nn.Embedding(10, 8)),
+        {"parametrizations.weight.original0": "decays", "parametrizations.weight.original1": "decays"},
+    ),
+    "LSTM, normed": (
+        lambda: weight_norm(nn.LSTM(4, 8), "weight_hh_l0"),
+        {
+            "weight_ih_l0": "4",
+            "parametrizations.weight_hh_l0.original0": "decays",
+            "parametrizations.weight_hh_l0.original1": "4",
+        },
+    ),
+    "attention, spectral": (
+        lambda: spectral_norm(nn.MultiheadAttention(8, 2), "in_proj_weight"),
+        {"parametrizations.in_proj_weight.original": "3", "out_proj.weight": "1"},
+    ),
+    "experts": (
+        lambda: Holder(gate_up_proj=(4, 8, 16), gate_up_proj_bias=(4, 16), attention_biases=(4, 9)),
+        {"gate_up_proj": "stack", "gate_up_proj_bias": "vector", "attention_biases": "vector"},
+    ),
+    "tables": (
+        lambda: Holder(positional=(9, 8), rel_pos=(9, 8), cls=(2, 8), tokens=(9, 8), composition=(9, 8)),
+        {"positional": "decays", "rel_pos": "decays", "cls": "decays", "tokens": "decays", "composition": "1"},
+    ),
+    "no elements": (lambda: nn.Linear(0, 8), {"weight": "decays"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("name", OF_MODULES)
+def test_muon_groups_knows_what_a_module_has(name: str) -> None:
+    make, expected = OF_MODULES[name]
+    net = nn.ModuleDict({"inside": make(), "last": nn.Linear(8, 2)})
+    assert kinds(net) == {f"inside.{name}": kind for name, kind in expected.items()} | {"last.weight": "decays"}
+    NLCG(muon_groups(net, lr=0.02, weight_decay=0.1))
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(8, 8)
+
+
+def modules(**children: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict(children)
+
+
+# Modules, and the name of their output layer.
+OUTPUT_LAYERS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
+    "the last": (lambda: modules(a=linear(), b=linear(), norm=nn.LayerNorm(8)), "b.weight"),
+    "before an embedding": (lambda: modules(a=linear(), b=linear(), table=nn.Embedding(9, 8)), "b.weight"),
+    "none after a convolution": (lambda: modules(a=linear(), b=nn.Conv1d(8, 8, 3)), None),
+    "none after attention": (lambda: modules(a=linear(), b=nn.MultiheadAttention(8, 2)), None),
+    "normed": (lambda: modules(a=linear(), b=weight_norm(linear())), "b.parametrizations.weight.original1"),
+    "a head before the body": (lambda: modules(lm_head=linear(), a=linear(), b=linear()), "lm_head.weight"),
+    "of two heads the last": (lambda: modules(head=linear(), head_dist=linear(), a=linear()), "head_dist.weight"),
+    "in a head": (lambda: modules(classifier=nn.Sequential(linear(), linear()), a=linear()), "a.weight"),
+    "in a head before the body": (
+        lambda: modules(classifier=nn.Sequential(linear(), linear()), body=nn.Sequential(nn.Sequential(linear()))),
+        "classifier.1.weight",
+    ),
+    "after a head that has none": (lambda: modules(head=nn.Conv1d(8, 8, 3), fc=linear()), "fc.weight"),
+    "not in a layer": (
+        lambda: modules(layers=nn.ModuleList([modules(output=linear(), up=linear()) for _ in range(2)])),
+        "layers.1.up.weight",
+    ),
+    "in a wrapper": (lambda: modules(module=modules(head=linear(), a=linear())), "module.head.weight"),
+    "alone": (linear, "weight"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUT_LAYERS)
+def test_the_output_layer_is_outside(name: str) -> None:
+    make, expected = OUTPUT_LAYERS[name]
+    found = {name: kind for name, kind in kinds(make()).items() if "table" not in name and "original0" not in name}
+    assert [name for name, kind in found.items() if kind == "decays"] == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, functools.partial(torch.compile, backend="eager")])
+def test_wrappers_do_not_count(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Names are matched without the parts that wrappers and parametrizations add, and ``param_names`` keep them."""
+    net = modules(pos_embed=Holder(table=(9, 8)), qkv=weight_norm(nn.Linear(8, 24)), up=linear(), head=linear())
+    expected = kinds(net, outside=["up"], split={"qkv.weight": 3})
+    assert expected["pos_embed.table"] == expected["up.weight"] == "decays"
+    assert expected["qkv.parametrizations.weight.original1"] == "3"
+    for name in ("pos_embed", "qkv", "up"):
+        net[name] = wrap(net[name])
+    found = kinds(net, outside=["up"], split={"qkv.weight": 3})
+    assert list(found.values()) == list(expected.values())
+    assert found.keys() == {name for name, p in net.named_parameters() if p.dim() >= 2}
+    given = next(name for name in found if name.endswith("original1"))
+    assert kinds(net, outside=["up"], split={given: 3}) == found
+
+
+@pytest.mark.parametrize("embedding", [lambda: nn.Embedding(30, 16), lambda: Holder(weight=(30, 16))])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_tied_to_an_embedding_is_outside(embedding: Callable[[], nn.Module], first: bool) -> None:
+    tied = {"lm_head": nn.Linear(16, 30), "embed_tokens": embedding()}
+    tied["lm_head"].weight = tied["embed_tokens"].weight
+    net = modules(**tied) if first else modules(**dict(reversed(tied.items())))
+    net["last"] = nn.Linear(16, 4)
+    assert set(kinds(net, outside=["last"]).values()) == {"decays"}
 
 
 def test_outside_is_chosen() -> None:
-    groups = muon_groups(Model(), lr=0.02, outside=("stem", "experts"))
+    groups = muon_groups(Model(), lr=0.02, weight_decay=0.1, outside=("stem", "experts", "frozen"))
     assert {"stem.weight", "experts"} <= names(groups, preconditioner="adam")
     assert "head.weight" in names(groups, preconditioner="muon")
-    with pytest.raises(ValueError, match="outside has 'sten', which names no parameter"):
-        muon_groups(Model(), lr=0.02, outside=("sten",))
-    with pytest.raises(ValueError, match=r"split has 'kv.weight', with which no parameter's name ends"):
-        muon_groups(Model(), lr=0.02, split={"kv.weight": 2})
+
+
+def test_a_split_may_be_of_numpys_numbers_and_of_what_is_frozen() -> None:
+    groups = muon_groups(
+        Model(),
+        lr=0.02,
+        weight_decay=0.1,
+        split={"qkv.weight": np.int64(3), "frozen.weight": 2, "token_mixer.weight": [4, np.int32(5)]},
+    )
+    assert "qkv.weight" in names(groups, split=3)
+    assert names(groups, split=(4, 5)) == {"token_mixer.weight"}
+    assert all(type(group.get("split")) is not np.int64 for group in groups)
+
+
+class Conv1D(Holder):
+    """As in transformers: x @ weight + bias."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"outside": ("sten",)}, ValueError, "outside has 'sten', which names no parameter"),
+        ({"outside": "stem"}, TypeError, "outside must be None or a sequence of names, got the string 'stem'"),
+        (
+            {"split": {"kv.weight": 2}},
+            ValueError,
+            "split has 'kv.weight', with which the name of no matrix inside ends",
+        ),
+        ({"split": {"head.weight": 2}}, ValueError, "split has 'head.weight', with which the name of no matrix"),
+        ({"split": {"qkv.bias": 3}}, ValueError, "split has 'qkv.bias', with which the name of no matrix"),
+        ({"split": {"qkv.weight": 5}}, ValueError, r"'qkv.weight': .* cannot be split into 5 parts of equal size"),
+        ({"split": {"qkv.weight": (16, 16)}}, ValueError, r"'qkv.weight': .* into parts of \(16, 16\) rows: it has 48"),
+        ({"split": {"qkv.weight": "3"}}, TypeError, "split must be None, an int or a sequence of ints, got '3'"),
+        ({"split": {"c_attn.weight": 3}}, ValueError, "split cannot cut 'c_attn.weight': its rows are the inputs"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"weight_decay": -1.0}, ValueError, "Invalid weight_decay"),
+    ],
+)
+def test_muon_groups_refuses_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    net = Model()
+    net.c_attn, net.head = Conv1D(weight=(12, 36), bias=(36,)), net.head
+    with pytest.raises(error, match=message):
+        muon_groups(net, **{"lr": 0.02, "weight_decay": 0.1, **arguments})
+
+
+def test_muon_groups_needs_the_weight_decay() -> None:
+    """Its groups have one each, so that NLCG's would be ignored."""
+    with pytest.raises(TypeError, match="weight_decay"):
+        muon_groups(Model(), lr=0.02)  # type: ignore[call-arg]
+
+
+class Flat(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(torch.zeros(32))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Lazy modules are a new feature", "ignore:.*torch.jit.script.* is:DeprecationWarning"
+)
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(8), linear()), ValueError, "parameter '0.weight' is not initialized"),
+        (lambda: nn.Sequential(Flat(), linear()), ValueError, r"parameter '0.weight' of shape \(32,\) is a flat shard"),
+        (lambda: nn.Sequential(torch.jit.script(linear())), TypeError, "module '0' is one of torch.jit"),
+        (lambda: [nn.Parameter(torch.zeros(3, 4))], TypeError, "module must be an nn.Module, got list"),
+    ],
+)
+def test_muon_groups_refuses_modules_without_matrices(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        muon_groups(make(), lr=0.02, weight_decay=0.1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fastnlcg import NLCG
+from fastnlcg import NLCG, muon_groups
 from rank_training import (
     KINDS,
     STEPS,
@@ -76,6 +76,18 @@ def test_fsdp1(kind: str, use_orig_params: bool) -> None:
         joined, b = torch.cat([p.flatten() for p in found]), torch.cat([p.flatten() for p in expected])
         assert torch.linalg.vector_norm(joined - b) <= 1e-5 * torch.linalg.vector_norm(b)
         assert steps == STEPS
+
+
+def fsdp1_groups() -> None:
+    for use_orig_params in (False, True):
+        wrapped = FullyShardedDataParallel(model(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+        for net in (wrapped, nn.Sequential(wrapped)):
+            with pytest.raises(ValueError, match="is wrapped by FSDP1, which keeps flat shards"):
+                muon_groups(net, lr=0.02, weight_decay=0.1)
+
+
+def test_muon_groups_refuses_fsdp1() -> None:
+    ranks(3)(fsdp1_groups)
 
 
 def fsdp1_checkpoint(kind: str) -> tuple[str, str]:

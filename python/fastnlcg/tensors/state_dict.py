@@ -22,7 +22,7 @@ from fastnlcg.warn import warn
 if TYPE_CHECKING:
     from fastnlcg.nlcg import NLCG
 
-_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
+WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
 """Parts that wrappers of a module add to its parameters' names: torch.compile, FSDP1, activation checkpointing,
 Fabric."""
 
@@ -162,7 +162,7 @@ def names_of(group: Mapping[str, Any]) -> list[str] | None:
 def bare_names(names: list[str]) -> list[tuple[str, ...]]:
     """Names without the parts that wrappers have added. DDP adds ``module``, which may also be the name of one of the
     user's modules: it is left out if all names begin with it, and elsewhere only if all names stay different."""
-    parts = [tuple(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
+    parts = [tuple(part for part in name.split(".") if part not in WRAPPERS) for name in names]
     while parts and all(len(x) > 1 and x[0] == "module" for x in parts):
         parts = [x[1:] for x in parts]
     short = [tuple(part for part in x if part != "module") for x in parts]
