@@ -494,12 +494,6 @@ def test_muon_groups_refuses_wrong_arguments(arguments: dict[str, Any], error: t
         muon_groups(net, **{"lr": 0.02, "weight_decay": 0.1, **arguments})
 
 
-def test_muon_groups_needs_the_weight_decay() -> None:
-    """Its groups have one each, so that NLCG's would be ignored."""
-    with pytest.raises(TypeError, match="weight_decay"):
-        muon_groups(Model(), lr=0.02)  # type: ignore[call-arg]
-
-
 class Flat(nn.Linear):
     def __init__(self) -> None:
         super().__init__(8, 8)
