@@ -338,6 +338,21 @@ def test_no_point_evaluated_in_a_step_is_lower_than_where_it_ends(options: dict[
             assert fun().item() == pytest.approx(optimizer.diagnostics()["loss"], abs=1e-13)
 
 
+def test_float32_that_has_fallen_by_orders_of_magnitude_ends_a_step_at_its_lowest_point() -> None:
+    p = nn.Parameter(torch.tensor([2.0, 0.1]))
+    optimizer, seen = CGDescent([p]), []
+
+    def fun() -> Tensor:
+        value = 100 * (p[0] - 1) ** 2 + 1e-5 * (1 + torch.sin(4.792 * p[1] + 1.2414))
+        seen.append(value.item())
+        return value
+
+    for _ in range(8):
+        seen.clear()
+        optimizer.step(closure_of(optimizer, fun))
+        assert optimizer.diagnostics()["loss"] <= min(seen) * (1 + 2e-6)
+
+
 # ---- what LBFGS's users expect ---------------------------------------------------------------------------------------
 
 

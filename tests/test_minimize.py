@@ -239,6 +239,40 @@ def test_a_search_that_saw_a_lower_point_ends_there() -> None:
     assert result.fun <= min(seen) + 1e-12
 
 
+def valley_of_waves(x: np.ndarray) -> tuple[float, np.ndarray]:
+    """Its first iteration falls by fifteen orders of magnitude: waves of 1e-5 are what is left."""
+    r, z = x[0] - 1, 3.83754915661771 * x[1] + 0.9164785653967613
+    return float(1e10 * r * r + 1e-5 * (1 + np.sin(z))), np.array([2e10 * r, 3.83754915661771e-5 * np.cos(z)])
+
+
+@pytest.mark.parametrize("line_search", [HagerZhang(), HagerZhang(epsilon=0.0)])
+def test_a_loss_that_has_fallen_by_orders_of_magnitude_ends_at_the_lowest_point(line_search: HagerZhang) -> None:
+    for maxiter in range(1, 8):
+        seen = []
+
+        def watched(x: np.ndarray, seen: Any = seen) -> tuple[float, np.ndarray]:
+            f, g = valley_of_waves(x)
+            seen.append(f)
+            return f, g
+
+        result = minimize(watched, np.array([3.0, 0.1]), maxiter=maxiter, line_search=line_search)
+        assert result.fun <= min(seen) * (1 + 1e-11)
+
+
+@pytest.mark.parametrize("offset", [-1e-3, -1e-10, 0.0, 1e-10])
+def test_a_loss_that_falls_to_zero_or_through_it_is_as_fine_as_its_terms(offset: float) -> None:
+    """Its terms are of size 1 and cancel, so that its rounding, which the sine stands for, has their size."""
+    k = np.logspace(0, 4, 8)
+
+    def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
+        t = x - 1
+        f = float((k * t**2 + t**4).sum())
+        return f + offset + 2e-16 * math.sin(1e9 * float(x.sum())), 2 * k * t + 4 * t**3
+
+    for seed in range(3):
+        assert minimize(fun, np.random.default_rng(seed).uniform(-1, 2, 8), gtol=1e-10).success
+
+
 # ---- no function makes it raise --------------------------------------------------------------------------------------
 
 

@@ -44,8 +44,8 @@ NOT_FOUND = "no step length was found: the loss is at the limit of rounding, not
 ROUNDING = 64 * 2.0**-52
 """the rounding error of a loss in float64, relative to a running mean of |f|"""
 RESOLUTION = 2.0**-40
-"""the resolution of a loss that a function of float64 returns, relative to a running mean of |f|: 4096 units in the
-last place, for sums of many terms"""
+"""the resolution of a loss that a function of float64 returns, relative to |f|: 4096 units in the last place, for sums of
+many terms"""
 RESOLUTION_FLOAT32 = 1e-6
 """the resolution of a loss that a function of float32 returns: eight units in the last place"""
 
@@ -236,8 +236,8 @@ class Descent:
         options: see :class:`DescentOptions`.
         x_max: returns max |x|; called if there is no last step length.
         course: the state of a run, to continue it; a new run by default.
-        resolution: the resolution of a loss, relative to a running mean of |f|: two losses that differ by less count as
-            equal.
+        resolution: the resolution of a loss, relative to |f|: two losses that differ by less count as equal, unless the
+            line search has an ``epsilon``.
         trusted: whether the loss in ``course`` is known to be that of the current function. If not, the first
             evaluation is compared with it, and if it does not fit, x is evaluated again.
         sign: -1 if ``full`` and ``loss`` return the negated loss; for messages.
@@ -270,7 +270,7 @@ class Descent:
 
     @property
     def _epsilon(self) -> float:
-        """Differences in f that count as rounding, relative to the running mean of |f|."""
+        """Differences in f that count as rounding, relative to |f|."""
         epsilon = self.options.line_search.epsilon
         return self.resolution if epsilon is None else epsilon
 
@@ -385,8 +385,10 @@ class Descent:
         weight = 1.0 + 0.7 * at.weight
         mean_f = at.mean_f + (abs(at.f) - at.mean_f) / weight
         start = Point(0.0, at.f, at.slope)
-        # The mean lags behind a loss that falls by orders of magnitude, but is the right scale if a loss crosses zero.
-        slack = max(self._epsilon * min(mean_f, abs(at.f)), ROUNDING * mean_f)
+        # The mean lags behind a loss that falls by orders of magnitude: a loss never rises by more than itself. But it is
+        # the size of the terms of a loss that has fallen through zero.
+        noise = ROUNDING * mean_f if at.f <= 0.0 else min(ROUNDING * mean_f, at.f)
+        slack = max(self._epsilon * min(mean_f, abs(at.f)), noise)
         lowest, latest, probed, shortest, wanted, g_max = start, start, start, math.inf, 0.0, at.g_max
         moved = at.unbounded = False
 
@@ -423,7 +425,9 @@ class Descent:
             return f
 
         def is_lower(a: Point, b: Point | None) -> bool:
-            return a is not start and (b is None or a.f < b.f - self.resolution * mean_f)
+            if a is start or b is None:
+                return a is not start
+            return a.f < b.f - self._epsilon * (mean_f if b.f <= 0.0 else min(mean_f, b.f))
 
         try:
             try:
