@@ -238,6 +238,20 @@ def test_a_loss_that_is_not_finite(value: float) -> None:
     assert "not finite" in optimizer.diagnostics()["message"]
 
 
+def test_a_run_continues_when_the_loss_is_finite_again() -> None:
+    p = nn.Parameter(torch.tensor([1e20, 2e20]))  # the loss overflows, its gradient does not
+    optimizer = CGDescent([p])
+    closure = closure_of(optimizer, lambda: p.square().sum())
+    for _ in range(2):
+        assert optimizer.step(closure) == torch.tensor(math.inf)
+    with torch.no_grad():
+        p.mul_(1e-20)
+    begin = optimizer.step(closure)
+    assert isinstance(begin, Tensor)
+    assert begin == pytest.approx(5.0)
+    assert optimizer.diagnostics()["loss"] < 5.0
+
+
 def test_no_step_is_a_message() -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = CGDescent([p])

@@ -159,7 +159,7 @@ class Course:
     f: float = math.nan
     """the loss at x; NaN: unknown"""
     g_max: float = math.nan
-    """max |g| at x; NaN: unknown, or not finite"""
+    """max |g| at x; NaN: unknown, or f or g is not finite"""
     slope: float = 0.0
     """sum(g d)"""
     dhd: float = 0.0
@@ -288,7 +288,7 @@ class Descent:
 
     def _start_from(self, f: float, slope: float, g_max: float) -> None:
         at = self.course
-        at.f, at.g_max = f, g_max if math.isfinite(slope) else math.nan
+        at.f, at.g_max = f, g_max if math.isfinite(f) and math.isfinite(slope) else math.nan
         self.trusted = True
         if at.iterations == self._iterations:
             self.f_before = f
