@@ -235,6 +235,34 @@ def test_data_that_change_between_steps_are_noticed(options: dict[str, int]) -> 
         assert len(calls) <= 60 * options.get("max_iter", 1)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"history": 0}, {"preconditioner": "bfgs", "history": 0}, {"preconditioner": None}]
+)
+@pytest.mark.parametrize("before", [1, 40])
+def test_data_that_change_are_noticed_by_a_few_steps_of_few_evaluations(
+    before: int, options: dict[str, Any], limit: int
+) -> None:
+    model, _ = problem()
+    optimizer, shift = CGDescent(model.parameters(), max_eval=limit, **options), 0.0
+    x = torch.rand(50, 2, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return (model(x) - torch.sin(2 * x.sum(1, keepdim=True)) - shift).square().mean()
+
+    for _ in range(before):
+        optimizer.step(closure_of(optimizer, loss))
+    shift = 3.0
+    begin = loss().item()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(60):
+            optimizer.step(closure_of(optimizer, loss))
+    assert ["does not repeat" in str(one.message) for one in seen] == [True]
+    assert optimizer.diagnostics()["loss"] == pytest.approx(loss().item(), rel=1e-9)
+    assert loss().item() < 0.2 * begin
+
+
 def test_a_step_where_nothing_was_found_costs_one_evaluation() -> None:
     p = nn.Parameter(torch.ones(4, dtype=torch.float64))
     optimizer, calls = CGDescent([p]), []

@@ -286,7 +286,8 @@ class CGDescent(torch.optim.Optimizer):
             x_max=passes.x_max,
             course=course,
             resolution=RESOLUTION if self._dtype() == torch.float64 else RESOLUTION_FLOAT32,
-            trusted=self._max_eval is not None and self._max_eval < 3,  # too few to look at one point twice
+            trusted=False,
+            defers=self._max_eval is not None and self._max_eval < 3,
             sign=sign,
         )
         try:
@@ -314,7 +315,7 @@ class CGDescent(torch.optim.Optimizer):
         elif course.stuck:
             if not run.look():
                 return self._message or NOT_FOUND
-        elif course.g_max <= self._tolerance_grad or (course.iterations and not course.repeats):
+        elif course.suspect or course.g_max <= self._tolerance_grad or (course.iterations and not course.repeats):
             run.look()
         for _ in range(self._max_iter):
             if course.g_max <= self._tolerance_grad:
@@ -446,7 +447,7 @@ def _check_state(given: Mapping[str, Any], own: list[dict[str, Any]], options: D
     state, saved = structure(given, own)
     course, params = saved[0].get("course") if saved else None, parameters(own)
     names = {one.name for one in fields(Course)}
-    since = {"pairs", "next_length"}  # 0.6.0 has no pairs
+    since = {"pairs", "next_length", "suspect"}  # files of 0.6 to 0.8 are without
     if course is not None and not (isinstance(course, Mapping) and names - since <= set(course) <= names):
         raise ValueError("param_groups[0]['course'] is not that of a CGDescent")
     if course is not None and not all(isinstance(i, int) and 0 <= i < len(params) for i in course["active"]):

@@ -44,8 +44,8 @@ NOT_FOUND = "no step length was found: the loss is at the limit of rounding, not
 ROUNDING = 64 * 2.0**-52
 """the rounding error of a loss in float64, relative to a running mean of |f|"""
 RESOLUTION = 2.0**-40
-"""the resolution of a loss that a function of float64 returns, relative to |f|: 4096 units in the last place, for sums of
-many terms"""
+"""the resolution of a loss that a function of float64 returns, relative to |f|: 4096 units in the last place, for sums
+of many terms"""
 RESOLUTION_FLOAT32 = 1e-6
 """the resolution of a loss that a function of float32 returns: eight units in the last place"""
 
@@ -199,6 +199,9 @@ class Course:
     pairs: Pairs = field(default_factory=Pairs)
     next_length: float = 1.0
     """with pairs: the first length of the next search; not 1 after a search that a limit has ended"""
+    suspect: bool = False
+    """whether the function may have changed: a limit has ended the last search where it began, before x could be
+    evaluated again, and the first point of that search did not fit the loss at its start"""
 
     def __post_init__(self) -> None:
         if isinstance(self.pairs, dict):
@@ -240,6 +243,8 @@ class Descent:
             line search has an ``epsilon``.
         trusted: whether the loss in ``course`` is known to be that of the current function. If not, the first
             evaluation is compared with it, and if it does not fit, x is evaluated again.
+        defers: whether that is left to the next run, which sees ``course.suspect``: the limits allow too few
+            evaluations for a look at x and a search.
         sign: -1 if ``full`` and ``loss`` return the negated loss; for messages.
     """
 
@@ -254,11 +259,12 @@ class Descent:
         course: Course | None = None,
         resolution: float = RESOLUTION,
         trusted: bool = True,
+        defers: bool = False,
         sign: float = 1.0,
     ) -> None:
         self.passes, self.full, self.loss, self.options, self.x_max = passes, full, loss, options, x_max
         self.course = course or Course()
-        self.resolution, self.trusted, self.sign = resolution, trusted, sign
+        self.resolution, self.trusted, self.defers, self.sign = resolution, trusted, defers, sign
         self.warning = ""
         self.f_before = self.course.f
         """the loss at which the first iteration began"""
@@ -289,7 +295,7 @@ class Descent:
     def _start_from(self, f: float, slope: float, g_max: float) -> None:
         at = self.course
         at.f, at.g_max = f, g_max if math.isfinite(f) and math.isfinite(slope) else math.nan
-        self.trusted = True
+        at.suspect, self.trusted = False, True
         if at.iterations == self._iterations:
             self.f_before = f
         self._turn_to_steepest()
@@ -316,7 +322,7 @@ class Descent:
         except Edited:
             self.begin()
             return True
-        self.trusted = at.repeats = True
+        at.suspect, self.trusted, at.repeats = False, True, True
         same = self._same_loss(at.f, f) and all(
             abs(now - before) <= 1e-6 * abs(before) for now, before in ((slope, at.slope), (g_max, at.g_max))
         )
@@ -385,12 +391,12 @@ class Descent:
         weight = 1.0 + 0.7 * at.weight
         mean_f = at.mean_f + (abs(at.f) - at.mean_f) / weight
         start = Point(0.0, at.f, at.slope)
-        # The mean lags behind a loss that falls by orders of magnitude: a loss never rises by more than itself. But it is
-        # the size of the terms of a loss that has fallen through zero.
+        # The mean lags behind a loss that falls by orders of magnitude: a loss never rises by more than itself. But it
+        # is the size of the terms of a loss that has fallen through zero.
         noise = ROUNDING * mean_f if at.f <= 0.0 else min(ROUNDING * mean_f, at.f)
         slack = max(self._epsilon * min(mean_f, abs(at.f)), noise)
         lowest, latest, probed, shortest, wanted, g_max = start, start, start, math.inf, 0.0, at.g_max
-        moved = at.unbounded = False
+        moved = suspect = at.unbounded = False
 
         def move(alpha: float) -> None:
             nonlocal moved, wanted
@@ -398,10 +404,13 @@ class Descent:
             self.passes.trial(alpha, first=first)
 
         def saw(point: Point) -> None:
-            nonlocal latest, shortest
+            nonlocal latest, shortest, suspect
             latest, shortest = point, min(shortest, point.alpha)
-            if not self.trusted:
-                self._check_start(start, point, slack)
+            if not self.trusted and not _fits(start, point, slack):
+                if not self.defers:
+                    raise _Suspect
+                suspect = True
+            self.trusted = True
 
         def phi(alpha: float) -> tuple[float, float]:
             nonlocal lowest, g_max
@@ -444,6 +453,7 @@ class Descent:
             target, longest = min(lowest, probed, key=lambda point: point.f), wanted
             move(target.alpha)
             if target is start:
+                at.suspect = suspect
                 at.alpha = shortest if shortest < math.inf else at.alpha
                 at.next_length = longest if 0.0 < longest < math.inf else at.next_length
             elif target is latest and target.finite:  # the gradient is still that of this point
@@ -462,16 +472,6 @@ class Descent:
             return None
         at.weight, at.mean_f, at.g_max = weight, mean_f, g_max
         return accepted
-
-    def _check_start(self, start: Point, seen: Point, slack: float) -> None:
-        """Checks that the first point of a search fits the loss at its start: a parabola through both slopes (or,
-        without a slope, the tangent) meets the two losses. If the error is larger than the whole decrease along the
-        tangent, the function may have changed: raises _Suspect."""
-        self.trusted = True
-        fall = -start.slope * seen.alpha
-        expected = -fall if math.isnan(seen.slope) else 0.5 * (seen.slope - start.slope) * seen.alpha - fall
-        if not abs(seen.f - start.f - expected) <= fall + slack:
-            raise _Suspect
 
     def _first_length(
         self, start: Point, probe: Callable[[float], float], phi: Callable[[float], tuple[float, float]]
@@ -569,7 +569,15 @@ class Descent:
 
 
 class _Suspect(Exception):  # noqa: N818
-    """The first point of a search does not fit the loss at its start."""
+    """The first point of a search does not fit the loss at its start: the function may have changed."""
+
+
+def _fits(start: Point, seen: Point, slack: float) -> bool:
+    """Whether a point fits the loss at the start of its search: a parabola through both slopes (or, without a slope,
+    the tangent) meets the two losses, with an error of at most the whole decrease along the tangent."""
+    fall = -start.slope * seen.alpha
+    expected = -fall if math.isnan(seen.slope) else 0.5 * (seen.slope - start.slope) * seen.alpha - fall
+    return abs(seen.f - start.f - expected) <= fall + slack
 
 
 def check_count(name: str, value: object, *, minimum: int = 1) -> int:
