@@ -273,6 +273,42 @@ def test_a_loss_that_falls_to_zero_or_through_it_is_as_fine_as_its_terms(offset:
         assert minimize(fun, np.random.default_rng(seed).uniform(-1, 2, 8), gtol=1e-10).success
 
 
+# ---- the gradient of the result --------------------------------------------------------------------------------------
+
+
+def wall(x: np.ndarray) -> tuple[float, np.ndarray]:
+    """Infinite inside the unit sphere."""
+    f = float(x @ x)
+    return (f, 2 * x) if f >= 1 else (math.inf, 0 * x)
+
+
+def kinked(x: np.ndarray) -> tuple[float, np.ndarray]:
+    g = 1.5 * np.sign(x) * np.sqrt(abs(x))
+    g[0] += 3 * np.sign(x[0] - 1)
+    return float((abs(x) ** 1.5).sum() + 3 * abs(x[0] - 1)), g
+
+
+def one_buffer(x: np.ndarray, buffer: np.ndarray = np.zeros(4)) -> tuple[float, np.ndarray]:  # noqa: B008
+    """Returns the same array each time."""
+    f, buffer[:] = quartic(x)
+    return f, buffer
+
+
+@pytest.mark.parametrize("history", [0, 10])
+@pytest.mark.parametrize(
+    ("fun", "options", "status"),
+    [(wall, {"maxfun": 5}, 1), (wall, {"maxfun": 6}, 1), (kinked, {}, 2), (one_buffer, {}, 0)],
+)  # fmt: skip
+@WAYS
+def test_the_gradient_of_the_result_is_that_at_its_x(
+    way: Any, fun: Any, options: dict[str, int], status: int, history: int
+) -> None:
+    x0 = np.array([1.3, 0.7, 2.1, 0.4])
+    result = way(fun, x0, history=history, callback=lambda x: fun(0 * np.asarray(x)), **options)
+    assert result.status == status
+    assert np.array_equal(np.asarray(result.jac), fun(np.asarray(result.x))[1])
+
+
 # ---- no function makes it raise --------------------------------------------------------------------------------------
 
 

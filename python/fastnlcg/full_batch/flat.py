@@ -15,6 +15,10 @@ from fastnlcg.full_batch.rotation import flat_matrices
 class Flat:
     """:class:`Passes` over flat arrays of one dtype and device: conjugate gradients without rotations."""
 
+    g: Any = None
+    """the gradient at x"""
+    _g_origin: Any = None
+
     def __init__(self, x: Any, zeros: Callable[[], Any], device: str, *, preconditioned: bool) -> None:
         self.x, self.threads = x, _native.num_threads()
         self.g_prev, self.d, self.origin = zeros(), zeros(), zeros()
@@ -30,6 +34,8 @@ class Flat:
         }
 
     def set_gradient(self, g: Any) -> None:
+        """Takes the gradient at x, without a copy: a search that begins here may come back to it."""
+        self.g = g
         self._step.bind(g=_native.Buffer(g), **self._buffers)
 
     def _run(self, kind: str, **numbers: Any) -> list[float]:
@@ -39,7 +45,11 @@ class Flat:
 
     def trial(self, alpha: float, *, first: Mark | None) -> None:
         # fun gets copies, so x still has the mark ``first``.
+        if first is not None:
+            self._g_origin = self.g
         self._run("trial", alpha=alpha, first=first is not None)
+        if alpha == 0.0:
+            self.g = self._g_origin
 
     def slope(self, f: float) -> tuple[float, float, float]:
         slope, largest, *_ = self._run("slope")
@@ -97,7 +107,7 @@ class FlatVectors(OverVectors, Flat):
 
     def set_gradient(self, g: Any) -> None:
         super().set_gradient(g)
-        self.g, self.vectors.fresh = g, False
+        self.vectors.fresh = False
 
     def _marked(self, dhd: float) -> tuple[float, float, Mark]:
         slope, xd, xx, *_ = self._run("mark")

@@ -96,7 +96,8 @@ def _check_gradient_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> 
 
 
 class _NumPy:
-    """A function of NumPy arrays. It gets copies of x, which the user may keep and write to."""
+    """A function of NumPy arrays. It gets copies of x, which the user may keep and write to; what it returns is copied
+    too."""
 
     def __init__(self, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], jac: object) -> None:
         if isinstance(x0, np.ma.MaskedArray):
@@ -139,7 +140,7 @@ class _NumPy:
         if g.dtype.kind not in "fiu":
             raise TypeError(f"the gradient has dtype {g.dtype}, expected real numbers")
         _check_gradient_shape(g.shape, self.shape)
-        self.g = np.ascontiguousarray(g, self.x.dtype).reshape(-1)
+        self.g = np.array(g, self.x.dtype, order="C").reshape(-1)
         return _as_loss(f)
 
     def out(self, x: Any) -> Any:
@@ -150,7 +151,8 @@ class _NumPy:
 
 
 class _Torch:
-    """A function of torch tensors. It gets copies of x, which the user may keep and write to."""
+    """A function of torch tensors. It gets copies of x, which the user may keep and write to; what it returns is copied
+    too."""
 
     def __init__(self, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], jac: object) -> None:
         import torch
@@ -211,7 +213,8 @@ class _Torch:
             kind = f"a tensor of {g.dtype}, {g.layout}" if isinstance(g, torch.Tensor) else type(g).__name__
             raise TypeError(f"the gradient is {kind}; expected a real dense tensor")
         _check_gradient_shape(g.shape, self.shape)
-        self.g = g.detach().to(self.x).contiguous().view(-1).resolve_neg()  # a lazy sign, which DLPack loses
+        # copy_ resolves a lazy sign, which DLPack would lose.
+        self.g = torch.empty_like(self.x).copy_(g.detach().reshape(-1))
         return _as_loss(f)
 
     def out(self, x: Any) -> Any:
@@ -264,8 +267,8 @@ def minimize(
     **unknown: object,
 ) -> OptimizeResult:
     """Minimizes a smooth function by L-BFGS on the diagonal of BFGS, or by nonlinear conjugate gradients, with the line
-    search of Hager and Zhang; see :class:`CGDescent`. There is no learning rate. The state is 6 + 2 ``history`` arrays
-    of the size of ``x0``, five with ``history=0``. It can also be used through SciPy:
+    search of Hager and Zhang; see :class:`CGDescent`. There is no learning rate. The state is 8 + 2 ``history`` arrays
+    of the size of ``x0``, seven with ``history=0``. It can also be used through SciPy:
     ``scipy.optimize.minimize(fun, x0, jac=True, method=fastnlcg.minimize, options={...})``.
 
     Args:
@@ -416,7 +419,7 @@ def _run(
     result = OptimizeResult(
         x=problem.out(problem.x),
         fun=at.f,
-        jac=problem.out(problem.g),
+        jac=problem.out(passes.g),
         nit=at.iterations,
         nfev=limits.evaluations,
         njev=limits.gradients,
