@@ -173,6 +173,34 @@ def test_return_all_keeps_every_point(way: Any) -> None:
     assert "allvecs" not in way(quartic, x0)
 
 
+def waves(x: np.ndarray) -> tuple[float, np.ndarray]:
+    t = x - 0.3
+    f = np.sum(0.05 * t**2 - np.cos(4 * t) + 0.4 * np.sin(11 * t))
+    return float(f), 0.1 * t + 4 * np.sin(4 * t) + 4.4 * np.cos(11 * t)
+
+
+@pytest.mark.parametrize(
+    ("fun", "options", "status"),
+    [
+        (lambda x: (float(x.sum()), np.ones(2)), {}, 6),
+        (lambda x: (float((x**4).sum()), 4 * x**3), {"maxfun": 2}, 1),
+        *((waves, {"maxfun": limit}, 1) for limit in range(4, 13, 4)),
+    ],
+)
+@pytest.mark.parametrize(("history", "x0"), [(0, [1.0, 2.0]), (10, [3.0, -4.0])])
+@WAYS
+def test_the_iteration_with_which_a_run_ends_is_seen_too(
+    way: Any, history: int, x0: list[float], fun: Any, options: Any, status: int
+) -> None:
+    """Also if the lowest point is not the last that was evaluated, as it is at some limits on the waves."""
+    seen: list[Any] = []
+    result = way(fun, np.array(x0), history=history, return_all=True, callback=seen.append, **options)
+    assert result.status == status
+    assert len(seen) == len(result.allvecs) - 1 == result.nit > 0
+    assert np.array_equal(seen[-1], result.x)
+    assert np.array_equal(result.allvecs[-1], result.x)
+
+
 @WAYS
 def test_unknown_options_are_ignored_and_named(way: Any) -> None:
     with pytest.warns(UserWarning, match="unknown options are ignored: ftol, maxcor"):

@@ -462,6 +462,7 @@ class Descent:
                 at.alpha *= max(1.0, longest / target.alpha)  # the length that the search would have tried next
             else:
                 at.f, at.g_max = target.f, math.nan
+                at.iterations += 1
             raise
         except BaseException:
             if moved:

@@ -468,16 +468,20 @@ def _iterate(run: Descent, gtol: float, maxiter: int, after_iteration: Callable[
     while at.g_max > gtol:
         if at.iterations >= maxiter:
             return 1, f"maxiter is reached: {maxiter} iterations"
+        iterations, end = at.iterations, None
         try:
             reason = run.iterate()
+            if reason:
+                end = (6 if at.unbounded else 2), reason
         except OutOfBudget as limit:
-            return _out_of(limit)
-        if reason:
-            return (6 if at.unbounded else 2), reason
-        try:
-            after_iteration()
-        except StopIteration:
-            return 99, "`callback` raised `StopIteration`."
+            end = _out_of(limit)
+        if at.iterations > iterations:
+            try:
+                after_iteration()
+            except StopIteration:
+                return 99, "`callback` raised `StopIteration`."
+        if end is not None:
+            return end
     return 0, _CONVERGED
 
 
