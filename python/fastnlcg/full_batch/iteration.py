@@ -41,6 +41,7 @@ curvature along the direction repeatedly, not just once."""
 PROBE = 0.1
 """the quadratic step evaluates f at this fraction of the last step length"""
 NOT_FOUND = "no step length was found: the loss is at the limit of rounding, not smooth, or unbounded below"
+NO_SQUARES = "the sum of the squares of the gradient overflows or underflows: scale the loss"
 ROUNDING = 64 * 2.0**-52
 """the rounding error of a loss in float64, relative to a running mean of |f|"""
 RESOLUTION = 2.0**-40
@@ -380,7 +381,7 @@ class Descent:
                 self.begin()
             else:
                 at.stuck = True
-                return NOT_FOUND
+                return NOT_FOUND if at.slope < 0.0 and math.isfinite(at.slope) else NO_SQUARES
             self.compare(f_before, at.f)
 
     def _search(self) -> Point | None:
