@@ -158,6 +158,32 @@ def test_errors_of_minimize() -> None:
             call()
 
 
+@pytest.mark.parametrize("factor", [1e200, 1e-200])
+def test_a_gradient_whose_square_no_double_holds_has_a_message_of_its_own(factor: float) -> None:
+    result = minimize(lambda x: (factor * float(x @ x), 2 * factor * x), np.ones(3), gtol=0.0)
+    assert result.status == 2
+    assert "scale the loss" in result.message
+
+
+@pytest.mark.parametrize("history", [0, 3])
+@pytest.mark.parametrize("mode", ["raise", "warn"])
+def test_a_strict_floating_point_mode_is_that_of_the_users_functions(mode: Any, history: int) -> None:
+    """Under np.errstate(all="raise") no operation of ours raises, and those of fun and of the callback do."""
+
+    def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
+        modes.append(np.geterr()["under"])
+        f, g = rosenbrock(x[:10])
+        return f + 1e-200 * float(x[10:].sum()), np.concatenate([g, [1e-200, 1e-200]])
+
+    modes: list[str] = []
+    see = lambda x: modes.append(np.geterr()["under"])  # noqa: E731
+    with np.errstate(all=mode):
+        result = minimize(fun, np.full(12, -1.2), shapes=[(6, 2)], gtol=1e-10, history=history, callback=see)
+        assert np.geterr()["under"] == mode
+    assert result.success
+    assert set(modes) == {mode}
+
+
 def test_an_empty_array() -> None:
     result = minimize(lambda x: (0.0, x), np.zeros(0))
     assert result.success

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fastnlcg import OptimizeResult, minimize
-from full_batch_functions import WAYS, direct, optimize, quartic, quartic_of_torch
+from full_batch_functions import WAYS, direct, optimize, quartic, quartic_of_torch, through_scipy
 
 # ---- callbacks -------------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,21 @@ def test_what_fun_writes_into_its_x_changes_nothing(loss_alone: bool) -> None:
         x[:] = math.nan
         return found
 
-    assert np.array_equal(minimize(spoil_array, np.zeros(3)).x, minimize(quartic, np.zeros(3)).x)
+    expected = minimize(quartic, np.zeros(3))
+    for found in (
+        minimize(spoil_array, np.zeros(3)),
+        through_scipy(spoil_array, np.zeros(3)),
+        minimize(lambda x: spoil_array(x)[0], np.zeros(3), jac=lambda x: quartic(x)[1]),
+    ):
+        assert np.array_equal(found.x, expected.x)
+        assert found.nfev == expected.nfev
+
+    found = minimize(
+        lambda x: (quartic_of_torch(x), x.zero_())[0],
+        torch.zeros(3).double(),
+        jac=lambda x: 2 * (x - 1) + 4 * (x - 1) ** 3,
+    )
+    assert np.array_equal(found.x, expected.x)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

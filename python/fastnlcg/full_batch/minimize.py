@@ -108,6 +108,8 @@ class _NumPy:
         dtype = np.float32 if x.dtype == np.float32 else np.float64
         self.x = np.array(x, dtype=dtype).ravel()
         self.shape, self.n, self.args, self.fun, self.jac = x.shape, x.size, args, fun, jac
+        self.errors = np.geterr()
+        """how the user's functions treat floating-point errors; ours ignore them"""
         if jac is not True and not callable(jac):
             raise TypeError(
                 "minimizing a function of a NumPy array needs its gradient: let fun return (loss, gradient), or pass "
@@ -124,15 +126,18 @@ class _NumPy:
     def _at(self) -> Any:
         return self.x.reshape(self.shape).copy()
 
+    def _call(self, function: Callable[..., Any]) -> Any:
+        with np.errstate(**self.errors):
+            return function(self._at(), *self.args)
+
     def loss(self) -> float:
-        return _as_loss(self.fun(self._at(), *self.args))
+        return _as_loss(self._call(self.fun))
 
     def full(self) -> float:
-        at = self._at()
         if callable(self.jac):
-            f, g = self.fun(at, *self.args), self.jac(at, *self.args)
+            f, g = self._call(self.fun), self._call(self.jac)
         else:
-            both = self.fun(at, *self.args)
+            both = self._call(self.fun)
             if not isinstance(both, tuple | list) or len(both) != 2:
                 raise TypeError(f"fun must return (loss, gradient), or pass jac=; got {type(both).__name__}")
             f, g = both
@@ -196,7 +201,7 @@ class _Torch:
             at = self._at().requires_grad_(not callable(self.jac))
             f = self.fun(at, *self.args)
             if callable(self.jac):
-                g = self.jac(at, *self.args)
+                g = self.jac(self._at(), *self.args)
             elif isinstance(f, tuple | list) and len(f) == 2:
                 f, g = f
             else:
@@ -343,11 +348,15 @@ def minimize(
     maxfun = _count("maxfun", maxfun, minimum=1)
     if maxtime is not None:
         check_positive("maxtime", maxtime)
-    if not _is_torch(x0):
-        return _run(_NumPy(fun, x0, args, jac), options, shapes, gtol, maxiter, _Limits(maxfun, maxtime), report,
-                    progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
-    with sys.modules["torch"].inference_mode(False):  # inference mode records no gradient, and makes frozen tensors
-        return _run(_Torch(fun, x0, args, jac), options, shapes, gtol, maxiter, _Limits(maxfun, maxtime), report,
+    limits = _Limits(maxfun, maxtime)
+    if _is_torch(x0):
+        with sys.modules["torch"].inference_mode(False):  # inference mode records no gradient, and makes frozen tensors
+            return _run(_Torch(fun, x0, args, jac), options, shapes, gtol, maxiter, limits, report,
+                        progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
+    problem = _NumPy(fun, x0, args, jac)
+    report = report and np.errstate(**problem.errors)(report)
+    with np.errstate(all="ignore"):
+        return _run(problem, options, shapes, gtol, maxiter, limits, report,
                     progress=progress, disp=disp, return_all=return_all, unknown=unknown)  # fmt: skip
 
 
