@@ -15,6 +15,7 @@ import pytest
 import torch
 from backends import Backend
 from fastnlcg import CGDescent, minimize
+from fastnlcg.full_batch.descent_table import DescentTable
 from network import closure_of, flat, problem
 from torch import Tensor, nn
 
@@ -158,6 +159,33 @@ def test_an_exception_leaves_the_point_where_the_search_began(history: int) -> N
         other.step(other_closure)
     optimizer.step(closure)
     assert torch.equal(flat(model.parameters()), flat(reference_model.parameters()))
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("history", [0, 10])
+def test_an_interrupt_around_the_first_move_of_a_search_leaves_its_start(
+    monkeypatch: pytest.MonkeyPatch, history: int, before: int
+) -> None:
+    """An interrupt may come before the pass that stores where a search starts, and right behind it."""
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), history=history)
+    closure = closure_of(optimizer, loss)
+
+    def interrupted(*_: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    for _ in range(before):
+        optimizer.step(closure)
+    for where, name in ((torch.autograd.graph, "increment_version"), (DescentTable, "write_back")):
+        start = flat(model.parameters())
+        monkeypatch.setattr(where, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(closure)
+        assert torch.equal(flat(model.parameters()), start)
+    begin = loss().item()
+    optimizer.step(closure)
+    assert optimizer.diagnostics()["loss"] < begin
 
 
 def test_edits_are_seen() -> None:

@@ -32,6 +32,9 @@ def with_gradient(params: Sequence[Tensor]) -> list[int]:
     return [i for i, p in enumerate(params) if p.grad is not None and p.numel()]
 
 
+_REPLACED = "a parameter or a tensor of the state was replaced, moved or resized during a step"
+
+
 class DescentTable(ParameterTable):
     """The parameters ``members`` (None: those with a gradient), with their state.
 
@@ -123,21 +126,32 @@ class DescentTable(ParameterTable):
             for p, copy in self.copies:
                 copy.copy_(p)
 
-    def run(self, kind: str, **numbers: Any) -> list[float]:
-        """One pass; its sums on this rank."""
-        assert self.native is not None
+    def _pass(self, kind: str, **numbers: Any) -> _native.DescentPass:
         self.use_stream()
         preconditioned = self.options.preconditioner is not None
-        pass_ = _native.DescentPass(kind, preconditioned=preconditioned, maximize=self.maximize, **numbers)
-        threads, trial = _native.num_threads(), kind == "trial"
-        sums = self.native.descend(self._tensors, pass_, threads) if trial or self.plain else None
-        if not trial:
-            self.gradients_fit = sums is not None
+        return _native.DescentPass(kind, preconditioned=preconditioned, maximize=self.maximize, **numbers)
+
+    def move(self, alpha: float, *, first: bool, sums: list[list[float]]) -> list[float]:
+        """The pass of a trial; its sums on this rank, which are appended to ``sums``: by one call into C, in which no
+        interrupt can come between the pass and its record."""
+        assert self.native is not None
+        given = [self._tensors], [self._pass("trial", alpha=alpha, first=first)], [_native.num_threads()]
+        sums.extend(filter(None, map(self.native.descend, *given)))
+        if not sums:
+            raise RuntimeError(_REPLACED)
+        return sums[-1]
+
+    def run(self, kind: str, **numbers: Any) -> list[float]:
+        """Another pass; its sums on this rank."""
+        assert self.native is not None
+        pass_, threads = self._pass(kind, **numbers), _native.num_threads()
+        sums = self.native.descend(self._tensors, pass_, threads) if self.plain else None
+        self.gradients_fit = sums is not None
         if sums is None:
-            at = self._tensors if trial else _native.Tensors(gradients=self._gradients(), **self._fixed)
+            at = _native.Tensors(gradients=self._gradients(), **self._fixed)
             sums = self.native.descend(at, pass_, threads)
         if sums is None:
-            raise RuntimeError("a parameter or a tensor of the state was replaced, moved or resized during a step")
+            raise RuntimeError(_REPLACED)
         return sums
 
     def _gradients(self) -> list[Tensor]:
@@ -176,6 +190,8 @@ class TablePasses:
     def __init__(self, current: Callable[[], DescentTable | None], course: Course) -> None:
         self.current, self.course = current, course
         self.edited, self.unchecked = False, 0.0
+        self.stored: list[list[float]] = []
+        """the sums of the pass that has stored where the search begins, if it has run"""
 
     @property
     def table(self) -> DescentTable:
@@ -207,11 +223,14 @@ class TablePasses:
 
     def trial(self, alpha: float, *, first: Mark | None) -> None:
         table = self.table
+        if first is None and not self.stored:  # an interrupt before the first trial: x is where the search began
+            return
         table.alpha = alpha
         torch.autograd.graph.increment_version(table.params)
         if first is not None:
+            self.stored.clear()
             table.read_parameters()
-        xd, xx, *_ = table.run("trial", alpha=alpha, first=first is not None)
+        xd, xx, *_ = table.move(alpha, first=first is not None, sums=self.stored if first is not None else [])
         table.write_back()
         if first is None:
             return
@@ -241,9 +260,14 @@ class TablePasses:
 
     def direction(self, beta: float) -> tuple[float, float, Mark]:
         sums = self.table.run("direction", beta=beta)[:4]
-        self.table.mark = sums[2], sums[3]
+        self.leave(sums[2], sums[3])
         slope, dhd, xd, xx = self.table.total(sums, self.course.evaluations)
         return slope, dhd, (xd, xx)
+
+    def leave(self, *mark: float) -> None:
+        """The next search begins here."""
+        self.table.mark = mark[0], mark[1]
+        self.stored.clear()
 
     def forget(self) -> None:
         for entry in self.table.entries:

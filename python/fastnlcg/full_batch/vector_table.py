@@ -182,7 +182,7 @@ class VectorPasses(OverVectors, TablePasses):
 
     def _marked(self, dhd: float) -> tuple[float, float, Mark]:
         sums = self.table.run("mark")[:3]
-        self.table.mark = sums[1], sums[2]
+        self.leave(sums[1], sums[2])
         slope, xd, xx = self.table.total(sums, self.course.evaluations)
         return slope, dhd, (xd, xx)
 
