@@ -227,8 +227,8 @@ class CGDescent(torch.optim.Optimizer):
                 )
         if self._stepping:
             raise RuntimeError("step() inside its own closure, or in another thread")
-        self._stepping = True
         try:
+            self._stepping = True
             with torch.inference_mode(False):
                 value = self._step(closure, loss)
         finally:
