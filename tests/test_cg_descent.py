@@ -107,6 +107,19 @@ def test_a_checkpoint_resumes_to_the_bit(at: int) -> None:
         assert torch.equal(flat(model.parameters()), flat(data_model.parameters()))
 
 
+def test_a_loaded_state_is_a_copy() -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), history=0, preconditioner="bfgs")
+    optimizer.step(closure_of(optimizer, loss))
+    second = CGDescent(model.parameters(), history=0, preconditioner="bfgs")
+    saved = optimizer.state_dict()
+    second.load_state_dict(saved)
+    before = copy.deepcopy(saved["state"])
+    for _ in range(3):
+        second.step(closure_of(second, loss))
+    assert all(torch.equal(a, before[i][key]) for i, entry in saved["state"].items() for key, a in entry.items())
+
+
 def test_copies_and_pickles_go_on() -> None:
     model, loss = problem()
     optimizer = CGDescent(model.parameters())

@@ -418,6 +418,9 @@ class CGDescent(torch.optim.Optimizer):
         """
         _check_state(state_dict, self.param_groups, self._options)
         super().load_state_dict(state_dict)
+        for entry in self.state.values():  # torch takes the file's own tensors if they fit
+            if isinstance(entry, dict):
+                entry.update({key: value.clone() for key, value in entry.items() if isinstance(value, Tensor)})
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
