@@ -105,6 +105,24 @@ def test_a_frozen_layer_stays_frozen_over_a_checkpoint() -> None:
     assert optimizer.diagnostics()["evaluations"] == resumed.diagnostics()["evaluations"]
 
 
+@pytest.mark.parametrize("history", [0, 10])
+def test_a_frozen_layer_with_a_gradient_of_zeros_does_not_move(history: int) -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), history=history)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        value = loss()
+        value.backward()
+        return value
+
+    for k in range(10):
+        if k == 5:
+            before = flat(model[0].requires_grad_(False).parameters())
+        optimizer.step(closure)
+    assert torch.equal(flat(model[0].parameters()), before)
+
+
 # ---- who else writes -------------------------------------------------------------------------------------------------
 
 

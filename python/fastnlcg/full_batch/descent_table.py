@@ -28,8 +28,8 @@ def state_arrays(options: DescentOptions) -> dict[str, float]:
 
 
 def with_gradient(params: Sequence[Tensor]) -> list[int]:
-    """The parameters that take part in an iteration."""
-    return [i for i, p in enumerate(params) if p.grad is not None and p.numel()]
+    """The parameters that take part in an iteration. A frozen one may still have a gradient: zeros, or an old one."""
+    return [i for i, p in enumerate(params) if p.requires_grad and p.grad is not None and p.numel()]
 
 
 _REPLACED = "a parameter or a tensor of the state was replaced, moved or resized during a step"
@@ -62,7 +62,7 @@ class DescentTable(ParameterTable):
         super().__init__()
         self.members = with_gradient(params) if members is None else list(members)
         if not self.members and ranks is None:
-            raise RuntimeError("no parameter has a gradient: the closure must call backward()")
+            raise RuntimeError("no parameter that requires a gradient has one: the closure must call backward()")
         check_parameters(params, self.members)
         stateful = in_order(self.members, ranks)
         for i in stateful:
