@@ -123,6 +123,71 @@ def test_a_frozen_layer_with_a_gradient_of_zeros_does_not_move(history: int) -> 
     assert torch.equal(flat(model[0].parameters()), before)
 
 
+def delete_a_group(optimizer: CGDescent) -> None:
+    del optimizer.param_groups[1]
+
+
+def delete_the_first_group(optimizer: CGDescent) -> None:
+    del optimizer.param_groups[0]
+
+
+def delete_a_parameter(optimizer: CGDescent) -> None:
+    del optimizer.param_groups[0]["params"][1]
+
+
+def reverse_groups(optimizer: CGDescent) -> None:
+    optimizer.param_groups.reverse()
+
+
+def replace_a_group(optimizer: CGDescent) -> None:
+    optimizer.param_groups[0] = {"params": optimizer.param_groups[0]["params"][:1]}
+
+
+@pytest.mark.parametrize("options", [{}, {"history": 0, "preconditioner": "bfgs"}])
+@pytest.mark.parametrize(
+    "edit", [delete_a_group, delete_the_first_group, delete_a_parameter, reverse_groups, replace_a_group]
+)
+def test_groups_may_be_edited_between_steps(edit: Callable[[CGDescent], None], options: dict[str, Any]) -> None:
+    model, loss = problem()
+    groups = [{"params": list(layer.parameters()), "lr": lr} for layer, lr in ((model[0], 1.0), (model[2], 0.5))]
+    optimizer = CGDescent(groups, **options)
+    for _ in range(12):
+        optimizer.step(closure_of(optimizer, loss))
+    edit(optimizer)
+    left = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    out = [p for p in model.parameters() if id(p) not in left]
+    begin, start = loss().item(), [p.detach().clone() for p in out]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert optimizer.step(closure_of(optimizer, loss)).item() == begin
+        for _ in range(12):
+            optimizer.step(closure_of(optimizer, loss))
+    assert optimizer.diagnostics()["loss"] == pytest.approx(loss().item(), rel=1e-12)
+    assert loss().item() < begin
+    assert all(torch.equal(p, q) for p, q in zip(out, start, strict=True))
+    if not out:  # torch has no state dict while state has a parameter that no group has
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"history": 0, "preconditioner": "bfgs"}])
+def test_parameters_may_be_of_another_kind_between_steps(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Tanh(), nn.Linear(12, 1))
+    x = torch.rand(20, 2, 4, 4, dtype=torch.float64)
+    optimizer = CGDescent(model.parameters(), **options)
+
+    def loss() -> Tensor:
+        y = x.to(model[3].weight.dtype)
+        return (model(y) - y.square().mean((1, 2, 3)).unsqueeze(1)).square().mean()
+
+    for change in (lambda: model, model.double, model.float, lambda: model.to(memory_format=torch.channels_last)):
+        change()
+        begin = loss().item()
+        for _ in range(12):
+            optimizer.step(closure_of(optimizer, loss))
+        assert loss().item() < begin
+
+
 # ---- who else writes -------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import math
@@ -161,6 +162,66 @@ def test_a_checkpoint_of_0_6_0_is_loaded() -> None:
         second.load_state_dict(saved)
         start = loss().item()
         assert steps(second, closure_of(second, loss), 6)[-1] < start
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3])
+def test_a_checkpoint_without_a_preconditioner_continues_with_one(options: dict[str, Any]) -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), history=options["history"], preconditioner=None)
+    start = steps(optimizer, closure_of(optimizer, loss), 12)[-1]
+    second = CGDescent(model.parameters(), **options)
+    second.load_state_dict(optimizer.state_dict())
+    losses = steps(second, closure_of(second, loss), 12)
+    assert losses[0] <= start
+    assert losses[-1] < 0.9 * start
+    assert second.diagnostics()["iterations"] == 24
+
+
+def clear(optimizer: CGDescent) -> None:
+    optimizer.state.clear()
+
+
+def replace(optimizer: CGDescent) -> None:
+    optimizer.state = collections.defaultdict(dict)
+
+
+def delete_an_entry(optimizer: CGDescent) -> None:
+    del optimizer.state[optimizer.param_groups[0]["params"][1]]
+
+
+def load_without_an_entry(optimizer: CGDescent) -> None:
+    saved = optimizer.state_dict()
+    del saved["state"][0]
+    optimizer.load_state_dict(saved)
+
+
+def load_without_a_basis(optimizer: CGDescent) -> None:
+    saved = optimizer.state_dict()
+    saved["state"][0] = {key: value for key, value in saved["state"][0].items() if key != "basis_left"}
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("lose", [clear, replace, delete_an_entry, load_without_an_entry, load_without_a_basis])
+def test_a_run_that_has_lost_state_starts_again_where_it_is(
+    lose: Callable[[CGDescent], None], options: dict[str, Any]
+) -> None:
+    """It takes the steps of a new one; after a part of its bases was lost, in the bases that are left."""
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), **options)
+    steps(optimizer, closure_of(optimizer, loss), 12)
+    twin, twin_loss = problem()
+    twin.load_state_dict(model.state_dict())
+    lose(optimizer)
+    losses = steps(optimizer, closure_of(optimizer, loss), 8)
+    assert all(optimizer.state[p] for p in model.parameters())
+    if lose is load_without_a_basis and options["preconditioner"] != "kronecker":
+        return
+    new = CGDescent(twin.parameters(), **options)
+    expected = steps(new, closure_of(new, twin_loss), 8)
+    if lose in (clear, replace) or options["preconditioner"] != "kronecker":
+        assert losses == expected
+    assert losses[0] == pytest.approx(expected[0], rel=1e-6)
 
 
 # ---- layers and edits ------------------------------------------------------------------------------------------------

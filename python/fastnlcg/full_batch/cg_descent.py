@@ -27,7 +27,6 @@ from fastnlcg.full_batch.iteration import (
     check_count,
     check_positive,
 )
-from fastnlcg.full_batch.pairs import Pairs
 from fastnlcg.full_batch.passes import Edited
 from fastnlcg.full_batch.vector_table import VectorPasses, VectorTable, leave_bases
 from fastnlcg.losses import unaveraged_loss
@@ -157,7 +156,7 @@ class CGDescent(torch.optim.Optimizer):
         self._max_eval = None if max_eval is None else check_count("max_eval", max_eval)
         self._tolerance_grad = check_positive("tolerance_grad", tolerance_grad)
         self._tolerance_change = check_positive("tolerance_change", tolerance_change)
-        self._lrs: list[float] = []
+        self._lrs: dict[int, float] = {}
         self._reset()
         super().__init__(params, {"lr": check_real("lr", lr, minimum=0.0)})
 
@@ -167,7 +166,7 @@ class CGDescent(torch.optim.Optimizer):
         self._warned = self._warned_of_lr = False
         self._advice: list[str] = []
         self._stepping = False
-        self._lrs = [group.setdefault("lr", 1.0) for group in self.__dict__.get("param_groups", ())]
+        self._lrs = {id(group): group.setdefault("lr", 1.0) for group in self.__dict__.get("param_groups", ())}
         self._message = ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -185,7 +184,7 @@ class CGDescent(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._lrs.append(group["lr"])
+        self._lrs[id(group)] = group["lr"]
         self.restart()
 
     def _all(self) -> list[Tensor]:
@@ -254,7 +253,7 @@ class CGDescent(torch.optim.Optimizer):
             value = sign * _as_loss("closure", returned)
             changed = self._table is None or self._table.set_has_changed()
             if changed and (start or self._table is None):
-                self._table = self._new_table()
+                self._table = self._new_table(course)
             elif changed and not set_is_known:
                 course.evaluations += 1
                 raise Edited
@@ -266,16 +265,17 @@ class CGDescent(torch.optim.Optimizer):
             assert loss is not None
             return passes.mean(sign * _as_loss("loss", loss()))
 
-        usable = self._table is not None and self._table.covers(self._all())
-        if not usable:  # loaded, copied, or with other tensors of state
+        params = self._all()
+        edited = self._table is not None and not self._table.is_of(params)  # groups, or the kind of a parameter
+        if self._table is None or edited or not self._table.has_state(self.state):
             self._table = None
+            if edited or any(i >= len(params) for i in course.active):
+                course.f = course.g_max = math.nan
             if leave_bases(self.state, self._options):  # of other options: h, d and the pairs say nothing in these
                 course.f = course.g_max = math.nan
-                course.updates, course.ratios, course.alpha, course.pairs = 0, [], 0.0, Pairs()
+                course.forget()
             if not math.isnan(course.g_max):
-                self._table = self._new_table(course.active)
-                if isinstance(self._table, VectorTable):
-                    self._table.fit(course)
+                self._table = self._new_table(course, course.active)
         kind = VectorPasses if self._options.in_vectors else TablePasses
         passes = kind(lambda: self._table, course)
         run = Descent(
@@ -301,7 +301,7 @@ class CGDescent(torch.optim.Optimizer):
         finally:
             if self._table is not None:
                 course.active = self._table.members
-            self.param_groups[0]["course"] = course.as_dict()
+            self._keep(course)
         if run.warning:
             self._advice.append(run.warning)
         before = sign * run.f_before
@@ -332,10 +332,9 @@ class CGDescent(torch.optim.Optimizer):
 
     def _look_at_lr(self) -> None:
         """A scheduler has written ``initial_lr`` or another ``lr`` into the groups: a warning, once."""
-        scheduled = any(
-            "initial_lr" in group or group.get("lr", lr) != lr
-            for group, lr in zip(self.param_groups, self._lrs, strict=True)
-        )
+        lrs = {id(group): group.get("lr", 1.0) for group in self.param_groups}
+        self._lrs = {key: self._lrs.get(key, lr) for key, lr in lrs.items()}  # groups may come and go
+        scheduled = self._lrs != lrs or any("initial_lr" in group for group in self.param_groups)
         if scheduled and not self._warned_of_lr:
             self._warned_of_lr = True
             self._advice.append(
@@ -348,8 +347,9 @@ class CGDescent(torch.optim.Optimizer):
         gradients = [p.grad for p in self._all() if p.grad is not None]
         if self.state or not gradients or any(memory(g).any() for g in gradients):
             return False
-        self._table = self._new_table()
-        self.param_groups[0]["course"] = self._course().as_dict()
+        course = self._course()
+        self._table = self._new_table(course)
+        self._keep(course)
         return True
 
     def _named(self) -> dict[str, Any]:
@@ -358,8 +358,8 @@ class CGDescent(torch.optim.Optimizer):
         named = {name: getattr(self, f"_{name}") for name in limits}
         return {**vars(self._options), **named, "maximize": self._maximize}
 
-    def _new_table(self, members: list[int] | None = None) -> DescentTable:
-        """Over these parameters; None: those with a gradient."""
+    def _new_table(self, course: Course, members: list[int] | None = None) -> DescentTable:
+        """Over these parameters, with what their state has for ``course``; None: those with a gradient."""
         params = self._all()
         ranks = find_ranks(params, self._process_group, self._average_loss, line_search=True)
         if ranks is None and self._average_loss is None and world_size() > 1 and not self._warned:
@@ -367,7 +367,7 @@ class CGDescent(torch.optim.Optimizer):
             self._advice.append(unaveraged_loss())
         agreed = repr(self._named())
         kind = VectorTable if self._options.in_vectors else DescentTable
-        return kind(
+        table = kind(
             params,
             members,
             self.state,
@@ -377,18 +377,26 @@ class CGDescent(torch.optim.Optimizer):
             maximize=self._maximize,
             plain_shards=self._process_group is not None,
         )
+        table.fit(course)
+        return table
 
     def _course(self) -> Course:
-        """As the groups have it: loaded, or left by the last step."""
-        kept = self.param_groups[0].get("course")
+        """As the groups have it: loaded, or left by the last step, in the first group unless groups were moved."""
+        kept = _course_of(self.param_groups)
         return Course() if kept is None else Course(**kept)
+
+    def _keep(self, course: Course) -> None:
+        for group in self.param_groups[1:]:
+            group.pop("course", None)
+        self.param_groups[0]["course"] = course.as_dict()
 
     def restart(self) -> None:
         """Tells the optimizer that the function has changed. It forgets the direction, the pairs and the loss, and
         keeps h: the next step evaluates the closure, and begins along -P g."""
-        kept = self.param_groups[0].get("course")
-        if kept is not None:
-            self.param_groups[0]["course"] = {**kept, "f": math.nan, "g_max": math.nan}
+        course = self._course()
+        course.f = course.g_max = math.nan
+        if course.evaluations:
+            self._keep(course)
         self._table = None
 
     def diagnostics(self) -> dict[str, Any]:
@@ -439,6 +447,10 @@ class CGDescent(torch.optim.Optimizer):
         self._reset()
 
 
+def _course_of(groups: Iterable[Mapping[str, Any]]) -> Any:
+    return next((group["course"] for group in groups if "course" in group), None)
+
+
 def _as_loss(name: str, value: object) -> float:
     if value is None:
         raise TypeError(f"{name} must return the loss, got None")
@@ -448,14 +460,18 @@ def _as_loss(name: str, value: object) -> float:
 def _check_state(given: Mapping[str, Any], own: list[dict[str, Any]], options: DescentOptions) -> None:
     """ValueError for a state dict that does not fit these groups, by number, name and shape of the parameters."""
     state, saved = structure(given, own)
-    course, params = saved[0].get("course") if saved else None, parameters(own)
+    course, params = _course_of(saved), parameters(own)
     names = {one.name for one in fields(Course)}
     since = {"pairs", "next_length", "suspect"}  # files of 0.6 to 0.8 are without
     if course is not None and not (isinstance(course, Mapping) and names - since <= set(course) <= names):
-        raise ValueError("param_groups[0]['course'] is not that of a CGDescent")
+        raise ValueError("'course' in param_groups is not that of a CGDescent")
     if course is not None and not all(isinstance(i, int) and 0 <= i < len(params) for i in course["active"]):
-        raise ValueError(f"param_groups[0]['course']['active'] is {course['active']!r}, of {len(params)} parameters")
+        raise ValueError(
+            f"'course' in param_groups has the active parameters {course['active']!r}, of {len(params)} parameters"
+        )
     keys = set(state_arrays(options))
+    if not any("hessian_diag" in entry for entry in state.values() if isinstance(entry, Mapping)):
+        keys.discard("hessian_diag")  # of a run without a preconditioner
     for i, p in named(saved, own).items():
         if i not in state:
             continue

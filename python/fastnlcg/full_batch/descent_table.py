@@ -32,6 +32,10 @@ def with_gradient(params: Sequence[Tensor]) -> list[int]:
     return [i for i, p in enumerate(params) if p.requires_grad and p.grad is not None and p.numel()]
 
 
+def _kind(p: Tensor) -> tuple[object, ...]:
+    return p.dtype, p.device, p.shape, p.stride()
+
+
 _REPLACED = "a parameter or a tensor of the state was replaced, moved or resized during a step"
 
 
@@ -71,6 +75,15 @@ class DescentTable(ParameterTable):
         self.plain_shards = plain_shards
         arrays = {"origin": 0.0} if options.in_vectors else state_arrays(options)
         new = {i: missing_arrays(i, params[i], state.get(params[i]) or {}, arrays) for i in stateful}
+        had = [set(state.get(params[i]) or ()) for i in stateful]
+        preconditioned = options.preconditioner is not None
+        self.lacks_diagonal = preconditioned and bool(had) and not any("hessian_diag" in keys for keys in had)
+        """whether the state was that of a run without a preconditioner"""
+        needed = {"direction", "grad_prev"} | (
+            {"hessian_diag"} if preconditioned and not self.lacks_diagonal else set()
+        )
+        self.is_broken = members is not None and not all(needed <= keys for keys in had)
+        """whether the state lacked something without which these members cannot continue"""
         # Everything has been checked: from here on state is written.
         write_state(state, params, new)
         self.all, self.options, self.state, self.maximize, self.agreed = params, options, state, maximize, agreed
@@ -81,6 +94,7 @@ class DescentTable(ParameterTable):
         self.gradients_fit = False
         """whether the last pass read the parameters' own gradients"""
         self.params = [params[i] for i in stateful]
+        self._kinds = [_kind(p) for p in self.params]
         self.entries = [state[p] for p in self.params]
         self.active = [i for i in stateful if memory(params[i]).numel()]  # a shard may have none
         keys: dict[str, str | None] = {"direction": "direction", "origin": "origin"}
@@ -105,11 +119,31 @@ class DescentTable(ParameterTable):
     def _make_vectors(self, params: list[Tensor], stateful: list[int], ranks: Ranks | None) -> None:
         """Makes the buffers of a table that has them; after :meth:`lay_out`."""
 
-    def covers(self, params: list[Tensor]) -> bool:
-        """Whether these are the parameters it was made of, with their state."""
-        return _native.same_objects(params, self.all) and all(
-            self.state.get(p) is entry for p, entry in zip(self.params, self.entries, strict=True)
+    def is_of(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters it was made of, as they were."""
+        return _native.same_objects(params, self.all) and self._kinds == [_kind(p) for p in self.params]
+
+    def has_state(self, state: State) -> bool:
+        """Whether this is the state it was made of."""
+        return state is self.state and all(
+            state.get(p) is entry for p, entry in zip(self.params, self.entries, strict=True)
         )
+
+    def fit(self, course: Course) -> None:
+        """Makes ``course`` continue from what the state had when the table was made of it."""
+        if self.is_broken:
+            course.f = course.g_max = math.nan
+            course.forget()
+        elif self.lacks_diagonal:
+            course.updates, course.ratios = 0, []
+        if not course.updates:
+            self.forget()
+
+    def forget(self) -> None:
+        """h = 1."""
+        for entry in self.entries:
+            if "hessian_diag" in entry:
+                entry["hessian_diag"].fill_(1.0)
 
     def set_has_changed(self) -> bool:
         """Whether other parameters have a gradient than those that take part."""
@@ -270,9 +304,7 @@ class TablePasses:
         self.stored.clear()
 
     def forget(self) -> None:
-        for entry in self.table.entries:
-            if "hessian_diag" in entry:
-                entry["hessian_diag"].fill_(1.0)
+        self.table.forget()
 
     def x_max(self) -> float:
         largest = self.table.largest()

@@ -208,6 +208,10 @@ class Course:
         if isinstance(self.pairs, dict):
             self.pairs = Pairs.of(self.pairs)
 
+    def forget(self) -> None:
+        """Drops what belongs to h and to the pairs."""
+        self.pairs, self.updates, self.ratios, self.alpha = Pairs(), 0, [], 0.0
+
     def scale(self, ratio: float) -> float:
         """L: by how much h is scaled before its update, given ys / shs. Remembers the ratio."""
         if self.updates == 0:
@@ -376,8 +380,7 @@ class Descent:
                 self.begin()
             elif at.updates or at.alpha != 0.0:
                 self.passes.forget()
-                at.pairs = Pairs()
-                at.updates, at.ratios, at.alpha = 0, [], 0.0
+                at.forget()
                 self.begin()
             else:
                 at.stuck = True

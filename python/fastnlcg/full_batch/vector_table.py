@@ -105,6 +105,9 @@ class VectorTable(DescentTable):
     def _take_state(self, p: Tensor, offset: int, sides: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Makes the state of ``p`` views of the buffers, with what it had."""
         v, entry, local = self.vectors, self.state[p], memory(p)
+        bases = {f"basis_{name}" for name in sides}
+        if "rotated_direction" in entry and bases != entry.keys() & {"basis_left", "basis_right"}:
+            self.is_broken = True  # the matrix is rotated otherwise now, or a basis was removed
         buffers: dict[str, Any] = {"direction": v.out, "grad_prev": v.grad_prev, "hessian_diag": v.h}
         if v.out is not v.direction:
             buffers["rotated_direction"] = v.direction
@@ -139,8 +142,8 @@ class VectorTable(DescentTable):
         entry.update(made)
         self.views.append((entry, list(entry.values())))
 
-    def covers(self, params: list[Tensor]) -> bool:
-        return super().covers(params) and all(
+    def has_state(self, state: State) -> bool:
+        return super().has_state(state) and all(
             _native.same_objects(list(entry.values()), tensors) for entry, tensors in self.views
         )
 
@@ -159,10 +162,13 @@ class VectorTable(DescentTable):
             self.vectors.follow_stream(_native.current_stream(str(self.device)))
 
     def fit(self, course: Course) -> None:
-        """Drops the pairs of ``course`` unless the state has them."""
+        super().fit(course)
         pairs, m = course.pairs, self.options.history
         if not self.keeps_pairs or (pairs.count and len(pairs.gram) != m):
             pairs.drop()
+
+    def forget(self) -> None:
+        self.vectors.forget()
 
 
 class VectorPasses(OverVectors, TablePasses):
@@ -185,9 +191,6 @@ class VectorPasses(OverVectors, TablePasses):
         self.leave(sums[1], sums[2])
         slope, xd, xx = self.table.total(sums, self.course.evaluations)
         return slope, dhd, (xd, xx)
-
-    def forget(self) -> None:
-        self.vectors.forget()
 
 
 def _view(buffer: Tensor, like: Tensor, offset: int) -> Tensor:
