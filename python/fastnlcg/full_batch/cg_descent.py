@@ -76,11 +76,13 @@ class CGDescent(torch.optim.Optimizer):
     The function must not change within a step, and its value must repeat: no mini-batches, no dropout. If it changes
     between two steps on purpose (new collocation points), call :meth:`restart`. A step without that notices when
     its first evaluation does not fit the last loss, or when the last step found nothing; it then evaluates the closure
-    at the parameters once more and starts from -P g, with a warning, once.
+    at the parameters once more and starts from -P g, with a warning, once. If ``max_eval`` is 1 or 2, the next step
+    does so.
 
-    Parameters may be written between steps, in any way: the next step sees that, and starts from -P g. A parameter
-    whose gradient the closure leaves at None takes no part, and not a bit of it moves; it keeps its state, and takes
-    part again when it has a gradient.
+    Parameters may be written, converted or moved between steps, in any way, and groups edited: the next step sees that,
+    and starts from -P g. If state is missing, it starts with h = 1 too. A parameter that is frozen, or whose gradient
+    the closure leaves at None, takes no part, and not a bit of it moves; it keeps its state, and takes part again when
+    it has a gradient.
 
     Over ranks: DTensor parameters (FSDP2, HSDP, tensor parallel) need no option; the closure returns each rank's own
     loss, whose mean over ranks is minimized, and every rank takes the same decisions, to the bit. All ranks have to
@@ -418,8 +420,8 @@ class CGDescent(torch.optim.Optimizer):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict, as torch's optimizers do. A run that continues from it, with the parameters of the same
-        moment, has the bits of one that was not interrupted.
+        """Loads a copy of a state dict. A run that continues from it, with the parameters of the same moment, has the
+        bits of one that was not interrupted.
 
         Raises:
             ValueError: for one that is not of this optimizer over such parameters; it is unchanged then.

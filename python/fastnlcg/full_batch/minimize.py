@@ -42,7 +42,8 @@ class OptimizeResult(dict[str, Any]):
     ====== ==========================================================================================
     0      the largest element of the gradient is at most ``gtol``
     1      ``maxiter`` or ``maxfun`` is reached
-    2      no step length was found: f is at the limit of rounding, not smooth there, or inconsistent
+    2      no step length was found: f is at the limit of rounding, not smooth there, or inconsistent,
+           or the squares of its gradient overflow or underflow
     3      f or its gradient is not finite at ``x0``
     4      ``maxtime`` has passed
     6      f decreases without bound
