@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import Backend
+from backends import Backend, emulated_is_thorough
 from fastnlcg import CGDescent, minimize
 from fastnlcg.full_batch.descent_table import DescentTable
 from network import closure_of, flat, problem
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("preconditioner", ["kronecker", "bfgs", None])
 @pytest.mark.parametrize("history", [0, 10])
-def test_it_descends(lockstep_on: Backend, history: int, preconditioner: str | None, dtype: torch.dtype) -> None:
-    model, loss = problem(dtype, device=lockstep_on.device)
+@emulated_is_thorough
+def test_it_descends(cpu_or_emulated: Backend, history: int, preconditioner: str | None, dtype: torch.dtype) -> None:
+    model, loss = problem(dtype, device=cpu_or_emulated.device)
     optimizer = CGDescent(model.parameters(), history=history, preconditioner=preconditioner)
     closure = closure_of(optimizer, loss)
     begin, losses = loss().item(), []

@@ -61,8 +61,8 @@ FORMS = {
 }
 
 
-# bfgs_clip and None_clip run the same passes, and the pass that measures the norm.
-THOROUGH_FORMS = ("bfgs_pr", "none_pr")
+# Those with a clip run the same passes, and the pass that measures the norm.
+THOROUGH_FORMS = ("adam_pr", "bfgs", "bfgs_pr", "none_pr")
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_same_bits_for_any_form_grid_and_residency(gpu: Backend, name: str, opti
         pytest.skip("float64 parameters have float64 state")
     expected = trajectory(CUTS[name], options, "separate", 1, 0)
     for form, blocks, resident in (
-        *(("separate", blocks, 0) for blocks in (2, 3, 0)),
-        *(("one", blocks, resident) for blocks in (1, 2, 3, 0) for resident in (0, 1, -1)),
+        *(("separate", blocks, 0) for blocks in (3, 0)),
+        *(("one", blocks, resident) for blocks in (1, 3, 0) for resident in (0, 1, -1)),
     ):
         assert trajectory(CUTS[name], options, form, blocks, resident) == expected, (form, blocks, resident)
 

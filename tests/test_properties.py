@@ -41,6 +41,7 @@ class Anything(RuleBasedStateMachine):
         self.run.step()
 
 
+@backends.emulated_is_thorough
 @pytest.mark.filterwarnings("ignore:a step was skipped")
 def test_any_sequence_of_operations(cpu_or_emulated: backends.Backend) -> None:
     run_state_machine_as_test(

@@ -43,9 +43,10 @@ def gradients(net: torch.nn.Module, seed: int) -> None:
 
 
 def optimizer_of(net: torch.nn.Module, kind: str, **options: object) -> NLCG:
-    groups = muon_groups(net, lr=0.02) if kind == "muon" else net.parameters()
+    if kind == "muon":
+        return NLCG(muon_groups(net, lr=0.02, weight_decay=0.1), **options)
     more = {"update": "polak_ribiere"} if kind == "polak_ribiere" else {}
-    return NLCG(groups, 0.01, weight_decay=0.1, **more, **options)
+    return NLCG(net.parameters(), 0.01, weight_decay=0.1, **more, **options)
 
 
 def as_bits(x: torch.Tensor) -> bytes:
