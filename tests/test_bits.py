@@ -49,7 +49,7 @@ BUILDS = {
 def compile_program(
     folder: Path, compiler: str, flags: str, march_of: dict[str, tuple[str, str]], run_here: list[str]
 ) -> Path:
-    """``run_here``: the instruction sets that will run; the others are only linked."""
+    """``run_here``: the instruction sets that will run; the others are only names for the linker."""
 
     def run(*arguments: str) -> None:
         done = subprocess.run([compiler, *FLAGS, *shlex.split(flags), *arguments], capture_output=True, text=True)
@@ -58,9 +58,11 @@ def compile_program(
     def compile_set(isa: str) -> str:
         symbol, march = march_of[isa]
         named = [f'-DFASTNLCG_ISA_NAME="{isa}"', f"-DFASTNLCG_ISA_SYMBOL={symbol}", *shlex.split(march)]
-        unoptimized = [] if isa in run_here else ["-O0"]
-        source, target = str(ROOT / "csrc" / "step_cpu.cpp"), str(folder / f"{isa}.o")
-        run(*named, *unoptimized, "-w", "-c", source, "-o", target)
+        source, target = ROOT / "csrc" / "step_cpu.cpp", str(folder / f"{isa}.o")
+        if isa not in run_here:
+            source = folder / f"{isa}.cpp"
+            source.write_text(f'#include "step_cpu.h"\nconst fastnlcg::CpuKernels fastnlcg::{symbol} = {{}};\n')
+        run(*named, "-w", "-c", str(source), "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
