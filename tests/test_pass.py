@@ -3,6 +3,7 @@ cuda/ knows which ones there are."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +19,11 @@ FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-I", str(ROOT / "csrc")]
 def test_a_new_preconditioner_runs_on_the_same_machinery(compiler: str, tmp_path: Path) -> None:
     """Compared with a plain loop, in float64. 6 steps of a dozen roundings each, and sums of 35,019 elements in another
     order: the difference stays below 1e-13 of the largest element, which is 450 roundings."""
-    if shutil.which(compiler) is None:
+    path = shutil.which(compiler)
+    if path is None:
         pytest.skip(f"needs {compiler}")
+    if compiler == "clang++-14" and os.path.realpath(path) == os.path.realpath(str(shutil.which("clang++"))):
+        pytest.skip(f"{compiler} is clang++")
     program = tmp_path / "toy"
     openmp = ["-fopenmp"] if compiler == "g++" else []  # clang's libomp is a package of its own
     command = [compiler, *FLAGS, *openmp, str(ROOT / "tests" / "toy_preconditioner.cpp"), "-o", str(program)]
