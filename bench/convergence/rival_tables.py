@@ -206,14 +206,14 @@ def without_search(rows: Rows) -> str:
 
 
 def state_in_bfloat16(rows: Rows) -> str:
-    """NLCG's forms at their best choices, with state in float32 and in bfloat16: training loss, result, and the paired
+    """NLCG's forms at the choices of the search, with state in float32 and in bfloat16: training loss, result, and the paired
     difference of the losses."""
     header, cells = [""], {name: [LABELS[name]] for name in ("nlcg", "nlcg_muon")}
     for title in ("Transformer", "Small images"):
         config = dataclasses.replace(SETTINGS[title], precision=rows[0]["precision"])
         header += [f"{title.lower()}: state in float32", "in bfloat16", "difference, seed by seed"]
         for name, line in cells.items():
-            choice = best_choice(rows, config, name)
+            choice = rivals.chosen(rows, config, name)  # that of rivals.state16
             wide, half = (rows_at(rows, config, n, choice) if choice else [] for n in (name, f"{name}_state16"))
             if not half:
                 line += ["", "", ""]
