@@ -206,7 +206,7 @@ def without_search(rows: Rows) -> str:
 
 
 def state_in_bfloat16(rows: Rows) -> str:
-    """NLCG's forms at the choices of the search, with state in float32 and in bfloat16: training loss, result, and the paired
+    """NLCG's forms at the choices of the search, with state in float32 and in bfloat16: training loss, and the paired
     difference of the losses."""
     header, cells = [""], {name: [LABELS[name]] for name in ("nlcg", "nlcg_muon")}
     for title in ("Transformer", "Small images"):
