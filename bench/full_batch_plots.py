@@ -41,6 +41,14 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
 
+def _spread(values: list[float], most: int) -> str:
+    """Geometric mean, least and largest; of how many seeds, if not all have run."""
+    if len(values) == 1:
+        return f"{values[0]:.1e}" + ("" if most == 1 else " (1 seed)")
+    seeds = "" if len(values) == most else f"; {len(values)} seeds"
+    return f"{geometric_mean(values):.1e} ({min(values):.1e} to {max(values):.1e}{seeds})"
+
+
 def pinn_table(rows: list[Row]) -> str:
     """Geometric mean over the seeds of the loss at the end of the budget; least and largest; the number of seeds, if
     not all have run, and then no mean over the problems."""
@@ -53,10 +61,7 @@ def pinn_table(rows: list[Row]) -> str:
         for problem in grouped:
             losses = [row["loss"] for row in grouped[problem][method]]
             everything += losses
-            seeds = "" if len(losses) == most else f"; {len(losses)} seed{'s' * (len(losses) > 1)}"
-            line.append(
-                f"{geometric_mean(losses):.1e} ({min(losses):.1e} to {max(losses):.1e}{seeds})" if losses else ""
-            )
+            line.append(_spread(losses, most) if losses else "")
         line.append(f"{geometric_mean(everything):.1e}" if len(everything) == most * len(grouped) else "")
         body.append(line)
     return _markdown(["", *grouped, "all"], body)
@@ -84,17 +89,18 @@ def cost_table(rows: list[Row]) -> str:
 
 
 def network_table(rows: list[Row]) -> str:
-    """Another equation and larger networks: the loss, the error of the solution, and how the run ended, of each seed
-    that ran."""
+    """Another equation and larger networks: the loss and the error of the solution over the seeds, and how many were
+    solved within the budget."""
     body = []
     grouped = _grouped(rows, ("networks",))
+    most = max(len(some) for by_method in grouped.values() for some in by_method.values())
     for problem, by_method in grouped.items():
         for method in _methods(grouped):
-            for row in by_method[method]:
-                ended = f"solved, {row['cost']:.0f}" if row["ended"] == "solved" else row["ended"]
-                line = [f"{problem}, seed {row['seed']}", method, f"{row['loss']:.1e}", f"{row['error']:.1e}", ended]
-                body.append(line)
-    return _markdown(["", "method", "loss", "error", "evaluations"], body)
+            if some := by_method[method]:
+                cells = [_spread([row[key] for row in some], most) for key in ("loss", "error")]
+                solved = sum(row["ended"] == "solved" for row in some)
+                body.append([problem, method, *cells, f"{solved} of {len(some)}"])
+    return _markdown(["", "method", "loss", "error", "solved"], body)
 
 
 def _profile(rows: list[Row], methods: list[str], measure: str) -> dict[str, list[float]]:
@@ -185,7 +191,7 @@ def time_table(timed: list[Row]) -> str:
     return _markdown(["float32, one thread", *(f"{n}, ms" for n in names), *(f"/ {n}" for n in names[1:])], body)
 
 
-TABLES = {"pinn": pinn_table, "cost": cost_table, "cutest": cutest_table}
+TABLES = {"pinn": pinn_table, "networks": network_table, "cost": cost_table, "cutest": cutest_table}
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -240,7 +246,5 @@ def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
     for name, table in TABLES.items():
         if name != "cutest" or methods:
             print(f"\n{name}\n\n{table(rows)}")
-    if any(row["suite"] == "networks" for row in rows):
-        print(f"\nnetworks\n\n{network_table(rows)}")
     if hessians:
         print(f"\nscale\n\n{scale_table(rows, hessians)}")
