@@ -42,7 +42,7 @@ def start(world: str, out: Path, *options: str) -> subprocess.Popen[str]:
 
 def run(world: str, out: Path, *options: str) -> str:
     process = start(world, out, *options)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     return printed
 
@@ -153,7 +153,7 @@ def test_short_ones(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py")]
     command += {"pinn": ["--iterations", "60"]}.get(name, [])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(PRINTS[name], done.stdout), done.stdout
 
@@ -163,7 +163,7 @@ def test_short_ones(name: str, tmp_path: Path) -> None:
 def test_the_notebook() -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(ROOT / "examples" / "diagnostics.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert any("120 steps, 0 skipped" in output.get("text", "") for output in outputs)
@@ -183,7 +183,7 @@ def test_trainers(name: str, most: float) -> None:
     script = str(ROOT / "examples" / f"with_{name}.py")
     command = [sys.executable, "-W", "error:line_search is on", script]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert done.returncode == 0, done.stderr
     loss, steps, scale = re.search(r"loss ([\d.]+) after (\d+) steps, line-search scale ([\d.]+)", done.stdout).groups()

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-# Builds with ThreadSanitizer ; test_cuda.py compares the bits of the same forms of launch.
-pytestmark = pytest.mark.thorough
+# Builds with ThreadSanitizer, once in one worker; test_cuda.py compares the bits of the same forms of launch.
+pytestmark = [pytest.mark.thorough, pytest.mark.xdist_group("race")]
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-ffp-contract=off", "-fno-tree-slp-vectorize", "-pthread"]
 QUIET = ["-Wno-unknown-pragmas", "-Wno-tsan"]
