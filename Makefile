@@ -1,5 +1,5 @@
 # make demo      NLCG next to AdamW, Momentum, RMSProp and L-BFGS: builds the CPU part, then three minutes
-# make test      the tests: eight minutes on two cores, and the set-up
+# make test      the tests: seven minutes on two cores, and the set-up
 # make test-all  all of them, the thorough ones too
 # make sanitize  the tests of memory with AddressSanitizer and UndefinedBehaviorSanitizer in the module
 # make hard      fuzzing, kills, mutations and a soak, 40 minutes: a table of figures, into build/hard.json
