@@ -1,6 +1,6 @@
 """One step, the same bits from every compiler and processor: tests/bits.cpp, compiled here, prints digests, and
 tests/fixtures/bits.txt has those that gcc made on x86-64. After a change of the mathematics:
-``FASTNLCG_NEW_BITS=1 python -m pytest tests/test_bits.py -k "g++ and x86_64"`` writes it anew."""
+``FASTNLCG_NEW_BITS=1 python -m pytest "tests/test_bits.py::test_bits[g++]"`` writes it again."""
 
 from __future__ import annotations
 

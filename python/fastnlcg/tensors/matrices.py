@@ -204,7 +204,7 @@ class Matrices:
         return tuple(i for batch in self.batches if batch.sharing is not None for i in batch.members)
 
     def finish(self, native: Any, threads: int) -> None:
-        """Moves the matrices, after the pass over all parameters. After an interrupt another call goes on with the
+        """Moves the matrices, after the pass over all parameters. After an interrupt another call continues with the
         batch that was interrupted. It does not if a product failed, or if ranks share the products: the other ranks do
         not repeat their exchanges."""
         try:
