@@ -74,7 +74,9 @@ def build() -> Row:
     if done.returncode:
         raise RuntimeError(tail(done))
     report = run([sys.executable, "-m", "fastnlcg", "--json"])
-    return {"report": json.loads(report.stdout), "status": report.returncode}
+    if report.returncode:
+        raise RuntimeError(tail(report))
+    return {"report": json.loads(report.stdout)}
 
 
 def suite() -> Row:
@@ -121,6 +123,8 @@ def sanitizers() -> Row:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only, sys.executable, "-c", SMALL]
         done = run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found[tool] = {"status": done.returncode, "says": tail(done)[-600:]}
+    if failed := [tool for tool, row in found.items() if row["status"]]:
+        found["error"] = f"{', '.join(failed)} failed"
     return found
 
 
