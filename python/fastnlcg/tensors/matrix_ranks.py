@@ -1,5 +1,6 @@
 """Matrices spread over ranks: each has one owner, which gets the shards, forms the polar factor, and sends every rank
-its part of it, by two all-to-all exchanges for each batch. So no rank does another's products.
+its part of it, by two all-to-all exchanges for each batch, or by one if every rank has all of it. So no rank does
+another's products.
 
 The owner gets each shard once: from the ranks that agree with it along the mesh's replicated dimensions. Replicas get
 their parts from the same owner, so they stay equal to the bit.
@@ -76,8 +77,10 @@ class Sharing:
                 for shard in shards_of_owner:
                     sent[begin : begin + mine].view(shard.shape).copy_(shard)
                     begin += mine
-        received = buffers.take("received", (sum(come),), dtype, device)
-        dist.all_to_all_single(received, sent, come, to, group=self.group)
+        received = sent  # if no other rank agrees with this one, none has a shard for it: so on all ranks
+        if self.replica.count(own_replica) > 1:
+            received = buffers.take("received", (sum(come),), dtype, device)
+            dist.all_to_all_single(received, sent, come, to, group=self.group)
         full = buffers.take("whole", (counts[self.rank], *whole), dtype, device)
         begin = 0
         for rank, n in enumerate(come):
