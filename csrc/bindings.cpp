@@ -5,9 +5,6 @@
 #include <omp.h>
 #endif
 
-#include <algorithm>
-#include <iterator>
-
 #include "flat_step.h"
 #include "preconditioners.h"
 #include "rank_agreement.h"
@@ -70,13 +67,11 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
   m.def(
       "rank_row",
       [](const std::vector<double>& values, double step, const std::string& exchange, double digest) {
-        const auto found = std::find(std::begin(kExchangeNames), std::end(kExchangeNames), exchange);
-        if (found == std::end(kExchangeNames)) throw std::invalid_argument("unknown exchange '" + exchange + "'");
         if (values.size() > kStepNumber)
           throw std::invalid_argument(std::to_string(values.size()) + " values for a row");
         RankRow row = {};
         std::copy(values.begin(), values.end(), row.column);
-        sign_row(row, step, static_cast<ExchangeId>(found - std::begin(kExchangeNames)), digest);
+        sign_row(row, step, named<ExchangeId>("exchange", kExchangeNames, exchange), digest);
         return std::vector<double>(std::begin(row.column), std::end(row.column));
       },
       "values"_a, "step"_a, "exchange"_a, "digest"_a);
@@ -146,13 +141,23 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def(py::init([](const std::string& kind, double alpha, bool first, bool preconditioned, bool update,
                        double scale, double ys, double shs, double beta, bool maximize, int row, int count, int y_row,
                        double gamma, const std::vector<double>& coefficients) {
-             const auto found = std::find(std::begin(kDescentNames), std::end(kDescentNames), kind);
-             if (found == std::end(kDescentNames)) throw std::invalid_argument("unknown pass '" + kind + "'");
-             const auto value = static_cast<Descent::Kind>(found - std::begin(kDescentNames));
              if (coefficients.size() > kMostPairs)
                throw std::invalid_argument(std::to_string(coefficients.size()) + " coefficients");
-             Descent pass{value, alpha,    first, preconditioned, update, scale, ys, shs,
-                          beta,  maximize, row,   count,          y_row,  gamma, {}};
+             Descent pass{named<Descent::Kind>("pass", kDescentNames, kind),
+                          alpha,
+                          first,
+                          preconditioned,
+                          update,
+                          scale,
+                          ys,
+                          shs,
+                          beta,
+                          maximize,
+                          row,
+                          count,
+                          y_row,
+                          gamma,
+                          {}};
              std::copy(coefficients.begin(), coefficients.end(), pass.coefficient);
              return pass;
            }),
@@ -197,10 +202,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def(
           "matrix_pass",
           [](TensorTable& self, const std::string& kind, std::int64_t first_tile, std::int64_t last_tile, int threads) {
-            const auto found = std::find(std::begin(kMatrixPassNames), std::end(kMatrixPassNames), kind);
-            if (found == std::end(kMatrixPassNames)) throw std::invalid_argument("unknown pass '" + kind + "'");
-            self.matrix_pass(static_cast<MatrixPass>(found - std::begin(kMatrixPassNames)), first_tile, last_tile,
-                             threads);
+            self.matrix_pass(named<MatrixPass>("pass", kMatrixPassNames, kind), first_tile, last_tile, threads);
           },
           "kind"_a, "first_tile"_a, "last_tile"_a, "threads"_a)
       .def_property_readonly("matrices_pending", &TensorTable::matrices_pending)
@@ -208,7 +210,6 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def("end_matrices", &TensorTable::end_matrices)
       .def("last_move", &TensorTable::last_move, "at"_a, "threads"_a)
       .def("descend", &TensorTable::descend, "at"_a, "pass_"_a, "threads"_a)
-      .def_property_readonly("digest", &TensorTable::digest)
       .def_readwrite("agreed", &TensorTable::agreed)
       .def("join_stream", &TensorTable::join_stream);
 

@@ -263,7 +263,9 @@ void Buffer::from_capsule(PyObject* capsule) {
 void Buffer::advise_huge_pages() const {
   constexpr std::uintptr_t kHugePage = std::uintptr_t{1} << 21;
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data_);
-  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(size_) * (dtype_ == "float64" ? 8 : 4);
+  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(size_) * (dtype_ == "float64"   ? 8
+                                                                           : dtype_ == "float32" ? 4
+                                                                                                 : 2);
   const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }

@@ -8,8 +8,6 @@
 namespace fastnlcg {
 namespace {
 
-std::invalid_argument invalid_argument(const std::string& message) { return std::invalid_argument(message); }
-
 void need(const BufferPtr& buffer, const char* name, bool written) {
   if (!buffer) throw invalid_argument(std::string(name) + " is needed");
   if (written && buffer->readonly()) throw invalid_argument(std::string(name) + " is read-only");
@@ -83,8 +81,19 @@ void FlatStep::bind(const Buffers& given, double steps, std::int64_t owned) {
   bound_ = true;
 }
 
-void FlatStep::prepare_part(double alpha, double alpha_prev, double weight_decay, int threads) {
+void FlatStep::check_part() const {
   if (!bound_) throw invalid_argument("a part needs bind() first");
+  if (step_.options.stochastic_rounding) {
+    throw invalid_argument("a part does not round stochastically: that needs the number of the step");
+  }
+}
+
+void FlatStep::prepare_part(double alpha, double alpha_prev, double weight_decay, int threads) {
+  check_part();
+  prepare(alpha, alpha_prev, weight_decay, threads);
+}
+
+void FlatStep::prepare(double alpha, double alpha_prev, double weight_decay, int threads) {
   alpha_prev_ = alpha_prev;
   groups_[0] = {0, alpha, weight_decay, 1, &alpha_prev_};
   step_.threads = std::max(threads, 1);
@@ -92,7 +101,8 @@ void FlatStep::prepare_part(double alpha, double alpha_prev, double weight_decay
 
 bool FlatStep::step(const BufferPtr& scalars, double lr, double weight_decay, bool maximize, double loss, int threads) {
   const StepGuard busy(*this);
-  prepare_part(0, 0, weight_decay, threads);
+  if (!bound_) throw invalid_argument("a step needs bind() first");
+  prepare(0, 0, weight_decay, threads);
   need(buffers_.p, "p", true);
   need(buffers_.g, "g", false);
   check_writable(buffers_.grad_prev, "grad_prev");
@@ -107,6 +117,15 @@ bool FlatStep::step(const BufferPtr& scalars, double lr, double weight_decay, bo
   }
   check_state();
   double* const values = static_cast<double*>(scalars->data());
+  // `scalars` is the caller's, and may be freed before the next call.
+  struct Release {
+    ~Release() {
+      self.step_.scalars = nullptr;
+      self.groups_[0].alpha_prev = &self.alpha_prev_;
+      if (!self.segments_.empty()) self.segments_[0].steps = &self.steps_;
+    }
+    FlatStep& self;
+  } const release{*this};
   check_count("updates", values[kScalars + 1]);
   step_.scalars = reinterpret_cast<Scalars*>(values);
   groups_[0] = {lr, 0, weight_decay, maximize ? -1.0 : 1.0, values + kScalars};
@@ -170,7 +189,7 @@ void FlatStep::update_direction(double alpha, double weight_decay, double beta, 
 
 std::vector<double> FlatStep::descend(const Descent& pass, int threads) {
   const StepGuard busy(*this);
-  if (!bound_) throw invalid_argument("descend() needs bind() first");
+  check_part();
   check_writable(buffers_.grad_prev, "grad_prev");
   check_writable(buffers_.direction, "direction");
   check_writable(buffers_.diagonal, "diagonal");

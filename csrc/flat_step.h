@@ -23,7 +23,7 @@ class FlatStep : public NativeStep {
     BufferPtr p, g, grad_prev, direction, diagonal, origin;
     BufferPtr rows;  // of curvature pairs, each n elements
   };
-  // `owned`: how many elements, from the begin, this rank adds to sums, as in TensorTable::set_exchange; -1: all.
+  // `owned`: how many elements, from the start, this rank adds to sums, as in TensorTable::set_exchange; -1: all.
   void bind(const Buffers&, double steps, std::int64_t owned = -1);
 
   // A whole step. `scalars` has NLCG_SCALARS, alpha_prev and the updates of the diagonal, in this order, and is
@@ -39,7 +39,9 @@ class FlatStep : public NativeStep {
   std::vector<double> descend(const Descent&, int threads);
 
  private:
+  void check_part() const;  // throws if a part cannot run
   void prepare_part(double alpha, double alpha_prev, double weight_decay, int threads);
+  void prepare(double alpha, double alpha_prev, double weight_decay, int threads);
 
   Buffers buffers_;
   bool bound_ = false;

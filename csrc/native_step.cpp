@@ -1,23 +1,11 @@
 #include "native_step.h"
 
-#include <algorithm>
-#include <iterator>
-#include <stdexcept>
-
 #include "pass_full_batch.h"
 #include "pass_pairs.h"
 #include "preconditioners.h"
 
 namespace fastnlcg {
 namespace {
-
-// The value of an enum with this name.
-template <class E, std::size_t N>
-E named(const char* what, const char* const (&names)[N], const std::string& name) {
-  const auto found = std::find(std::begin(names), std::end(names), name);
-  if (found == std::end(names)) throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
-  return static_cast<E>(found - std::begin(names));
-}
 
 void read_option(bool& to, const py::handle& from) { to = py::cast<bool>(from); }
 void read_option(double& to, const py::handle& from) { to = py::cast<double>(from); }
@@ -31,7 +19,7 @@ void read_option(UpdateRule& to, const py::handle& from) {
 int ordinal_of(const std::string& device) {
   if (device == "cpu") return -1;
   if (device.rfind("cuda:", 0) != 0 || device.size() == 5) {
-    throw std::invalid_argument("device is '" + device + "', expected 'cpu' or 'cuda:0', 'cuda:1', ...");
+    throw invalid_argument("device is '" + device + "', expected 'cpu' or 'cuda:0', 'cuda:1', ...");
   }
   return std::stoi(device.substr(5));
 }
@@ -48,18 +36,18 @@ std::string missing_array(unsigned needed, const Segment& segment) {
 }  // namespace
 
 DType dtype_named(const std::string& name) {
-  const auto found = std::find(std::begin(kDTypeNames), std::end(kDTypeNames), name);
-  if (found == std::end(kDTypeNames)) {
+  try {
+    return named<DType>("dtype", kDTypeNames, name);
+  } catch (const std::invalid_argument&) {
     throw py::type_error("dtype " + name + " is not supported; expected float64, float32, bfloat16 or float16");
   }
-  return static_cast<DType>(found - std::begin(kDTypeNames));
 }
 
 NativeStep::NativeStep(const std::string& state_dtype, const std::string& device, std::uintptr_t stream)
     : device_(ordinal_of(device)), device_name_(device) {
   step_.state_dtype = dtype_named(state_dtype);
   if (step_.state_dtype == DType::f16) {
-    throw std::invalid_argument("state_dtype is float16, expected float64, float32 or bfloat16");
+    throw invalid_argument("state_dtype is float16, expected float64, float32 or bfloat16");
   }
   cuda_.device = std::max(device_, 0);
   cuda_.stream = reinterpret_cast<void*>(stream);
@@ -72,7 +60,7 @@ void NativeStep::set_options(const py::dict& options) {
   Options next;
   std::size_t known = 0;
   each_option(next, [&](const char* name, auto& value) {
-    if (!options.contains(name)) throw std::invalid_argument(std::string("option '") + name + "' is missing");
+    if (!options.contains(name)) throw invalid_argument(std::string("option '") + name + "' is missing");
     read_option(value, options[name]);
     ++known;
   });
@@ -80,7 +68,7 @@ void NativeStep::set_options(const py::dict& options) {
     for (const auto& [key, value] : options) {
       bool is_known = false;
       each_option(next, [&](const char* name, auto&) { is_known |= key.equal(py::str(name)); });
-      if (!is_known) throw std::invalid_argument("unknown option " + std::string(py::repr(key)));
+      if (!is_known) throw invalid_argument("unknown option " + std::string(py::repr(key)));
     }
   }
   step_.options = next;
@@ -88,7 +76,7 @@ void NativeStep::set_options(const py::dict& options) {
 
 void NativeStep::set_launch(const std::string& form, int blocks, int resident_tiles) {
   if (form != "automatic" && form != "one" && form != "separate") {
-    throw std::invalid_argument("form is '" + form + "', expected 'automatic', 'one' or 'separate'");
+    throw invalid_argument("form is '" + form + "', expected 'automatic', 'one' or 'separate'");
   }
   cuda_.form = form == "automatic" ? CudaStep::Form::automatic
                : form == "one"     ? CudaStep::Form::one_launch
@@ -99,15 +87,14 @@ void NativeStep::set_launch(const std::string& form, int blocks, int resident_ti
 
 void NativeStep::check_buffer(const char* name, const Buffer& buffer, const std::string& dtype) const {
   if (buffer.device() != device_name_) {
-    throw std::invalid_argument(std::string(name) + " is on " + buffer.device() + ", expected " + device_name_);
+    throw invalid_argument(std::string(name) + " is on " + buffer.device() + ", expected " + device_name_);
   }
   if (buffer.dtype() != dtype) {
     throw py::type_error(std::string(name) + " has dtype " + buffer.dtype() + ", expected " + dtype);
   }
-  if (!buffer.contiguous()) throw std::invalid_argument(std::string(name) + " is not contiguous");
+  if (!buffer.contiguous()) throw invalid_argument(std::string(name) + " is not contiguous");
   if (buffer.size() > 0 && buffer.data() == nullptr) {
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(buffer.size()) +
-                                " elements but no memory");
+    throw invalid_argument(std::string(name) + " has " + std::to_string(buffer.size()) + " elements but no memory");
   }
 }
 
@@ -119,7 +106,7 @@ void NativeStep::check_state_dtype(const std::string& what, DType dtype) const {
 }
 
 void NativeStep::refuse_bfloat16_state(const std::string& what) const {
-  if (step_.state_dtype == DType::bf16) throw std::invalid_argument(what + " does not take state in bfloat16");
+  if (step_.state_dtype == DType::bf16) throw invalid_argument(what + " does not take state in bfloat16");
 }
 
 void NativeStep::check_state() const {
@@ -136,18 +123,18 @@ void NativeStep::check_state() const {
                           kPreconditionerNames[static_cast<int>(step_.options.preconditioner)] + "'");
   }
   for (const Segment& segment : segments_) {
-    if (segment.matrices && !takes_matrices) throw std::invalid_argument("matrices need the preconditioner 'muon'");
+    if (segment.matrices && !takes_matrices) throw invalid_argument("matrices need the preconditioner 'muon'");
     const std::string missing = missing_array(segment.matrices ? needed & ~kDiagonal : needed, segment);
-    if (!missing.empty()) throw std::invalid_argument("a step needs " + missing);
+    if (!missing.empty()) throw invalid_argument("a step needs " + missing);
     if (!takes_matrices) return;  // all segments have the same arrays
   }
 }
 
 void NativeStep::use(std::vector<Segment> segments, std::vector<Group> groups, std::int64_t n) {
+  bias_.resize(segments.size());  // memory first: if there is none, the tables are the old ones
+  if (!on_device()) partials_.resize(static_cast<std::size_t>(partials_needed(n)));
   segments_ = std::move(segments);
   groups_ = std::move(groups);
-  bias_.resize(segments_.size());
-  if (!on_device()) partials_.resize(static_cast<std::size_t>(partials_needed(n)));
   step_.segments = segments_.data();
   step_.n_segments = static_cast<std::int64_t>(segments_.size());
   step_.n = step_.owned = n;
@@ -168,20 +155,24 @@ std::vector<double> NativeStep::run_descent_pass(const Descent& pass, int thread
   if (missing.empty() && needs_p && segments_[0].p == nullptr) missing = "p";
   if (missing.empty() && !trial && segments_[0].g == nullptr) missing = "g";
   if (!missing.empty()) {
-    throw std::invalid_argument(std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] + "' needs " +
-                                missing);
+    throw invalid_argument(std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] + "' needs " +
+                           missing);
   }
   for (const Segment& segment : segments_) {
     if (segment.dtype != step_.state_dtype) {
-      throw std::invalid_argument("full-batch descent takes parameters of the dtype of the state, " +
-                                  std::string(kDTypeNames[static_cast<int>(step_.state_dtype)]) + ", got " +
-                                  kDTypeNames[static_cast<int>(segment.dtype)]);
+      throw invalid_argument("full-batch descent takes parameters of the dtype of the state, " +
+                             std::string(kDTypeNames[static_cast<int>(step_.state_dtype)]) + ", got " +
+                             kDTypeNames[static_cast<int>(segment.dtype)]);
     }
   }
-  if (pass.row < 0 || pass.y_row < 0 || pass.count < 0 || pass.count > kMostPairs || rows_of(pass) > rows_) {
-    throw std::invalid_argument(std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] +
-                                "' needs rows up to " + std::to_string(rows_of(pass)) + ", and there are " +
-                                std::to_string(rows_));
+  const std::string name = std::string("the pass '") + kDescentNames[static_cast<int>(pass.kind)] + "'";
+  if (pass.row < 0 || pass.y_row < 0 || pass.count < 0 || rows_of(pass) > rows_) {
+    throw invalid_argument(name + " needs rows up to " + std::to_string(rows_of(pass)) + ", and there are " +
+                           std::to_string(rows_));
+  }
+  if (pass.count > most_rows_of(pass)) {
+    throw invalid_argument(name + " takes at most " + std::to_string(most_rows_of(pass)) + " rows, got " +
+                           std::to_string(pass.count));
   }
   for (Group& group : groups_) {
     group.weight_decay = 0.0, group.sign = pass.maximize ? -1.0 : 1.0, group.factor = group.sign;

@@ -8,8 +8,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -22,6 +25,16 @@ namespace fastnlcg {
 
 namespace py = pybind11;
 using BufferPtr = std::shared_ptr<Buffer>;
+
+inline std::invalid_argument invalid_argument(const std::string& message) { return std::invalid_argument(message); }
+
+// The value of an enum with this name; std::invalid_argument if there is none. `what`: what it is, in words.
+template <class E, std::size_t N>
+E named(const char* what, const char* const (&names)[N], const std::string& name) {
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  if (found == std::end(names)) throw invalid_argument(std::string("unknown ") + what + " '" + name + "'");
+  return static_cast<E>(found - std::begin(names));
+}
 
 // The dtype of this name; py::type_error if there is none.
 DType dtype_named(const std::string& name);
@@ -79,7 +92,7 @@ class NativeStep {
       on_cpu(kernels);
     }
   }
-  // One pass of full-batch descent: its sums, and behind them the largest. Waits for a GPU.
+  // One pass of full-batch descent: its sums, followed by the maximum. Waits for a GPU.
   std::vector<double> run_descent_pass(const Descent&, int threads);
 
   int device_;  // the ordinal of a GPU; -1: the CPU

@@ -56,8 +56,8 @@ struct PassDefaults {
   static constexpr bool kTakesBFloat16State = false;
   // Calls at.add_in_run(): only for terms that cannot overflow the state's type.
   static constexpr bool kAddsInRuns = false;
-  // GPU: walks from the end of the flat index, to find in the cache what the pass before read last. (On a
-  // processor this gained nothing.)
+  // GPU: walks from the end of the flat index, to find in the cache what the pass before read last. (On a CPU this
+  // gained nothing.)
   static constexpr bool kBackward = false;
   // Stores p even if alpha is 0, because it has a step length of its own.
   static constexpr bool kStoresEvenAtZeroAlpha = false;
@@ -118,14 +118,16 @@ concept Pass = std::derived_from<P, PassDefaults> && std::is_trivially_copyable_
                };
 
 // A pass of a step: how it is built from what has been decided so far, and what follows from its sums.
+// Its sums are columns of a rank's row.
 template <class P>
-concept StepPass = Pass<P> && requires(P& pass, StepPlan& plan, const Options& options, const double* sums) {
-  // The pass with its scalars, each broadcast(x).
-  { P::from_plan(plan, options, ElementBroadcast<float>{}) } -> std::same_as<P>;
-  pass.assume_constants(ElementBroadcast<float>{});
-  // update_plan(plan, options, sums, largest, n, limit): n elements; `limit` is the largest number of the state's type.
-  P::update_plan(plan, options, sums, 0.0, 0.0, 0.0);
-};
+concept StepPass = Pass<P> && (P::kSums <= kLargestElement) &&
+                   requires(P& pass, StepPlan& plan, const Options& options, const double* sums) {
+                     // The pass with its scalars, each broadcast(x).
+                     { P::from_plan(plan, options, ElementBroadcast<float>{}) } -> std::same_as<P>;
+                     pass.assume_constants(ElementBroadcast<float>{});
+                     // update_plan(plan, options, sums, largest, n, limit): n elements; `limit` is the largest number of the state's type.
+                     P::update_plan(plan, options, sums, 0.0, 0.0, 0.0);
+                   };
 
 // The passes of a step, in order.
 template <template <class> class... P>

@@ -65,10 +65,28 @@ struct Slope : FullBatchDefaults {
   }
 };
 
+// h after an update with a pair (s, y): of the scaled h, and at least a rounding of it.
+template <class T>
+struct DiagonalUpdate {
+  T scale, rsqrt_ys, rsqrt_shs, bound, epsilon;
+  NLCG_HD T operator()(T scaled, T y, T s) const {
+    return at_least(bfgs_diagonal(scaled, y, s, rsqrt_ys, rsqrt_shs, bound), T(epsilon * scaled));
+  }
+};
+template <class Broadcast>
+auto diagonal_update(const Descent& x, Broadcast broadcast) {
+  using S = typename Broadcast::Scalar;
+  const double bound = 0.25 * kLargest<S>, epsilon = sizeof(S) == sizeof(float) ? 0x1p-23 : 0x1p-52;
+  return DiagonalUpdate<decltype(broadcast(0.0))>{broadcast(x.scale), broadcast(inverse_root(x.ys, bound)),
+                                                  broadcast(inverse_root(x.shs, bound)), broadcast(bound),
+                                                  broadcast(epsilon)};
+}
+
 template <class T>
 struct Curvature : FullBatchDefaults {
   static constexpr int kSums = 3;
-  T scale, rsqrt_ys, rsqrt_shs, bound, epsilon, alpha;
+  DiagonalUpdate<T> updated;
+  T alpha;
   bool update, preconditioned;
   NLCG_HD unsigned reads() const { return kGradPrev | (update ? kD : 0u) | (preconditioned ? kDiagonal : 0u); }
   NLCG_HD unsigned writes() const { return update ? kDiagonal : 0u; }
@@ -80,9 +98,7 @@ struct Curvature : FullBatchDefaults {
     if (preconditioned) {
       T h = at.diagonal();
       if (update) {
-        const T scaled = scaled_diagonal(scale, h);
-        const T s = scaled_direction(alpha, at.d());
-        h = at_least(bfgs_diagonal(scaled, y, s, rsqrt_ys, rsqrt_shs, bound), T(epsilon * scaled));
+        h = updated(scaled_diagonal(updated.scale, h), y, scaled_direction(alpha, at.d()));
         at.set_diagonal(h);
       }
       w = preconditioned_gradient(g, h, T{});
@@ -121,24 +137,15 @@ struct NewDirection : FullBatchDefaults {
 // Calls f with the pass, its scalars in the state's type.
 template <class Broadcast, class F>
 void with_descent_pass(const Descent& x, Broadcast broadcast, F&& f) {
-  using S = typename Broadcast::Scalar;
   using T = decltype(broadcast(0.0));
-  const double bound = 0.25 * kLargest<S>, epsilon = sizeof(S) == sizeof(float) ? 0x1p-23 : 0x1p-52;
   switch (x.kind) {
     case Descent::Kind::trial:
       return f(Trial<T>{{}, broadcast(x.alpha), x.first, x.alpha != 0.0});
     case Descent::Kind::slope:
       return f(Slope<T>{});
     case Descent::Kind::curvature:
-      return f(Curvature<T>{{},
-                            broadcast(x.scale),
-                            broadcast(inverse_root(x.ys, bound)),
-                            broadcast(inverse_root(x.shs, bound)),
-                            broadcast(bound),
-                            broadcast(epsilon),
-                            broadcast(x.alpha),
-                            x.update && x.preconditioned,
-                            x.preconditioned});
+      return f(Curvature<T>{
+          {}, diagonal_update(x, broadcast), broadcast(x.alpha), x.update && x.preconditioned, x.preconditioned});
     default:
       return f(NewDirection<T>{{}, broadcast(x.beta), x.beta != 0.0, x.preconditioned});
   }

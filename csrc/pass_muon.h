@@ -1,12 +1,12 @@
 // The passes of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), whose preconditioner is the polar
-// factor of a matrix, with a conjugate beta for its momentum. Of matrices
+// factor of a matrix, with a conjugate beta for its momentum. For matrices
 //
 //     beta  = min(sum(g g) / sum(g_prev g_prev), beta_max)     sums over all matrices
 //     d_new = beta d - g                                       u = beta d_new - g
 //     p_new = (1 - alpha weight_decay) p + alpha O             O = size * polar(u), size = 0.2 sqrt(max(rows, columns))
 //
-// All other parameters take the step of Adam's diagonal (pass_adam.h), in the same two passes: MuonDots and MuonMove. Of
-// matrices those form the sum and d. Then, for one batch of matrices after another, MatrixInput writes u to a workspace,
+// All other parameters take the step of Adam's diagonal (pass_adam.h), in the same two passes: MuonDots and MuonMove. For
+// matrices they form the sum and d. Then, for one batch of matrices after another, MatrixInput writes u to a workspace,
 // the segment's origin, normalize() divides it by its norm, torch's products replace it by O
 // (python/fastnlcg/tensors/matrices.py), and MatrixMove moves p.
 //

@@ -8,7 +8,7 @@
 //     PairDirection  d = -(d + sum_k c_k s_k);  sum(g d), sum(d h d)                               m + 4
 //     Mark           sum(g d), and the mark of p                                                   3
 //
-// The two loops of L-BFGS become three passes, because what they need of the pairs beside S^T g and Y^T P q is the
+// The two loops of L-BFGS become three passes, because apart from S^T g and Y^T P q, all they need of the pairs is the
 // matrix S^T Y, whose elements are scalars. Source: Nocedal, Math. Comp. 35 (1980) 773; Byrd, Nocedal & Schnabel, Math.
 // Programming 63 (1994) 129. The buffers are whole blocks, so no pass here meets the end of a segment.
 #pragma once
@@ -32,7 +32,8 @@ template <class T>
 struct StorePair : FullBatchDefaults {
   static constexpr int kSums = 4;
   static constexpr bool kUsesRows = true;
-  T scale, rsqrt_ys, rsqrt_shs, bound, epsilon, alpha;
+  DiagonalUpdate<T> update;
+  T alpha;
   int s_row, y_row;
   bool preconditioned;
   NLCG_HD unsigned reads() const { return kGradPrev | kD | (preconditioned ? kDiagonal : 0u); }
@@ -45,8 +46,8 @@ struct StorePair : FullBatchDefaults {
     at.set_row(y_row, y);
     T before = y, after = y;
     if (preconditioned) {
-      const T scaled = scaled_diagonal(scale, at.diagonal());
-      const T h = at_least(bfgs_diagonal(scaled, y, s, rsqrt_ys, rsqrt_shs, bound), T(epsilon * scaled));
+      const T scaled = scaled_diagonal(update.scale, at.diagonal());
+      const T h = update(scaled, y, s);
       at.set_diagonal(h);
       before = preconditioned_gradient(y, scaled, T{});
       after = preconditioned_gradient(y, h, T{});
@@ -156,21 +157,10 @@ void put_coefficients(P& pass, const Descent& x, Broadcast broadcast) {
 // Calls f with the pass, its scalars in the state's type.
 template <class Broadcast, class F>
 void with_pair_pass(const Descent& x, Broadcast broadcast, F&& f) {
-  using S = typename Broadcast::Scalar;
   using T = decltype(broadcast(0.0));
-  const double bound = 0.25 * kLargest<S>, epsilon = sizeof(S) == sizeof(float) ? 0x1p-23 : 0x1p-52;
   switch (x.kind) {
     case Descent::Kind::pair:
-      return f(StorePair<T>{{},
-                            broadcast(x.scale),
-                            broadcast(inverse_root(x.ys, bound)),
-                            broadcast(inverse_root(x.shs, bound)),
-                            broadcast(bound),
-                            broadcast(epsilon),
-                            broadcast(x.alpha),
-                            x.row,
-                            x.y_row,
-                            x.preconditioned});
+      return f(StorePair<T>{{}, diagonal_update(x, broadcast), broadcast(x.alpha), x.row, x.y_row, x.preconditioned});
     case Descent::Kind::gradient_dots:
       return f(RowDots<T, false>{{}, x.row, x.count});
     case Descent::Kind::direction_dots:
@@ -192,11 +182,17 @@ void with_pair_pass(const Descent& x, Broadcast broadcast, F&& f) {
 
 inline bool is_pair_pass(const Descent& x) { return x.kind >= Descent::Kind::pair; }
 
-// The rows that a pass reads or writes, behind the last.
-inline int rows_of(const Descent& x) {
+// One past the last row that a pass reads or writes.
+inline std::int64_t rows_of(const Descent& x) {
   if (x.kind == Descent::Kind::mark) return 0;
-  if (x.kind == Descent::Kind::pair) return (x.row > x.y_row ? x.row : x.y_row) + 1;
-  return x.row + x.count;
+  if (x.kind == Descent::Kind::pair) return std::int64_t{x.row > x.y_row ? x.row : x.y_row} + 1;
+  return std::int64_t{x.row} + x.count;
+}
+
+// The largest count that a pass takes.
+inline int most_rows_of(const Descent& x) {
+  const bool dots = x.kind == Descent::Kind::gradient_dots || x.kind == Descent::Kind::direction_dots;
+  return dots ? kRowsAtOnce : kMostPairs;
 }
 
 }  // namespace fastnlcg

@@ -9,7 +9,7 @@
 //     adam   AdamDots          reads g, v                 rz, rz_mid                                    8
 //            AdamMove          reads p, g, d, v           writes p, d, v; sum(g g), sum(g d)           28
 //
-//     muon   MuonDots, MuonMove: of matrices see pass_muon.h, of other parameters as adam
+//     muon   MuonDots, MuonMove: for matrices see pass_muon.h, of other parameters as adam
 //
 // per float32 element; PlainDots and AdamDots also read g_prev if Polak-Ribiere needs rz_mid.
 #pragma once

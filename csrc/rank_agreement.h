@@ -10,8 +10,17 @@
 namespace fastnlcg {
 
 // Which exchange a row belongs to.
-enum class ExchangeId : std::int32_t { first_pass, repeated_pass, later_pass, diagnostics, full_batch };
-constexpr const char* kExchangeNames[] = {"first_pass", "repeated_pass", "later_pass", "diagnostics", "full_batch"};
+enum class ExchangeId : std::int32_t {
+  first_pass,
+  repeated_pass,
+  later_pass,
+  diagnostics,
+  full_batch,
+  load,
+  make_state
+};
+constexpr const char* kExchangeNames[] = {"first_pass", "repeated_pass", "later_pass", "diagnostics",
+                                          "full_batch", "load",          "make_state"};
 
 // That of the exchange after a pass of a step.
 template <class Pass>

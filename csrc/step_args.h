@@ -216,11 +216,12 @@ struct Step {
   double loss;    // NaN: none given
   double digest;  // kDigest in this rank's rows
   int threads;
-  // The number of elements, from the begin of the flat index, that this rank adds to sums: n, or a multiple of
+  // The number of elements, from the start of the flat index, that this rank adds to sums: n, or a multiple of
   // chunk_elements(n). The others are replicas of another rank's.
   std::int64_t owned;
   RankGather exchange;
 };
+inline bool has_grad_prev(const Step& step) { return step.n_segments > 0 && step.segments[0].grad_prev != nullptr; }
 
 // Tiles fix the order of every sum: the bits depend on the flat index alone. 4096 elements are few enough to balance
 // over threads and many enough that combining the partial sums costs nothing.

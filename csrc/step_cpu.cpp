@@ -43,8 +43,6 @@ void run_part(const Step& step, const Pass& pass, double (&sums)[kMaxSums + 1]) 
   reduce<S, S>(step, pass, sums);
 }
 
-bool has_grad_prev(const Step& step) { return step.n_segments > 0 && step.segments[0].grad_prev != nullptr; }
-
 template <class S>
 bool update_curvature_in(const Step& step, double* ys, double* shs) {
   double sums[kMaxSums + 1];

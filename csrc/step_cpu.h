@@ -20,7 +20,8 @@ struct CpuKernels {
   // The whole step: the passes of its preconditioner (preconditioners.h).
   void (*step)(const Step&);
 
-  // Parts of a step, by the same passes. They neither read nor write `scalars`, except last_move.
+  // Parts of a step, by the same passes. Only last_move writes `scalars`; matrix_pass, and passes that round
+  // stochastically, read them.
   // bfgs: if the curvature condition holds, writes h and returns true.
   bool (*update_curvature)(const Step&, double* ys, double* shs);
   // Reads g, the diagonal, and g_prev unless it is null.
@@ -29,7 +30,7 @@ struct CpuKernels {
   void (*update_direction)(const Step&, double beta);
   // bfgs: writes scalars->gs and shs, formed from the state as the last step left it.
   void (*last_move)(const Step&);
-  // One pass of full-batch descent: its sums, and behind them the largest.
+  // One pass of full-batch descent: its sums, followed by the maximum.
   void (*descend)(const Step&, const Descent&, double* sums);
   // muon, after a step that was not skipped: one pass over the matrices in these tiles of the flat index.
   void (*matrix_pass)(const Step&, MatrixPass, std::int64_t first_tile, std::int64_t last_tile);

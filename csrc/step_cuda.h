@@ -78,7 +78,7 @@ void cuda_forget(CudaStep&);
 void cuda_join_stream(const CudaStep&);
 // Forms the sums over the last move (pass_bfgs.h, LastMove) and writes them to the scalars. Waits.
 void cuda_last_move(const Step&, CudaStep&);
-// One pass of full-batch descent (pass_full_batch.h): its sums, and behind them the largest. Allocates a workspace if
+// One pass of full-batch descent (pass_full_batch.h): its sums, followed by the maximum. Allocates a workspace if
 // the step has none. Waits.
 void cuda_descend(const Step&, CudaStep&, const Descent&, double* sums);
 // muon: one pass over the matrices in these tiles, if the step before it was not skipped.

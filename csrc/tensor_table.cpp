@@ -8,8 +8,6 @@
 namespace fastnlcg {
 namespace {
 
-std::invalid_argument invalid_argument(const std::string& message) { return std::invalid_argument(message); }
-
 constexpr std::array<void* Segment::*, 4> kStateArrays = {&Segment::grad_prev, &Segment::direction, &Segment::diagonal,
                                                           &Segment::origin};
 
@@ -35,7 +33,7 @@ struct DropLive {
   }
 };
 
-// The segment of a row of the table, which begins at or behind `end`.
+// The segment of a row of the table, which begins at or after `end`.
 Segment segment_of(const SegmentSpec& spec, const std::string& name, std::int64_t n, int groups, std::int64_t end) {
   std::int64_t size = 1;
   for (const std::int64_t extent : spec.shape.shape) {
@@ -276,7 +274,7 @@ bool TensorTable::follow(const Tensors& at, Reads reads) {
   }
   live_.reserve(6 * n + 1 + groups_.size());
   for (std::size_t i = 0; i < n; ++i) {
-    // They may have been freed since the last step. A trial does not read g, so its address may stay, and a GPU's table
+    // These addresses may have been freed since the last step. A trial does not read g, so its address may stay, and a GPU's table
     // of segments need not be written before and after the trial.
     if (reads != Reads::parameters) segments_[i].g = nullptr;
     if (!with_parameters) segments_[i].p = nullptr;

@@ -93,11 +93,10 @@ class TensorTable : public NativeStep {
   // Makes the stream's next work follow the last step.
   void join_stream();
 
-  // See digest_of().
-  double digest() const;
   double agreed = 0.0;  // names what else all ranks must have alike
 
  private:
+  double digest() const;  // see digest_of()
   void check_laid_out(const char* call) const;
   enum class Reads { state, parameters, gradients };  // each reads those before it too
   bool follow(const Tensors&, Reads);
@@ -123,7 +122,7 @@ class TensorTable : public NativeStep {
 };
 
 // Calls `complete`, which ends a step in Python: moves of matrices, copies. An interrupt must not leave half of a step:
-// if the call raises, it is repeated until it returns, and then the first exception is raised.
+// if the call raises, it is called again, at most four times in all, and the first exception is then raised.
 void complete_step(const py::function& complete);
 
 }  // namespace fastnlcg

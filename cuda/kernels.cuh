@@ -165,8 +165,8 @@ __device__ __forceinline__ void decide(const Arguments& a, const RankRow& row) {
 }
 
 // Whether the ranks exchange their rows after this pass. The sums of the last pass are for the next step.
-__host__ __device__ __forceinline__ bool exchanges(const RankGather& exchange, bool opens, bool last) {
-  return exchange.ranks > 0 && (opens || (exchange.every_decision && !last));
+__host__ __device__ __forceinline__ bool exchanges(const RankGather& exchange, bool first, bool last) {
+  return exchange.ranks > 0 && (first || (exchange.every_decision && !last));
 }
 
 // One pass of the step, and its decision on the Next. kAlone: all passes are in one launch, so never over ranks, and

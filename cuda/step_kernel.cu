@@ -207,8 +207,6 @@ void run_part(const char* name, const Step& step, CudaStep& cuda, const Pass& pa
   wait_for(cuda);
 }
 
-bool has_grad_prev(const Step& step) { return step.n_segments > 0 && step.segments[0].grad_prev != nullptr; }
-
 template <class S>
 bool update_curvature_in(const Step& step, CudaStep& cuda, double* ys, double* shs) {
   const Scratch scratch(step, cuda);

@@ -13,6 +13,7 @@ import pytest
 import torch
 from backends import NARROWEST
 from fastnlcg import OnlineLineSearch, _native, ops
+from fastnlcg.options import Options
 from test_ops import N, arrays, step
 
 
@@ -333,6 +334,25 @@ def test_native_lengths_are_checked_again() -> None:
             call()
     with pytest.raises(ValueError, match=r"bind\(\) first"):
         _native.FlatStep("float32").preconditioned_dots(1)
+
+
+def test_a_step_lets_go_of_the_scalars() -> None:
+    """They are the caller's, and may be freed before the next call."""
+    flat = _native.FlatStep("float32")
+    flat.set_options(Options(preconditioner="adam").native())
+    memory = {name: np.ones(40, np.float32) for name in ("p", "g", "direction", "diagonal")}
+    flat.bind(**{name: _native.Buffer(array) for name, array in memory.items()}, steps=3.0)
+    dots = flat.preconditioned_dots(1)
+    scalars = np.array([*_native.SCALARS.values(), 0.0, 3.0])
+    flat.step(_native.Buffer(scalars), 0.0, 0.0, False, math.nan, 1)
+    assert scalars[-1] == 4.0
+    scalars[:] = 7.0
+    memory["diagonal"][:] = 1.0
+    assert flat.preconditioned_dots(1) == dots
+    rounding = Options(preconditioner="adam", stochastic_rounding=True).native()
+    flat.set_options(rounding)
+    with pytest.raises(ValueError, match="does not round stochastically"):
+        flat.preconditioned_dots(1)
 
 
 def test_the_owner_of_the_memory_is_held() -> None:

@@ -357,6 +357,13 @@ def test_a_pass_refuses_what_would_write_elsewhere() -> None:
         step.descend(named("gradient_dots", row=2, count=3), 1)
     with pytest.raises(ValueError, match="needs rows"):
         step.descend(named("residual", row=-1, count=1), 1)
+    with pytest.raises(ValueError, match=f"needs rows up to {2**31}"):
+        step.descend(named("pair", row=2**31 - 1), 1)
+    with pytest.raises(ValueError, match=f"needs rows up to {2**31 + 2}"):
+        step.descend(named("pair_direction", row=2**31 - 1, count=3), 1)
+    step.bind(**buffers, rows=_native.Buffer(np.zeros((8, 32))))
+    with pytest.raises(ValueError, match="'direction_dots' takes at most 4 rows, got 5"):
+        step.descend(named("direction_dots", count=5), 1)
     with pytest.raises(ValueError, match="33 coefficients"):
         named("residual", coefficients=[0.0] * 33)
     with pytest.raises(ValueError, match="rows has 31 elements"):

@@ -149,7 +149,7 @@ def from_adamw(own_groups: Groups, process_group: Any, given: Mapping[str, Any])
             steps = max(steps, t)
     if ranks is not None:
         ranks.prepare(device_of(ranks, params, torch.device("cpu")))
-        rows = ranks.exchange([rz, largest], steps, "diagnostics", 0.0)
+        rows = ranks.exchange([rz, largest], steps, "load", 0.0)
         rz, largest = ranks.total(rows)[0], max(row[1] for row in rows)
     scalars = groups.new_scalars()
     if steps:

@@ -201,7 +201,7 @@ def _largest_over_ranks(own_groups: Groups, process_group: Any, largest: float, 
     if ranks is None:
         return largest
     ranks.prepare(device_of(ranks, params, torch.device("cpu")))
-    return max(row[0] for row in ranks.exchange([largest], steps, "diagnostics", 0.0))
+    return max(row[0] for row in ranks.exchange([largest], steps, "load", 0.0))
 
 
 def to_muon(
