@@ -317,14 +317,17 @@ def test_a_loss_without_bound() -> None:
 
 
 def test_errors_of_the_optimizer() -> None:
-    p = nn.Parameter(torch.ones(3))
+    p, half = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(1).half())
     optimizer = CGDescent([p])
     for error, match, call in (
         (TypeError, "closure must be callable", lambda: optimizer.step(None)),
         (TypeError, "loss must be callable", lambda: optimizer.step(lambda: 0.0, loss=3)),
         (RuntimeError, "no parameter that requires a gradient has", lambda: optimizer.step(lambda: p.detach().sum())),
         (TypeError, "closure must return the loss", lambda: optimizer.step(lambda: None)),
-        (TypeError, "dtype torch.bfloat16", lambda: CGDescent([nn.Parameter(torch.ones(2).bfloat16())])),
+        (TypeError, "parameter 0 has dtype torch.float16", lambda: CGDescent([half])),
+        (TypeError, "parameter 1 has dtype torch.float16", lambda: CGDescent([nn.Parameter(torch.ones(2)), half])),
+        (TypeError, "parameter 2 has dtype torch.float16",
+         lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1)), half]})),
         (TypeError, "max_iter", lambda: CGDescent([p], max_iter=1.0)),
         (ValueError, "max_eval", lambda: CGDescent([p], max_eval=0)),
         (ValueError, "tolerance_grad", lambda: CGDescent([p], tolerance_grad=-1.0)),

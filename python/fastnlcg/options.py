@@ -16,7 +16,15 @@ from typing import Any, Literal
 
 from fastnlcg.line_search import OnlineLineSearch
 
-__all__ = ["PRECONDITIONERS", "Options", "Preconditioner", "check_below_one", "check_real"]
+__all__ = [
+    "PRECONDITIONERS",
+    "Options",
+    "Preconditioner",
+    "check_below_one",
+    "check_count",
+    "check_positive",
+    "check_real",
+]
 
 SMALLEST_EPS = 1.1754944e-38  # the smallest normal float32: anything smaller may be flushed to 0
 LARGEST_COUNT = 2**53  # the largest step count: whole numbers up to this one are exact in a double
@@ -72,6 +80,20 @@ def check_real(name: str, value: object, *, minimum: float = -math.inf) -> float
         what = "Invalid learning rate" if name == "lr" else f"Invalid {name}"
         raise ValueError(f"{what}: {value!r}; expected a finite number{bound}")
     return number
+
+
+def check_count(name: str, value: object, *, minimum: int = 1) -> int:
+    """``value`` as an int; TypeError or ValueError unless it is a whole number >= ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"Invalid {name}: {value!r}; expected at least {minimum}")
+    return int(value)
+
+
+def check_positive(name: str, value: object) -> float:
+    """``value`` as a float; TypeError or ValueError unless it is a finite number >= 0."""
+    return check_real(name, value, minimum=0.0)
 
 
 Check = Callable[[str, Any], object]
@@ -238,7 +260,7 @@ class Options:
         """Whether a step forms the norm of the gradient."""
         return self.max_grad_norm is not None or self.skip_grad_norm is not None
 
-    def streams(self) -> dict[str, float]:
+    def state_arrays(self) -> dict[str, float]:
         """The tensors of a parameter's state by key, with their value before the first step."""
         start_values = {"direction": 0.0}
         if self.keeps_gradient:

@@ -24,13 +24,11 @@ from fastnlcg.full_batch.iteration import (
     Descent,
     DescentOptions,
     OutOfBudget,
-    check_count,
-    check_positive,
 )
 from fastnlcg.full_batch.passes import Edited
 from fastnlcg.full_batch.vector_table import VectorPasses, VectorTable, leave_bases
 from fastnlcg.losses import unaveraged_loss
-from fastnlcg.options import check_real
+from fastnlcg.options import check_count, check_positive, check_real
 from fastnlcg.tensors.dtensor import memory
 from fastnlcg.tensors.ranks import check_group, find_ranks, world_size
 from fastnlcg.tensors.state_dict import named, structure
@@ -65,7 +63,7 @@ class CGDescent(torch.optim.Optimizer):
     nor is a matrix whose elements are not row-major in memory, or that is sharded over ranks.
 
     h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
-    tenfold in the median of the last eleven iterations. If the identity has foretold the pairs better than P, gamma
+    tenfold in the median of the last eleven iterations. If the identity has predicted the pairs better than P, gamma
     times the identity takes the place of gamma P. With pairs the first length of a search is 1; without, it comes from
     a parabola through a tenth of the last length, which is an evaluation more.
 
@@ -177,10 +175,11 @@ class CGDescent(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             group["lr"] = check_real("lr", group["lr"], minimum=0.0)
-            for p in group["params"]:
+            first = len(self._all()) - len(group["params"])
+            for index, p in enumerate(group["params"], first):
                 if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
                     raise TypeError(
-                        f"parameter {self._all().index(p)} has dtype {p.dtype}; expected torch.float32 or "
+                        f"parameter {index} has dtype {p.dtype}; expected torch.float32 or "
                         "torch.float64, unless it is frozen: a line search compares losses to their last digits"
                     )
         except BaseException:
@@ -213,8 +212,8 @@ class CGDescent(torch.optim.Optimizer):
             one, else a float. The loss after the step is ``diagnostics()["loss"]``.
 
         Raises:
-            TypeError, ValueError: for a closure that is none, or returns no loss; a parameter or gradient that cannot
-                be stepped, named by index.
+            TypeError, ValueError: for a closure that is not callable, or does not return a loss; a parameter or
+                gradient that cannot be stepped, named by index.
             RuntimeError: inside its own closure.
 
         If the closure raises, the parameters are those with which the search began.
@@ -402,7 +401,7 @@ class CGDescent(torch.optim.Optimizer):
         self._table = None
 
     def diagnostics(self) -> dict[str, Any]:
-        """What the last step has come to: ``loss``, ``gradient_max``, ``alpha``, ``beta``; ``iterations``,
+        """The outcome of the last step: ``loss``, ``gradient_max``, ``alpha``, ``beta``; ``iterations``,
         ``evaluations`` (calls of the closure) and ``loss_evaluations`` since the beginning; ``message``, why it ended
         early, or ""."""
         at = self._course()

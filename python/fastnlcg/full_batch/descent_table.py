@@ -217,7 +217,7 @@ class TablePasses:
     """The passes of a descent over a table of tensors.
 
     Args:
-        current: the table of today; the closure's first gradients make it.
+        current: returns the current table, which is made from the closure's first gradients.
         course: where the run stands.
     """
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from fastnlcg.options import check_real
+from fastnlcg.options import check_count, check_real
 
 __all__ = ["HagerZhang", "Point", "Unbounded", "search"]
 
@@ -57,8 +57,11 @@ class HagerZhang:
 
     def __post_init__(self) -> None:
         for constant in fields(self):
-            if constant.name != "epsilon" or self.epsilon is not None:
-                check_real(constant.name, getattr(self, constant.name))
+            value = getattr(self, constant.name)
+            if constant.name == "max_rounds":
+                check_count(constant.name, value)
+            elif constant.name != "epsilon" or value is not None:
+                check_real(constant.name, value)
         bounds = {
             "delta": 0.0 < self.delta < 0.5,
             "sigma": self.delta <= self.sigma < 1.0,
@@ -66,13 +69,12 @@ class HagerZhang:
             "theta": 0.0 < self.theta < 1.0,
             "gamma": 0.0 < self.gamma < 1.0,
             "rho": self.rho > 1.0,
-            "max_rounds": self.max_rounds >= 1,
         }
         for name, fits in bounds.items():
             if not fits:
                 raise ValueError(
                     f"Invalid {name}: {getattr(self, name)!r}; expected 0 < delta < 1/2, delta <= sigma < 1, "
-                    "epsilon >= 0, theta and gamma in (0, 1), rho > 1, max_rounds >= 1"
+                    "epsilon >= 0, theta and gamma in (0, 1), rho > 1"
                 )
 
     def accepts(self, start: Point, at: Point, slack: float) -> bool:

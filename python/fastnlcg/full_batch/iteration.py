@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 from fastnlcg import _native
@@ -28,7 +27,7 @@ from fastnlcg.full_batch.hager_zhang import HagerZhang, Point, Unbounded, search
 from fastnlcg.full_batch.pairs import MARGIN, Pairs
 from fastnlcg.full_batch.passes import Edited, Mark, PairPasses, Passes, Sums
 from fastnlcg.full_batch.rotation import EVERY
-from fastnlcg.options import check_real
+from fastnlcg.options import check_count
 
 __all__ = ["BETA_RULES", "Course", "Descent", "DescentOptions", "first_step"]
 
@@ -395,8 +394,8 @@ class Descent:
         weight = 1.0 + 0.7 * at.weight
         mean_f = at.mean_f + (abs(at.f) - at.mean_f) / weight
         start = Point(0.0, at.f, at.slope)
-        # The mean lags behind a loss that falls by orders of magnitude: a loss never rises by more than itself. But it
-        # is the size of the terms of a loss that has fallen through zero.
+        # The mean lags behind a loss that falls by orders of magnitude, so for a positive loss the noise is at most the
+        # loss itself. For a loss at or below zero, the mean is the only measure of the size of its terms.
         noise = ROUNDING * mean_f if at.f <= 0.0 else min(ROUNDING * mean_f, at.f)
         slack = max(self._epsilon * min(mean_f, abs(at.f)), noise)
         lowest, latest, probed, shortest, wanted, g_max = start, start, start, math.inf, 0.0, at.g_max
@@ -583,17 +582,3 @@ def _fits(start: Point, seen: Point, slack: float) -> bool:
     fall = -start.slope * seen.alpha
     expected = -fall if math.isnan(seen.slope) else 0.5 * (seen.slope - start.slope) * seen.alpha - fall
     return abs(seen.f - start.f - expected) <= fall + slack
-
-
-def check_count(name: str, value: object, *, minimum: int = 1) -> int:
-    """``value`` as an int; TypeError or ValueError unless it is a whole number >= ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"Invalid {name}: {value!r}; expected at least {minimum}")
-    return int(value)
-
-
-def check_positive(name: str, value: object) -> float:
-    """``value`` as a float; TypeError or ValueError unless it is a finite number >= 0."""
-    return check_real(name, value, minimum=0.0)

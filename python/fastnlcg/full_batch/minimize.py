@@ -23,10 +23,9 @@ from fastnlcg.full_batch.iteration import (
     Descent,
     DescentOptions,
     OutOfBudget,
-    check_count,
-    check_positive,
 )
 from fastnlcg.full_batch.rotation import flat_matrices
+from fastnlcg.options import check_count, check_positive
 from fastnlcg.warn import warn
 
 __all__ = ["OptimizeResult", "minimize"]

@@ -73,7 +73,7 @@ class Pairs:
     def choose(
         self, sums: PairSums, ys: float, shs: float, preconditioned: bool, *, first: bool, margin: float
     ) -> None:
-        """Chooses H0, by which P has foretold the pairs better, and sets gamma. ``shs``: sum(s h s) before the
+        """Chooses H0, by which P has predicted the pairs better, and sets gamma. ``shs``: sum(s h s) before the
         update; ``margin``: by how much the identity has to be better."""
         if preconditioned:
             plain = _log(sums.yy * sums.ss, ys)

@@ -39,7 +39,7 @@ class Vectors:
         preconditioned: whether there is an h.
         matrices: those that are rotated.
         load: writes the gradient at x into a buffer.
-        owned: how many elements, from the begin, this rank adds to sums; -1: all.
+        owned: how many elements, from the start, this rank adds to sums; -1: all.
         total: makes sums of this rank sums over ranks.
         agree: see :class:`Rotation`.
     """

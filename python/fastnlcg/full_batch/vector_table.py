@@ -33,7 +33,7 @@ from fastnlcg.tensors.checks import DTYPES, dense_strides, has_storage
 from fastnlcg.tensors.dtensor import as_like, is_sharded, memory, shard_like
 from fastnlcg.tensors.ranks import Ranks
 from fastnlcg.tensors.state import HUGE, state_dtype
-from fastnlcg.tensors.table import State, places
+from fastnlcg.tensors.table import State, flat_offsets
 
 ROTATED = ("basis_left", "basis_right", "factor_left", "factor_right")
 
@@ -66,7 +66,7 @@ class VectorTable(DescentTable):
 
     def _make_vectors(self, params: list[Tensor], stateful: list[int], ranks: Ranks | None) -> None:
         unowned = frozenset() if ranks is None else ranks.unowned
-        offsets, owned, n = places(params, stateful, unowned)
+        offsets, owned, n = flat_offsets(params, stateful, unowned)
         options, on_gpu = self.options, _native.on_gpu(self.device)
         dtype = state_dtype(memory(params[stateful[0]])) if stateful else torch.float32
         rotates = options.preconditioner == "kronecker" and not self.plain_shards
@@ -208,7 +208,7 @@ def _rotatable(p: Tensor) -> tuple[int, ...] | None:
 
 
 def _let_go(state: State, members: set[Tensor]) -> None:
-    """Copies the state of other parameters out of the buffers of an older table, which could not be freed."""
+    """Copies the state of other parameters out of the buffers of an older table, which could otherwise not be freed."""
     for p, entry in state.items():
         if p in members or not isinstance(entry, dict):
             continue
