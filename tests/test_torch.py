@@ -498,6 +498,27 @@ def test_load_state_dict_hooks(options: dict[str, Any]) -> None:
     assert optimizer.state["ran_post"]
 
 
+def test_a_load_post_hook_sees_the_state_that_was_loaded() -> None:
+    """Not bfloat16, to which torch's own load casts the state of such parameters; and what it writes stays."""
+    p = Parameter(torch.ones(40, dtype=torch.bfloat16))
+    p.grad = torch.linspace(-1, 1, 40).bfloat16()
+    optimizer = NLCG([p])
+    optimizer.step()
+    saved, seen = copy.deepcopy(optimizer.state_dict()), []
+
+    def post(optimizer: Optimizer) -> None:
+        seen.append({key: value.clone() for key, value in optimizer.state[p].items()})
+        optimizer.state[p]["direction"].zero_()
+
+    optimizer.register_load_state_dict_post_hook(post)
+    optimizer.load_state_dict(saved)
+    assert seen[0].keys() == saved["state"][0].keys()
+    for key, value in seen[0].items():
+        assert value.dtype == saved["state"][0][key].dtype
+        assert torch.equal(value, saved["state"][0][key])
+    assert not optimizer.state[p]["direction"].any()
+
+
 @pytest.mark.parametrize("with_gradient", [False, True])
 @all_inputs
 def test_step_hooks(options: dict[str, Any], with_gradient: bool) -> None:

@@ -23,7 +23,7 @@ from fastnlcg.tensors import adamw_state, groups, muon_state
 from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.tensors.dtensor import is_sharded
 from fastnlcg.tensors.ranks import check_group, check_whole, shapes_of, world_size
-from fastnlcg.tensors.state_dict import checked, entries_for, warn_of_changes
+from fastnlcg.tensors.state_dict import checked, entries_for, warn_of_changes, without
 from fastnlcg.tensors.step_table import StepTable
 from fastnlcg.tensors.table import parameters
 from fastnlcg.warn import warn
@@ -96,7 +96,8 @@ class NLCG(torch.optim.Optimizer):
 
     Parameters may be spread over ranks: as DTensors (FSDP2, HSDP, tensor parallel), or as plain shards with
     ``process_group`` (FSDP1, ZeroRedundancyOptimizer). All sums then run over all ranks, in one exchange of 104 bytes
-    per rank and step (two with ``"bfgs"``), and every rank takes the same decisions: all ranks must call :meth:`step`,
+    per rank and step (two with ``"bfgs"``; one more in a step that clips, and on a GPU in every step with
+    ``max_grad_norm`` or ``skip_grad_norm``), and every rank takes the same decisions: all ranks must call :meth:`step`,
     and :meth:`diagnostics`, which sums too. If ranks are about to take different steps (one of them has loaded a
     checkpoint, or has another lr), all of them raise, and nothing changes. Under DDP gradients are equal on all ranks
     and nothing is exchanged.
@@ -118,9 +119,9 @@ class NLCG(torch.optim.Optimizer):
             at every batch size; the default is cautious. The other preconditioners take the rates of SGD; the paper's
             peak is 0.1 * batch / 256.
         update: ``"fletcher_reeves"`` or ``"polak_ribiere"`` (Algorithm 1; not with ``"muon"``), or ``"heavy_ball"``, a
-            constant beta: then ``preconditioner=None`` is SGD with momentum, and ``"muon"`` is torch.optim.Muon, while
-            the same parameters have gradients: a step in which others have gradients has beta = 0 here, and the
-            momentum of each parameter there.
+            constant beta: then ``preconditioner=None`` is SGD with momentum, and ``"muon"`` is torch.optim.Muon as long
+            as the same parameters have gradients. When that set changes, NLCG takes one step with beta = 0, whereas
+            Muon keeps each parameter's momentum.
         preconditioner: ``"adam"``, the recommended one; ``"bfgs"``, the paper's diagonal of Algorithm 2, for large
             batches only: at small ones the noise in y inflates h until the steps vanish; None, plain NLCG; or
             ``"muon"``, for matrices alone, which takes Muon's learning rates: 0.02 to 0.1 in the study.
@@ -491,19 +492,27 @@ class NLCG(torch.optim.Optimizer):
             whole = checked(self, given)
             entries.update(entries_for(self, whole))
             warn_of_changes(self.param_groups, whole["param_groups"])  # if that raises, nothing has changed
-            return whole
+            # Without what is written below, which torch would copy and cast first.
+            return {**whole, "state": without(whole, self.param_groups, entries)}
+
+        def write(_: torch.optim.Optimizer) -> None:
+            for p, entry in entries.items():
+                self.state[p] = {**self.state.get(p, {}), **entry}
 
         with self._lock:
             if self._stepping:
                 raise RuntimeError("load_state_dict() was called inside a step of the same thread")
-            # The last of the pre-hooks: it sees the result of the user's own hooks, before torch changes anything.
-            handle = self.register_load_state_dict_pre_hook(check)
+            # The last of the pre-hooks: it sees the result of the user's own hooks, before torch changes anything. The
+            # first of the post-hooks: the user's own see the state as it is.
+            handles = (
+                self.register_load_state_dict_pre_hook(check),
+                self.register_load_state_dict_post_hook(write, prepend=True),
+            )
             try:
                 super().load_state_dict(state_dict)
             finally:
-                handle.remove()
-            for p, entry in entries.items():
-                self.state[p] = {**self.state.get(p, {}), **entry}
+                for handle in handles:
+                    handle.remove()
 
     def load_adamw_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues a run of ``torch.optim.AdamW`` (or Adam without weight decay) over the same parameters. v and the

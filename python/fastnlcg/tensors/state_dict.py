@@ -171,7 +171,7 @@ def bare_names(names: list[str]) -> list[tuple[str, ...]]:
 
 def _check_entry(index: Any, p: Tensor, entry: object, options: Options) -> None:
     where = f"state of parameter {index}"
-    keys = {"step", *options.streams()}
+    keys = {"step", *options.state_arrays()}
     if not isinstance(entry, Mapping) or not keys <= set(entry):
         got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
         whose = "" if _is_ours(entry) else "; is it another optimizer's?"
@@ -216,6 +216,19 @@ def check_step(where: str, value: object) -> None:
         raise ValueError(f"{where}: 'step' is {value!r}, expected a whole number from 0 to 2**53")
 
 
+def without(
+    whole: Mapping[str, Any], own: list[dict[str, Any]], entries: Mapping[Tensor, Mapping[str, Any]]
+) -> dict[Any, Any]:
+    """The state of ``whole`` without what ``entries`` has."""
+    known = {index: entries.get(p, {}) for index, p in named(whole["param_groups"], own).items()}
+    return {
+        index: {key: value for key, value in entry.items() if key not in known.get(index, {})}
+        if isinstance(entry, Mapping)
+        else entry
+        for index, entry in whole["state"].items()
+    }
+
+
 def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's state as it was saved: copies, on the parameter's device, in the state's dtype. torch's own
     load would cast to the parameter's dtype, which would round float32 state to bfloat16."""
@@ -228,7 +241,7 @@ def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[
         device = memory(p).device
         entry: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), dtype=torch.float64, device=device)}
         dtype = state_dtype(p, options_of[index].state_dtype)
-        for key in options_of[index].streams():
+        for key in options_of[index].state_arrays():
             entry[key] = as_like(shard_like(saved[key], p).detach().to(device, dtype, copy=True), p)
         entries[p] = entry
     return entries
