@@ -72,9 +72,9 @@ class Lockstep:
             offset += cut.n
         kind = TORCH[self.state_type]
         self.native_options = replace(options, stochastic_rounding=stochastic_rounding)
-        streams = self.native_options.streams()
+        arrays = self.native_options.state_arrays()
         self.diagonal_key = options.kind.diagonal or ""
-        self.state = {key: self.guarded(self.n, kind).fill_(start) for key, start in streams.items()}
+        self.state = {key: self.guarded(self.n, kind).fill_(start) for key, start in arrays.items()}
         self.state["step"] = self.guarded(len(cuts), torch.float64)
         self.numbers = self.guarded(len(_native.SCALARS), torch.float64)
         self.numbers.copy_(torch.tensor(list(_native.SCALARS.values()), dtype=torch.float64))

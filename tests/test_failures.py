@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastnlcg import NLCG
+from fastnlcg.tensors import table
 from quadratic import everything, one_step, parameter, quadratic_gradients, stepped
 
 
@@ -70,6 +71,30 @@ def test_running_out_of_memory_for_the_state_changes_nothing(
         one_step(qs, expected)
         assert everything(ps, optimizer) == everything(qs, expected)
         assert len(made) >= 1
+
+
+@pytest.mark.parametrize("where", ["_workspace", "flat_offsets"])
+def test_running_out_of_memory_for_a_table_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of another dtype of the state."""
+    (ps, optimizer), (qs, expected) = stepped(), stepped()
+    for one in (optimizer, expected):
+        one.param_groups[0]["state_dtype"] = "bfloat16"
+    before = [p.detach().clone() for p in ps]
+
+    def no_room(*args: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as inside:
+        inside.setattr(table, where, no_room)
+        for _ in range(2):
+            quadratic_gradients(ps)
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
+    for _ in range(2):
+        one_step(ps, optimizer)
+        one_step(qs, expected)
+    assert everything(ps, optimizer) == everything(qs, expected)
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:

@@ -219,6 +219,24 @@ def test_ranks_that_disagree_on_gpus_change_nothing_and_raise_at_the_next_step(w
         assert not changed
 
 
+def resume_after_a_disagreement() -> int:
+    """A file that counts a disagreement of the run that wrote it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backends.use("emulated", monkeypatch)
+        net = sharded()
+        optimizer = optimizer_of(net.parameters(), "adam")
+        train(net, optimizer, 0, 2)
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["scalars"][list(_native.SCALARS).index("disagreements")] = 1.0
+        optimizer.load_state_dict(saved)
+        train(net, optimizer, 2, 5)
+        return int(optimizer.diagnostics().step)
+
+
+def test_a_disagreement_in_a_file_is_no_new_one() -> None:
+    assert ranks(2)(resume_after_a_disagreement) == [5, 5]
+
+
 def wrong_groups() -> None:
     p = nn.Parameter(torch.ones(3))
     for wrong in ("gloo", 3, object()):

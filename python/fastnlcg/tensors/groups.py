@@ -61,7 +61,7 @@ def complete(groups: Sequence[MutableMapping[str, Any]], defaults: Mapping[str, 
             group["alpha_prev"] = torch.zeros((), dtype=torch.float64, device="cpu")
 
 
-def place_numbers(groups: Sequence[MutableMapping[str, Any]], device: torch.device) -> None:
+def move_numbers(groups: Sequence[MutableMapping[str, Any]], device: torch.device) -> None:
     """Moves ``"scalars"``, which all groups share, and each group's ``"alpha_prev"`` to the parameters' device."""
     if not groups:
         return

@@ -92,25 +92,27 @@ def muon_groups(
         raise TypeError(f"outside must be None or a sequence of names, got the string {outside!r}")
     lr, weight_decay = check_real("lr", lr, minimum=0.0), check_real("weight_decay", weight_decay, minimum=0.0)
     split = dict(split or {})
-    places = _places(module)
-    left_out = _output_layer(places) if outside is None else list(outside)
+    occurrences = _occurrences(module)
+    left_out = _output_layer(occurrences) if outside is None else list(outside)
     for name in left_out:
-        if not any(_is_in(name, place) for place in places):
+        if not any(_is_in(name, occurrence) for occurrence in occurrences):
             raise ValueError(f"outside has {name!r}, which names no parameter of the module")
 
-    of_parameter: dict[nn.Parameter, list[_Place]] = {}
-    for place in places:
-        of_parameter.setdefault(place.p, []).append(place)
+    of_parameter: dict[nn.Parameter, list[_Occurrence]] = {}
+    for occurrence in occurrences:
+        of_parameter.setdefault(occurrence.p, []).append(occurrence)
     used: set[str | None] = set()
     matrices: dict[Any, dict[str, Any]] = {}
     rest: dict[bool, dict[str, Any]] = {}
     for index, (p, owned) in enumerate(of_parameter.items()):
-        ending = next((ending for ending in split if any(_ends_with(place, ending) for place in owned)), None)
+        ending = next((ending for ending in split if any(_ends_with(occurrence, ending) for occurrence in owned)), None)
         if not p.requires_grad:
             used.add(ending)
             continue
-        inside = not any(_is_in(name, place) for name in left_out for place in owned)
-        kinds = [_kind(index, place, split[ending] if ending else None) for place in owned] if inside else [None]
+        inside = not any(_is_in(name, occurrence) for name in left_out for occurrence in owned)
+        kinds = (
+            [_kind(index, occurrence, split[ending] if ending else None) for occurrence in owned] if inside else [None]
+        )
         if (kind := kinds[0]) is None or None in kinds:
             decays = p.dim() >= 2 and not any(map(_is_bias_or_norm, owned))
             group = rest.setdefault(
@@ -144,7 +146,7 @@ def muon_groups(
     return [*matrices.values(), *rest.values()]
 
 
-class _Place(NamedTuple):
+class _Occurrence(NamedTuple):
     """A parameter in the module that owns it. A shared parameter has several."""
 
     p: nn.Parameter
@@ -155,8 +157,8 @@ class _Place(NamedTuple):
     owner: nn.Module
 
 
-def _places(module: nn.Module) -> list[_Place]:
-    """Every parameter, in each of its places. TypeError or ValueError if its kind cannot be told."""
+def _occurrences(module: nn.Module) -> list[_Occurrence]:
+    """Every parameter, in each of its occurrences. TypeError or ValueError if its kind cannot be told."""
     owners = {}
     for given, owner in module.named_modules(remove_duplicate=False):
         owners[_plain(given)] = owner  # of a wrapper and the module in it, which comes later, the latter
@@ -167,25 +169,25 @@ def _places(module: nn.Module) -> list[_Place]:
             )
         if "_fsdp_wrapped_module" in given.split("."):
             raise ValueError(f"module {given!r} is wrapped by FSDP1, which keeps flat shards; {_WHOLE}")
-    places = []
+    occurrences = []
     for given, p in module.named_parameters(remove_duplicate=False):
         name = _plain(given)
-        place = _Place(p, given, name, owners[name.rpartition(".")[0]])
+        occurrence = _Occurrence(p, given, name, owners[name.rpartition(".")[0]])
         if is_lazy(p):
             raise ValueError(f"parameter {given!r} is not initialized: call the module on a batch first")
-        if p.dim() < 2 and name.endswith("weight") and isinstance(place.owner, (nn.Linear, _CONVOLUTION)):
+        if p.dim() < 2 and name.endswith("weight") and isinstance(occurrence.owner, (nn.Linear, _CONVOLUTION)):
             raise ValueError(f"parameter {given!r} of shape {tuple(p.shape)} is a flat shard; {_WHOLE}")
-        places.append(place)
-    return places
+        occurrences.append(occurrence)
+    return occurrences
 
 
-def _output_layer(places: Sequence[_Place]) -> list[str]:
+def _output_layer(occurrences: Sequence[_Occurrence]) -> list[str]:
     """The name of the output layer, if there is one; see ``outside`` of :func:`muon_groups`."""
     names: dict[nn.Module, str] = {}
-    for place in places:
-        if place.p.dim() >= 2 and not _is_embedding(place) and not _is_bias_or_norm(place):
-            names.setdefault(place.owner, place.name.rpartition(".")[0])
-    columns = zip(*(place.name.split(".") for place in places), strict=False)
+    for occurrence in occurrences:
+        if occurrence.p.dim() >= 2 and not _is_embedding(occurrence) and not _is_bias_or_norm(occurrence):
+            names.setdefault(occurrence.owner, occurrence.name.rpartition(".")[0])
+    columns = zip(*(occurrence.name.split(".") for occurrence in occurrences), strict=False)
     outer = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)))  # DDP's "module", for example
     usual = [owner for owner, name in names.items() if _OUTPUT.match(".".join(name.split(".")[outer:]))]
     last = [
@@ -196,22 +198,24 @@ def _output_layer(places: Sequence[_Place]) -> list[str]:
     return [min(last, key=lambda name: name.count("."))] if last else []
 
 
-def _kind(index: int, place: _Place, split: Any) -> dict[str, Any] | None:
+def _kind(index: int, occurrence: _Occurrence, split: Any) -> dict[str, Any] | None:
     """How a parameter is matrices: the options of its group; None if it is not. ``split``: the
     caller's, or None."""
-    p, owner = place.p, place.owner
-    if p.dim() < 2 or p.numel() == 0 or _is_embedding(place) or _is_bias_or_norm(place):
+    p, owner = occurrence.p, occurrence.owner
+    if p.dim() < 2 or p.numel() == 0 or _is_embedding(occurrence) or _is_bias_or_norm(occurrence):
         return None
     if isinstance(owner, _CONVOLUTION) and owner.groups == owner.in_channels > 1:  # depthwise
         return None
-    if split is not None and _has_rows_of_inputs(place):
-        raise ValueError(f"split cannot cut {place.given!r}: its rows are the inputs of its module, not the outputs")
+    if split is not None and _has_rows_of_inputs(occurrence):
+        raise ValueError(
+            f"split cannot cut {occurrence.given!r}: its rows are the inputs of its module, not the outputs"
+        )
     parts = _fused(p, owner) if split is None else split
     options = Options(preconditioner="muon", stacked=p.dim() > 2 and not isinstance(owner, _CONVOLUTION), split=parts)
     try:
         shape = shape_of(index, p, options)
     except ValueError as error:
-        raise ValueError(f"{place.given!r}: {error}") from error
+        raise ValueError(f"{occurrence.given!r}: {error}") from error
     if max(shape.rows) == 1 or shape.columns == 1:
         return None
     return {"stacked": options.stacked, "split": None if options.split == 1 else options.split}
@@ -228,24 +232,24 @@ def _fused(p: Tensor, owner: nn.Module) -> int:
     return max(rows // width, 1)
 
 
-def _has_rows_of_inputs(place: _Place) -> bool:
+def _has_rows_of_inputs(occurrence: _Occurrence) -> bool:
     """Whether a weight is (in, out), as that of Conv1D in transformers: there are as many biases as outputs."""
-    bias = getattr(place.owner, "bias", None)
-    if place.name.rpartition(".")[2] != "weight" or not isinstance(bias, Tensor):
+    bias = getattr(occurrence.owner, "bias", None)
+    if occurrence.name.rpartition(".")[2] != "weight" or not isinstance(bias, Tensor):
         return False
-    return place.p.shape[0] != bias.numel() == place.p.shape[1]
+    return occurrence.p.shape[0] != bias.numel() == occurrence.p.shape[1]
 
 
-def _is_embedding(place: _Place) -> bool:
-    if isinstance(place.owner, (nn.Embedding, nn.EmbeddingBag)):
+def _is_embedding(occurrence: _Occurrence) -> bool:
+    if isinstance(occurrence.owner, (nn.Embedding, nn.EmbeddingBag)):
         return True
-    return not isinstance(place.owner, _LAYERS) and any(map(_EMBEDDING.search, place.name.split(".")[-2:]))
+    return not isinstance(occurrence.owner, _LAYERS) and any(map(_EMBEDDING.search, occurrence.name.split(".")[-2:]))
 
 
-def _is_bias_or_norm(place: _Place) -> bool:
-    if _BIAS.search(place.name.rpartition(".")[2]):
+def _is_bias_or_norm(occurrence: _Occurrence) -> bool:
+    if _BIAS.search(occurrence.name.rpartition(".")[2]):
         return True
-    return any(_NORM_CLASS.search(base.__name__) for base in type(place.owner).__mro__)
+    return any(_NORM_CLASS.search(base.__name__) for base in type(occurrence.owner).__mro__)
 
 
 _PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original\d*$")
@@ -257,9 +261,9 @@ def _plain(name: str) -> str:
     return _PARAMETRIZED.sub(r"\1\2", name)
 
 
-def _is_in(part: str, place: _Place) -> bool:
-    return part == "" or f"{place.name}.".startswith(f"{_plain(part)}.")
+def _is_in(part: str, occurrence: _Occurrence) -> bool:
+    return part == "" or f"{occurrence.name}.".startswith(f"{_plain(part)}.")
 
 
-def _ends_with(place: _Place, ending: str) -> bool:
-    return f".{place.name}".endswith(f".{_plain(ending)}")
+def _ends_with(occurrence: _Occurrence, ending: str) -> bool:
+    return f".{occurrence.name}".endswith(f".{_plain(ending)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
@@ -32,6 +33,32 @@ from fastnlcg.tensors.table import (
 )
 
 
+@dataclass(frozen=True)
+class Built:
+    """What the table was made of. The next step compares it with what it finds, and uses the table again if nothing
+    differs."""
+
+    params: list[Tensor] = field(default_factory=list)
+    """every parameter of every group"""
+    groups: Groups = field(default_factory=list)
+    group_params: list[list[Tensor]] = field(default_factory=list)
+    options_of: dict[int, Options] = field(default_factory=dict)
+    """by the id of the parameter"""
+    active: list[int] = field(default_factory=list)
+    """those with a gradient and at least one element: one segment each, in the order of the flat index"""
+    active_set: float = 0.0
+    """names the set of ``active``"""
+    active_params: list[Tensor] = field(default_factory=list)
+    everything: list[Tensor] = field(default_factory=list)
+    """those with state and at least one element"""
+    inactive: list[Tensor] = field(default_factory=list)
+    """those without a gradient"""
+    entries: list[dict[str, Tensor]] = field(default_factory=list)
+    """the state of ``active``"""
+    expected_state: list[Any] = field(default_factory=list)
+    """see :func:`fastnlcg.tensors.table.expected_state`"""
+
+
 class StepTable(ParameterTable):
     """The table of one NLCG's last step."""
 
@@ -44,29 +71,15 @@ class StepTable(ParameterTable):
         """the options of every group"""
         self.matrices: Matrices | None = None
         """those of the groups that are "muon", if there are any"""
-        self.params: list[Tensor] = []
-        """every parameter of every group"""
-        self.groups: Groups = []
-        self._group_params: list[list[Tensor]] = []
-        self._options_of: dict[int, Options] = {}
-        """those that the table was made with, by the id of the parameter"""
-        self.active: list[int] = []
-        """those with a gradient and at least one element: one segment each, in the order of the flat index"""
-        self.active_set = 0.0
-        """names the set of ``active``"""
+        self.built = Built()
         self.plain = True
         """whether all of ``active``, and their gradients, are plain tensors that are used in place"""
         self.current = False
         """whether the table is that of a step, and may be used again"""
         self._at: Any = None
-        self._active_params: list[Tensor] = []
-        self._inactive: list[Tensor] = []
-        self._everything: list[Tensor] = []
-        self._expected_state: list[Any] = []
-        self._entries: list[dict[str, Tensor]] = []
         self._ranks_known = self._sums_known = False
         self._amp: list[Tensor | None] = []
-        self._raised = 0.0  # disagreements of ranks that an error has reported
+        self._raised: float | None = None  # disagreements of ranks that were reported, or were in the file
         self._disagreements: Tensor | None = None  # found by the device, in pinned memory
         self._begun = False  # a step was taken, or the state made for one
 
@@ -79,7 +92,7 @@ class StepTable(ParameterTable):
             for new, old in self._changes(param_groups, of_groups):
                 if new.preconditioner != old.preconditioner:
                     raise ValueError("preconditioner cannot change once there is state; make a new optimizer")
-                if new.streams() != old.streams():
+                if new.state_arrays() != old.state_arrays():
                     raise ValueError(
                         "update cannot change to one that needs other state (grad_prev) once there is some; make a new "
                         "optimizer"
@@ -109,7 +122,7 @@ class StepTable(ParameterTable):
         """The present options of the table's parameters, and those that the table was made with. Groups may have been
         reordered, deleted and added since then."""
         for group, new in zip(param_groups, of_groups, strict=True):
-            found = (self._options_of.get(id(p)) for p in group["params"])
+            found = (self.built.options_of.get(id(p)) for p in group["params"])
             yield from ((new, old) for old in {id(old): old for old in found if old is not None}.values())
 
     # ---- the step ------------------------------------------------------------------------------------------------
@@ -131,7 +144,7 @@ class StepTable(ParameterTable):
             if attempt or not self._fits(param_groups):
                 self._rebuild(param_groups, state)
             native, ranks = self.native, self.ranks
-            if native is None or not (self.active or ranks is not None):
+            if native is None or not (self.built.active or ranks is not None):
                 return True
             on_gpu = _native.on_gpu(self.device)
             if capturable and not on_gpu:
@@ -140,14 +153,14 @@ class StepTable(ParameterTable):
                 self._raise_disagreement()
             at = self._tensors(param_groups, state)
             # Before the step: an interrupt in between must not leave a move that autograd has not heard of.
-            torch.autograd.graph.increment_version(self._active_params)
+            torch.autograd.graph.increment_version(self.built.active_params)
             complete = self._complete if self.copies or self.matrices is not None else None
             try:
                 if on_gpu:
                     moved = self._on_gpu(native, at, lr, weight_decay, maximize, loss, capturable, amp, complete)
                 else:
                     rates = [float(rate) for rate in lr]
-                    numbers = rates, weight_decay, maximize, self.active_set, float(loss), _native.num_threads()
+                    numbers = rates, weight_decay, maximize, self.built.active_set, float(loss), _native.num_threads()
                     moved = native.step(at, *numbers, complete=complete)
             except _native.RanksDisagree:
                 self.explain("step()", param_groups)
@@ -183,18 +196,18 @@ class StepTable(ParameterTable):
         rows = [[float(bool(gradients)), float(any(bool(g.any()) for g in gradients))]]
         if self.ranks is not None and self.ranks.every_decision:
             try:
-                rows = self.ranks.exchange(rows[0], 0.0, "diagnostics", 1.0)
+                rows = self.ranks.exchange(rows[0], 0.0, "make_state", 0.0)
             except _native.RanksDisagree:
                 self.explain("step()", param_groups)
         self._begun = any(some for some, _ in rows) and not any(moves for _, moves in rows)
         return self._begun
 
     def _fits(self, param_groups: Groups) -> bool:
-        """Whether the parameters and numbers are the ones of the table. Tensors are the native side's to look at."""
-        if not self.current or not _native.same_objects(param_groups, self.groups):
+        """Whether the parameters and numbers are the ones of the table. The native side checks the tensors."""
+        if not self.current or not _native.same_objects(param_groups, self.built.groups):
             return False
         scalars = param_groups[0].get("scalars")
-        for group, params in zip(param_groups, self._group_params, strict=True):
+        for group, params in zip(param_groups, self.built.group_params, strict=True):
             if group.get("scalars") is not scalars or not _native.same_objects(group["params"], params):
                 return False
         return True
@@ -206,49 +219,51 @@ class StepTable(ParameterTable):
             objects = [state, param_groups[0]["scalars"], *numbers]
             if self._at is None or not all(map(is_, self._at[1], objects)):
                 at = _native.Tensors(
-                    params=self._active_params,
-                    entries=self._entries,
-                    inactive_params=self._inactive,
+                    params=self.built.active_params,
+                    entries=self.built.entries,
+                    inactive_params=self.built.inactive,
                     state=state,
-                    expected_state=self._expected_state,
+                    expected_state=self.built.expected_state,
                     scalars=objects[1],
                     alpha_prev=numbers,
                 )
                 self._at = at, objects
             return self._at[0]
         self._at = None
-        if any(self.params[i].grad is None for i in self.active):
+        if any(self.built.params[i].grad is None for i in self.built.active):
             return _native.Tensors()  # does not fit
         params, gradients, entries = self._prepared()
         return _native.Tensors(
             params=params,
             gradients=gradients,
             entries=entries,
-            inactive_params=self._inactive,
+            inactive_params=self.built.inactive,
             state=state,
-            expected_state=self._expected_state,
+            expected_state=self.built.expected_state,
             scalars=param_groups[0]["scalars"],
             alpha_prev=numbers,
         )
 
     def _prepared(self) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
         """This rank's memory of parameters, gradients and state, with copies of what has gaps."""
-        params, gradients = self.memory_of(self.params, self.active), []
-        for i, local in zip(self.active, params, strict=True):
-            p = self.params[i]
+        params, gradients = self.memory_of(self.built.params, self.built.active), []
+        for i, local in zip(self.built.active, params, strict=True):
+            p = self.built.params[i]
             assert p.grad is not None
             g = usable_gradient(i, p, p.grad)
             gradients.append(g if g.numel() else torch.zeros_like(local))
-        objects = zip(self.active, params, gradients, strict=True)
-        self.plain = all(self.params[i] is p and self.params[i].grad is g for i, p, g in objects)  # from now on
+        objects = zip(self.built.active, params, gradients, strict=True)
+        self.plain = all(
+            self.built.params[i] is p and self.built.params[i].grad is g for i, p, g in objects
+        )  # from now on
         return params, gradients, self._local_entries()
 
     def _local_entries(self) -> list[dict[str, Tensor]]:
         """This rank's memory of the state; one element for a shard that has none."""
         assert self.options is not None
-        start_of = {key: start for options in self.of_groups for key, start in options.streams().items()}
+        start_of = {key: start for options in self.of_groups for key, start in options.state_arrays().items()}
         entries = []
-        for entry in self._entries:
+        for entry in self.built.entries:
             local = local_arrays(entry)
             if "direction" in local and local["direction"].numel() == 0:
                 for key in start_of.keys() & local.keys():
@@ -281,7 +296,7 @@ class StepTable(ParameterTable):
             [math.nan if isinstance(rate, Tensor) else rate for rate in lr],
             weight_decay,
             maximize,
-            self.active_set,
+            self.built.active_set,
             math.nan if isinstance(loss, Tensor) else loss,
             1,
             lr_on_device=[_device_scalar(rate) for rate in lr],
@@ -304,8 +319,10 @@ class StepTable(ParameterTable):
         self.ranks.explain(moment, step, vars(self.options), param_groups, more)
 
     def _raise_disagreement(self) -> None:
-        """On a GPU only the device knows at once: the steps since then have changed nothing."""
+        """On a GPU only the device knows at once. That step has changed nothing; those since then were taken if the
+        ranks agreed on them."""
         assert self.ranks is not None
+        assert self._raised is not None
         if self._disagreements is not None and self._disagreements.item() > self._raised:
             self._raised = self._disagreements.item()
             raise RuntimeError(f"an earlier step was skipped on all ranks: {self.ranks.who_disagreed()}")
@@ -314,7 +331,7 @@ class StepTable(ParameterTable):
         """After a step over ranks on a GPU: lets the host hear of a disagreement without waiting."""
         if self.ranks is None or not _native.on_gpu(self.device) or _native.capturing():
             return
-        counted = self.groups[0]["scalars"][list(_native.SCALARS).index("disagreements")]
+        counted = self.built.groups[0]["scalars"][list(_native.SCALARS).index("disagreements")]
         if self._disagreements is None:
             self._disagreements = torch.zeros((), dtype=torch.float64, device="cpu", pin_memory=counted.is_cuda)
         self._disagreements.copy_(counted, non_blocking=True)
@@ -340,7 +357,11 @@ class StepTable(ParameterTable):
         options_of = [of_groups[k] for k in group_of]
         shapes = {i: shape_of(i, params[i], options_of[i]) for i in stateful if options_of[i].kind.of_matrices}
         ranks = self.ranks
-        if not self._ranks_known or len(params) != len(self.params) or not all(map(is_, params, self.params)):
+        if (
+            not self._ranks_known
+            or len(params) != len(self.built.params)
+            or not all(map(is_, params, self.built.params))
+        ):
             search = self.options.line_search is not None
             ranks = find_ranks(params, self.process_group, self.average_loss, search, self.matrix_group)
         if shapes:  # those of one batch one after another
@@ -360,8 +381,10 @@ class StepTable(ParameterTable):
                 "state cannot be made while a CUDA graph is captured: take a step with these parameters first"
             )
 
-        # Everything has been checked: from here on state and groups are written.
-        groups.place_numbers(param_groups, device)
+        # Everything has been checked: from here on state and groups are written. If memory runs out, the next step
+        # makes the table again.
+        self.current, self._at = False, None
+        groups.move_numbers(param_groups, device)
         self._rename_set(params, stateful, state, param_groups[0]["scalars"])
         write_state(state, params, entries)
         same_ranks = ranks is self.ranks
@@ -388,23 +411,35 @@ class StepTable(ParameterTable):
         assert self.native is not None
         self._lay_out_matrices(params, active, shapes)
         self._agree()
-        self.params, self.groups = params, list(param_groups)
-        self._group_params = [list(group["params"]) for group in param_groups]
-        self._options_of = dict(zip(map(id, params), options_of, strict=True))
+        everything = _with_elements(params, stateful)
+        self.built = Built(
+            params=params,
+            groups=list(param_groups),
+            group_params=[list(group["params"]) for group in param_groups],
+            options_of=dict(zip(map(id, params), options_of, strict=True)),
+            active=active,
+            active_set=name_of(active, everything),
+            active_params=[params[i] for i in active],
+            everything=[params[i] for i in everything],
+            inactive=[p for p, g in zip(params, grads, strict=True) if g is None],
+            entries=[state[params[i]] for i in active],
+            expected_state=expected_state(state),
+        )
         self._ranks_known = True
-        self.active, self.active_set = active, name_of(active, _with_elements(params, stateful))
-        self._active_params = [params[i] for i in active]
-        self._everything = [params[i] for i in _with_elements(params, stateful)]
-        self._inactive = [p for p, g in zip(params, grads, strict=True) if g is None]
-        self.plain = not to_look and all(memory(params[i]) is params[i] and in_place(params[i]) for i in active)
-        self.plain = self.plain and all(usable[i] is grads[i] for i in active)
-        self.current = not to_look and bool(active or ranks is not None)  # without any, the next gradient is looked for
-        self._at = None
-        self._entries = [state[params[i]] for i in active]
-        self._expected_state = expected_state(state)
+        self.plain = not to_look and all(
+            memory(params[i]) is params[i] and in_place(params[i]) and usable[i] is grads[i] for i in active
+        )
+        # If nothing is active, the next step looks for gradients again.
+        self.current = not to_look and bool(active or ranks is not None)
+        if self._raised is None and ranks is not None and _native.on_gpu(device):
+            self._raised = groups.named_scalars(param_groups[0])["disagreements"]
         self._sums_known = self._sums_known and same_ranks
         kept = param_groups[0]["scalars"][list(_native.SCALARS).index("active_set")]
-        if self.options.kind.sums_last_move and not (self._sums_known or to_look) and kept.item() == self.active_set:
+        if (
+            self.options.kind.sums_last_move
+            and not (self._sums_known or to_look)
+            and kept.item() == self.built.active_set
+        ):
             # A file has one rank's share of these sums, and may come from other ranks.
             self._sums_known = True
             self.use_stream()
@@ -427,7 +462,7 @@ class StepTable(ParameterTable):
     @staticmethod
     def _missing(i: int, p: Tensor, entry: Mapping[str, Any], options: Options) -> dict[str, Tensor]:
         """The state that parameter ``i`` lacks, with its count of steps."""
-        new = missing_arrays(i, p, entry, options.streams(), options.state_dtype)
+        new = missing_arrays(i, p, entry, options.state_arrays(), options.state_dtype)
         step, device = entry.get("step"), memory(p).device
         fits = (
             isinstance(step, Tensor)
@@ -449,9 +484,9 @@ class StepTable(ParameterTable):
         known: dict[float, list[int | None]] = {1.0: list(place.values())}
         same_order = True
         if self.native is not None:
-            known = {1.0: [place.get(id(p)) for p in self._everything]}
-            known[self.active_set] = [place.get(id(p)) for p in self._active_params]
-            same_order = len(params) >= len(self.params) and all(map(is_, params, self.params))
+            known = {1.0: [place.get(id(p)) for p in self.built.everything]}
+            known[self.built.active_set] = [place.get(id(p)) for p in self.built.active_params]
+            same_order = len(params) >= len(self.built.params) and all(map(is_, params, self.built.params))
         names = {
             then: -1.0 if None in members else name_of([i for i in members if i is not None], everything)
             for then, members in known.items()
@@ -479,7 +514,7 @@ class StepTable(ParameterTable):
             if self.native is None:
                 break
             self.join_stream()
-            numbers = [group["alpha_prev"] for group in self.groups]
+            numbers = [group["alpha_prev"] for group in self.built.groups]
             norms = self.native.state_norms(self.look_at(param_groups[0]["scalars"], numbers), _native.num_threads())
             if norms is not None:
                 return norms

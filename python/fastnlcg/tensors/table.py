@@ -85,8 +85,8 @@ class ParameterTable:
         """
         device = self.device_for(params, stateful, ranks)
         dtype = state_dtype(memory(params[stateful[0]]), wanted_dtype) if stateful else torch.float32
-        offsets, owned, n = places(params, stateful, frozenset() if ranks is None else ranks.unowned, matrices)
-        self.offset_of = offset_of = dict(zip(stateful, offsets, strict=True))
+        offsets, owned, n = flat_offsets(params, stateful, frozenset() if ranks is None else ranks.unowned, matrices)
+        offset_of = dict(zip(stateful, offsets, strict=True))
         segments = []
         for i in active:
             local = memory(params[i])
@@ -105,32 +105,22 @@ class ParameterTable:
                     skip=skip,
                 )
             )
-        if self.native is None or self.device != device or self._dtype != dtype:
-            self.device, self._dtype, self._workspace = device, dtype, None
-            place_of_work = ("cpu", 0)
+        native, workspace = self.native, self._workspace
+        if native is None or self.device != device or self._dtype != dtype:
+            device_and_stream = ("cpu", 0)
             if _native.on_gpu(device):
-                place_of_work = f"cuda:{device.index or 0}", _native.current_stream(str(device))
-            self.native = _native.TensorTable(DTYPES[dtype], *place_of_work)
+                device_and_stream = f"cuda:{device.index or 0}", _native.current_stream(str(device))
+            native, workspace = _native.TensorTable(DTYPES[dtype], *device_and_stream), None
         if options is not None:
-            self.native.set_options(options)
-        workspace = self._workspace_for(n, len(stateful), n_groups)
-        self.native.lay_out(n, segments, n_groups, keys, DLPACK_API, Tensor, workspace, list(matrix_groups))
+            native.set_options(options)
+        workspace = _workspace(workspace, device, n, len(stateful), n_groups)
+        buffer = None if workspace is None else _native.Buffer(workspace)
+        native.lay_out(n, segments, n_groups, keys, DLPACK_API, Tensor, buffer, list(matrix_groups))
         if ranks is not None:
-            ranks.connect(self.native, owned, device)
-        self.ranks = ranks
-
-    def _workspace_for(self, n: int, segments: int, n_groups: int) -> _native.Buffer | None:
-        """Memory for partial sums on a GPU, which is kept while it is large enough."""
-        if not _native.on_gpu(self.device):
-            return None
-        doubles = _native.workspace_doubles(n, segments, n_groups)
-        if self._workspace is None or self._workspace.numel() < doubles:
-            if _native.capturing():
-                raise RuntimeError(
-                    "the workspace cannot grow while a CUDA graph is captured: take a step with these parameters first"
-                )
-            self._workspace = torch.zeros(doubles, dtype=torch.float64, device=self.device)
-        return _native.Buffer(self._workspace)
+            ranks.connect(native, owned, device)
+        # Last, so that a table is never half of one: memory may run out before.
+        self.native, self.ranks, self.device, self._dtype = native, ranks, device, dtype
+        self.offset_of, self._workspace = offset_of, workspace
 
     def memory_of(self, params: Sequence[Tensor], active: Sequence[int]) -> list[Tensor]:
         """This rank's memory of each parameter: in ``copies``, a dense copy if it has gaps; for an empty shard one
@@ -157,6 +147,20 @@ class ParameterTable:
         """On a GPU: native work goes to torch's current stream."""
         if self.native is not None and _native.on_gpu(self.device):
             self.native.stream = _native.current_stream(str(self.device))
+
+
+def _workspace(present: Tensor | None, device: torch.device, n: int, segments: int, n_groups: int) -> Tensor | None:
+    """Memory for partial sums on a GPU, which is kept while it is large enough; None on the CPU."""
+    if not _native.on_gpu(device):
+        return None
+    doubles = _native.workspace_doubles(n, segments, n_groups)
+    if present is not None and present.numel() >= doubles:
+        return present
+    if _native.capturing():
+        raise RuntimeError(
+            "the workspace cannot grow while a CUDA graph is captured: take a step with these parameters first"
+        )
+    return torch.zeros(doubles, dtype=torch.float64, device=device)
 
 
 def check_parameters(params: Sequence[Tensor], stateful: Sequence[int]) -> None:
@@ -189,7 +193,7 @@ def in_place(p: Tensor) -> bool:
     return is_dense(p) and not p.is_neg()
 
 
-def places(
+def flat_offsets(
     params: Sequence[Tensor], stateful: Sequence[int], unowned: frozenset[int], matrices: Collection[int] = ()
 ) -> tuple[list[int], int, int]:
     """Where in the flat index each parameter begins, at multiples of a block, or of a tile; how much of it this rank
