@@ -87,7 +87,7 @@ format: .venv/lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# What every kernel needs on every architecture goes to build/cuda/resources.txt; spills are said. The machine code is read
+# What every kernel needs on every architecture goes to build/cuda/resources.txt; spills are reported. The machine code is read
 # from the module itself. A core-minute an architecture: make cuda ARCHITECTURES="75-real;120" for some of them.
 cuda: .venv/test
 	$(PIP) nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump

@@ -67,7 +67,7 @@ class Curvature(NamedTuple):
 
 
 class Dots(NamedTuple):
-    """What :func:`preconditioned_dots` returns."""
+    """What :func:`preconditioned_dots` and :func:`adam_preconditioned_dots` return."""
 
     rz: float
     """sum(-g z) = sum(g g / (h + eps))"""
@@ -79,11 +79,18 @@ class Scalars:
     """Every scalar that survives a step of :func:`nlcg_step`. A new object starts a new optimization.
 
     ``step`` counts completed steps, ``skipped_steps`` skipped ones; ``rz`` = sum(-g z) of the last step; ``gs`` =
-    sum(g s) and ``shs`` = sum(s h s) over the last move; ``grad_max``, ``direction_max``; ``ls_scale`` is the
-    line-search scale, in (0, 1]; ``loss_prev`` is negated under ``maximize``, and infinite before the first loss;
-    ``beta``, ``ys``, ``updated`` of the last step; ``alpha_prev`` = lr * ls_scale of the last step; ``updates`` counts
-    the gradients in Adam's v. All are floats, and attributes that may be set. One float64 array holds them, which the
-    step writes at once, so an interrupt never leaves half of them written. Copies, pickles, compares and prints by
+    sum(g s) and ``shs`` = sum(s h s) over the last move; ``grad_max`` is the largest ``|g|`` of the last step
+    (``"bfgs"``), ``direction_max`` a bound of ``|d|``; ``ls_scale`` is the line-search scale, in (0, 1];
+    ``loss_prev`` is negated under ``maximize``, and infinite before the first loss; ``alpha_prev`` = lr * ls_scale of
+    the last step; ``updates`` counts the gradients in Adam's v.
+
+    Of the last step, for those who look: ``beta``; ``ys``, ``shs_used`` (that of the curvature condition) and
+    ``updated``; ``gg`` = sum(g g) and ``gd`` = sum(g d), if g is not kept; ``grad_norm`` before clipping, if it is
+    measured, and ``clip``, the factor of clipping. ``active_set``, ``disagreements``, ``rz_matrices`` and
+    ``beta_matrices`` are those of an optimizer with several parameters or ranks, and stay what they are.
+
+    All are floats, and attributes that may be set. One float64 array holds them, which the step writes at once, so an
+    interrupt never leaves half of them written. Copies, pickles, compares and prints by
     value.
     """
 
@@ -361,10 +368,11 @@ def nlcg_step(
         threads: on the CPU; default torch's thread count if torch is loaded, else OpenMP's.
         stream: on a GPU; default the caller's current one.
         options: ``update``, ``line_search``, ``eps``, ``curvature_eps``, ``beta2``, ``beta_max``, ``nonfinite``,
-            ``maximize``, ``stochastic_rounding``, as in :class:`fastnlcg.NLCG`.
+            ``maximize``, ``max_grad_norm``, ``skip_grad_norm``, ``stochastic_rounding``, as in :class:`fastnlcg.NLCG`.
 
     Returns:
-        False if the step was skipped because a sum was not finite: then only ``scalars.skipped_steps`` has changed.
+        False if the step was skipped: a sum was not finite, or the gradient's norm was above ``skip_grad_norm``. Only
+        ``scalars.skipped_steps`` and, if the norm is measured, ``scalars.grad_norm`` have then changed.
     """
     lr = check_real("lr", lr, minimum=0.0)
     weight_decay = check_real("weight_decay", weight_decay, minimum=0.0)
