@@ -2,7 +2,7 @@
 # make test      the tests: seven minutes on two cores, and the set-up
 # make test-all  all of them, the thorough ones too
 # make sanitize  the tests of memory with AddressSanitizer and UndefinedBehaviorSanitizer in the module
-# make hard      fuzzing, kills, mutations and a soak, 40 minutes: a table of figures, into build/hard.json
+# make hard      fuzzing, kills, mutations and a soak, an hour and a half: a table of figures, into build/hard.json
 # make bench     step times next to torch's optimizers, one thread: a table and a picture; matrices next to Muon
 # make docs      the documentation, into build/docs, warnings as errors
 # make arm       the kernels for aarch64 (needs g++-aarch64-linux-gnu, qemu-user-static): the bits of x86-64

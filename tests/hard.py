@@ -1,7 +1,7 @@
 """Checks that take too long for every commit: fuzzing, kills, mutations, a soak. Prints a table of figures; on a
 finding it prints the seed or the input that shows it, and exits with status 1.
 
-    make hard                                       everything, some 40 minutes on two cores
+    make hard                                       everything, an hour and a half on two cores
     python tests/hard.py --only kills soak          some of it
 """
 
@@ -273,6 +273,7 @@ def soak(scale: float) -> dict[str, Any]:
 
 FORMULAS, DECISIONS, ADAM = "csrc/elementwise.h", "csrc/decisions.h", "csrc/pass_adam.h"
 HALF, ARGS = "csrc/half.h", "csrc/step_args.h"
+MUON, PAIRS, ROTATION = "csrc/pass_muon.h", "csrc/pass_pairs.h", "python/fastnlcg/full_batch/rotation.py"
 MUTANTS: dict[str, tuple[str, str, str]] = {
     "a dropped store: d": (ADAM, "    at.set_diagonal(v);\n    at.set_d(d);\n", "    at.set_diagonal(v);\n"),
     "a wrong sign: d_new = w + beta d": (FORMULAS, "return beta * d - w;", "return beta * d + w;"),
@@ -285,6 +286,12 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "csrc/cpu_passes.h",
         "sums[j] += partial[j];",
         "sums[j] = static_cast<float>(sums[j] + partial[j]);",
+    ),
+    "a lost run": ("csrc/cpu_tile.h", "  sums.end_run();\n  for (int j = 0;", "  for (int j = 0;"),
+    "state in bfloat16: one array's random bits for another": (
+        "csrc/cpu_tile.h",
+        "store_state(arrays.diagonal + i, x, flags.of_diagonal.shift)",
+        "store_state(arrays.diagonal + i, x, 0)",
     ),
     "a lost tail": (ARGS, "n / kTile + (n % kTile != 0)", "n / kTile + (n % kTile > 1)"),
     "a stale scalar: rz": (DECISIONS, "  plan.next.rz = rz_new;\n", ""),
@@ -314,10 +321,37 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "plan.history_valid = now.step != 0.0 && row.column[kChanged] == 0.0;",
         "plan.history_valid = now.step != 0.0;",
     ),
+    "clipping by the norm of decayed gradients": (
+        "csrc/clipping.h",
+        "const auto wide_g = at.wide(at.undecayed());",
+        "const auto wide_g = at.wide(at.g());",
+    ),
+    "Muon: u without Nesterov's step": (
+        MUON,
+        "at.set_origin(conjugate_direction(at.g(), beta, at.d()));",
+        "at.set_origin(at.d());",
+    ),
+    "Muon: the other parameters' beta": (MUON, "broadcast(plan.next.beta_matrices)", "broadcast(plan.next.beta)"),
+    "full batch: h keeps its scale": (
+        "csrc/pass_full_batch.h",
+        "updated(scaled_diagonal(updated.scale, h), y,",
+        "updated(h, y,",
+    ),
+    "pairs: P before its update": (PAIRS, "after = preconditioned_gradient(y, h, T{});", "after = before;"),
+    "pairs: a lost row": (
+        PAIRS,
+        "for (int k = 0; k < count; ++k) w = with",
+        "for (int k = 1; k < count; ++k) w = with",
+    ),
     "CUDA: a lane less": (
         "cuda/reduce.cuh",
         "lane < kWarps ? of_warp.sum[j][lane]",
         "lane < kWarps - 1 ? of_warp.sum[j][lane]",
+    ),
+    "CUDA: a lost run": (
+        "cuda/tile.cuh",
+        "sums.sum[j] += static_cast<double>(run[j]);",
+        "sums.sum[j] += 0.0;",
     ),
     "CUDA: four elements across an end": (
         "cuda/tile.cuh",
@@ -328,6 +362,23 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "cuda/tile.cuh",
         "      store_resident(to + kTile, Pass::kKeptInSharedMemory == kD ? d : diagonal);\n",
         "",
+    ),
+    "Python: a pair's sum with a later one": (
+        "python/fastnlcg/full_batch/pairs.py",
+        "c[j] * self.gram[j][i] for j in order[:k]",
+        "c[j] * self.gram[i][j] for j in order[:k]",
+    ),
+    "Python: a bias is not rotated": (ROTATION, "            bias[...] = left @ bias\n", "            pass\n"),
+    "Python: h stays in the old basis": (
+        ROTATION,
+        "    matrix.multiply(h, None if left is None else left * left, None if right is None else "
+        "transposed(right * right))\n",
+        "",
+    ),
+    "Python: matrices without their size": (
+        "python/fastnlcg/tensors/polar.py",
+        "scale = size if step == STEPS - 1 else 1.0\n            torch.bmm(",
+        "scale = 1.0\n            torch.bmm(",
     ),
     "Python: one lr for all groups": (
         "python/fastnlcg/tensors/step_table.py",
@@ -341,12 +392,18 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
 }
 CATCHES = [
-    "test_ops.py",
     "test_step.py",
+    "test_state_dtype.py",
+    "test_muon.py",
+    "test_clipping.py",
+    "test_descent.py",
+    "test_pairs.py",
+    "test_ops.py",
     "test_cuda.py",
     "test_properties.py",
     "test_nlcg.py",
     "test_checkpoints.py",
+    "test_cg_descent_pairs.py",
 ]  # of make test
 
 
@@ -367,7 +424,8 @@ def mutants(scale: float) -> dict[str, Any]:
         (tree / file).write_text(text.replace(old, new) if title else text)
         emulation = "ON" if title.startswith("CUDA") else "OFF"  # half the time to build
         options = ["-C", f"build-dir={tree.parent}/cmake", "-C", f"cmake.define.FASTNLCG_EMULATION={emulation}"]
-        options += ["-C", "cmake.define.FASTNLCG_CUDA=OFF", "--target", str(site), "--upgrade"]
+        options += ["-C", "cmake.build-type=Debug", "-C", "cmake.define.FASTNLCG_CUDA=OFF"]
+        options += ["--target", str(site), "--upgrade"]
         command = [
             sys.executable,
             "-m",
