@@ -62,6 +62,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
   each_scalar([&](const char* name, double start) { scalars[name] = start; });
   m.attr("scalars") = scalars;
   m.attr("row_doubles") = static_cast<int>(kColumns);
+  m.attr("row_sums") = kLargestElement + 1;
   m.attr("row_signature") = static_cast<int>(kStepNumber);
   // A row of these values, which are at most row_signature, signed.
   m.def(
@@ -176,7 +177,7 @@ PYBIND11_MODULE(FASTNLCG_MODULE, m) {
       .def("lay_out", &TensorTable::lay_out, "n"_a, "segments"_a, "groups"_a, "keys"_a, "dlpack_api"_a, "tensor_type"_a,
            "workspace"_a = nullptr, "matrix_groups"_a = std::vector<int>{})
       .def("set_exchange", &TensorTable::set_exchange, "mine"_a, "all"_a, "owned"_a, "elements"_a, "every_decision"_a,
-           "gather"_a)
+           "replicas"_a, "gather"_a)
       .def(
           "step",
           [](TensorTable& self, const Tensors& at, std::vector<double> lr, std::vector<double> weight_decay,

@@ -100,7 +100,7 @@ struct LaneBroadcast {
 void gather(const RankGather& exchange, RankRow& row) {
   *exchange.mine = row;
   exchange.gather(exchange.context);
-  if (!ranks_agree(exchange.all, exchange.ranks)) throw RanksDisagree{};
+  if (!ranks_agree(exchange.all, exchange.ranks, exchange.replicas)) throw RanksDisagree{};
   for (int j = 0; j < kColumns; ++j) row.column[j] = over_ranks(exchange.all, exchange.owned, exchange.ranks, j);
 }
 

@@ -58,11 +58,15 @@ NLCG_HD void sign_row(RankRow& row, double step, ExchangeId exchange, double dig
   row.column[kDigest] = digest;
 }
 
-NLCG_HD bool ranks_agree(const RankRow* all, int ranks) {
+// Whether all ranks are about to take the same step. `replicas`: they have the same parameters and gradients, so they
+// have the same sums, to the bit; but if one is not finite, all ranks skip the step.
+NLCG_HD bool ranks_agree(const RankRow* all, int ranks, bool replicas) {
   bool agree = true;
   for (int rank = 1; rank < ranks; ++rank) {
-    for (int column = kStepNumber; column < kColumns; ++column) {
-      if (all[rank].column[column] != all[0].column[column]) agree = false;
+    for (int column = replicas ? kSum0 : kStepNumber; column < kColumns; ++column) {
+      if (column > kLargestElement && column < kStepNumber) continue;
+      const double difference = all[rank].column[column] - all[0].column[column];
+      if (difference != 0.0 && difference - difference == 0.0) agree = false;
     }
   }
   return agree;

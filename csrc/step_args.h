@@ -151,6 +151,7 @@ struct RankRow;  // rank_agreement.h
 struct RankGather {
   int ranks = 0;                  // 0: this process is alone
   bool every_decision = false;    // false: rows are exchanged after the first pass only, for the loss
+  bool replicas = false;          // all ranks have the same parameters and gradients
   RankRow* mine = nullptr;        // on the step's device, like `all` and `owned`
   const RankRow* all = nullptr;   // by rank
   const double* owned = nullptr;  // by rank: whether its sums are added. The loss is averaged over all rows

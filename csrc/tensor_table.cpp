@@ -149,7 +149,7 @@ void TensorTable::lay_out(std::int64_t n, const std::vector<SegmentSpec>& specs,
 }
 
 void TensorTable::set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& owned,
-                               std::int64_t elements, bool every_decision, py::object gather) {
+                               std::int64_t elements, bool every_decision, bool replicas, py::object gather) {
   const StepGuard busy(*this);
   const std::int64_t ranks = owned->size();
   check_buffer("mine", *mine, "float64");
@@ -173,6 +173,7 @@ void TensorTable::set_exchange(const BufferPtr& mine, const BufferPtr& all, cons
   step_.owned = elements;
   step_.exchange = RankGather{static_cast<int>(ranks),
                               every_decision,
+                              replicas,
                               static_cast<RankRow*>(mine->data()),
                               static_cast<const RankRow*>(all->data()),
                               static_cast<const double*>(owned->data()),

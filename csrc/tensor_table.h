@@ -65,9 +65,9 @@ class TensorTable : public NativeStep {
 
   // Makes the sums of this rank sums over ranks. `mine` is a row of doubles; `gather()` fills `all`, which has a row
   // for each rank, from every rank's `mine`. `owned` tells whose sums are added, and `elements` how much of this rank's
-  // index.
+  // index. `every_decision`, `replicas`: see RankGather.
   void set_exchange(const BufferPtr& mine, const BufferPtr& all, const BufferPtr& owned, std::int64_t elements,
-                    bool every_decision, py::object gather);
+                    bool every_decision, bool replicas, py::object gather);
 
   // True if the parameters changed, false if the step was skipped. On a GPU always true: the decision is the device's,
   // and the host does not wait for it. None: the tensors do not fit the table.

@@ -229,7 +229,7 @@ __global__ void decide_over_ranks(const __grid_constant__ Arguments a) {
   if (j < kColumns) row.column[j] = over_ranks(a.exchange.all, a.exchange.owned, a.exchange.ranks, j);
   __syncthreads();
   if (j != 0) return;
-  if (ranks_agree(a.exchange.all, a.exchange.ranks)) {
+  if (ranks_agree(a.exchange.all, a.exchange.ranks, a.exchange.replicas)) {
     decide<S, Pass, Next>(a, row);
   } else {  // the host reads the counter later
     a.control->plan.skip = true;

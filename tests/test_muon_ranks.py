@@ -302,7 +302,7 @@ def test_ranks_have_equal_parameters_or_different_ones() -> None:
 
 
 def different_replicas(what: str) -> None:
-    """One rank of those that share the products lacks a gradient, or has a NaN."""
+    """One rank of those that share the products lacks a gradient, or has a NaN, or another gradient."""
     params = [nn.Parameter(x) for x in start()]
     optimizer = optimizer_of(params, matrix_group=dist.group.WORLD)
     take_steps(params, optimizer, 0, 2)
@@ -311,8 +311,11 @@ def different_replicas(what: str) -> None:
     for p in params:
         p.grad = torch.ones_like(p)
     if dist.get_rank() == 1:
-        params[1].grad = None if what == "missing" else params[1].grad.fill_(math.nan)  # type: ignore[union-attr]
-    if what == "missing":
+        params[1].grad = {"missing": None, "nan": params[1].grad.mul(math.nan), "other": 2.0 * params[1].grad}[what]
+    if what == "other":
+        with pytest.raises(RuntimeError, match="gradients, or the order of parameters, differ between replicas: sums"):
+            optimizer.step()
+    elif what == "missing":
         with pytest.raises(RuntimeError, match="nothing has changed: matrices with gradients 0, 2, .* on rank 1, 0, 1"):
             optimizer.step()
     else:
@@ -324,9 +327,39 @@ def different_replicas(what: str) -> None:
     take_steps(params, optimizer, 2, 3)
 
 
-@pytest.mark.parametrize("what", ["missing", "nan"])
+@pytest.mark.parametrize("what", ["missing", "nan", "other"])
 def test_replicas_that_share_products_take_the_same_step_or_none(what: str) -> None:
     ranks(2)(different_replicas, what)
+
+
+def different_order(kind: str, named: bool) -> None:
+    """Rank 1 lists matrices of one shape in another order, as a set of names does."""
+    generator = torch.Generator().manual_seed(0)
+    names = list("abcdefgh")
+    tensors = [torch.randn(7, 13, generator=generator) / (k + 1) for k in range(len(names))]
+    params = [nn.Parameter(x) for x in tensors]
+    if kind == "fsdp":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        params = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in tensors]
+    for p in params:
+        p.grad = p.detach().clone()
+    if dist.get_rank() == 1:
+        names, params = names[::-1], params[::-1]
+    group: dict[str, Any] = {"params": list(zip(names, params, strict=True)) if named else params}
+    shared = None if kind == "fsdp" else dist.group.WORLD
+    optimizer = NLCG([group | {"preconditioner": "muon"}], lr=0.02, matrix_group=shared)
+    words = (
+        r"parameter 0 h \(7, 13\) on rank 1, a \(7, 13\) on rank 0"
+        if named
+        else "gradients, or the order of parameters, differ"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("kind", "named"), [("fsdp", True), ("replicas", True), ("replicas", False)])
+def test_ranks_with_another_order_of_matrices_refuse_the_step(kind: str, named: bool) -> None:
+    ranks(2)(different_order, kind, named)
 
 
 def different_options(name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fastnlcg import NLCG
+from quadratic import one_step, parameter
 from test_state import KINDS, bits, make, step
 from torch import nn
 
@@ -38,6 +40,29 @@ def test_groups_may_be_reordered(kind: str) -> None:
         assert optimizer.diagnostics().beta == pytest.approx(undisturbed.diagnostics().beta, rel=1e-5, abs=1e-9)
     for p, q in zip(ps, qs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_without_gradients_does_not_forget_the_last_set() -> None:
+    """Part of the parameters are frozen; then comes a step without any gradient, and then a change of the groups."""
+    betas = []
+    for empty, change in itertools.product((False, True), ("reorder", "lose state")):
+        ps = [parameter(4, seed=k) for k in range(3)]
+        optimizer = NLCG([{"params": ps[:2]}, {"params": ps[2:]}], 0.01)
+        one_step(ps, optimizer)
+        ps[2].grad = None
+        for _ in range(2):
+            one_step(ps[:2], optimizer)
+        if empty:
+            optimizer.zero_grad()
+            optimizer.step()
+        if change == "reorder":
+            optimizer.param_groups.reverse()
+        else:
+            optimizer.state.pop(ps[0])
+        one_step(ps[:2], optimizer)
+        betas.append(optimizer.diagnostics().beta)
+    assert betas[:2] == betas[2:]
+    assert betas[0] > 0.0 == betas[1]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "muon"])

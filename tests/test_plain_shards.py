@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -28,6 +29,26 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = pytest.mark.xdist_group("ranks")  # see ranks.py
+
+
+def replicas_as_shards() -> list[str]:
+    """``process_group=`` under DDP, by mistake; then shards."""
+    said = []
+    for p in (nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((3,), 1.0 + dist.get_rank()))):
+        p.grad = p.detach().clone()
+        optimizer = NLCG([p], process_group=dist.group.WORLD)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+            optimizer.step()
+        said.append(" ".join(str(w.message) for w in caught))
+    return said
+
+
+def test_replicas_that_are_taken_for_shards_are_noticed() -> None:
+    for mistaken, shards in ranks(2)(replicas_as_shards):
+        assert mistaken.count("all ranks of process_group= have the same gradients") == 1
+        assert not shards
 
 
 def process_group(kind: str, frozen: bool) -> tuple[list[Tensor], Any]:

@@ -9,6 +9,7 @@ updates: list[str]
 options: list[str]
 scalars: dict[str, float]
 row_doubles: int
+row_sums: int
 row_signature: int
 block_elements: int
 most_pairs: int
@@ -142,6 +143,7 @@ class TensorTable(NativeStep):
         owned: Buffer,
         elements: int,
         every_decision: bool,
+        replicas: bool,
         gather: Callable[[], object],
     ) -> None: ...
     def step(

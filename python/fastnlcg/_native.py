@@ -70,6 +70,7 @@ instruction_set = _core.instruction_set
 instruction_sets = _core.instruction_sets
 workspace_doubles = _core.workspace_doubles
 row_doubles: int = _core.row_doubles
+row_sums: int = _core.row_sums
 row_signature: int = _core.row_signature
 rank_row = _core.rank_row
 chunk_elements = _core.chunk_elements

@@ -52,6 +52,8 @@ class Ranks:
     """whether all sums are exchanged; if False, only the loss is exchanged, once per step"""
     unowned: frozenset[int]
     """the indices of parameters that are copies: another rank adds them to the sums"""
+    replicas: bool = False
+    """whether every rank must have the same parameters and gradients, and so the same sums, to the bit"""
 
     mine: Tensor = field(default_factory=lambda: torch.empty(0))
     """this rank's row"""
@@ -70,7 +72,7 @@ class Ranks:
         self.prepare(device)
         owned = torch.tensor(self.owned, dtype=torch.float64, device=device)
         rows = _native.Buffer(self.mine), _native.Buffer(self.rows), _native.Buffer(owned)
-        native.set_exchange(*rows, elements, self.every_decision, self.gather)
+        native.set_exchange(*rows, elements, self.every_decision, self.replicas, self.gather)
 
     def gather(self) -> None:
         """Gathers every rank's ``mine`` into every rank's ``rows``."""
@@ -127,10 +129,12 @@ class Ranks:
         """Describes a disagreement from the last gathered rows; for ranks on GPUs, which detect it only after the
         step."""
         k = _native.row_signature
-        rows = [row[k:] for row in self.rows.view(len(self.owned), -1).tolist()]
+        rows = self.rows.view(len(self.owned), -1).tolist()
         ranks = dist.get_process_group_ranks(self.group)
-        odd = [rank for rank, row in zip(ranks, rows, strict=True) if row != rows[0]]
-        steps = ", ".join(f"rank {rank} at step {int(row[0])}" for rank, row in zip(ranks, rows, strict=True))
+        steps = ", ".join(f"rank {rank} at step {int(row[k])}" for rank, row in zip(ranks, rows, strict=True))
+        odd = [rank for rank, row in zip(ranks, rows, strict=True) if row[k:] != rows[0][k:]]
+        if not odd:
+            return f"{ranks} differ in the gradients of replicas, or in the order of their parameters ({steps})"
         return (
             f"ranks {odd} differ from rank {ranks[0]} in the step number, the options, or a group's lr, weight_decay "
             f"or maximize ({steps})"
@@ -199,7 +203,7 @@ def find_ranks(
         if group is None or dist.get_world_size(group) == 1:
             return None
         own = [rank == dist.get_rank(group) for rank in range(dist.get_world_size(group))]
-        return Ranks(group, own, False, frozenset())
+        return Ranks(group, own, False, frozenset(), replicas=matrix_group is not None)
     return _find_in_mesh(params, dtensors, line_search)
 
 

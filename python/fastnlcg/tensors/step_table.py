@@ -16,9 +16,9 @@ from fastnlcg import _native
 from fastnlcg.options import Options, native_options
 from fastnlcg.tensors import groups
 from fastnlcg.tensors.checks import DTYPES, usable_gradient
-from fastnlcg.tensors.dtensor import memory, place_of
+from fastnlcg.tensors.dtensor import is_sharded, memory, place_of
 from fastnlcg.tensors.matrices import Matrices, Shape, key_of, shape_of
-from fastnlcg.tensors.ranks import find_ranks
+from fastnlcg.tensors.ranks import Ranks, find_ranks
 from fastnlcg.tensors.state import arithmetic_dtype, local_arrays, missing_arrays
 from fastnlcg.tensors.table import (
     Groups,
@@ -31,6 +31,7 @@ from fastnlcg.tensors.table import (
     parameters,
     write_state,
 )
+from fastnlcg.warn import warn
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Built:
     active_set: float = 0.0
     """names the set of ``active``"""
     active_params: list[Tensor] = field(default_factory=list)
+    order: dict[int, str] = field(default_factory=dict)
+    """see :meth:`StepTable._order_of`"""
     everything: list[Tensor] = field(default_factory=list)
     """those with state and at least one element"""
     inactive: list[Tensor] = field(default_factory=list)
@@ -82,6 +85,7 @@ class StepTable(ParameterTable):
         self._raised: float | None = None  # disagreements of ranks that were reported, or were in the file
         self._disagreements: Tensor | None = None  # found by the device, in pinned memory
         self._begun = False  # a step was taken, or the state made for one
+        self._last_set: tuple[float, list[Tensor]] | None = None  # of the last step with gradients: name and members
 
     def set_options(self, param_groups: Groups) -> None:
         """Options of every group that may have changed since the last step. ValueError if a parameter needs another
@@ -110,10 +114,21 @@ class StepTable(ParameterTable):
         self._agree()
 
     def _agree(self) -> None:
-        """Tells the native table what all ranks must have alike, besides what it knows: the options of each group, and
-        which matrices they share."""
+        """Tells the native table what all ranks must have alike, besides what it knows: the options of each group, the
+        order of the parameters, and which matrices they share."""
         if self.native is not None and self.ranks is not None:
-            self.native.agreed = _number_of((self.of_groups, self._shared_matrices()))
+            self.native.agreed = _number_of((self.of_groups, self.built.order, self._shared_matrices()))
+
+    def _order_of(self, param_groups: Groups, ranks: Ranks | None, shapes: Mapping[int, Shape]) -> dict[int, str]:
+        """Names and shapes of the parameters that must have the same place on all ranks."""
+        if ranks is None or self.process_group is not None:
+            return {}
+        names = [name for g in param_groups for name in g.get("param_names") or [""] * len(g["params"])]
+        return {
+            i: f"{name} {tuple(p.shape)}".strip()
+            for i, (name, p) in enumerate(zip(names, parameters(param_groups), strict=True))
+            if is_sharded(p) or (self.matrix_group is not None and i in shapes)
+        }
 
     def _shared_matrices(self) -> tuple[int, ...]:
         return () if self.matrices is None else self.matrices.shared()
@@ -166,10 +181,24 @@ class StepTable(ParameterTable):
                 self.explain("step()", param_groups)
             if moved is None:
                 continue
+            if not self._begun and self.process_group is not None and not on_gpu:
+                self._warn_of_replicas()
             self._begun = True
             self.copies = []
+            if moved and self.built.active:
+                self._last_set = self.built.active_set, self.built.active_params
             return moved
         raise RuntimeError("a parameter, a gradient or a tensor of the state was changed while the step began")
+
+    def _warn_of_replicas(self) -> None:
+        """Ranks whose sums are the same, to the bit, have the same gradients: there is nothing to add up."""
+        assert self.ranks is not None
+        rows = self.ranks.rows.view(len(self.ranks.owned), -1)[:, : _native.row_sums].tolist()
+        if len(rows) > 1 and any(rows[0]) and all(row == rows[0] for row in rows):
+            warn(
+                "all ranks of process_group= have the same gradients: it is for plain shards (FSDP1, ZeRO), and adds "
+                f"the ranks' sums, so the gradient's norm is sqrt({len(rows)}) times too large. Under DDP leave it out"
+            )
 
     def _complete(self) -> None:
         """What follows a step of the native table, unless it was skipped. The table calls it again if it is
@@ -314,8 +343,12 @@ class StepTable(ParameterTable):
         assert self.options is not None
         step = groups.named_scalars(param_groups[0])["step"]
         more: dict[str, Any] = {"matrices with gradients": ", ".join(map(str, sorted(self._shared_matrices())))}
+        more |= {f"parameter {i}": text for i, text in self.built.order.items()}
         for k, options in enumerate(self.of_groups):
             more |= {f"option {name} of group {k}": repr(value) for name, value in vars(options).items()}
+        if self.ranks.replicas and moment == "step()":
+            sums = self.ranks.mine[: _native.row_sums].tolist()
+            more["gradients, or the order of parameters, differ between replicas: sums"] = sums
         self.ranks.explain(moment, step, vars(self.options), param_groups, more)
 
     def _raise_disagreement(self) -> None:
@@ -410,7 +443,6 @@ class StepTable(ParameterTable):
         )
         assert self.native is not None
         self._lay_out_matrices(params, active, shapes)
-        self._agree()
         everything = _with_elements(params, stateful)
         self.built = Built(
             params=params,
@@ -420,11 +452,13 @@ class StepTable(ParameterTable):
             active=active,
             active_set=name_of(active, everything),
             active_params=[params[i] for i in active],
+            order=self._order_of(param_groups, ranks, shapes),
             everything=[params[i] for i in everything],
             inactive=[p for p, g in zip(params, grads, strict=True) if g is None],
             entries=[state[params[i]] for i in active],
             expected_state=expected_state(state),
         )
+        self._agree()
         self._ranks_known = True
         self.plain = not to_look and all(
             memory(params[i]) is params[i] and in_place(params[i]) and usable[i] is grads[i] for i in active
@@ -485,12 +519,16 @@ class StepTable(ParameterTable):
         same_order = True
         if self.native is not None:
             known = {1.0: [place.get(id(p)) for p in self.built.everything]}
-            known[self.built.active_set] = [place.get(id(p)) for p in self.built.active_params]
+            if self._last_set is not None:
+                name, members = self._last_set
+                known[name] = [place.get(id(p)) for p in members]
             same_order = len(params) >= len(self.built.params) and all(map(is_, params, self.built.params))
         names = {
             then: -1.0 if None in members else name_of([i for i in members if i is not None], everything)
             for then, members in known.items()
         }
+        if self._last_set is not None:
+            self._last_set = names[self._last_set[0]], self._last_set[1]
         if all(then == now for then, now in names.items()) and same_order:
             return
         at = list(_native.SCALARS).index("active_set")
