@@ -12,26 +12,23 @@ from fastnlcg.full_batch.quasi_newton import OverVectors, Vectors
 from fastnlcg.full_batch.rotation import flat_matrices
 
 
-class Flat:
-    """:class:`Passes` over flat arrays of one dtype and device: conjugate gradients without rotations."""
+class _OnFlat:
+    """A flat array x, and what moves it along d."""
 
     g: Any = None
     """the gradient at x"""
     _g_origin: Any = None
 
-    def __init__(self, x: Any, zeros: Callable[[], Any], device: str, *, preconditioned: bool) -> None:
-        self.x, self.threads = x, _native.num_threads()
-        self.g_prev, self.d, self.origin = zeros(), zeros(), zeros()
-        self.h = zeros() if preconditioned else None
-        self.preconditioned = preconditioned
-        self.forget()
-        dtype = str(x.dtype).removeprefix("torch.")
-        stream = _native.current_stream(device, x) if device != "cpu" else 0
-        self._step = _native.FlatStep(dtype, device, stream)
-        arrays = {"p": x, "grad_prev": self.g_prev, "direction": self.d, "diagonal": self.h, "origin": self.origin}
-        self._buffers: dict[str, Any] = {
-            name: _native.Buffer(array) for name, array in arrays.items() if array is not None
-        }
+    def __init__(self, x: Any, device: str, *, preconditioned: bool) -> None:
+        self.x, self.threads, self.preconditioned = x, _native.num_threads(), preconditioned
+        self.dtype = str(x.dtype).removeprefix("torch.")
+        self.stream = _native.current_stream(device, x) if device != "cpu" else 0
+        self._step = _native.FlatStep(self.dtype, device, self.stream)
+        self._buffers: dict[str, Any] = {}
+
+    def _hold(self, **arrays: Any) -> None:
+        """Arrays that every pass is given, by the names of :meth:`FlatStep.bind`."""
+        self._buffers = {name: _native.Buffer(array) for name, array in arrays.items() if array is not None}
 
     def set_gradient(self, g: Any) -> None:
         """Takes the gradient at x, without a copy: a search that begins here may come back to it."""
@@ -55,6 +52,17 @@ class Flat:
         slope, largest, *_ = self._run("slope")
         return f, slope, largest
 
+
+class Flat(_OnFlat):
+    """:class:`Passes` over flat arrays of one dtype and device: conjugate gradients without rotations."""
+
+    def __init__(self, x: Any, zeros: Callable[[], Any], device: str, *, preconditioned: bool) -> None:
+        super().__init__(x, device, preconditioned=preconditioned)
+        self.g_prev, self.d, self.origin = zeros(), zeros(), zeros()
+        self.h = zeros() if preconditioned else None
+        self.forget()
+        self._hold(p=x, grad_prev=self.g_prev, direction=self.d, diagonal=self.h, origin=self.origin)
+
     def curvature(self, update: tuple[float, float, float, float] | None) -> Sums:
         alpha, scale, ys, shs = update or (0.0, 1.0, 0.0, 0.0)
         sums = self._run("curvature", update=update is not None, alpha=alpha, scale=scale, ys=ys, shs=shs)
@@ -69,7 +77,7 @@ class Flat:
             self.h[:] = 1.0
 
 
-class FlatVectors(OverVectors, Flat):
+class FlatVectors(OverVectors, _OnFlat):
     """:class:`PairPasses` over flat arrays."""
 
     def __init__(
@@ -80,27 +88,22 @@ class FlatVectors(OverVectors, Flat):
         options: DescentOptions,
         shapes: Sequence[tuple[int, ...]],
     ) -> None:
+        super().__init__(x, device, preconditioned=options.preconditioner is not None)
         (self.n,) = x.shape
-        self.x, self.threads = x, _native.num_threads()
-        self.preconditioned = options.preconditioner is not None
-        dtype = str(x.dtype).removeprefix("torch.")
-        stream = _native.current_stream(device, x) if device != "cpu" else 0
         unit = _native.block_elements
         self.vectors = Vectors(
             -(-self.n // unit) * unit,
             make,
-            dtype,
+            self.dtype,
             device,
-            stream,
+            self.stream,
             history=options.history,
             preconditioned=self.preconditioned,
             matrices=flat_matrices(shapes) if options.preconditioner == "kronecker" else [],
             load=self._load,
         )
         self.g, self.origin = x, make((self.n,))
-        self._step = _native.FlatStep(dtype, device, stream)
-        arrays = {"p": x, "direction": self.vectors.out[: self.n], "origin": self.origin}
-        self._buffers = {name: _native.Buffer(array) for name, array in arrays.items()}
+        self._hold(p=x, direction=self.vectors.out[: self.n], origin=self.origin)
 
     def _load(self, buffer: Any) -> None:
         buffer[: self.n] = self.g

@@ -398,43 +398,25 @@ class Descent:
         # loss itself. For a loss at or below zero, the mean is the only measure of the size of its terms.
         noise = ROUNDING * mean_f if at.f <= 0.0 else min(ROUNDING * mean_f, at.f)
         slack = max(self._epsilon * min(mean_f, abs(at.f)), noise)
-        lowest, latest, probed, shortest, wanted, g_max = start, start, start, math.inf, 0.0, at.g_max
-        moved = suspect = at.unbounded = False
+        trials, at.unbounded = _Trials(self, start, slack), False
+        try:
+            accepted = self._accepted(trials, mean_f)
+        except OutOfBudget:
+            self._end_at_limit(trials)
+            raise
+        except BaseException:
+            if trials.moved:
+                self.passes.trial(0.0, first=None)
+            raise
+        if accepted is None or not accepted.finite:
+            trials.move(0.0)
+            return None
+        at.weight, at.mean_f, at.g_max = weight, mean_f, trials.g_max
+        return accepted
 
-        def move(alpha: float) -> None:
-            nonlocal moved, wanted
-            first, moved, wanted = None if moved else at.mark, True, alpha
-            self.passes.trial(alpha, first=first)
-
-        def saw(point: Point) -> None:
-            nonlocal latest, shortest, suspect
-            latest, shortest = point, min(shortest, point.alpha)
-            if not self.trusted and not _fits(start, point, slack):
-                if not self.defers:
-                    raise _Suspect
-                suspect = True
-            self.trusted = True
-
-        def phi(alpha: float) -> tuple[float, float]:
-            nonlocal lowest, g_max
-            move(alpha)
-            f, slope, g_max = self.evaluate()
-            saw(Point(alpha, f, slope))
-            if latest.finite and f < lowest.f:
-                lowest = latest
-            return f, slope
-
-        def probe(alpha: float) -> float:
-            """Evaluates f alone: the gradient at this point may not be finite."""
-            nonlocal probed
-            move(alpha)
-            assert self.loss is not None
-            f = self.loss()
-            at.loss_evaluations += 1
-            saw(Point(alpha, f, math.nan))
-            if math.isfinite(f) and f < start.f:
-                probed = latest
-            return f
+    def _accepted(self, trials: _Trials, mean_f: float) -> Point | None:
+        """The point with which a search ends, evaluated last: what the line search accepts, or a lower one."""
+        start = trials.start
 
         def is_lower(a: Point, b: Point | None) -> bool:
             if a is start or b is None:
@@ -442,56 +424,47 @@ class Descent:
             return a.f < b.f - self._epsilon * (mean_f if b.f <= 0.0 else min(mean_f, b.f))
 
         try:
-            try:
-                accepted = search(phi, start, self._first_length(start, probe, phi), slack, self.options.line_search)
-            except Unbounded:
-                at.unbounded, accepted = lowest is not start, None
-            if is_lower(probed, accepted) and probed.f < lowest.f:
-                phi(probed.alpha)
-            if is_lower(lowest, accepted):
-                accepted = lowest
-            if accepted is not None and accepted != latest:
-                accepted = Point(accepted.alpha, *phi(accepted.alpha))
-        except OutOfBudget:
-            target, longest = min(lowest, probed, key=lambda point: point.f), wanted
-            move(target.alpha)
-            if target is start:
-                at.suspect = suspect
-                at.alpha = shortest if shortest < math.inf else at.alpha
-                at.next_length = longest if 0.0 < longest < math.inf else at.next_length
-            elif target is latest and target.finite:  # the gradient is still that of this point
-                at.g_max = g_max
-                self._conclude(target)
-                at.alpha *= max(1.0, longest / target.alpha)  # the length that the search would have tried next
-            else:
-                at.f, at.g_max = target.f, math.nan
-                at.iterations += 1
-            raise
-        except BaseException:
-            if moved:
-                self.passes.trial(0.0, first=None)
-            raise
-        if accepted is None or not accepted.finite:
-            move(0.0)
-            return None
-        at.weight, at.mean_f, at.g_max = weight, mean_f, g_max
+            accepted = search(trials.phi, start, self._first_length(trials), trials.slack, self.options.line_search)
+        except Unbounded:
+            accepted, self.course.unbounded = None, trials.lowest is not start
+        if is_lower(trials.probed, accepted) and trials.probed.f < trials.lowest.f:
+            trials.phi(trials.probed.alpha)
+        if is_lower(trials.lowest, accepted):
+            accepted = trials.lowest
+        if accepted is not None and accepted != trials.latest:
+            accepted = Point(accepted.alpha, *trials.phi(accepted.alpha))
         return accepted
 
-    def _first_length(
-        self, start: Point, probe: Callable[[float], float], phi: Callable[[float], tuple[float, float]]
-    ) -> float:
+    def _end_at_limit(self, trials: _Trials) -> None:
+        """Moves to the lowest point of a search that the caller's limits have ended."""
+        at, longest = self.course, trials.wanted
+        target = min(trials.lowest, trials.probed, key=lambda point: point.f)
+        trials.move(target.alpha)
+        if target is trials.start:
+            at.suspect = trials.suspect
+            at.alpha = trials.shortest if trials.shortest < math.inf else at.alpha
+            at.next_length = longest if 0.0 < longest < math.inf else at.next_length
+        elif target is trials.latest and target.finite:  # the gradient is still that of this point
+            at.g_max = trials.g_max
+            self._conclude(target)
+            at.alpha *= max(1.0, longest / target.alpha)  # the length that the search would have tried next
+        else:
+            at.f, at.g_max = target.f, math.nan
+            at.iterations += 1
+
+    def _first_length(self, trials: _Trials) -> float:
         """The first length to try: Hager and Zhang's quadratic step, or their I0 if there is no last length."""
-        at = self.course
+        at, start = self.course, trials.start
         if at.alpha == 0.0:
             return first_step(self.x_max(), at.g_max, start.f, -start.slope)
         if self.options.history:
             return at.next_length
         alpha = PROBE * at.alpha
         if self.loss is None:  # every evaluation gives a slope: use the secant of the slopes
-            f, slope = phi(alpha)
+            f, slope = trials.phi(alpha)
             curvature = quotient(slope - start.slope, alpha)
         else:
-            f = probe(alpha)
+            f = trials.probe(alpha)
             curvature = quotient(2.0 * (f - start.f - start.slope * alpha), alpha * alpha)
         length = 10.0 * at.alpha
         if not (math.isfinite(f) and f <= start.f and math.isfinite(curvature)):
@@ -574,6 +547,60 @@ class Descent:
 
 class _Suspect(Exception):  # noqa: N818
     """The first point of a search does not fit the loss at its start: the function may have changed."""
+
+
+class _Trials:
+    """The points of one search: moves x there, evaluates, and keeps the lowest.
+
+    Args:
+        run: whose search it is.
+        start: where it begins.
+        slack: by how much two losses may differ through rounding.
+    """
+
+    def __init__(self, run: Descent, start: Point, slack: float) -> None:
+        self.run, self.start, self.slack = run, start, slack
+        self.lowest = self.latest = start
+        self.probed = start
+        """the lowest point at which only the loss is known"""
+        self.shortest, self.wanted = math.inf, 0.0
+        """the shortest length that was evaluated, and the length of the last move"""
+        self.g_max = run.course.g_max
+        """the largest element of the last gradient"""
+        self.moved = self.suspect = False
+
+    def move(self, alpha: float) -> None:
+        """Moves x to this length, back to the start too."""
+        first, self.moved, self.wanted = None if self.moved else self.run.course.mark, True, alpha
+        self.run.passes.trial(alpha, first=first)
+
+    def phi(self, alpha: float) -> tuple[float, float]:
+        """The loss and its slope."""
+        self.move(alpha)
+        f, slope, self.g_max = self.run.evaluate()
+        self._saw(Point(alpha, f, slope))
+        if self.latest.finite and f < self.lowest.f:
+            self.lowest = self.latest
+        return f, slope
+
+    def probe(self, alpha: float) -> float:
+        """The loss alone: the gradient at this point may not be finite."""
+        self.move(alpha)
+        assert self.run.loss is not None
+        f = self.run.loss()
+        self.run.course.loss_evaluations += 1
+        self._saw(Point(alpha, f, math.nan))
+        if math.isfinite(f) and f < self.start.f:
+            self.probed = self.latest
+        return f
+
+    def _saw(self, point: Point) -> None:
+        self.latest, self.shortest = point, min(self.shortest, point.alpha)
+        if not self.run.trusted and not _fits(self.start, point, self.slack):
+            if not self.run.defers:
+                raise _Suspect
+            self.suspect = True
+        self.run.trusted = True
 
 
 def _fits(start: Point, seen: Point, slack: float) -> bool:

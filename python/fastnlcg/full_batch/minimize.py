@@ -447,7 +447,7 @@ def _run(
     return result
 
 
-def _passes(problem: _NumPy | _Torch, options: DescentOptions, shapes: list[tuple[int, ...]]) -> Flat:
+def _passes(problem: _NumPy | _Torch, options: DescentOptions, shapes: list[tuple[int, ...]]) -> Flat | FlatVectors:
     if options.in_vectors:
         return FlatVectors(problem.x, problem.zeros, problem.device, options, shapes)
     return Flat(problem.x, problem.zeros, problem.device, preconditioned=options.preconditioner is not None)
