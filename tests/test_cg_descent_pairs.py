@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import copy
 import io
 import itertools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -150,18 +152,57 @@ def test_options_may_change_in_a_checkpoint(before: int, after: int) -> None:
 
 
 def test_a_checkpoint_of_0_6_0_is_loaded() -> None:
-    """Its course has no pairs."""
+    """Its course is a mapping, and has no pairs."""
     model, loss = problem()
     optimizer = CGDescent(model.parameters(), history=0, preconditioner="bfgs")
     steps(optimizer, closure_of(optimizer, loss), 5)
     saved = optimizer.state_dict()
-    course = saved["param_groups"][0]["course"] = dict(saved["param_groups"][0]["course"])
-    del course["pairs"], course["next_length"]
+    course = saved["param_groups"][0]["course"] = dict(optimizer.param_groups[0]["course"])
+    del course["pairs"], course["next_length"], course["suspect"]
     for options in ({"history": 0, "preconditioner": "bfgs"}, {}):
         second = CGDescent(model.parameters(), **options)
         second.load_state_dict(saved)
         start = loss().item()
         assert steps(second, closure_of(second, loss), 6)[-1] < start
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_checkpoint_of_0_8_0_resumes_to_the_bit(options: dict[str, Any]) -> None:
+    """Its course is a mapping."""
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), **options)
+    closure = closure_of(optimizer, loss)
+    steps(optimizer, closure, 12)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["course"] = copy.deepcopy(optimizer.param_groups[0]["course"])
+    other, other_loss = problem()
+    other.load_state_dict(model.state_dict())
+    second = CGDescent(other.parameters(), **options)
+    second.load_state_dict(saved)
+    assert steps(second, closure_of(second, other_loss), 3) == steps(optimizer, closure, 3)
+    assert second.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda course: "{", "not that of a CGDescent"),
+        (lambda course: None, "not that of a CGDescent"),
+        (lambda course: json.dumps({**course, "another": 1}), "not that of a CGDescent"),
+        (lambda course: json.dumps({**course, "active": [9]}), "has the active parameters"),
+        (lambda course: json.dumps({**course, "bases": [[]]}), "has the bases of 1 parameters, expected 4"),
+    ],
+)
+def test_a_damaged_course_is_refused_and_changes_nothing(change: Callable[[Any], Any], words: str) -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), history=3)
+    steps(optimizer, closure_of(optimizer, loss), 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    damaged = copy.deepcopy(saved)
+    damaged["param_groups"][0]["course"] = change(json.loads(saved["param_groups"][0]["course"]))
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(damaged)
+    assert repr(optimizer.state_dict()) == repr(saved)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:3])

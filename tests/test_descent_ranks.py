@@ -266,35 +266,114 @@ def test_a_checkpoint_resumes_to_the_bit_and_reshards() -> None:
         assert all(torch.allclose(a, b, rtol=1e-8) for a, b in zip(found, end, strict=True))
 
 
-def through_dcp(folder: str, *, write: bool) -> list[Tensor]:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+def network(shards: bool) -> nn.Module:
+    return sharded(None, torch.float64) if shards else model(torch.float64)
 
-    net = sharded(None, torch.float64)
+
+def trained(shards: bool) -> tuple[nn.Module, CGDescent]:
+    """Until the window of ratios is full, and the bases have changed."""
+    net = network(shards)
     optimizer = CGDescent(net.parameters())
-    if write:
-        descend(net, optimizer, 14)  # until the window of ratios is full
-    weights, state = get_state_dict(net, optimizer)
-    (dcp.save if write else dcp.load)({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    if not write:
-        set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=state)
-    assert len(optimizer.param_groups[0]["course"]["ratios"]) == 11
-    descend(net, optimizer, 3)
-    return whole(net.parameters())
+    descend(net, optimizer, 14)
+    return net, optimizer
 
 
-def dcp_write(folder: str) -> list[Tensor]:
-    return through_dcp(folder, write=True)
+def write(how: str, folder: str, shards: bool) -> tuple[list[Tensor], dict[str, Any]]:
+    """A checkpoint by torch's utilities; the parameters three steps later, and the next step."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    net, optimizer = trained(shards)
+    options = {"dcp": {}, "flat": {"flatten_optimizer_state_dict": True}}
+    whole_on_cpu = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_state_dict(
+        net, optimizer, options=StateDictOptions(**options[how]) if how in options else whole_on_cpu
+    )
+    if how in options:
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    elif not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save({"model": weights, "optimizer": state}, f"{folder}/whole.pt")
+    found = descend(net, optimizer, 3)
+    return whole(net.parameters()), found[0]
 
 
-def dcp_read(folder: str) -> list[Tensor]:
-    return through_dcp(folder, write=False)
+def read(how: str, folder: str, shards: bool) -> tuple[list[Tensor], dict[str, Any]]:
+    """What :func:`write` has written, into an optimizer that has stepped if it is read as a whole."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    net = network(shards)
+    optimizer = CGDescent(net.parameters())
+    if how in ("dcp", "flat"):
+        options = StateDictOptions(flatten_optimizer_state_dict=how == "flat")
+        weights, state = get_state_dict(net, optimizer, options=options)
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder, planner=planner)
+    else:
+        descend(net, optimizer, 2)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=how == "broadcast")
+        weights, state = {}, {}
+        if how == "whole" or dist.get_rank() == 0:
+            weights, state = torch.load(f"{folder}/whole.pt", weights_only=True).values()
+        if dist.is_initialized():
+            dist.barrier()
+    set_model_state_dict(net, weights, options=options)
+    set_optimizer_state_dict(net, optimizer, state, options=options)
+    found = descend(net, optimizer, 3)
+    return whole(net.parameters()), found[0]
 
 
-def test_torch_distributed_checkpoint(tmp_path: Path) -> None:
-    end = ranks(2)(dcp_write, str(tmp_path))[0]
-    for found in ranks(2)(dcp_read, str(tmp_path)):
+WAYS = ["dcp", "flat", "whole", "broadcast"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_torchs_checkpoints_resume_to_the_bit_and_reshard(how: str, tmp_path: Path) -> None:
+    end, step = ranks(2)(write, how, str(tmp_path), True)[0]
+    for found, again in ranks(2)(read, how, str(tmp_path), True):
+        assert again == step
         assert all(torch.equal(a, b) for a, b in zip(found, end, strict=True))
+    for found, again in ranks(3)(read, how, str(tmp_path), True):
+        assert again["evaluations"] == step["evaluations"]
+        assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(found, end, strict=True))
+
+
+@pytest.mark.parametrize("how", WAYS[:3])
+def test_torchs_checkpoints_resume_one_process_to_the_bit(how: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: no process group
+        end, step = write(how, str(tmp_path), False)
+        found, again = read(how, str(tmp_path), False)
+    assert again == step
+    assert all(torch.equal(a, b) for a, b in zip(found, end, strict=True))
+
+
+@pytest.mark.parametrize("how", WAYS[:3])
+def test_one_process_continues_in_the_unrotated_basis_of_shards(how: str, tmp_path: Path) -> None:
+    """With their h and their pairs."""
+    end, step = ranks(2)(write, how, str(tmp_path), True)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: no process group
+        found, again = read(how, str(tmp_path), False)
+    assert again["evaluations"] == step["evaluations"]
+    assert again["loss"] == pytest.approx(step["loss"], rel=1e-9)
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(found, end, strict=True))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_shards_that_cannot_have_the_bases_start_again_where_they_are(how: str, tmp_path: Path) -> None:
+    """On every rank alike: their elements of h, of the gradient and of the pairs say nothing without the bases."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: no process group
+        write("whole" if how == "broadcast" else how, str(tmp_path), False)
+    net, _ = trained(False)
+    first = descend(net, CGDescent(net.parameters(), preconditioner="bfgs"), 1)[0]
+    for _, again in ranks(2)(read, how, str(tmp_path), True):
+        assert again["loss"] == pytest.approx(first["loss"], rel=1e-9)
 
 
 def disagree(what: str) -> tuple[str, bool]:

@@ -4,6 +4,7 @@ stochastic step."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -26,7 +27,7 @@ from fastnlcg.full_batch.iteration import (
     OutOfBudget,
 )
 from fastnlcg.full_batch.passes import Edited
-from fastnlcg.full_batch.vector_table import VectorPasses, VectorTable, leave_bases
+from fastnlcg.full_batch.vector_table import VectorPasses, VectorTable, basis_keys, keep_bases, leave_bases
 from fastnlcg.losses import unaveraged_loss
 from fastnlcg.options import check_count, check_positive, check_real
 from fastnlcg.tensors.dtensor import memory
@@ -36,6 +37,9 @@ from fastnlcg.tensors.table import parameters
 from fastnlcg.warn import warn
 
 __all__ = ["CGDescent"]
+
+BASES = "bases"
+"""the key, in a saved course, of :func:`basis_keys`"""
 
 
 class CGDescent(torch.optim.Optimizer):
@@ -418,6 +422,16 @@ class CGDescent(torch.optim.Optimizer):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's optimizers. The numbers of the run, which differ in count from step to step, are one string:
+        torch.distributed.checkpoint would take lists and mappings apart, and match their parts to those of the
+        reader."""
+        whole = super().state_dict()
+        for group in whole["param_groups"]:  # torch's copies
+            if "course" in group:
+                group["course"] = json.dumps({**group["course"], BASES: basis_keys(self._all(), self.state)})
+        return whole
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of a state dict. A run that continues from it, with the parameters of the same moment, has the
         bits of one that was not interrupted.
@@ -425,8 +439,7 @@ class CGDescent(torch.optim.Optimizer):
         Raises:
             ValueError: for one that is not of this optimizer over such parameters; it is unchanged then.
         """
-        _check_state(state_dict, self.param_groups, self._options)
-        super().load_state_dict(state_dict)
+        super().load_state_dict(_checked(state_dict, self.param_groups, self._options))
         for entry in self.state.values():  # torch takes the file's own tensors if they fit
             if isinstance(entry, dict):
                 entry.update({key: value.clone() for key, value in entry.items() if isinstance(value, Tensor)})
@@ -458,22 +471,20 @@ def _as_loss(name: str, value: object) -> float:
     return _native.check_loss(value)
 
 
-def _check_state(given: Mapping[str, Any], own: list[dict[str, Any]], options: DescentOptions) -> None:
-    """ValueError for a state dict that does not fit these groups, by number, name and shape of the parameters."""
+def _checked(given: Mapping[str, Any], own: list[dict[str, Any]], options: DescentOptions) -> dict[str, Any]:
+    """``given`` in the form in which it will be loaded. ValueError, by number, name and shape of the parameters, unless
+    it fits the groups ``own``."""
     state, saved = structure(given, own)
-    course, params = _course_of(saved), parameters(own)
-    names = {one.name for one in fields(Course)}
-    since = {"pairs", "next_length", "suspect"}  # files of 0.6 to 0.8 are without
-    if course is not None and not (isinstance(course, Mapping) and names - since <= set(course) <= names):
-        raise ValueError("'course' in param_groups is not that of a CGDescent")
-    if course is not None and not all(isinstance(i, int) and 0 <= i < len(params) for i in course["active"]):
-        raise ValueError(
-            f"'course' in param_groups has the active parameters {course['active']!r}, of {len(params)} parameters"
-        )
+    whole, params = [dict(group) for group in saved], parameters(own)
+    bases = None
+    for group in whole:
+        if "course" in group:
+            group["course"], bases = _check_course(group["course"], len(params))
     keys = set(state_arrays(options))
     if not any("hessian_diag" in entry for entry in state.values() if isinstance(entry, Mapping)):
         keys.discard("hessian_diag")  # of a run without a preconditioner
-    for i, p in named(saved, own).items():
+    in_order = named(saved, own)
+    for i, p in in_order.items():
         if i not in state:
             continue
         entry = state[i]
@@ -485,3 +496,27 @@ def _check_state(given: Mapping[str, Any], own: list[dict[str, Any]], options: D
                     f"state {key!r} of parameter {i} is {tuple(getattr(entry[key], 'shape', ()))}, expected "
                     f"{tuple(p.shape)}"
                 )
+    if bases is not None:
+        state = {i: dict(entry) if i in in_order else entry for i, entry in state.items()}
+        keep_bases([(p, state.get(i, {}), keys) for (i, p), keys in zip(in_order.items(), bases, strict=True)])
+    return {**given, "state": state, "param_groups": whole}
+
+
+def _check_course(given: object, n: int) -> tuple[dict[str, Any], list[list[str]] | None]:
+    """The course, of a run over ``n`` parameters, and the keys of their bases; before 0.9 it was a mapping without
+    them."""
+    try:
+        course = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        course = None
+    names = {one.name for one in fields(Course)}
+    since = {"pairs", "next_length", "suspect"}  # files of 0.6 to 0.8 are without
+    if not (isinstance(course, Mapping) and names - since <= set(course) <= names | {BASES}):
+        raise ValueError("'course' in param_groups is not that of a CGDescent")
+    course = dict(course)
+    bases = course.pop(BASES, None)
+    if not all(isinstance(i, int) and 0 <= i < n for i in course["active"]):
+        raise ValueError(f"'course' in param_groups has the active parameters {course['active']!r}, of {n} parameters")
+    if bases is not None and len(bases) != n:
+        raise ValueError(f"'course' in param_groups has the bases of {len(bases)} parameters, expected {n}")
+    return course, bases

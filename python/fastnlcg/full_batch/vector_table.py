@@ -51,10 +51,33 @@ def leave_bases(state: Mapping[Any, Any], options: DescentOptions) -> bool:
     if not any(key in entry for entry in entries for key in ROTATED):
         return False
     for entry in entries:
-        for key in [*entry]:
-            if _only_here(key) or key in ("hessian_diag", "grad_prev", "direction"):
-                del entry[key]
+        _drop_rotated(entry)
     return True
+
+
+def _drop_rotated(entry: dict[str, Any]) -> None:
+    for key in [*entry]:
+        if _only_here(key) or key in ("hessian_diag", "grad_prev", "direction"):
+            del entry[key]
+
+
+def basis_keys(params: list[Tensor], state: Mapping[Any, Any]) -> list[list[str]]:
+    """For each parameter, the keys of its state that only a run with rotations has."""
+    return [[key for key in ("rotated_direction", *ROTATED) if key in state.get(p, ())] for p in params]
+
+
+def keep_bases(loaded: list[tuple[Tensor, dict[str, Any], list[str]]]) -> None:
+    """Makes loaded state be in the bases in which it was saved, given each parameter, its entry, and the
+    :func:`basis_keys` of the file. torch.distributed.checkpoint reads only what the reader's state has, and leaves
+    what the file does not have as it is. If a basis is lost, by this or because a rank has only a shard of its matrix,
+    the entries lose all that is in bases, on every rank alike."""
+    for p, entry, keys in loaded:
+        for key in ("rotated_direction", *ROTATED):
+            if key in entry and (key not in keys or (key in ROTATED and is_sharded(p))):
+                del entry[key]
+    if any(entry and not entry.keys() >= {*keys} for _, entry, keys in loaded):
+        for _, entry, _ in loaded:
+            _drop_rotated(entry)
 
 
 class VectorTable(DescentTable):
