@@ -100,6 +100,68 @@ def test_a_full_graph_forms_the_gradient_too(backend: str) -> None:
     same(runs[0], runs[1])
 
 
+def write_into(group: dict[str, Any], lr: Any, weight_decay: Any) -> None:
+    group["lr"].copy_(lr)
+    group["weight_decay"].copy_(weight_decay)
+
+
+def put_into(group: dict[str, Any], lr: Any, weight_decay: Any) -> None:
+    group["lr"], group["weight_decay"] = lr, weight_decay
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(write_into, torch.tensor), (put_into, torch.tensor), (put_into, float)],
+    ids=["write into a tensor", "put a tensor", "put a float"],
+)
+def test_a_full_graph_may_change_rates_before_the_step(backend: str, change: Any, kind: Any) -> None:
+    """The step has the new ones, and a new number compiles nothing again. The entry ``"capturable"`` that the compiler
+    then writes into that group has no effect on a CPU."""
+    runs, counts = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        p, q = (torch.nn.Parameter(torch.linspace(-1.0, 1.0, 5)) for _ in range(2))
+        optimizer = NLCG([{"params": [p]}, {"params": [q], "lr": 0.5}], lr=kind(1.0), weight_decay=kind(1.0))
+
+        def train(lr: Any, weight_decay: Any, optimizer: NLCG = optimizer) -> None:
+            change(optimizer.param_groups[0], lr, weight_decay)
+            optimizer.step()
+
+        take = torch.compile(train, backend=backend, fullgraph=True) if compiled else train
+        for t in range(1, 7):
+            p.grad, q.grad = p.detach() + t, q.detach() - t
+            take(kind(0.1 / t), kind(0.3 / t))
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        group = optimizer.param_groups[0]
+        runs.append((p.detach(), q.detach(), optimizer.diagnostics(), float(group["lr"]), float(group["weight_decay"])))
+        p.grad = q.grad = torch.ones(5)
+        optimizer.step()  # not compiled
+    same(runs[0][:2], runs[1][:2])
+    assert runs[0][2:] == runs[1][2:]
+    assert counts[-1] == counts[8], "compiled again"
+
+
+def test_a_loss_set_in_a_compiled_function_is_that_of_its_step() -> None:
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        p = torch.nn.Parameter(torch.zeros(3))
+        optimizer = NLCG([p], lr=0.1, line_search=OnlineLineSearch())
+
+        def train(loss: float, optimizer: NLCG = optimizer) -> None:
+            optimizer.set_loss(loss)
+            optimizer.step()
+
+        take = torch.compile(train, backend="eager") if compiled else train
+        for loss in (1.0, 2.0, 0.5, 4.0):
+            p.grad = torch.ones(3)
+            take(loss)
+        runs.append((p.detach(), optimizer.diagnostics()))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+
+
 @pytest.mark.parametrize("made", ["before", "after"])
 @pytest.mark.parametrize(
     "scheduler",

@@ -24,11 +24,23 @@ def number_of(optimizer: NLCG) -> int:
     return number
 
 
-# Everything but parameters, gradients and the loss is read when the operator runs, not when it is traced: a new lr does
-# not recompile. State belongs to the optimizer, and no graph sees it. The tag keeps inductor's CUDA graphs away.
+_RATES = ("lr", "weight_decay")
+
+
+# Parameters, gradients, the loss and the rates are arguments: a graph may change them before the step, and the compiler
+# writes groups after the graph. The rest is read when the operator runs. State belongs to the optimizer, and no graph
+# sees it. The tag keeps inductor's CUDA graphs away.
 @torch.library.custom_op("fastnlcg::step", mutates_args=("params",), tags=(torch.Tag.cudagraph_unsafe,))
-def step(optimizer: int, indices: list[int], params: list[Tensor], grads: list[Tensor], loss: Tensor | None) -> None:
-    """One step of an optimizer, over the parameters with these indices, with these gradients.
+def step(
+    optimizer: int,
+    indices: list[int],
+    params: list[Tensor],
+    grads: list[Tensor],
+    rates: list[Tensor],
+    loss: Tensor | None,
+) -> None:
+    """One step of an optimizer, over the parameters with these indices, with these gradients. ``rates``: each group's
+    lr and weight_decay.
 
     A compiler may pass copies of parameters, to be written in place of the parameters, and gradients that the graph has
     formed but not assigned yet. The step then works on these.
@@ -38,9 +50,12 @@ def step(optimizer: int, indices: list[int], params: list[Tensor], grads: list[T
         raise RuntimeError("the optimizer of this compiled step has been deleted")
     own = [p for group in nlcg.param_groups for p in group["params"]]
     values = dict(zip(indices, zip(params, grads, strict=True), strict=True))
-    replaced = []
+    entries = [(group, name) for group in nlcg.param_groups for name in _RATES]
+    replaced, kept = [], [group[name] for group, name in entries]
     with nlcg._lock, torch.no_grad():
         try:
+            for (group, name), rate in zip(entries, rates, strict=True):
+                group[name] = rate
             for i, p in enumerate(own):
                 value, grad = values.get(i, (p, None))
                 if p.grad is not grad or value.data_ptr() != p.data_ptr():
@@ -50,6 +65,8 @@ def step(optimizer: int, indices: list[int], params: list[Tensor], grads: list[T
                     p.grad = grad
             nlcg._step(None, loss)
         finally:
+            for (group, name), rate in zip(entries, kept, strict=True):
+                group[name] = rate
             for p, data, grad in replaced:
                 p.grad = None
                 p.data = data
@@ -57,7 +74,7 @@ def step(optimizer: int, indices: list[int], params: list[Tensor], grads: list[T
 
 
 @step.register_fake
-def _(optimizer: int, indices: list[int], params: list[Tensor], grads: list[Tensor], loss: Tensor | None) -> None:
+def _(*_: object) -> None:
     return None
 
 
@@ -69,6 +86,10 @@ def traced(optimizer: NLCG, number: int, loss: float | Tensor | None) -> None:
             indices.append(i)
             params.append(p)
             grads.append(p.grad)
-    if loss is not None:
-        loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
-    step(number, indices, params, grads, loss)
+    rates = [_tensor_of(group[name]) for group in optimizer.param_groups for name in _RATES]
+    step(number, indices, params, grads, rates, None if loss is None else _tensor_of(loss))
+
+
+def _tensor_of(number: float | Tensor) -> Tensor:
+    # A product, and not torch.tensor(number): for that one the compiler makes a new graph for every number.
+    return number.detach() if isinstance(number, Tensor) else torch.ones((), dtype=torch.float64, device="cpu") * number

@@ -315,6 +315,14 @@ class NLCG(torch.optim.Optimizer):
         assert options is not None
         return options, lr, weight_decay, maximize
 
+    def _capturable(self) -> bool:
+        """Whether a step may be captured. torch.compile sets the entry of groups that a graph changes, of some groups
+        only, and on the CPU too: there it counts if the constructor was given it."""
+        if not any(group["capturable"] is True for group in self.param_groups):
+            return False
+        first = (p for group in self.param_groups for p in group["params"][:1])
+        return self.defaults["capturable"] or any(_native.on_gpu(p.device) for p in first)
+
     # ---- the step ------------------------------------------------------------------------------------------------
 
     @overload
@@ -380,7 +388,7 @@ class NLCG(torch.optim.Optimizer):
                     weight_decay,
                     maximize,
                     checked_loss,
-                    capturable=self.param_groups[0]["capturable"],
+                    capturable=self._capturable(),
                     # set by GradScaler if _step_supports_amp_scaling
                     amp=(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)),
                 )
@@ -400,6 +408,7 @@ class NLCG(torch.optim.Optimizer):
                 self._stepping = False
         return value
 
+    @_disable_dynamo  # a compiled step in the same graph would not see what this one sets
     def set_loss(self, loss: float | Tensor) -> None:
         """Sets the loss of the next step, for the line search, if a trainer calls ``step()`` without one. A closure's
         value or ``loss=`` takes precedence.

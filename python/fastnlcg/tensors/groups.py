@@ -129,7 +129,7 @@ def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
                     "differ only between groups with preconditioner='muon' and the others, because the sums of beta "
                     "run over all groups of either kind"
                 )
-        for key in (*SHARED, "capturable"):
+        for key in SHARED:
             if key not in ("preconditioner", "beta_max") and group[key] != first[key]:
                 raise ValueError(
                     f"{key} is {group[key]!r} in parameter group {k} and {first[key]!r} in group 0: only lr, "
