@@ -6,12 +6,14 @@ import copy
 import io
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fastnlcg import NLCG, OnlineLineSearch, paper_schedule, warmup_cosine
 from torch import nn
+from torch.optim.lr_scheduler import LinearLR, SequentialLR
 
 
 def test_line_search_options_are_checked() -> None:
@@ -105,6 +107,45 @@ def test_warmup_cosine_is_relative_to_each_groups_peak() -> None:
     k = np.arange(77)  # from the peak to the last step
     np.testing.assert_allclose(factor[19:96, 0], 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * k / 76)), rtol=1e-10)
     np.testing.assert_allclose(factor[95:, 0], 0.01, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
+@pytest.mark.parametrize("optimizer_of", [NLCG, torch.optim.SGD])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_warmup_cosine_of_a_second_phase_has_the_lr_of_that_phase(loaded: bool, optimizer_of: Any, kind: Any) -> None:
+    """Whatever the first phase has left in ``initial_lr``; and a scheduler's own state dict has the last word."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = optimizer_of([p], kind(1.0))
+    first = warmup_cosine(optimizer, 3, warmup_steps=2)
+    for _ in range(3):
+        p.grad = torch.ones(1)
+        optimizer.step()
+        first.step()
+    if loaded and optimizer.state:  # SGD has none
+        saved = optimizer.state_dict()
+        optimizer = optimizer_of([p], kind(1.0))
+        optimizer.load_state_dict(saved)
+    optimizer.param_groups[0]["lr"] = kind(0.25)
+    second = warmup_cosine(optimizer, 10, warmup_steps=2)
+    assert [float(lr) for lr in second.base_lrs] == [0.25]
+    assert float(optimizer.param_groups[0]["lr"]) == 0.125
+    assert float(optimizer.param_groups[0]["initial_lr"]) == 0.25
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
+
+
+def test_warmup_cosine_may_follow_another_schedule_in_a_sequence() -> None:
+    """Which has already lowered lr for the first step."""
+    optimizer = NLCG([nn.Parameter(torch.zeros(1))], 1.0)
+    rise = LinearLR(optimizer, start_factor=0.1, total_iters=4)
+    scheduler = SequentialLR(optimizer, [rise, warmup_cosine(optimizer, 9, warmup_steps=0)], milestones=[4])
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.1, 0.325, 0.55, 0.775, 1.0])
 
 
 def test_warmup_cosine_checks_its_arguments() -> None:

@@ -22,8 +22,9 @@ def warmup_cosine(
     """Linear warm-up to each group's own lr, then a cosine down to a fraction of it: the recommended schedule.
 
     It is relative: it multiplies the lr that each group has at this call, so it has the same shape for every optimizer
-    and peak. The first step has ``lr / warmup_steps``, step number ``warmup_steps`` has ``lr``, and the last step and
-    any later ones have ``final * lr``.
+    and peak. If another schedule has lowered lr before the optimizer's first step, the lr before that one counts. The
+    first step has ``lr / warmup_steps``, step number ``warmup_steps`` has ``lr``, and the last step and any later ones
+    have ``final * lr``. To resume a run, make the schedule as at its start, and then load the state dicts of both.
 
     Args:
         optimizer: any torch optimizer, with its peak learning rates.
@@ -44,6 +45,9 @@ def warmup_cosine(
         raise ValueError(f"warmup_steps must be at most total_steps = {total}, got {warmup}")
     if check_real("final", final, minimum=0.0) > 1.0:
         raise ValueError(f"Invalid final: {final!r}; expected a number in [0, 1]")
+    if optimizer.state or getattr(optimizer, "_opt_called", False):  # set by torch's schedulers
+        for group in optimizer.param_groups:
+            group.pop("initial_lr", None)  # of an earlier phase: torch would take it for this one's
     return LambdaLR(optimizer, _WarmupCosine(total, warmup, float(final)))
 
 
