@@ -230,6 +230,17 @@ def flat_shares_over_ranks() -> None:
     assert all(p.all() for p in flat)
 
 
+def test_a_bias_that_is_left_alone_is_no_flat_share() -> None:
+    net = model()
+    optimizer = NLCG([{"params": list(net[0].parameters())}, {"params": list(net[2].parameters())}])
+    del optimizer.param_groups[0]
+    bias = net[2].bias
+    optimizer.param_groups[0]["params"] = [bias]
+    before, bias.grad = bias.detach().clone(), torch.ones_like(bias)
+    optimizer.step()
+    assert not torch.equal(bias, before)
+
+
 def test_flat_shares_as_deepspeed_makes_them_are_recognized() -> None:
     """By a step of one flat group at a time, or by flat groups when there are ranks; not by an import."""
     flat, optimizer = deepspeed_like()

@@ -257,7 +257,7 @@ class NLCG(torch.optim.Optimizer):
         self.average_loss = average_loss
         self._process_group = process_group
         self._matrix_group = matrix_group
-        self._shapes: list[list[Any]] = []
+        self._shapes: list[dict[int, Any]] = []
         self._n_params = 0
         self._reset_caches()
         super().__init__(params, defaults)

@@ -141,19 +141,21 @@ class Ranks:
         )
 
 
-def shapes_of(group: Mapping[str, Any]) -> list[Any]:
-    """The shapes of a group's parameters; None for a parameter that is not materialized yet."""
-    return [None if isinstance(p, UninitializedTensorMixin) else p.shape for p in group["params"]]
+def shapes_of(group: Mapping[str, Any]) -> dict[int, Any]:
+    """The shapes of a group's parameters by their ids; None for a parameter that is not materialized yet."""
+    return {id(p): None if isinstance(p, UninitializedTensorMixin) else p.shape for p in group["params"]}
 
 
-def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[list[Any]], *, over_ranks: bool) -> None:
+def check_whole(groups: Sequence[Mapping[str, Any]], shapes: Sequence[dict[int, Any]], *, over_ranks: bool) -> None:
     """RuntimeError if a wrapper has replaced each group's parameters by one flat tensor and steps one group at a time,
     or this rank's share only, as DeepSpeed's ZeRO does: the sums would miss the rest. ``shapes``: those of the groups
     as they were added; ``over_ranks``: whether the sums run over the other ranks' shares."""
     single = [group["params"][0] for group in groups if len(group["params"]) == 1]
     if len(single) != len(groups) or any(p.dim() != 1 for p in single):
         return
-    if any(len(group) == 1 and (group[0] is None or len(group[0]) == 1) for group in shapes):
+    if any(id(p) in group for p in single for group in shapes):
+        return  # added by the user; DeepSpeed keeps those that it replaces, so their ids are not used again
+    if any(len(group) == 1 and all(shape is None or len(shape) == 1 for shape in group.values()) for group in shapes):
         return  # they may have been flat when they were added
     if len(groups) < len(shapes) or (world_size() > 1 and not over_ranks):
         raise RuntimeError(
