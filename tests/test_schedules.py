@@ -175,6 +175,24 @@ def test_warmup_cosine_checks_its_arguments() -> None:
             rates(**keywords)
 
 
+@pytest.mark.parametrize("kind", [float, np.float64, torch.tensor], ids=["float", "numpy", "tensor"])
+def test_a_schedule_may_end_a_rounding_error_below_zero(kind: Any) -> None:
+    """As torch's LinearLR does. That is a rate of 0; an lr that is really negative is refused."""
+    p = nn.Parameter(torch.ones(2))
+    optimizer = NLCG([p], kind(1.0))
+    scheduler = LinearLR(optimizer, end_factor=0.0, total_iters=7)
+    for _ in range(8):
+        before, p.grad = p.detach().clone(), torch.ones(2)
+        optimizer.step()
+        scheduler.step()
+    assert -1e-15 < optimizer.param_groups[0]["lr"] < 0.0
+    assert torch.equal(p, before)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[0]["lr"] = kind(-1e-12)
+    with pytest.raises(ValueError, match="Invalid learning rate: -"):
+        optimizer.step()
+
+
 def test_schedulers_cannot_cycle_momentum() -> None:
     """NLCG has no momentum to cycle, so cycle_momentum=False is needed (docs/limits.md)."""
     optimizer = NLCG([nn.Parameter(torch.ones(2))], 0.01)

@@ -26,6 +26,7 @@ NUMBERS = ("scalars", "alpha_prev")
 """The entries of a group that are float64 tensors."""
 
 
+_ROUNDING = 1e-15  # of a schedule: torch's LinearLR(end_factor=0.0) may end at about -5e-17 times the peak
 _EARLIER = (19,)  # the number of scalars in files of 0.8: without those of the matrices
 
 
@@ -107,7 +108,7 @@ def plain_numbers(group: MutableMapping[str, Any]) -> None:
     for name in ("lr", "weight_decay"):
         value = group[name]
         if type(value) not in (float, int) and not isinstance(value, Tensor):
-            group[name] = check_real(name, value, minimum=0.0)
+            group[name] = check_real(name, value)
 
 
 def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
@@ -143,7 +144,8 @@ def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
 
 
 def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
-    """lr as a float, or as the tensor if it is on a GPU and ``capturable``: then the step reads it on the device."""
+    """lr as a float, 0 if it is below 0 by rounding, or as the tensor if it is on a GPU and ``capturable``: then the step
+    reads it on the device."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")  # torch's words
@@ -152,6 +154,8 @@ def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
                 raise TypeError(f"lr must be a real number, got a tensor of {lr.dtype}")
             return lr
         lr = lr.item()
+    if isinstance(lr, float) and -_ROUNDING < lr < 0.0:
+        return 0.0
     return check_real("lr", lr, minimum=0.0)
 
 
