@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastnlcg import NLCG
+from fastnlcg import NLCG, OnlineLineSearch
 from quadratic import one_step, parameter
 from test_state import KINDS, bits, make, step
 from torch import nn
@@ -103,6 +103,22 @@ def test_a_parameter_with_state_keeps_its_preconditioner() -> None:
         step(ps, optimizer, 1)
     optimizer.param_groups[1]["preconditioner"] = "muon"
     step(ps, optimizer, 1)
+
+
+def test_a_group_takes_a_line_search() -> None:
+    """ZeroRedundancyOptimizer puts the constructor's arguments into the groups, and again before every step."""
+    search, p = OnlineLineSearch(decrease=0.5), nn.Parameter(torch.ones(2))
+    optimizer = NLCG([{"params": [p], "line_search": search}], line_search=search)
+    for loss in (1.0, 2.0):
+        optimizer.param_groups[0]["line_search"] = search
+        p.grad = torch.ones(2)
+        optimizer.step(loss=loss)
+    assert optimizer.diagnostics().ls_scale == 0.5
+    optimizer.param_groups[0]["line_search"] = search
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"][0]["line_search"] == search.as_tuple()
 
 
 def test_a_weight_decay_that_no_group_takes_is_reported() -> None:

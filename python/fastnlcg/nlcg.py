@@ -300,7 +300,7 @@ class NLCG(torch.optim.Optimizer):
             check_whole(param_groups, self._shapes, over_ranks=self._process_group is not None)
         lr: list[float | Tensor] = []
         for group in param_groups:
-            groups.plain_numbers(group)
+            groups.plain_values(group)
             lr.append(groups.check_lr(group["lr"], capturable=group["capturable"]))
         weight_decay = [check_real("weight_decay", group["weight_decay"], minimum=0.0) for group in param_groups]
         maximize = [group["maximize"] for group in param_groups]
@@ -477,7 +477,7 @@ class NLCG(torch.optim.Optimizer):
         in addition to the state of parameters are in every group: ``"scalars"``, one tensor shared by all groups, and
         ``"alpha_prev"``. On a GPU, work on torch's current stream waits for the last step."""
         for group in self.param_groups:
-            groups.plain_numbers(group)
+            groups.plain_values(group)
         self._table.join_stream()
         return super().state_dict()
 

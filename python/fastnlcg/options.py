@@ -293,10 +293,10 @@ class Options:
         """The options in a parameter group."""
         values = {option.name: group[option.name] for option in fields(cls)}
         search = values["line_search"]
-        if search is not None:
+        if not isinstance(search, OnlineLineSearch | None):
             if not (isinstance(search, tuple | list) and len(search) == 4):
                 raise TypeError(
-                    f"line_search must be None or OnlineLineSearch(...).as_tuple() in a group, got {search!r}"
+                    f"line_search must be None, an OnlineLineSearch() or its as_tuple() in a group, got {search!r}"
                 )
             values["line_search"] = OnlineLineSearch(*search)
         return cls(**values)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fastnlcg import _native
+from fastnlcg.line_search import OnlineLineSearch
 from fastnlcg.options import SHARED, Options, check_real
 from fastnlcg.tensors.checks import DTYPES
 from fastnlcg.tensors.matrices import shape_of
@@ -78,9 +79,8 @@ def _placed(number: Tensor, device: torch.device) -> Tensor:
 
 
 def check(group: MutableMapping[str, Any]) -> None:
-    """Checks one group by itself; TypeError or ValueError for the first wrong entry. Replaces NumPy's numbers by plain
-    ones, because ``torch.load(weights_only=True)`` refuses NumPy's."""
-    plain_numbers(group)
+    """Checks one group by itself; TypeError or ValueError for the first wrong entry. Makes its values plain."""
+    plain_values(group)
     check_lr(group["lr"], capturable=group["capturable"] is True)
     check_real("weight_decay", group["weight_decay"], minimum=0.0)
     for name in ("capturable", "differentiable"):
@@ -103,12 +103,15 @@ def check_matrices(index: int, p: Tensor, options: Options) -> None:
         shape_of(index, p, options)
 
 
-def plain_numbers(group: MutableMapping[str, Any]) -> None:
-    """Replaces lr and weight_decay by floats if they are NumPy's numbers."""
+def plain_values(group: MutableMapping[str, Any]) -> None:
+    """Replaces what ``torch.load(weights_only=True)`` refuses: NumPy's numbers as lr and weight_decay, and an
+    OnlineLineSearch."""
     for name in ("lr", "weight_decay"):
         value = group[name]
         if type(value) not in (float, int) and not isinstance(value, Tensor):
             group[name] = check_real(name, value)
+    if isinstance(group.get("line_search"), OnlineLineSearch):
+        group["line_search"] = group["line_search"].as_tuple()
 
 
 def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
