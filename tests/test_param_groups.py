@@ -105,6 +105,30 @@ def test_a_parameter_with_state_keeps_its_preconditioner() -> None:
     step(ps, optimizer, 1)
 
 
+def test_a_new_group_has_the_options_that_the_others_share() -> None:
+    """Those of a file, say, where the constructor's differ; the rest are the constructor's. What the group itself says
+    is checked, and so are the groups given to the constructor."""
+
+    def new(**options: Any) -> dict[str, Any]:
+        return {"params": [nn.Parameter(torch.ones(3, 2))], **options}
+
+    method = {"beta_max": 0.5, "update": "heavy_ball", "eps": 1e-6, "line_search": OnlineLineSearch()}
+    saved = NLCG([new()], **method).state_dict()
+    optimizer = NLCG([new()], 0.5)
+    optimizer.load_state_dict(saved)
+    optimizer.add_param_group(new())
+    first, second = optimizer.param_groups
+    assert all(second[key] == first[key] for key in method)
+    assert second["lr"] == 0.5
+    with pytest.raises(ValueError, match=r"beta_max is 0\.25 in parameter group 2 and 0\.5 in group 0"):
+        optimizer.add_param_group(new(beta_max=0.25))
+    optimizer.add_param_group(new(preconditioner="muon"))
+    optimizer.add_param_group(new())
+    assert [g["beta_max"] for g in optimizer.param_groups] == [0.5, 0.5, None, 0.5]
+    with pytest.raises(ValueError, match="eps is 1e-08 in parameter group 1"):
+        NLCG([new(eps=1e-6), new()])
+
+
 def test_a_group_takes_a_line_search() -> None:
     """ZeroRedundancyOptimizer puts the constructor's arguments into the groups, and again before every step."""
     search, p = OnlineLineSearch(decrease=0.5), nn.Parameter(torch.ones(2))

@@ -188,6 +188,7 @@ class NLCG(torch.optim.Optimizer):
     """
 
     _stepping = False
+    _constructing = False
     _checked: list[Any]
     _skips: set[bool]  # the reasons for skipped steps that have been warned of; see warn_of_skip
 
@@ -260,7 +261,9 @@ class NLCG(torch.optim.Optimizer):
         self._shapes: list[dict[int, Any]] = []
         self._n_params = 0
         self._reset_caches()
+        self._constructing = True
         super().__init__(params, defaults)
+        self._constructing = False
         self._step_supports_amp_scaling = capturable
         if weight_decay and all(group["weight_decay"] != weight_decay for group in self.param_groups):
             warn(f"weight_decay={weight_decay!r} has no effect: every parameter group has one of its own")
@@ -269,7 +272,10 @@ class NLCG(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch's optimizers do. New parameters start with d = 0 and h = 1 (v = 0 with ``"adam"``);
-        the next step counts as one with a changed set of parameters. Raises as the constructor does."""
+        the next step counts as one with a changed set of parameters. Options that the groups share default to theirs,
+        which a file may have brought; the others to the constructor's. Raises as the constructor does."""
+        if self.param_groups and not self._constructing and isinstance(param_group, dict):
+            groups.take_over(param_group, self.param_groups, self.defaults["preconditioner"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

@@ -63,6 +63,21 @@ def complete(groups: Sequence[MutableMapping[str, Any]], defaults: Mapping[str, 
             group["alpha_prev"] = torch.zeros((), dtype=torch.float64, device="cpu")
 
 
+def take_over(group: MutableMapping[str, Any], others: Sequence[Mapping[str, Any]], preconditioner: str | None) -> None:
+    """Adds to a new group the missing options that it must share with ``others``, the optimizer's groups.
+    ``preconditioner``: the constructor's, which a group has if one of the others has it."""
+    kind = others[0]["preconditioner"]
+    if any(other["preconditioner"] == preconditioner for other in others):
+        kind = preconditioner
+    is_muon = group.setdefault("preconditioner", kind) == "muon"
+    alike = next((other for other in others if (other["preconditioner"] == "muon") == is_muon), None)
+    if alike is not None:
+        group.setdefault("beta_max", alike["beta_max"])
+    for key in SHARED:
+        if key != "beta_max":
+            group.setdefault(key, others[0][key])
+
+
 def move_numbers(groups: Sequence[MutableMapping[str, Any]], device: torch.device) -> None:
     """Moves ``"scalars"``, which all groups share, and each group's ``"alpha_prev"`` to the parameters' device."""
     if not groups:
@@ -147,7 +162,7 @@ def check_together(groups: Sequence[Mapping[str, Any]], begin: int = 1) -> None:
 
 
 def check_lr(lr: object, *, capturable: bool = False) -> float | Tensor:
-    """lr as a float, 0 if it is below 0 by rounding, or as the tensor if it is on a GPU and ``capturable``: then the step
+    """lr as a float, 0 if it is below 0 by rounding; or the tensor if it is on a GPU and ``capturable``: then the step
     reads it on the device."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
