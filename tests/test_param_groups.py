@@ -155,6 +155,22 @@ def test_a_weight_decay_that_no_group_takes_is_reported() -> None:
         NLCG([{"params": [w], "weight_decay": 0.1}])
 
 
+@pytest.mark.parametrize(("period", "warns"), [(1, True), (3, False)])
+def test_a_set_of_gradients_that_keeps_changing_is_reported(period: int, warns: bool) -> None:
+    """Once, if more than 25 of 50 steps had another set than the one before. A step without a gradient is none."""
+    common, first, second = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = NLCG([common, first, second])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for t in range(80):
+            optimizer.zero_grad()
+            optimizer.step()
+            for p in (common, second if t // period % 2 else first):
+                p.grad = torch.ones(2)
+            optimizer.step()
+    assert [str(w.message)[:26] for w in seen] == warns * ["in 26 of at most 50 steps "]
+
+
 def test_state_may_be_cut_and_extended_as_gaussian_splatting_does() -> None:
     """Every entry except ``"step"`` is extended or cut by rows, and given to a new parameter."""
     p = nn.Parameter(torch.randn(10, 3))

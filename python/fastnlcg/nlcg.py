@@ -404,6 +404,7 @@ class NLCG(torch.optim.Optimizer):
                     norm = groups.named_scalars(self.param_groups[0])["grad_norm"]
                     warn_of_skip(self._skips, norm, options.skip_grad_norm)
                 self._losses.next = None
+                table.warn_of_set()
             except BaseException:
                 # GradScaler sets these for one call and removes them after it, unless the call raises. It multiplies
                 # what is already set, so the next step would divide by the scale squared.

@@ -62,6 +62,9 @@ class Built:
     """see :func:`fastnlcg.tensors.table.expected_state`"""
 
 
+_WINDOW = 50  # steps
+
+
 class StepTable(ParameterTable):
     """The table of one NLCG's last step."""
 
@@ -84,6 +87,8 @@ class StepTable(ParameterTable):
         self._amp: list[Tensor | None] = []
         self._raised: float | None = None  # disagreements of ranks that were reported, or were in the file
         self._disagreements: Tensor | None = None  # found by the device, in pinned memory
+        self._set_changes = 0  # a bit for each of the last steps: whether others had taken part in the one before
+        self._warned_of_set = False
         self._begun = False  # a step was taken, or the state made for one
         self._last_set: tuple[float, list[Tensor]] | None = None  # of the last step with gradients: name and members
 
@@ -186,9 +191,27 @@ class StepTable(ParameterTable):
             self._begun = True
             self.copies = []
             if moved and self.built.active:
-                self._last_set = self.built.active_set, self.built.active_params
+                self._remember_set()
             return moved
         raise RuntimeError("a parameter, a gradient or a tensor of the state was changed while the step began")
+
+    def _remember_set(self) -> None:
+        """Of the parameters that took part in a step that was not skipped."""
+        params, last = self.built.active_params, () if self._last_set is None else self._last_set[1]
+        changed = params is not last and not _native.same_objects(params, list(last))
+        self._set_changes = (self._set_changes << 1 | changed) % (1 << _WINDOW)
+        self._last_set = self.built.active_set, params
+
+    def warn_of_set(self) -> None:
+        """Warns once if most steps have beta = 0 because gradients come and go."""
+        changes = self._set_changes.bit_count()
+        if changes > _WINDOW // 2 and not self._warned_of_set:
+            self._warned_of_set = True
+            warn(
+                f"in {changes} of at most {_WINDOW} steps other parameters had gradients than in the step before, and "
+                "beta is 0 in each such step; if experts or branches have gradients in some steps only, set theirs to "
+                "zeros in the others"
+            )
 
     def _warn_of_replicas(self) -> None:
         """Ranks whose sums are the same, to the bit, have the same gradients: there is nothing to add up."""
