@@ -239,9 +239,12 @@ def entries_for(optimizer: NLCG, whole: Mapping[str, Any]) -> dict[Tensor, dict[
             continue
         saved = whole["state"][index]
         device = memory(p).device
-        entry: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), dtype=torch.float64, device=device)}
-        dtype = state_dtype(p, options_of[index].state_dtype)
-        for key in options_of[index].state_arrays():
-            entry[key] = as_like(shard_like(saved[key], p).detach().to(device, dtype, copy=True), p)
-        entries[p] = entry
+        dtype, arrays = state_dtype(p, options_of[index].state_dtype), options_of[index].state_arrays()
+        entries[p] = {
+            key: torch.tensor(float(value), dtype=torch.float64, device=device)
+            if key == "step"
+            else as_like(shard_like(value, p).detach().to(device, dtype, copy=True), p)
+            for key, value in saved.items()
+            if key == "step" or key in arrays
+        }
     return entries
