@@ -230,11 +230,17 @@ def load_state(choose: Choices) -> None:
         optimizer.state_dict()
 
 
+ROWS = 4
+PASSES = ["trial", "slope", "curvature", "direction", "pair", "gradient_dots", "direction_dots", "residual"]
+PASSES += ["pair_direction", "mark", "x"]
+
+
 def call_core(choose: Choices) -> None:
     """Calls of the native step in orders, and with tensors, that the Python side never makes."""
-    n = choose.of([8, 40, 0])
+    n = choose.of([8, 40, 32, 0])
     keep = {name: np.ones(max(n, 1) + 8, np.float32) for name in ("g_prev", "d", "diagonal", "origin", "p", "g")}
     views = {name: x[:n] for name, x in keep.items()}
+    rows = np.ones(ROWS * n + 8, np.float32)
     whole = {name: torch.from_numpy(x) for name, x in views.items()}
     dtype = choose.of(["float32", "float32", "float64"])
     table, flat = _native.TensorTable(dtype), _native.FlatStep(dtype)
@@ -290,13 +296,16 @@ def call_core(choose: Choices) -> None:
                 names = {"p": "p", "g": "g", "grad_prev": "g_prev", "direction": "d", "diagonal": "diagonal"}
                 names["origin"] = "origin"
                 some_of = {slot: _native.Buffer(views[name]) for slot, name in names.items() if choose.below(3)}
+                if choose.of([True, False]):
+                    some_of["rows"] = _native.Buffer(rows[: choose.of([ROWS, ROWS, 1]) * n])
                 flat.bind(**some_of, steps=choose.of([0.0, 3.0, -1.0, float("nan")]))
             elif what == 6:
                 choose.of([table, flat]).set_launch(choose.of(["one", "automatic", "x"]), choose.below(3), -1)
             elif what == 7:
-                kind = choose.of(["trial", "slope", "curvature", "direction", "x"])
+                kind = choose.of(PASSES)
                 flags = {name: choose.of([True, False]) for name in ("first", "preconditioned", "update")}
                 numbers = {name: choose.of([0.5, 0.0, -1.0, float("nan")]) for name in ("alpha", "ys", "shs", "beta")}
+                numbers |= {name: choose.of([0, 1, 2, 5, -1, 2**31 - 1]) for name in ("row", "y_row", "count")}
                 pass_, threads = _native.DescentPass(kind, **flags, **numbers), choose.of([1, 2, -5])
                 if choose.of([True, False]):
                     flat.descend(pass_, threads)
@@ -316,6 +325,7 @@ def call_core(choose: Choices) -> None:
             pass
     for name, x in keep.items():
         assert np.all(x[n:] == 1.0), f"written behind {name}"
+    assert np.all(rows[ROWS * n :] == 1.0), "written behind rows"
 
 
 def one_input(data: bytes) -> None:
