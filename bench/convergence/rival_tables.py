@@ -178,8 +178,7 @@ CONSTANTS = {
 
 def without_search(rows: Rows) -> str:
     """With the peak and the decay that were chosen for Muon: training loss and result at every momentum, or cap of
-    beta, that has two seeds; transformer, small images, and, with a seed at least, the transformer in four times as
-    many steps."""
+    beta, that has two seeds; transformer, the same in four times as many steps, and small images."""
     text, small = (
         dataclasses.replace(config, precision=rows[0]["precision"]) for config in (rivals.TEXT, rivals.IMAGES)
     )
@@ -193,28 +192,31 @@ def without_search(rows: Rows) -> str:
     ):
         choice = rivals.chosen(rows, tuned_in, "muon")
         own = {key: rows_at(rows, config, key[0], (choice[0], key[1], choice[2])) if choice else [] for key in keys}
-        least = 1 if config is longer else 2
-        if all(len(found) < least for found in own.values()):
+        if all(len(found) < 2 for found in own.values()):
             continue
         header += [f"{title}: training loss", WHAT[config.model == "transformer"]]
         usual = 2 if config is longer else len(rivals.SEEDS)
         for key, found in own.items():
             loss = [row["final_loss"] for row in found]
-            cells[key] += [plus_minus(loss, 3, usual), *results(found, usual)] if len(found) >= least else ["", ""]
+            cells[key] += [plus_minus(loss, 3, usual), *results(found, usual)] if len(found) >= 2 else ["", ""]
     lines = [line for line in cells.values() if any(line[1:])]
     return markdown(header, lines) if lines else ""
 
 
 def state_in_bfloat16(rows: Rows) -> str:
-    """NLCG's forms at the choices of the search, with state in float32 and in bfloat16: training loss, and the paired
-    difference of the losses."""
-    header, cells = [""], {name: [LABELS[name]] for name in ("nlcg", "nlcg_muon")}
+    """NLCG's forms at the choices of the search, with state in float32 and in bfloat16, and with everything in
+    bfloat16: training loss, and the paired difference of the losses."""
+    forms = ("nlcg", "state16"), ("nlcg_muon", "state16"), ("nlcg", "all16")
+    header = [""]
+    cells = {form: [LABELS[form[0]] + (", parameters too" if form[1] == "all16" else "")] for form in forms}
     for title in ("Transformer", "Small images"):
         config = dataclasses.replace(SETTINGS[title], precision=rows[0]["precision"])
-        header += [f"{title.lower()}: state in float32", "in bfloat16", "difference, seed by seed"]
-        for name, line in cells.items():
+        header += [f"{title.lower()}: in float32", "in bfloat16", "difference, seed by seed"]
+        for (name, what), line in cells.items():
             choice = rivals.chosen(rows, config, name)  # that of rivals.state16
-            wide, half = (rows_at(rows, config, n, choice) if choice else [] for n in (name, f"{name}_state16"))
+            of = dataclasses.replace(config, precision="pure_bfloat16") if what == "all16" else config
+            wide = rows_at(rows, config, name, choice) if choice else []
+            half = rows_at(rows, of, f"{name}_{what}", choice) if choice else []
             if not half:
                 line += ["", "", ""]
                 continue

@@ -220,7 +220,7 @@ def matrices(rows: Rows, precision: str) -> Iterator[Run]:
         peak, _, decay = muon
         longer = dataclasses.replace(config, epochs=4 * config.epochs)
         for seed in SEEDS[:2]:
-            yield at(longer, "nlcg_muon", (peak, 0.95, decay), seed)
+            yield from (at(longer, "nlcg_muon", (peak, beta1, decay), seed) for beta1 in (0.9, 0.95))
             yield from (at(longer, "muon", (peak, beta1, decay), seed) for beta1 in (0.8, 0.9, 0.95))
 
 
