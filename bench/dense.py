@@ -1,5 +1,5 @@
-"""Dense quasi-Newton methods for comparison: BFGS and self-scaled Broyden updates of an n x n matrix, with SciPy's
-strong-Wolfe search (c1 = 1e-4, c2 = 0.9).
+"""Dense quasi-Newton methods for comparison: BFGS, self-scaled BFGS and self-scaled Broyden updates of an n x n matrix,
+with SciPy's strong-Wolfe search (c1 = 1e-4, c2 = 0.9).
 
 Sources: Al-Baali, Comput. Optim. Appl. 9 (1998) 191; Urban et al., arXiv:2405.04230; Kiyani et al., arXiv:2501.16371.
 """
@@ -17,7 +17,7 @@ __all__ = ["quasi_newton"]
 
 
 def quasi_newton(meter: Any, kind: str) -> None:
-    """Runs until the meter ends it. ``kind``: "bfgs" or "ssbroyden"."""
+    """Runs until the meter ends it. ``kind``: "bfgs", "ssbfgs" or "ssbroyden"."""
     x = meter.problem.x0.copy()
     known: dict[str, Any] = {}
 
@@ -58,8 +58,9 @@ def updated(inverse: np.ndarray, s: np.ndarray, y: np.ndarray, ys: float, b: flo
     hy = inverse @ y
     yhy = float(y @ hy)
     h, tau, phi = yhy / ys, 1.0, 1.0
-    if kind == "ssbroyden":
+    if kind != "bfgs":
         tau = min(1.0, 1.0 / b)
+    if kind == "ssbroyden":
         a = h * b - 1.0
         if a > 0.0:
             rho = min(1.0, h * (1.0 - math.sqrt(a / (1.0 + a))))

