@@ -52,7 +52,7 @@ def test_the_study() -> None:
         assert len(set(configurations)) == len(rows)
     assert {row["schedule"] for row in paper} == {"paper"}
     assert {row["schedule"] for row in of_rivals + options} == {"cosine"}
-    assert {row["precision"] for row in of_rivals} == {"float32"}
+    assert {row["precision"] for row in of_rivals if row["optimizer"] != "nlcg_all16"} == {"float32"}
     assert not study.missing("options", folder, "bfloat16")
 
 
