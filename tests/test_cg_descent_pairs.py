@@ -183,6 +183,25 @@ def test_a_checkpoint_of_0_8_0_resumes_to_the_bit(options: dict[str, Any]) -> No
     assert second.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
+def test_bases_of_0_8_0_are_not_taken() -> None:
+    """Its bases had no column for the bias: the run starts again where it is, in the bases that are left."""
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters())
+    steps(optimizer, closure_of(optimizer, loss), 12)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        for key in {"basis_right", "factor_right"} & entry.keys():
+            entry[key] = entry[key][:-1, :-1].clone()
+    other, other_loss = problem()
+    other.load_state_dict(model.state_dict())
+    second, new = CGDescent(model.parameters()), CGDescent(other.parameters())
+    second.load_state_dict(saved)
+    losses = steps(second, closure_of(second, loss), 14)
+    assert losses[0] == pytest.approx(steps(new, closure_of(new, other_loss), 1)[0], rel=1e-6)
+    assert all(b <= a for a, b in itertools.pairwise(losses))
+    assert [v.shape for k, v in second.state_dict()["state"][0].items() if k == "basis_right"] == [(3, 3)]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -99,6 +99,8 @@ def test_what_is_rotated() -> None:
     assert Matrix(0, (WIDEST + 1, 4)).rotated_sides() == ["right"]
     assert Matrix(0, (4, WIDEST + 1)).rotated_sides() == ["left"]
     assert Matrix(0, (1, 4)).rotated_sides() == ["right"]
+    assert Matrix(0, (4, WIDEST), bias=2048).rotated_sides() == ["left"]
+    assert Matrix(0, (4, 1), bias=4).rotated_sides() == ["left", "right"]
     found = matrices_of([(4, 3), (4,), (5, 4), (4,), None, (2, 2)], [0, 16, 32, 64, 80, 96])
     assert [(m.begin, m.shape, m.bias) for m in found] == [(0, (4, 3), 16), (32, (5, 4), None), (96, (2, 2), None)]
 
@@ -115,7 +117,7 @@ def test_rotating_there_and_back(kind: str, shape: tuple[int, ...]) -> None:
     as_kind = np.array if kind == "numpy" else torch.tensor
     g, g_prev, h = (as_kind(rng.uniform(0.1, 1.0, n)) for _ in range(3))
     before = as_kind(np.asarray(g))
-    rotation.see((g - g_prev) / math.sqrt(0.7))
+    rotation.see(g - g_prev, [(..., 0.7)])
     assert rotation.turn(h, [])
     rotation.rotate(g)
     assert np.abs(np.asarray(g - before)).max() > 1e-3
@@ -264,7 +266,7 @@ class Both:
     def direction(self, beta: float) -> tuple[float, float, Mark]:
         return self._each("direction", beta)
 
-    def pair(self, row: int, update: Any, *, turn: bool) -> PairSums:
+    def pair(self, row: int, update: Any, *, turn: Any = ()) -> PairSums:
         return self._each("pair", row, update, turn=turn)
 
     def gradient_dots(self, count: int) -> list[float]:

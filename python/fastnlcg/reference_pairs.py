@@ -19,8 +19,8 @@ __all__ = ["PairPasses", "Weight", "turned_diagonal", "two_loops"]
 
 @dataclass
 class Weight:
-    """A weight matrix of shape (a, b) in the flat vector, its bias or None, its bases, and its factors. A side that is
-    not rotated has the identity, and no factor."""
+    """A weight matrix of shape (a, b) in the flat vector, with its bias as one column more if it has one, its bases,
+    and its factors. A side that is not rotated has the identity, and no factor."""
 
     begin: int
     a: int
@@ -31,18 +31,41 @@ class Weight:
     factor_left: Array | None
     factor_right: Array | None
 
+    def matrix(self, vector: Array) -> Array:
+        """The matrix in ``vector``, and the bias as its last column."""
+        found = vector[self.begin : self.begin + self.a * self.b].reshape(self.a, self.b)
+        return found if self.bias is None else np.column_stack((found, vector[self.bias : self.bias + self.a]))
+
     def multiplied(self, vector: Array, left: Array, right: Array) -> Array:
-        """``vector`` with ``left V right`` in place of the matrix, and ``left v`` of the bias."""
-        found = vector.copy()
-        end = self.begin + self.a * self.b
-        found[self.begin : end] = (left @ vector[self.begin : end].reshape(self.a, self.b) @ right).ravel()
+        """``vector`` with ``left V right`` in place of the matrix."""
+        found, product = vector.copy(), left @ self.matrix(vector) @ right
+        found[self.begin : self.begin + self.a * self.b] = product[:, : self.b].ravel()
         if self.bias is not None:
-            found[self.bias : self.bias + self.a] = left @ vector[self.bias : self.bias + self.a]
+            found[self.bias : self.bias + self.a] = product[:, -1]
         return found
 
-    def matrix(self, vector: Array) -> Array:
-        """The matrix in ``vector``."""
-        return vector[self.begin : self.begin + self.a * self.b].reshape(self.a, self.b)
+    def see(self, pairs: Sequence[tuple[Array, float]]) -> None:
+        """The factors of pairs: y in the original basis, and ys."""
+        by_left, by_right = (
+            _whitening(basis, factor)
+            for basis, factor in ((self.left, self.factor_left), (self.right, self.factor_right))
+        )
+        for y, ys in pairs:
+            v = self.matrix(y)
+            if self.factor_left is not None:
+                self.factor_left = 0.98 * self.factor_left + v @ by_right @ v.T / ys
+            if self.factor_right is not None:
+                self.factor_right = 0.98 * self.factor_right + v.T @ by_left @ v / ys
+
+
+def _whitening(basis: Array, factor: Array | None) -> Array:
+    """The matrix by which the other side is weighted: ``Q D Q^T``."""
+    if factor is None or not factor.any():
+        return np.eye(len(basis))
+    eigenvalues = np.diag(basis.T @ factor @ basis)
+    eigenvalues = np.maximum(eigenvalues, 1e-5 * eigenvalues.max())
+    found: Array = basis * (eigenvalues.mean() / eigenvalues) @ basis.T
+    return found
 
 
 def turned_diagonal(h: Array, left: Array, right: Array) -> Array:
@@ -114,23 +137,31 @@ class PairPasses(DescentPasses):
         g = self.gradient()
         return f, float(np.sum(g * self.out)), float(np.max(np.abs(g)))
 
-    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
-        """s and y into ``row``, h, and the factors; with ``turn`` the eigenvectors of the factors as bases."""
-        alpha, scale, ys, scaled_shs = update
-        y, s = self.rotate(self.gradient()) - self.g_prev, alpha * self.d
+    def pair(
+        self, row: int, update: tuple[float, float, float, float], *, turn: Sequence[tuple[int, float]] = ()
+    ) -> PairSums:
+        """s and y into ``row``, and h; with ``turn`` the factors of those rows, given with ys, and their eigenvectors
+        as bases."""
+        y = self.rotate(self.gradient()) - self.g_prev
+        s = update[0] * self.d
         self.s[row], self.y[row] = s, y
-        back = self.rotate_back(y)
-        for w in self.weights:
-            m = w.matrix(back)
-            w.factor_left = None if w.factor_left is None else 0.95 * w.factor_left + m @ m.T / ys
-            w.factor_right = None if w.factor_right is None else 0.95 * w.factor_right + m.T @ m / ys
-        before = np.sum(y * y / (scale * self.h)) if self.preconditioned else np.sum(y * y)
-        if self.preconditioned:
-            self.h = scaled_bfgs_diagonal(self.h, y, s, ys, scaled_shs / scale, scale)
+        before = np.sum(y * y / (update[1] * self.h)) if self.preconditioned else np.sum(y * y)
+        self._update_diagonal(y, update)
         if turn:
+            self.see([(self.y[i], ys) for i, ys in turn])
             self.turn([self.eigenvectors(w) for w in self.weights])
             y = self.y[row]
         return PairSums(float(before), float(np.sum(y * y / self.h)), float(np.sum(y * y)), float(np.sum(s * s)))
+
+    def _update_diagonal(self, y: Array, update: tuple[float, float, float, float]) -> None:
+        alpha, scale, ys, scaled_shs = update
+        if self.preconditioned:
+            self.h = scaled_bfgs_diagonal(self.h, y, alpha * self.d, ys, scaled_shs / scale, scale)
+
+    def see(self, pairs: Sequence[tuple[Array, float]]) -> None:
+        """The factors of pairs: rotated y, and ys."""
+        for w in self.weights:
+            w.see([(self.rotate_back(y), ys) for y, ys in pairs])
 
     def eigenvectors(self, w: Weight) -> tuple[Array, Array]:
         """Of both factors; the present basis for a factor that is not there, or zero."""
@@ -171,10 +202,11 @@ class PairPasses(DescentPasses):
         """Without pairs: h and the factors, and the sums of beta, rotated."""
         g = self.rotate(self.gradient())
         if update is not None:
-            kept, self.s, self.y, self.history = (self.s, self.y, self.history), *np.zeros((2, 1, self.x.size)), 1
-            self.pair(0, update, turn=turn)
-            self.s, self.y, self.history = kept
-            g = self.rotate(self.gradient())
+            self.see([(g - self.g_prev, update[2])])
+            self._update_diagonal(g - self.g_prev, update)
+            if turn:
+                self.turn([self.eigenvectors(w) for w in self.weights])
+                g = self.rotate(self.gradient())
         y = g - self.g_prev
         return Sums(float(np.sum(g * g / self.h)), float(np.sum(y * g / self.h)), float(np.sum(y * y / self.h)))
 

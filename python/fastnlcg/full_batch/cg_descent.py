@@ -60,16 +60,18 @@ class CGDescent(torch.optim.Optimizer):
         beta  = max((sum(y P g) - 2 sum(y P y) sum(d g) / sum(d y)) / sum(d y), 0.4 sum(d g_prev) / sum(d h d))
         d     = beta d - P g
 
-    With ``preconditioner="kronecker"`` all of this is in a basis in which each weight matrix W (a x b) is QL^T W QR and
-    its bias QL^T b: QL and QR are the eigenvectors of running means (0.95) of Y Y^T / sum(y s) and Y^T Y / sum(y s),
-    taken again with every tenth pair. Matrices are parameters of two dimensions, convolutions as out x (in k k), and
-    stacks of matrices (three dimensions); a bias is the vector behind a matrix. A side longer than 512 is not rotated,
-    nor is a matrix whose elements are not row-major in memory, or that is sharded over ranks.
+    With ``preconditioner="kronecker"`` all of this is in a basis in which each weight matrix W (a x b, with its bias as
+    the last column) is QL^T W QR: QL and QR are the eigenvectors of running means (0.98) of Y DR Y^T / sum(y s) and
+    Y^T DL Y / sum(y s), taken again with every tenth pair; DL and DR weight the eigenvectors of the other side by the
+    inverse of their eigenvalues. Matrices are parameters of two dimensions, convolutions as out x (in k k), and stacks
+    of matrices (three dimensions); a bias is the vector behind a matrix. A side longer than 512 is not rotated, nor is
+    a matrix whose elements are not row-major in memory, or that is sharded over ranks.
 
     h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
     tenfold in the median of the last eleven iterations. If the identity has predicted the pairs better than P, gamma
-    times the identity takes the place of gamma P. With pairs the first length of a search is 1; without, it comes from
-    a parabola through a tenth of the last length, which is an evaluation more.
+    times the identity takes the place of gamma P. With pairs the first length of a search is 1, or less if half the
+    slope would then promise more than twice the last decrease; without, it comes from a parabola through a tenth of the
+    last length, which is an evaluation more.
 
     State is 4 + 2 ``history`` tensors per parameter in its dtype (one more if the optimizer rotates any matrix), and
     2 (a^2 + b^2) elements for each rotated matrix, made at the first step. Without pairs and rotations it is 16 bytes
@@ -125,8 +127,9 @@ class CGDescent(torch.optim.Optimizer):
             optimizer.step(closure)
 
     Source: Hager & Zhang, SIAM J. Optim. 16 (2005) 170, and 23 (2013) 2150; the pairs: Nocedal, Math. Comp. 35 (1980)
-    773; the diagonal: Adya et al., arXiv:1812.02886, Algorithm 2. The rotated diagonal is this library's; the bases
-    are those of Shampoo and SOAP (arXiv:1802.09568, 2409.11321), there from gradients.
+    773; the first length: Nocedal & Wright, Numerical Optimization (2006), section 3.5; the diagonal: Adya et al.,
+    arXiv:1812.02886, Algorithm 2. The rotated diagonal is this library's; the bases are those of Shampoo and SOAP
+    (arXiv:1802.09568, 2409.11321), weighted as in KL-Shampoo (2509.03378), there from gradients.
     """
 
     def __init__(

@@ -39,6 +39,9 @@ WINDOW, EXCESS = 11, 10.0
 curvature along the direction repeatedly, not just once."""
 PROBE = 0.1
 """the quadratic step evaluates f at this fraction of the last step length"""
+LIKELY_FALL = 2.0
+"""with pairs: the decrease that a search expects of its first length, half of slope times length, is at most this
+multiple of the last decrease"""
 NOT_FOUND = "no step length was found: the loss is at the limit of rounding, not smooth, or unbounded below"
 NO_SQUARES = "the sum of the squares of the gradient overflows or underflows: scale the loss"
 ROUNDING = 64 * 2.0**-52
@@ -198,7 +201,7 @@ class Course:
     """the indices of the parameters that take part; used by ``CGDescent``"""
     pairs: Pairs = field(default_factory=Pairs)
     next_length: float = 1.0
-    """with pairs: the first length of the next search; not 1 after a search that a limit has ended"""
+    """with pairs: the first length of the next search"""
     suspect: bool = False
     """whether the function may have changed: a limit has ended the last search where it began, before x could be
     evaluated again, and the first point of that search did not fit the loss at its start"""
@@ -386,6 +389,13 @@ class Descent:
                 return NOT_FOUND if at.slope < 0.0 and math.isfinite(at.slope) else NO_SQUARES
             self.compare(f_before, at.f)
 
+    def _slack(self, f: float, mean_f: float) -> float:
+        """By how much losses near ``f`` may differ through rounding."""
+        # The mean lags behind a loss that falls by orders of magnitude, so for a positive loss the noise is at most the
+        # loss itself. For a loss at or below zero, the mean is the only measure of the size of its terms.
+        noise = ROUNDING * mean_f if f <= 0.0 else min(ROUNDING * mean_f, f)
+        return max(self._epsilon * min(mean_f, abs(f)), noise)
+
     def _search(self) -> Point | None:
         """Searches along d. Returns a point, with x and g left there, such that no point that was evaluated is lower;
         or None, with x back at the origin. OutOfBudget leaves x at the lowest point, and if that is not the last that
@@ -394,11 +404,7 @@ class Descent:
         weight = 1.0 + 0.7 * at.weight
         mean_f = at.mean_f + (abs(at.f) - at.mean_f) / weight
         start = Point(0.0, at.f, at.slope)
-        # The mean lags behind a loss that falls by orders of magnitude, so for a positive loss the noise is at most the
-        # loss itself. For a loss at or below zero, the mean is the only measure of the size of its terms.
-        noise = ROUNDING * mean_f if at.f <= 0.0 else min(ROUNDING * mean_f, at.f)
-        slack = max(self._epsilon * min(mean_f, abs(at.f)), noise)
-        trials, at.unbounded = _Trials(self, start, slack), False
+        trials, at.unbounded = _Trials(self, start, self._slack(at.f, mean_f)), False
         try:
             accepted = self._accepted(trials, mean_f)
         except OutOfBudget:
@@ -505,12 +511,14 @@ class Descent:
         dy = point.slope - at.slope
         ys, shs = point.alpha * dy, point.alpha * point.alpha * at.dhd
         curved = ys > 0.0 and 0.0 < shs < math.inf and 0.0 < FIRST_SCALE * (ys / shs) < math.inf
-        at.f, at.alpha, at.next_length = point.f, point.alpha, 1.0
+        fall = at.f - point.f
+        at.f, at.alpha = point.f, point.alpha
         at.iterations += 1
         at.beta, at.stuck = 0.0, False
         if curved:
             scale = at.scale(ys / shs) if self._preconditioned else 1.0
-            turn = self.options.preconditioner == "kronecker" and (at.updates + 1) % EVERY == 0
+            turns = self.options.preconditioner == "kronecker" and (at.updates + 1) % EVERY == 0
+            turn = at.pairs.new_to_factors(history, ys) if turns else []
             sums = passes.pair(at.pairs.next_row, (point.alpha, scale, ys, scale * shs), turn=turn)
             first = at.updates == 0
             at.updates += 1
@@ -521,6 +529,9 @@ class Descent:
             at.pairs.see(history, passes.gradient_dots(at.pairs.count), added=curved)
         at.steepest = not at.pairs.count
         self._take_direction()
+        at.next_length = 1.0
+        if fall > self._slack(at.f, at.mean_f):
+            at.next_length = min(1.0, quotient(LIKELY_FALL * fall, -0.5 * at.slope))
         if not (at.slope < 0.0 and math.isfinite(at.slope)):
             self._turn_to_steepest()
 

@@ -19,6 +19,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fastnlcg.full_batch.rotation import EVERY
+
 KEEP = 0.9
 """of the running means that choose H0"""
 
@@ -69,6 +71,12 @@ class Pairs:
     def order(self, history: int) -> list[int]:
         """The rows of the pairs, from the oldest to the newest."""
         return [(self.next_row - self.count + i) % history for i in range(self.count)]
+
+    def new_to_factors(self, history: int, ys: float) -> list[tuple[int, float]]:
+        """The rows, with ys, of the pairs since the last change of bases, from the oldest to the one that is about to
+        be added; ``ys``: of that one."""
+        older = [i for i in self.order(history) if i != self.next_row]
+        return [*((i, self.gram[i][i]) for i in older[1 - EVERY :]), (self.next_row, ys)]
 
     def choose(
         self, sums: PairSums, ys: float, shs: float, preconditioned: bool, *, first: bool, margin: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,9 +47,11 @@ class PairPasses(Passes, Protocol):
     def curvature(self, update: tuple[float, float, float, float] | None, *, turn: bool = False) -> Sums:
         """As in :class:`Passes`. ``turn``: new bases after the update."""
 
-    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
+    def pair(
+        self, row: int, update: tuple[float, float, float, float], *, turn: Sequence[tuple[int, float]] = ()
+    ) -> PairSums:
         """Stores the pair of the last step, updates h with (alpha, scale, ys, scale * shs), and returns sums over the
-        pair."""
+        pair. ``turn``: new bases after the update, from these pairs: their rows, with ys."""
 
     def gradient_dots(self, count: int) -> list[float]:
         """Returns sum(s_i g) of the first ``count`` rows."""

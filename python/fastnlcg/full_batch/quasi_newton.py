@@ -15,7 +15,6 @@ A buffer is whole blocks of 16 elements. What no variable covers is 0 in it, and
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,9 +121,9 @@ class Vectors:
         self.take_gradient()
         alpha, scale, ys, shs = update or (0.0, 1.0, 0.0, 0.0)
         if update is not None and self.rotates:
-            self.out[...] = self.gradient
+            self.out[...] = self.gradient  # its memory is free until the next direction
             self.out -= self.grad_prev
-            self._see(self.out, ys)
+            self.rotation.see(self.out, [(..., ys)])
         numbers = {"alpha": alpha, "scale": scale, "ys": ys, "shs": shs}
         sums = self._run("curvature", 3, update=update is not None, **numbers)
         if update is not None and turn and self._turn():
@@ -138,25 +137,21 @@ class Vectors:
         self._write_out()
         return sums[1]
 
-    def _see(self, y: Any, ys: float) -> None:
-        """The factors of a new pair. ``y`` is overwritten: it is ``out``, which the next direction replaces."""
-        y *= 1.0 / math.sqrt(ys)
-        self.rotation.see(y)
-
     # ---- pairs -------------------------------------------------------------------------------------------------------
 
-    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
-        """Stores a pair, and updates h with (alpha, scale, ys, scale * shs); ``turn``: new bases after that."""
+    def pair(
+        self, row: int, update: tuple[float, float, float, float], *, turn: Sequence[tuple[int, float]] = ()
+    ) -> PairSums:
+        """Stores a pair, and updates h with (alpha, scale, ys, scale * shs). ``turn``: new bases after that, from these
+        pairs: their rows, with ys."""
         self.take_gradient()
         alpha, scale, ys, shs = update
         numbers = {"alpha": alpha, "scale": scale, "ys": ys, "shs": shs}
         before, after, yy, ss = self._run("pair", 4, row=row, y_row=self.history + row, **numbers)
-        if self.rotates:
-            assert self.rows is not None
-            self.out[...] = self.rows[self.history + row]
-            self._see(self.out, ys)
-        if turn and self._turn():
-            after = self._run("curvature", 3, update=False)[2]
+        if turn and self.rotates:
+            self.rotation.see(self.rows, [(self.history + i, each) for i, each in turn])
+            if self._turn():
+                after = self._run("curvature", 3, update=False)[2]
         return PairSums(before, after, yy, ss)
 
     def _dots(self, kind: str, first: int, count: int, sums: Sequence[float] = ()) -> list[float]:
@@ -226,7 +221,9 @@ class OverVectors(ABC):
     def rotates(self) -> bool:
         return self.vectors.rotates
 
-    def pair(self, row: int, update: tuple[float, float, float, float], *, turn: bool) -> PairSums:
+    def pair(
+        self, row: int, update: tuple[float, float, float, float], *, turn: Sequence[tuple[int, float]] = ()
+    ) -> PairSums:
         return self.vectors.pair(row, update, turn=turn)
 
     def gradient_dots(self, count: int) -> list[float]:

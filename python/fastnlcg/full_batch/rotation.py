@@ -1,18 +1,21 @@
 """Weight matrices in the eigenbasis of Kronecker factors, which curvature pairs form: of NumPy's arrays or torch's
 tensors, by their libraries' matrix products and eigendecompositions.
 
-For a matrix W (a x b), its bias (a) or none, and bases QL (a x a) and QR (b x b), which begin as the identity::
+The bias of a matrix is its last column, so W below is a x b with it. The bases QL (a x a) and QR (b x b) begin as the
+identity::
 
-    rotated(V) = QL^T V QR,  of the bias QL^T v
-    SL = rho SL + Y Y^T / ys,  SR = rho SR + Y^T Y / ys,  rho = 0.95, from 0        with every pair
-    QL' = eigenvectors of SL,  QR' = eigenvectors of SR                              with every tenth pair
+    rotated(V) = QL^T V QR
+    SL = rho SL + Y DR Y^T / ys,  SR = rho SR + Y^T DL Y / ys          for each of the ten pairs since the last change
+    DL = mean(l) / l,  l = max(diag(SL), 1e-5 max(diag(SL))), before these pairs; DR likewise from SR
+    QL' = eigenvectors of SL,  QR' = eigenvectors of SR                                          with every tenth pair
     H'  = (QL'^T QL)^2 H ((QR'^T QR)^2)^T, squares by element: the diagonal of the old matrix in the new basis
 
-The factors are kept in the present basis (QL^T SL QL), so they are formed from vectors that are rotated already. A side
-longer than 512 is not rotated, and a side of 1 need not be.
+The factors are kept in the present basis (QL^T SL QL), so they are formed from vectors that are rotated already, and
+their diagonals are their eigenvalues. A side longer than 512 is not rotated, and a side of 1 need not be; D is the
+identity for it.
 
 Source: the basis is that of Gupta et al., arXiv:1802.09568 (Shampoo), and Vyas et al., arXiv:2409.11321 (SOAP), there
-from gradients.
+from gradients; each side weighted by the inverse of the other, as here, by Lin et al., arXiv:2509.03378 (KL-Shampoo).
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-RHO = 0.95
+RHO = 0.98
 """how much of the factors a pair keeps"""
+LEAST = 1e-5
+"""the least eigenvalue by which the other side is weighted, relative to the largest"""
 EVERY = 10
 """the bases change with every tenth pair"""
 WIDEST = 512
@@ -45,6 +50,8 @@ class Matrix:
     """where its bias begins"""
     sides: dict[str, Side] = field(default_factory=dict)
     """``left`` and ``right``, as far as they are rotated"""
+    rooms: Sequence[tuple[Any, Any, Any]] = ((None, None, None), (None, None, None))
+    """memory for two products, each whole, without its last column, and that column; None: to be allocated"""
     _views: dict[int, tuple[Any, Any, Any]] = field(default_factory=dict)
     """by the id of a vector: the vector, its part here, and its bias"""
 
@@ -53,8 +60,8 @@ class Matrix:
         return self.begin + math.prod(self.shape)
 
     def side(self, name: str) -> int:
-        """The length of a side."""
-        return self.shape[-2] if name == "left" else self.shape[-1]
+        """The length of a side: the bias is one column more."""
+        return self.shape[-2] if name == "left" else self.shape[-1] + (self.bias is not None)
 
     def rotated_sides(self) -> list[str]:
         """The sides that are rotated."""
@@ -73,22 +80,36 @@ class Matrix:
             kept = self._views[id(vector)] = vector, here, bias
         return kept[1:]
 
-    def multiply(self, vector: Any, left: Any, right: Any) -> None:
-        """``left V right`` in place of V, and of the bias ``left v``; None: the identity."""
+    def joined(self, vector: Any, row: Any = ...) -> Any:
+        """This matrix with its bias, in a flat vector or in a row of vectors; without a bias not a copy."""
         here, bias = self.of(vector)
-        if left is None:
-            if right is not None:
-                here[...] = here @ right
-            return
-        product = left @ here
+        return here[row] if bias is None else _library(here).concatenate((here[row], bias[row]), -1)
+
+    def use_rooms(self, one: Any, other: Any) -> None:
+        """Memory for products, in two flat arrays that matrices share."""
+        shape = (*self.shape[:-1], self.side("right"))
+        rooms = [flat[: math.prod(shape)].reshape(shape) for flat in (one, other)]
+        self.rooms = [(room, room[..., :-1], room[..., -1:]) for room in rooms]
+
+    def multiply(self, vector: Any, left: Any, right: Any) -> None:
+        """``left V right`` in place of V; None: the identity."""
+        here, bias = self.of(vector)
         if right is None:
+            for part in (here, bias):
+                if part is not None and left is not None:
+                    part[...] = left @ part
+            return
+        library = _library(here)
+        room, other = self.rooms if here.ndim == len(self.shape) else Matrix.rooms
+        product = here if bias is None else library.concatenate((here, bias), -1, out=room[0])
+        if left is not None:
+            product = library.matmul(left, product, out=other[0])
+            room, other = other, room
+        product = library.matmul(product, right, out=other[0])
+        if bias is None:
             here[...] = product
-        elif here.ndim == len(self.shape):
-            _library(here).matmul(product, right, out=here)
         else:
-            here[...] = product @ right
-        if bias is not None:
-            bias[...] = left @ bias
+            here[...], bias[...] = (product[..., :-1], product[..., -1:]) if other[0] is None else other[1:]
 
 
 def transposed(x: Any) -> Any:
@@ -149,6 +170,11 @@ class Rotation:
                 basis = make(shape)
                 basis[..., range(size), range(size)] = 1.0
                 matrix.sides[name] = {"factor": make(shape), "basis": basis}
+        both = [matrix for matrix in matrices if "right" in matrix.sides]  # the others are multiplied part by part
+        largest = max((math.prod(matrix.shape[:-1]) * matrix.side("right") for matrix in both), default=0)
+        rooms = make((largest,)), make((largest,))
+        for matrix in both:
+            matrix.use_rooms(*rooms)
         self._bases = [_bases(matrix) for matrix in matrices]
         """of each matrix: left, right, and both transposed; views of what is written in place"""
 
@@ -162,19 +188,15 @@ class Rotation:
         for matrix, (left, _, _, right_t) in zip(self.matrices, self._bases, strict=True):
             matrix.multiply(vector, left, right_t)
 
-    def see(self, y: Any) -> None:
-        """The factors of a new pair, from y / sqrt(ys), rotated."""
+    def see(self, vectors: Any, pairs: Sequence[tuple[Any, float]]) -> None:
+        """The factors of new pairs, from the oldest to the newest: the index of a rotated y in ``vectors``, and ys."""
         for matrix in self.matrices:
-            here, _ = matrix.of(y)
-            there = transposed(here)
-            for name, side in matrix.sides.items():
-                factor = side["factor"]
-                first, second = (here, there) if name == "left" else (there, here)
-                if factor.ndim == 2 and hasattr(factor, "addmm_"):
-                    factor.addmm_(first, second, beta=RHO)
-                else:
-                    factor *= RHO
-                    factor += first @ second
+            weights = {name: _weights(side["factor"]) for name, side in matrix.sides.items()}
+            for row, ys in pairs:
+                y = matrix.joined(vectors, row)
+                for name, side in matrix.sides.items():
+                    one, other = (y, "right") if name == "left" else (transposed(y), "left")
+                    _add_square(side["factor"], one * weights[other] if other in weights else one, 1.0 / ys)
 
     def forget(self) -> None:
         """Factors of zero; the bases stay."""
@@ -206,6 +228,25 @@ class Rotation:
 def _bases(matrix: Matrix) -> tuple[Any, Any, Any, Any]:
     left, right = (matrix.sides[name]["basis"] if name in matrix.sides else None for name in ("left", "right"))
     return left, right, None if left is None else transposed(left), None if right is None else transposed(right)
+
+
+def _weights(factor: Any) -> Any:
+    """The square roots of the weights that the eigenvalues of a factor give to the columns of the other side, as one
+    row; 1 if the eigenvalues are all 0."""
+    library = _library(factor)
+    eigenvalues = factor.diagonal(0, -2, -1)[..., None, :]
+    least = LEAST * library.amax(eigenvalues, axis=-1, keepdims=True) + library.finfo(factor.dtype).tiny
+    eigenvalues = library.maximum(eigenvalues, least)
+    return library.sqrt(library.mean(eigenvalues, axis=-1, keepdims=True) / eigenvalues)
+
+
+def _add_square(factor: Any, x: Any, scale: float) -> None:
+    """``factor = rho factor + scale x x^T``"""
+    if factor.ndim == 2 and hasattr(factor, "addmm_"):
+        factor.addmm_(x, transposed(x), beta=RHO, alpha=scale)
+    else:
+        factor *= RHO
+        factor += scale * (x @ transposed(x))
 
 
 def _library(array: Any) -> Any:

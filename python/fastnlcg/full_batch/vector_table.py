@@ -128,9 +128,10 @@ class VectorTable(DescentTable):
     def _take_state(self, p: Tensor, offset: int, sides: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Makes the state of ``p`` views of the buffers, with what it had."""
         v, entry, local = self.vectors, self.state[p], memory(p)
-        bases = {f"basis_{name}" for name in sides}
-        if "rotated_direction" in entry and bases != entry.keys() & {"basis_left", "basis_right"}:
-            self.is_broken = True  # the matrix is rotated otherwise now, or a basis was removed
+        bases = {f"basis_{name}": side["basis"].shape for name, side in sides.items()}
+        had = {key: entry[key].shape for key in ("basis_left", "basis_right") if key in entry}
+        if "rotated_direction" in entry and bases != had:
+            self.is_broken = True  # the matrix is rotated otherwise now, as with 0.8 its bias; or a basis was removed
         buffers: dict[str, Any] = {"direction": v.out, "grad_prev": v.grad_prev, "hessian_diag": v.h}
         if v.out is not v.direction:
             buffers["rotated_direction"] = v.direction
