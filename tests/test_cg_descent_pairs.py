@@ -397,7 +397,7 @@ def test_a_trial_that_is_not_finite_gets_a_shorter_step(options: dict[str, Any])
     target = torch.linspace(0.5, 0.9, 12, dtype=torch.float64).view(4, 3)
     fun = lambda: (-torch.log1p(-p.clamp(max=1.5)) + 40 * (p - target) ** 2).sum()  # noqa: E731
     losses = steps(optimizer, closure_of(optimizer, fun), 40)
-    assert all(b <= a for a, b in itertools.pairwise(losses))
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(losses))  # as HagerZhang counts rounding
     assert optimizer.diagnostics()["gradient_max"] < 1e-4
     assert all(bool(torch.isfinite(t).all()) for t in optimizer.state[p].values())
 

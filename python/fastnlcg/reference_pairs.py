@@ -53,9 +53,9 @@ class Weight:
         for y, ys in pairs:
             v = self.matrix(y)
             if self.factor_left is not None:
-                self.factor_left = 0.98 * self.factor_left + v @ by_right @ v.T / ys
+                self.factor_left = 0.95 * self.factor_left + v @ by_right @ v.T / ys
             if self.factor_right is not None:
-                self.factor_right = 0.98 * self.factor_right + v.T @ by_left @ v / ys
+                self.factor_right = 0.95 * self.factor_right + v.T @ by_left @ v / ys
 
 
 def _whitening(basis: Array, factor: Array | None) -> Array:

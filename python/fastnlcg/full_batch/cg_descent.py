@@ -61,7 +61,7 @@ class CGDescent(torch.optim.Optimizer):
         d     = beta d - P g
 
     With ``preconditioner="kronecker"`` all of this is in a basis in which each weight matrix W (a x b, with its bias as
-    the last column) is QL^T W QR: QL and QR are the eigenvectors of running means (0.98) of Y DR Y^T / sum(y s) and
+    the last column) is QL^T W QR: QL and QR are the eigenvectors of running means (0.95) of Y DR Y^T / sum(y s) and
     Y^T DL Y / sum(y s), taken again with every tenth pair; DL and DR weight the eigenvectors of the other side by the
     inverse of their eigenvalues. Matrices are parameters of two dimensions, convolutions as out x (in k k), and stacks
     of matrices (three dimensions); a bias is the vector behind a matrix. A side longer than 512 is not rotated, nor is
@@ -70,7 +70,7 @@ class CGDescent(torch.optim.Optimizer):
     h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
     tenfold in the median of the last eleven iterations. If the identity has predicted the pairs better than P, gamma
     times the identity takes the place of gamma P. With pairs the first length of a search is 1, or less if half the
-    slope would then promise more than twice the last decrease; without, it comes from a parabola through a tenth of the
+    slope would then promise more than the last decrease; without, it comes from a parabola through a tenth of the
     last length, which is an evaluation more.
 
     State is 4 + 2 ``history`` tensors per parameter in its dtype (one more if the optimizer rotates any matrix), and

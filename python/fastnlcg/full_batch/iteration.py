@@ -39,9 +39,6 @@ WINDOW, EXCESS = 11, 10.0
 curvature along the direction repeatedly, not just once."""
 PROBE = 0.1
 """the quadratic step evaluates f at this fraction of the last step length"""
-LIKELY_FALL = 2.0
-"""with pairs: the decrease that a search expects of its first length, half of slope times length, is at most this
-multiple of the last decrease"""
 NOT_FOUND = "no step length was found: the loss is at the limit of rounding, not smooth, or unbounded below"
 NO_SQUARES = "the sum of the squares of the gradient overflows or underflows: scale the loss"
 ROUNDING = 64 * 2.0**-52
@@ -530,8 +527,8 @@ class Descent:
         at.steepest = not at.pairs.count
         self._take_direction()
         at.next_length = 1.0
-        if fall > self._slack(at.f, at.mean_f):
-            at.next_length = min(1.0, quotient(LIKELY_FALL * fall, -0.5 * at.slope))
+        if fall > self._slack(at.f, at.mean_f):  # half the slope promises at most the last decrease
+            at.next_length = min(1.0, quotient(2.0 * fall, -at.slope))
         if not (at.slope < 0.0 and math.isfinite(at.slope)):
             self._turn_to_steepest()
 

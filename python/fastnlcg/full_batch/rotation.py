@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-RHO = 0.98
+RHO = 0.95
 """how much of the factors a pair keeps"""
 LEAST = 1e-5
 """the least eigenvalue by which the other side is weighted, relative to the largest"""
