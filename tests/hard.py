@@ -368,7 +368,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "c[j] * self.gram[j][i] for j in order[:k]",
         "c[j] * self.gram[i][j] for j in order[:k]",
     ),
-    "Python: a bias is not rotated": (ROTATION, "            bias[...] = product[..., -1:]\n", "            pass\n"),
+    "Python: a bias is not rotated": (
+        ROTATION,
+        "here[...], bias[...] = (product[..., :-1], product[..., -1:]) if other[0] is None else other[1:]",
+        "here[...] = product[..., :-1]",
+    ),
     "Python: h stays in the old basis": (
         ROTATION,
         "    matrix.multiply(h, None if left is None else left * left, None if right is None else "

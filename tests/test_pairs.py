@@ -13,9 +13,9 @@ from backends import Backend
 from fastnlcg import _native, minimize
 from fastnlcg.full_batch.flat import FlatVectors
 from fastnlcg.full_batch.iteration import Descent, DescentOptions
-from fastnlcg.full_batch.pairs import PairSums
+from fastnlcg.full_batch.pairs import Pairs, PairSums
 from fastnlcg.full_batch.passes import Mark, Sums
-from fastnlcg.full_batch.rotation import WIDEST, Matrix, Rotation, as_matrix, matrices_of
+from fastnlcg.full_batch.rotation import EVERY, WIDEST, Matrix, Rotation, as_matrix, matrices_of
 from fastnlcg.reference import Array
 from fastnlcg.reference_pairs import PairPasses, Weight, turned_diagonal, two_loops
 from test_descent import Function, rosenbrock, wavy
@@ -61,6 +61,45 @@ def test_the_direction_is_that_of_the_textbook(history: int, preconditioner: str
         scale = np.abs(expected).max()
         np.testing.assert_allclose(-inverse @ run.g, expected, rtol=1e-8, atol=1e-8 * scale)
         np.testing.assert_allclose(run.passes.d, expected, rtol=1e-8, atol=1e-8 * scale)
+
+
+def test_a_search_first_tries_a_length_that_promises_no_more_than_the_last_decrease() -> None:
+    run = Run(rosenbrock, np.full(12, -1.2), history=5)
+    run.descent.begin()
+    lengths: list[float] = []
+    trial = run.passes.trial
+    run.passes.trial = lambda alpha, **named: (lengths.append(alpha), trial(alpha, **named))[1]  # type: ignore[method-assign]
+    at, shorter = run.descent.course, 0
+    for _ in range(30):
+        before = at.f
+        lengths.clear()
+        expected = at.next_length
+        assert run.descent.iterate() == ""
+        if at.iterations > 1:
+            assert lengths[0] == expected
+        assert at.next_length == min(1.0, 2.0 * (before - at.f) / -at.slope)
+        shorter += at.next_length < 1.0
+    assert 3 < shorter < 30
+
+
+@pytest.mark.parametrize("history", [1, 3, 10, 32])
+def test_factors_take_each_pair_that_is_kept_once(history: int) -> None:
+    """By the numbers that the pairs have as ys; after a drop, those since then."""
+    pairs, seen, added = Pairs(), [], 0
+    for updates in range(1, 61):
+        if updates % EVERY == 0:
+            new = pairs.new_to_factors(history, float(updates))
+            assert new[-1] == (pairs.next_row, float(updates))
+            assert len({row for row, _ in new}) == len(new) == min(history, EVERY, added + 1)
+            seen += [ys for _, ys in new]
+        pairs.add(history, float(updates))
+        added += 1
+        if updates == 44:
+            pairs.drop()
+            added = 0
+    ends = [10, 20, 30, 40, 50, 60]
+    expected = [n for end in ends for n in range(end - EVERY + 1, end + 1) if n > end - history and not 40 < n <= 44]
+    assert seen == [float(n) for n in expected]
 
 
 def orthogonal(n: int, seed: int) -> Array:
