@@ -41,7 +41,8 @@ def test_it_descends(cpu_or_emulated: Backend, history: int, preconditioner: str
     elements = sum(p.numel() for p in model.parameters())
     rotated = preconditioner == "kronecker"
     vectors = elements * (3 + (preconditioner is not None) + 2 * history + rotated)
-    sides = [side for p in model.parameters() if p.dim() == 2 for side in p.shape if side > 1 and rotated]
+    weights = [p for p in model.parameters() if p.dim() == 2 and rotated]  # each with a bias: one column more
+    sides = [side for p in weights for side in (p.shape[0], p.shape[1] + 1) if side > 1]
     assert sizes == (vectors + 2 * sum(side * side for side in sides)) * torch.empty((), dtype=dtype).element_size()
 
 
