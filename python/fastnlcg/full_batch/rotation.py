@@ -50,7 +50,7 @@ class Matrix:
     """where its bias begins"""
     sides: dict[str, Side] = field(default_factory=dict)
     """``left`` and ``right``, as far as they are rotated"""
-    rooms: Sequence[tuple[Any, Any, Any]] = ((None, None, None), (None, None, None))
+    workspaces: Sequence[tuple[Any, Any, Any]] = ((None, None, None), (None, None, None))
     """memory for two products, each whole, without its last column, and that column; None: to be allocated"""
     _views: dict[int, tuple[Any, Any, Any]] = field(default_factory=dict)
     """by the id of a vector: the vector, its part here, and its bias"""
@@ -85,11 +85,11 @@ class Matrix:
         here, bias = self.of(vector)
         return here[row] if bias is None else _library(here).concatenate((here[row], bias[row]), -1)
 
-    def use_rooms(self, one: Any, other: Any) -> None:
-        """Memory for products, in two flat arrays that matrices share."""
+    def use_workspace(self, one: Any, other: Any) -> None:
+        """Takes memory for products: two flat arrays, which matrices share."""
         shape = (*self.shape[:-1], self.side("right"))
-        rooms = [flat[: math.prod(shape)].reshape(shape) for flat in (one, other)]
-        self.rooms = [(room, room[..., :-1], room[..., -1:]) for room in rooms]
+        both = [flat[: math.prod(shape)].reshape(shape) for flat in (one, other)]
+        self.workspaces = [(x, x[..., :-1], x[..., -1:]) for x in both]
 
     def multiply(self, vector: Any, left: Any, right: Any) -> None:
         """``left V right`` in place of V; None: the identity."""
@@ -100,11 +100,11 @@ class Matrix:
                     part[...] = left @ part
             return
         library = _library(here)
-        room, other = self.rooms if here.ndim == len(self.shape) else Matrix.rooms
-        product = here if bias is None else library.concatenate((here, bias), -1, out=room[0])
+        work, other = self.workspaces if here.ndim == len(self.shape) else Matrix.workspaces
+        product = here if bias is None else library.concatenate((here, bias), -1, out=work[0])
         if left is not None:
             product = library.matmul(left, product, out=other[0])
-            room, other = other, room
+            work, other = other, work
         product = library.matmul(product, right, out=other[0])
         if bias is None:
             here[...] = product
@@ -172,9 +172,9 @@ class Rotation:
                 matrix.sides[name] = {"factor": make(shape), "basis": basis}
         both = [matrix for matrix in matrices if "right" in matrix.sides]  # the others are multiplied part by part
         largest = max((math.prod(matrix.shape[:-1]) * matrix.side("right") for matrix in both), default=0)
-        rooms = make((largest,)), make((largest,))
+        flat = make((largest,)), make((largest,))
         for matrix in both:
-            matrix.use_rooms(*rooms)
+            matrix.use_workspace(*flat)
         self._bases = [_bases(matrix) for matrix in matrices]
         """of each matrix: left, right, and both transposed; views of what is written in place"""
 
