@@ -218,3 +218,9 @@ def test_ddp_join_gives_all_ranks_the_last_weights() -> None:
     (bits, steps), (other_bits, other_steps) = ranks(2)(joined)
     assert bits == other_bits
     assert (steps, other_steps) == (5, 9)
+
+
+def test_these_tests_are_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """Else two workers start the same ranks, which wait for each other: pytest-xdist 3.8.0 with pytest 9.2.0."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@ranks")
