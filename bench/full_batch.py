@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "full_batch"
 GTOL = 1e-6
 BUDGET = {"pinn": 3000, "single": 3000, "networks": 3000, "learn": 2000, "inverse": 2000, "cutest": 10000}
 MARKS = (100, 375, 750, 1500, 3000)
-ENDLESS = "pinn", "single"  # suites whose runs go on at a gradient of GTOL
+ENDLESS = "pinn", "single"  # suites whose runs continue at a gradient of GTOL
 SECONDS = 600  # a run of CUTEst ends here: some of its functions take 20 ms
 
 

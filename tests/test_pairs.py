@@ -167,6 +167,24 @@ def test_rotating_there_and_back(kind: str, shape: tuple[int, ...]) -> None:
     assert float(h.min()) > 0.0
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("power", [-80, 80])
+def test_factors_scale_with_the_function(kind: str, power: int) -> None:
+    """In float32 the squares of these gradients underflow or overflow."""
+
+    def factors(scale: float) -> list[Array]:
+        make = (lambda s: np.zeros(s, np.float32)) if kind == "numpy" else torch.zeros
+        rotation = Rotation([Matrix(0, (5, 4), 20)], make)
+        rng = np.random.default_rng(0)
+        for _ in range(2):  # the second time with weights
+            y = (scale * rng.standard_normal((3, 25))).astype(np.float32)
+            rotation.see(y if kind == "numpy" else torch.from_numpy(y), [(k, scale * (1.0 + k)) for k in range(3)])
+        return [np.asarray(side["factor"]).astype(float) for side in rotation.matrices[0].sides.values()]
+
+    for expected, found in zip(factors(1.0), factors(2.0**power), strict=True):
+        np.testing.assert_allclose(found / 2.0**power, expected, rtol=1e-4, atol=1e-6)
+
+
 # ---- the native passes, compared with the reference ------------------------------------------------------------------
 
 

@@ -528,7 +528,8 @@ class Descent:
         self._take_direction()
         at.next_length = 1.0
         if fall > self._slack(at.f, at.mean_f):  # half the slope promises at most the last decrease
-            at.next_length = min(1.0, quotient(2.0 * fall, -at.slope))
+            length = quotient(2.0 * fall, -at.slope)
+            at.next_length = length if 0.0 < length < 1.0 else 1.0
         if not (at.slope < 0.0 and math.isfinite(at.slope)):
             self._turn_to_steepest()
 

@@ -194,9 +194,10 @@ class Rotation:
             weights = {name: _weights(side["factor"]) for name, side in matrix.sides.items()}
             for row, ys in pairs:
                 y = matrix.joined(vectors, row)
+                scale = 1.0 / math.sqrt(ys)  # before the squares, which could leave float32
                 for name, side in matrix.sides.items():
                     one, other = (y, "right") if name == "left" else (transposed(y), "left")
-                    _add_square(side["factor"], one * weights[other] if other in weights else one, 1.0 / ys)
+                    _add_square(side["factor"], one * (scale * weights[other] if other in weights else scale))
 
     def forget(self) -> None:
         """Factors of zero; the bases stay."""
@@ -240,13 +241,13 @@ def _weights(factor: Any) -> Any:
     return library.sqrt(library.mean(eigenvalues, axis=-1, keepdims=True) / eigenvalues)
 
 
-def _add_square(factor: Any, x: Any, scale: float) -> None:
-    """``factor = rho factor + scale x x^T``"""
+def _add_square(factor: Any, x: Any) -> None:
+    """``factor = rho factor + x x^T``"""
     if factor.ndim == 2 and hasattr(factor, "addmm_"):
-        factor.addmm_(x, transposed(x), beta=RHO, alpha=scale)
+        factor.addmm_(x, transposed(x), beta=RHO)
     else:
         factor *= RHO
-        factor += scale * (x @ transposed(x))
+        factor += x @ transposed(x)
 
 
 def _library(array: Any) -> Any:
