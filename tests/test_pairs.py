@@ -156,7 +156,7 @@ def test_rotating_there_and_back(kind: str, shape: tuple[int, ...]) -> None:
     as_kind = np.array if kind == "numpy" else torch.tensor
     g, g_prev, h = (as_kind(rng.uniform(0.1, 1.0, n)) for _ in range(3))
     before = as_kind(np.asarray(g))
-    rotation.see(g - g_prev, [(..., 0.7)])
+    rotation.see((g - g_prev)[None], [(0, 0.7)])
     assert rotation.turn(h, [])
     rotation.rotate(g)
     assert np.abs(np.asarray(g - before)).max() > 1e-3

@@ -65,6 +65,7 @@ class Vectors:
         self.h = make((n,)) if preconditioned else None
         self.rows = make((2 * history, n)) if history else None
         self.out = make((n,)) if matrices else self.direction
+        self._change = self.out.reshape(1, -1)
         self.rotation = Rotation(matrices, make, agree)
         self.preconditioned = preconditioned
         self.fresh = False
@@ -123,7 +124,7 @@ class Vectors:
         if update is not None and self.rotates:
             self.out[...] = self.gradient  # its memory is free until the next direction
             self.out -= self.grad_prev
-            self.rotation.see(self.out, [(..., ys)])
+            self.rotation.see(self._change, [(0, ys)])
         numbers = {"alpha": alpha, "scale": scale, "ys": ys, "shs": shs}
         sums = self._run("curvature", 3, update=update is not None, **numbers)
         if update is not None and turn and self._turn():

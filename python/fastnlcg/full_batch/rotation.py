@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ LEAST = 1e-5
 """the least eigenvalue by which the other side is weighted, relative to the largest"""
 EVERY = 10
 """the bases change with every tenth pair"""
+AT_ONCE = 2**18
+"""elements: the factors take as many pairs in one product as have no more, for the memory of two copies"""
 WIDEST = 512
 """the longest side that is rotated: an eigendecomposition of 512 x 512 in float64 takes some 0.06 s on one core"""
 
@@ -80,10 +82,10 @@ class Matrix:
             kept = self._views[id(vector)] = vector, here, bias
         return kept[1:]
 
-    def joined(self, vector: Any, row: Any = ...) -> Any:
-        """This matrix with its bias, in a flat vector or in a row of vectors; without a bias not a copy."""
-        here, bias = self.of(vector)
-        return here[row] if bias is None else _library(here).concatenate((here[row], bias[row]), -1)
+    def joined(self, vectors: Any, rows: Sequence[int]) -> Any:
+        """This matrix with its bias, in these rows of ``vectors``: a copy."""
+        here, bias = self.of(vectors)
+        return here[rows] if bias is None else _library(here).concatenate((here[rows], bias[rows]), -1)
 
     def use_workspace(self, one: Any, other: Any) -> None:
         """Takes memory for products: two flat arrays, which matrices share."""
@@ -110,6 +112,20 @@ class Matrix:
             here[...] = product
         else:
             here[...], bias[...] = (product[..., :-1], product[..., -1:]) if other[0] is None else other[1:]
+
+
+    def see(self, vectors: Any, pairs: Sequence[tuple[int, float]], weights: Mapping[str, Any]) -> None:
+        """The factors of these pairs, in one product for each side, given the :func:`_weights` of both."""
+        y = self.joined(vectors, [row for row, _ in pairs])
+        # Each pair is scaled before it is squared: its square could leave float32.
+        scales = [math.sqrt(RHO**later / ys) for later, (_, ys) in enumerate(reversed(pairs))][::-1]
+        for each, scale in zip(y, scales, strict=True):
+            each *= scale
+        for name, side in self.sides.items():
+            one, other = (transposed(y), "right") if name == "left" else (y, "left")
+            weight = weights.get(other)
+            weighted = one if weight is None else transposed(weight) * one
+            _add_squares(side["factor"], weighted, RHO ** len(pairs))
 
 
 def transposed(x: Any) -> Any:
@@ -188,16 +204,13 @@ class Rotation:
         for matrix, (left, _, _, right_t) in zip(self.matrices, self._bases, strict=True):
             matrix.multiply(vector, left, right_t)
 
-    def see(self, vectors: Any, pairs: Sequence[tuple[Any, float]]) -> None:
-        """The factors of new pairs, from the oldest to the newest: the index of a rotated y in ``vectors``, and ys."""
+    def see(self, vectors: Any, pairs: Sequence[tuple[int, float]]) -> None:
+        """The factors of new pairs, from the oldest to the newest: the row of a rotated y in ``vectors``, and ys."""
         for matrix in self.matrices:
             weights = {name: _weights(side["factor"]) for name, side in matrix.sides.items()}
-            for row, ys in pairs:
-                y = matrix.joined(vectors, row)
-                scale = 1.0 / math.sqrt(ys)  # before the squares, which could leave float32
-                for name, side in matrix.sides.items():
-                    one, other = (y, "right") if name == "left" else (transposed(y), "left")
-                    _add_square(side["factor"], one * (scale * weights[other] if other in weights else scale))
+            some = max(1, AT_ONCE // (matrix.end - matrix.begin))
+            for begin in range(0, len(pairs), some):
+                matrix.see(vectors, pairs[begin : begin + some], weights)
 
     def forget(self) -> None:
         """Factors of zero; the bases stay."""
@@ -241,13 +254,12 @@ def _weights(factor: Any) -> Any:
     return library.sqrt(library.mean(eigenvalues, axis=-1, keepdims=True) / eigenvalues)
 
 
-def _add_square(factor: Any, x: Any) -> None:
-    """``factor = rho factor + x x^T``"""
-    if factor.ndim == 2 and hasattr(factor, "addmm_"):
-        factor.addmm_(x, transposed(x), beta=RHO)
-    else:
-        factor *= RHO
-        factor += x @ transposed(x)
+def _add_squares(factor: Any, x: Any, keep: float) -> None:
+    """``factor = keep factor + sum x_i^T x_i``"""
+    of_stack = x if factor.ndim == 2 else x.swapaxes(0, 1)
+    rows = of_stack.reshape(*factor.shape[:-2], -1, factor.shape[-1])
+    factor *= keep
+    factor += transposed(rows) @ rows
 
 
 def _library(array: Any) -> Any:
