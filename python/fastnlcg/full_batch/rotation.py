@@ -10,8 +10,8 @@ identity::
     QL' = eigenvectors of SL,  QR' = eigenvectors of SR                                          with every tenth pair
     H'  = (QL'^T QL)^2 H ((QR'^T QR)^2)^T, squares by element: the diagonal of the old matrix in the new basis
 
-The factors are kept in the present basis (QL^T SL QL), so they are formed from vectors that are rotated already, and
-their diagonals are their eigenvalues. A side longer than 512 is not rotated, and a side of 1 need not be; D is the
+The factors are kept in the present basis (QL^T SL QL), so they are formed from vectors that are rotated already, their
+diagonals are their eigenvalues, and QL' is QL times their eigenvectors. A side longer than 512 is not rotated, and a side of 1 need not be; D is the
 identity for it.
 
 Source: the basis is that of Gupta et al., arXiv:1802.09568 (Shampoo), and Vyas et al., arXiv:2409.11321 (SOAP), there
@@ -169,7 +169,7 @@ class Rotation:
     Args:
         matrices: where they are.
         make: ``make(shape)`` returns zeros, where and as the vectors are.
-        agree: given the new bases, makes them those of the first rank; None: there are no other ranks.
+        agree: given eigenvectors, makes them those of the first rank; None: there are no other ranks.
     """
 
     def __init__(
@@ -224,19 +224,19 @@ class Rotation:
         eigendecomposition fails."""
         new: list[tuple[Matrix, dict[str, Any]]] = []
         for matrix in self.matrices:
-            bases = {name: _eigenvectors(side) for name, side in matrix.sides.items()}
-            new.append((matrix, {name: basis for name, basis in bases.items() if basis is not None}))
+            found = {name: _eigenvectors(side["factor"]) for name, side in matrix.sides.items()}
+            new.append((matrix, {name: vectors for name, vectors in found.items() if vectors is not None}))
         if self.agree is not None:
-            # Every rank has the same factors, so the same bases are there.
-            self.agree([basis for _, bases in new for basis in bases.values()])
+            # Every rank has the same factors, so the same eigenvectors are there.
+            self.agree([one for _, found in new for one in found.values()])
         try:
-            for matrix, bases in new:
-                _change_bases(matrix, bases, h, vectors)
+            for matrix, found in new:
+                _change_bases(matrix, found, h, vectors)
         except BaseException:  # an interrupt: h would be that of other bases
             h[...] = 1.0
             self.forget()
             raise
-        return any(bases for _, bases in new)
+        return any(found for _, found in new)
 
 
 def _bases(matrix: Matrix) -> tuple[Any, Any, Any, Any]:
@@ -267,35 +267,32 @@ def _library(array: Any) -> Any:
     return sys.modules[type(array).__module__.partition(".")[0]]
 
 
-def _change_bases(matrix: Matrix, bases: dict[str, Any], h: Any, vectors: Sequence[Any]) -> None:
-    turns: dict[str, Any] = {"left": None, "right": None}
-    for name, basis in bases.items():
+def _change_bases(matrix: Matrix, eigenvectors: dict[str, Any], h: Any, vectors: Sequence[Any]) -> None:
+    for name, v in eigenvectors.items():
         side = matrix.sides[name]
-        turns[name] = transposed(basis) @ side["basis"]
-        side["factor"][...] = turns[name] @ side["factor"] @ transposed(turns[name])
-        side["basis"][...] = basis
-    left, right = turns["left"], turns["right"]
+        side["basis"][...] = side["basis"] @ v
+        side["factor"][...] = transposed(v) @ side["factor"] @ v
+    left, right = (eigenvectors.get(name) for name in ("left", "right"))
+    left = None if left is None else transposed(left)
     for vector in vectors:
-        matrix.multiply(vector, left, None if right is None else transposed(right))
-    matrix.multiply(h, None if left is None else left * left, None if right is None else transposed(right * right))
+        matrix.multiply(vector, left, right)
+    matrix.multiply(h, None if left is None else left * left, None if right is None else right * right)
 
 
-def _eigenvectors(side: Side) -> Any:
-    """Of a side's factor, in the type of its basis; None if there are none."""
-    factor, basis = side["factor"], side["basis"]
+def _eigenvectors(factor: Any) -> Any:
+    """Of a factor, in its type; None if there are none."""
     library = _library(factor)
+    largest = float(abs(factor).max())
     # torch.linalg.eigh of a matrix with a NaN may return finite, orthogonal vectors: look before.
-    if not bool(library.isfinite(factor).all()):
+    if not math.isfinite(largest):
         factor[...] = 0.0
+    if not 0.0 < largest < math.inf:
         return None
-    if not bool((factor != 0.0).any()):
-        return None
-    whole = basis @ factor @ transposed(basis)
-    wide = whole.astype("float64") if library.__name__ == "numpy" else whole.double()
+    wide = factor.astype("float64") if library.__name__ == "numpy" else factor.double()
     try:
         vectors = library.linalg.eigh((wide + transposed(wide)) / 2.0)[1]
     except (ValueError, RuntimeError):  # LinAlgError of NumPy, of torch
         return None
     if not bool(library.isfinite(vectors).all()):
         return None
-    return vectors.astype(basis.dtype) if library.__name__ == "numpy" else vectors.to(basis.dtype)
+    return vectors.astype(factor.dtype) if library.__name__ == "numpy" else vectors.to(factor.dtype)

@@ -242,11 +242,11 @@ def _let_go(state: State, members: set[Tensor]) -> None:
 
 
 def _broadcast(ranks: Ranks) -> Callable[[list[Any]], None]:
-    """The bases of the first rank, on every rank: those of an eigendecomposition depend on the number of threads."""
+    """The eigenvectors of the first rank, on every rank: they depend on the number of threads."""
 
-    def agree(bases: list[Any]) -> None:
+    def agree(eigenvectors: list[Any]) -> None:
         first = dist.get_process_group_ranks(ranks.group)[0]
-        for basis in bases:
-            dist.broadcast(basis, first, group=ranks.group)
+        for each in eigenvectors:
+            dist.broadcast(each, first, group=ranks.group)
 
     return agree
