@@ -167,6 +167,18 @@ def test_rotating_there_and_back(kind: str, shape: tuple[int, ...]) -> None:
     assert float(h.min()) > 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranks_get_contiguous_eigenvectors(dtype: torch.dtype) -> None:
+    """NCCL refuses others, and those of torch.linalg.eigh are columns."""
+    sent: list[torch.Tensor] = []
+    rotation = Rotation([Matrix(0, (5, 4), 20)], lambda shape: torch.zeros(shape, dtype=dtype), sent.extend)
+    y = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 25))).to(dtype)
+    rotation.see(y, [(0, 1.0)])
+    assert rotation.turn(torch.ones(25, dtype=dtype), [])
+    assert [tuple(each.shape) for each in sent] == [(5, 5), (5, 5)]
+    assert all(each.is_contiguous() for each in sent)
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("power", [-80, 80])
 def test_factors_scale_with_the_function(kind: str, power: int) -> None:

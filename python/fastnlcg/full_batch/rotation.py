@@ -295,4 +295,6 @@ def _eigenvectors(factor: Any) -> Any:
         return None
     if not bool(library.isfinite(vectors).all()):
         return None
-    return vectors.astype(factor.dtype) if library.__name__ == "numpy" else vectors.to(factor.dtype)
+    if library.__name__ == "numpy":
+        return vectors.astype(factor.dtype)
+    return vectors.to(factor.dtype).contiguous()  # NCCL takes no columns, which they are
