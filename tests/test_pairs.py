@@ -11,6 +11,7 @@ import pytest
 import torch
 from backends import Backend
 from fastnlcg import _native, minimize
+from fastnlcg.full_batch import rotation as rotation_module
 from fastnlcg.full_batch.flat import FlatVectors
 from fastnlcg.full_batch.iteration import Descent, DescentOptions
 from fastnlcg.full_batch.pairs import Pairs, PairSums
@@ -165,6 +166,27 @@ def test_rotating_there_and_back(kind: str, shape: tuple[int, ...]) -> None:
     rotation.rotate_back(g)
     assert np.asarray(g) == pytest.approx(np.asarray(before), rel=1e-12)
     assert float(h.min()) > 0.0
+
+
+@pytest.mark.parametrize("at_once", [1, 3])  # of seven vectors
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 2), (WIDEST + 1, 2), (2, WIDEST + 1)])
+def test_products_in_parts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], at_once: int) -> None:
+    """As all at once, up to rounding and the signs of eigenvectors."""
+
+    def run() -> list[Array]:
+        size = math.prod(shape)
+        rotation = Rotation([Matrix(0, shape, size if len(shape) == 2 else None)], np.zeros)
+        rng = np.random.default_rng(0)
+        vectors, h = rng.standard_normal((7, size + shape[0])), rng.uniform(0.1, 1.0, size + shape[0])
+        for _ in range(2):  # the second time with weights and bases
+            rotation.see(vectors, [(k, 1.0 + k) for k in range(7)])
+            assert rotation.turn(h, [vectors])
+        return [vectors, h, *(one for side in rotation.matrices[0].sides.values() for one in side.values())]
+
+    whole = run()
+    monkeypatch.setattr(rotation_module, "AT_ONCE", at_once * math.prod(shape))
+    for expected, found in zip(whole, run(), strict=True):
+        assert np.abs(found) == pytest.approx(np.abs(expected), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

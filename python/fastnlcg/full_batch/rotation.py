@@ -11,8 +11,8 @@ identity::
     H'  = (QL'^T QL)^2 H ((QR'^T QR)^2)^T, squares by element: the diagonal of the old matrix in the new basis
 
 The factors are kept in the present basis (QL^T SL QL), so they are formed from vectors that are rotated already, their
-diagonals are their eigenvalues, and QL' is QL times their eigenvectors. A side longer than 512 is not rotated, and a side of 1 need not be; D is the
-identity for it.
+diagonals are their eigenvalues, and QL' is QL times their eigenvectors. A side longer than 512 is not rotated, and a
+side of 1 need not be; D is the identity for it.
 
 Source: the basis is that of Gupta et al., arXiv:1802.09568 (Shampoo), and Vyas et al., arXiv:2409.11321 (SOAP), there
 from gradients; each side weighted by the inverse of the other, as here, by Lin et al., arXiv:2509.03378 (KL-Shampoo).
@@ -34,7 +34,7 @@ LEAST = 1e-5
 EVERY = 10
 """the bases change with every tenth pair"""
 AT_ONCE = 2**18
-"""elements: the factors take as many pairs in one product as have no more, for the memory of two copies"""
+"""elements: a product of several vectors takes as many at once as have no more"""
 WIDEST = 512
 """the longest side that is rotated: an eigendecomposition of 512 x 512 in float64 takes some 0.06 s on one core"""
 
@@ -93,26 +93,19 @@ class Matrix:
         both = [flat[: math.prod(shape)].reshape(shape) for flat in (one, other)]
         self.workspaces = [(x, x[..., :-1], x[..., -1:]) for x in both]
 
-    def multiply(self, vector: Any, left: Any, right: Any) -> None:
-        """``left V right`` in place of V; None: the identity."""
-        here, bias = self.of(vector)
-        if right is None:
-            for part in (here, bias):
-                if part is not None and left is not None:
-                    part[...] = left @ part
-            return
-        library = _library(here)
-        work, other = self.workspaces if here.ndim == len(self.shape) else Matrix.workspaces
-        product = here if bias is None else library.concatenate((here, bias), -1, out=work[0])
-        if left is not None:
-            product = library.matmul(left, product, out=other[0])
-            work, other = other, work
-        product = library.matmul(product, right, out=other[0])
-        if bias is None:
-            here[...] = product
-        else:
-            here[...], bias[...] = (product[..., :-1], product[..., -1:]) if other[0] is None else other[1:]
+    def in_parts(self, count: int) -> list[slice]:
+        """Of ``count`` vectors those that are multiplied at once, for the memory of a product."""
+        some = max(1, AT_ONCE // (self.end - self.begin))
+        return [slice(k, k + some) for k in range(0, count, some)]
 
+    def multiply(self, vector: Any, left: Any, right: Any) -> None:
+        """``left V right`` in place of V, or of that in each row; None: the identity."""
+        here, bias = self.of(vector)
+        if here.ndim == len(self.shape):
+            _multiply(here, bias, left, right, self.workspaces)
+        else:
+            for rows in self.in_parts(len(here)):
+                _multiply(here[rows], None if bias is None else bias[rows], left, right, Matrix.workspaces)
 
     def see(self, vectors: Any, pairs: Sequence[tuple[int, float]], weights: Mapping[str, Any]) -> None:
         """The factors of these pairs, in one product for each side, given the :func:`_weights` of both."""
@@ -126,6 +119,25 @@ class Matrix:
             weight = weights.get(other)
             weighted = one if weight is None else transposed(weight) * one
             _add_squares(side["factor"], weighted, RHO ** len(pairs))
+
+
+def _multiply(here: Any, bias: Any, left: Any, right: Any, workspaces: Sequence[tuple[Any, Any, Any]]) -> None:
+    if right is None:
+        for part in (here, bias):
+            if part is not None and left is not None:
+                part[...] = left @ part
+        return
+    library = _library(here)
+    work, other = workspaces
+    product = here if bias is None else library.concatenate((here, bias), -1, out=work[0])
+    if left is not None:
+        product = library.matmul(left, product, out=other[0])
+        work, other = other, work
+    product = library.matmul(product, right, out=other[0])
+    if bias is None:
+        here[...] = product
+    else:
+        here[...], bias[...] = (product[..., :-1], product[..., -1:]) if other[0] is None else other[1:]
 
 
 def transposed(x: Any) -> Any:
@@ -208,9 +220,8 @@ class Rotation:
         """The factors of new pairs, from the oldest to the newest: the row of a rotated y in ``vectors``, and ys."""
         for matrix in self.matrices:
             weights = {name: _weights(side["factor"]) for name, side in matrix.sides.items()}
-            some = max(1, AT_ONCE // (matrix.end - matrix.begin))
-            for begin in range(0, len(pairs), some):
-                matrix.see(vectors, pairs[begin : begin + some], weights)
+            for some in matrix.in_parts(len(pairs)):
+                matrix.see(vectors, pairs[some], weights)
 
     def forget(self) -> None:
         """Factors of zero; the bases stay."""
