@@ -2,7 +2,7 @@
 
     python examples/inverse.py     some seconds; draws inverse.png
 
-Needs matplotlib. fastnlcg.minimize takes a function of one tensor, and torch differentiates it.
+Needs matplotlib and tqdm. fastnlcg.minimize takes a function of one tensor, and torch differentiates it.
 """
 
 from __future__ import annotations

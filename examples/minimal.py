@@ -1,6 +1,6 @@
 """The shortest complete training: digits, a perceptron, NLCG.
 
-python examples/minimal.py
+python examples/minimal.py      # needs scikit-learn
 """
 
 import torch

@@ -238,6 +238,8 @@ def main() -> None:
     end = args.epochs * steps_per_epoch
     schedule = warmup_cosine(optimizer, end)
     begin = resume(args.out, net, optimizer, schedule)
+    if rank == 0 and begin >= end:
+        print(f"{args.out} has a run of {begin} steps: nothing to train; another --out starts a new one")
     log = Log(args, begin, end)
     for step in range(begin, end):
         epoch, k = divmod(step, steps_per_epoch)
@@ -259,7 +261,7 @@ def main() -> None:
         print(
             f"{end} steps on {world} ranks: training accuracy {100 * accuracy:.1f} %, losses in {args.out}/losses.csv"
         )
-    del net, optimizer, schedule, loss
+    del net, optimizer, schedule
     gc.collect()  # torch 2.13 sometimes aborts if a DDP outlives the process group
     dist.destroy_process_group()
 

@@ -104,6 +104,9 @@ def test_a_killed_run_goes_on_to_the_same_losses(whole: dict[str, Path], tmp_pat
         assert len(losses(tmp_path)) < 30
     run(world, tmp_path, *options)
     assert losses(tmp_path) == losses(whole[world])
+    if world == "alone":
+        assert "nothing to train" in run(world, tmp_path, *options)
+        assert losses(tmp_path) == losses(whole[world])
 
 
 def kill_beyond(steps: int, world: str, out: Path, *options: str) -> None:
