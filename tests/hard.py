@@ -266,7 +266,7 @@ def soak(scale: float) -> dict[str, Any]:
         ends = [run.result().split() for run in runs]
     if ends[0][0] != ends[1][0]:
         raise Lost("two identical runs differ")
-    return {"steps, twice": steps, "memory grew by (kB)": max(int(end[1]) for end in ends) // 1000}
+    return {"steps, twice": steps, "kB more memory": max(int(end[1]) for end in ends) // 1000}
 
 
 # ---- mutation --------------------------------------------------------------------------------------------------------

@@ -153,12 +153,12 @@ def test_the_code_on_the_front_page_runs() -> None:
     before = model.weight.detach().clone()
     scope = {
         "model": model,
-        "epochs": 1,
+        "epochs": 2,
         "loader": torch.utils.data.DataLoader(data, batch_size=8),
         "loss_function": torch.nn.functional.cross_entropy,
     }
     exec(code, scope)
-    assert scope["optimizer"].diagnostics().step == 4
+    assert scope["optimizer"].diagnostics().step == 8
     assert not torch.equal(model.weight, before)
 
     def closure() -> torch.Tensor:

@@ -124,7 +124,7 @@ class NLCG(torch.optim.Optimizer):
             Muon keeps each parameter's momentum.
         preconditioner: ``"adam"``, the recommended one; ``"bfgs"``, the paper's diagonal of Algorithm 2, for large
             batches only: at small ones the noise in y inflates h until the steps vanish; None, plain NLCG; or
-            ``"muon"``, for matrices alone, which takes Muon's learning rates: 0.02 to 0.1 in the study.
+            ``"muon"``, for matrices alone, which takes Muon's learning rates: 0.1 was best in the study.
         line_search: an :class:`OnlineLineSearch` to scale lr by the loss (section 3.2.2), which then comes from the
             closure, from ``step(loss=...)``, or from :meth:`set_loss`.
         weight_decay: >= 0. With ``"adam"`` and ``"muon"`` it is decoupled: the step first multiplies p by
@@ -174,12 +174,13 @@ class NLCG(torch.optim.Optimizer):
 
         optimizer = fastnlcg.NLCG(model.parameters(), lr=3e-3, weight_decay=0.1)
         schedule = fastnlcg.warmup_cosine(optimizer, total_steps=len(loader) * epochs)
-        for inputs, targets in loader:
-            optimizer.zero_grad()
-            loss = loss_function(model(inputs), targets)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        for _ in range(epochs):
+            for inputs, targets in loader:
+                optimizer.zero_grad()
+                loss = loss_function(model(inputs), targets)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
 
     Source: Adya et al., arXiv:1812.02886, Algorithms 1 and 2. The absolute value in h and the defaults of the two eps
     are those of the authors' TensorFlow code; ``"adam"`` (its diagonal: Kingma & Ba, arXiv:1412.6980), ``beta_max``,

@@ -12,7 +12,8 @@ Arrays on a GPU come through DLPack or ``__cuda_array_interface__``. The work is
 ``cudaStream_t`` as an integer: by default torch's current stream for torch tensors, CuPy's for CuPy arrays, else the
 default stream. A function that returns numbers waits for them; :class:`fastnlcg.NLCG` never does.
 
-A step from its parts (Fletcher-Reeves, without the safeguards of :func:`nlcg_step`)::
+A step from its parts (Fletcher-Reeves, without the safeguards of :func:`nlcg_step`); before the first step ``rz`` is
+infinite::
 
     rz_new = adam_preconditioned_dots(g, v, updates=k).rz              # "adam", step number k = 0, 1, ...
     adam_direction_update(d, g, v, beta=min(0.9, rz_new / rz), updates=k, p=p, alpha=alpha)
@@ -84,14 +85,13 @@ class Scalars:
     ``loss_prev`` is negated under ``maximize``, and infinite before the first loss; ``alpha_prev`` = lr * ls_scale of
     the last step; ``updates`` counts the gradients in Adam's v.
 
-    Of the last step, for those who look: ``beta``; ``ys``, ``shs_used`` (that of the curvature condition) and
+    Diagnostics of the last step: ``beta``; ``ys``, ``shs_used`` (that of the curvature condition) and
     ``updated``; ``gg`` = sum(g g) and ``gd`` = sum(g d), if g is not kept; ``grad_norm`` before clipping, if it is
     measured, and ``clip``, the factor of clipping. ``active_set``, ``disagreements``, ``rz_matrices`` and
     ``beta_matrices`` are those of an optimizer with several parameters or ranks, and stay what they are.
 
     All are floats, and attributes that may be set. One float64 array holds them, which the step writes at once, so an
-    interrupt never leaves half of them written. Copies, pickles, compares and prints by
-    value.
+    interrupt never leaves half of them written. Objects are copied, pickled, compared and printed by value.
     """
 
     __slots__ = ("_values",)

@@ -43,7 +43,7 @@ BASES = "bases"
 
 
 class CGDescent(torch.optim.Optimizer):
-    r"""Minimizes a full-batch loss without a learning rate, in the place of
+    r"""Minimizes a full-batch loss without a learning rate, as a replacement for
     ``torch.optim.LBFGS(line_search_fn="strong_wolfe")``. It is L-BFGS, or nonlinear conjugate gradients if ``history``
     is 0, with the line search of Hager and Zhang. The initial matrix of L-BFGS is a diagonal that BFGS updates, in a
     rotated basis of each weight matrix.
@@ -69,19 +69,19 @@ class CGDescent(torch.optim.Optimizer):
 
     h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
     tenfold in the median of the last eleven iterations. If the identity has predicted the pairs better than P, gamma
-    times the identity takes the place of gamma P. With pairs the first length of a search is 1, or less if half the
-    slope would then promise more than the last decrease; without, it comes from a parabola through a tenth of the
-    last length, which is an evaluation more.
+    times the identity takes the place of gamma P. With pairs the first length of a search is 1, or less if a step of 1
+    at half the initial slope would lower f by more than the last iteration did; without, it comes from a parabola
+    through a tenth of the last length, which takes one more evaluation.
 
     State is 4 + 2 ``history`` tensors per parameter in its dtype (one more if the optimizer rotates any matrix), and
     2 (a^2 + b^2) elements for each rotated matrix, made at the first step. Without pairs and rotations it is 16 bytes
     per float32 parameter.
 
-    The function must not change within a step, and its value must repeat: no mini-batches, no dropout. If it changes
-    between two steps on purpose (new collocation points), call :meth:`restart`. A step without that notices when
-    its first evaluation does not fit the last loss, or when the last step found nothing; it then evaluates the closure
-    at the parameters once more and starts from -P g, with a warning, once. If ``max_eval`` is 1 or 2, the next step
-    does so.
+    The loss must be deterministic, and must not change within a step: no mini-batches, no dropout. If it changes
+    between two steps on purpose (new collocation points), call :meth:`restart`. If you do not, a step detects the
+    change when its first evaluation does not fit the last loss, or when the last step found nothing; it then evaluates
+    the closure at the parameters once more and starts from -P g, with a warning, once. If ``max_eval`` is 1 or 2, the
+    next step does so.
 
     Parameters may be written, converted or moved between steps, in any way, and groups edited: the next step sees that,
     and starts from -P g. If state is missing, it starts with h = 1 too. A parameter that is frozen, or whose gradient

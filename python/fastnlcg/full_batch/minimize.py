@@ -273,8 +273,9 @@ def minimize(
 ) -> OptimizeResult:
     """Minimizes a smooth function by L-BFGS on the diagonal of BFGS, or by nonlinear conjugate gradients, with the line
     search of Hager and Zhang; see :class:`CGDescent`. There is no learning rate. The state is 8 + 2 ``history`` arrays
-    of the size of ``x0``, seven with ``history=0``. It can also be used through SciPy:
-    ``scipy.optimize.minimize(fun, x0, jac=True, method=fastnlcg.minimize, options={...})``.
+    of the size of ``x0``, seven with ``history=0``; three of them are copies that :class:`CGDescent` does not need. It
+    can also be used through SciPy: ``scipy.optimize.minimize(fun, x0, jac=True, method=fastnlcg.minimize,
+    options={...})``, for NumPy arrays.
 
     Args:
         fun: ``fun(x, *args)``. For a NumPy array it returns ``(loss, gradient)``, or the loss if ``jac`` is a function.

@@ -48,7 +48,7 @@ def muon_groups(
 
     Matrices are the weights of linear layers, of convolutions (out x the rest), of recurrent layers (one matrix for
     each gate), of ``nn.MultiheadAttention`` (query, key and value apart), and the parameters of other modules: of two
-    dimensions, or of more, which are stacks (the last two dimensions, as of experts). These parameters are none:
+    dimensions, or of more, which are stacks (the last two dimensions, as of experts). These are not taken for matrices:
 
     - **Embeddings**: those of ``nn.Embedding``, and those of modules other than the layers above if their own name or
       their module's contains ``embed`` or ``token``, or has a word that begins with ``position`` or is ``pos``,
@@ -67,9 +67,10 @@ def muon_groups(
         weight_decay: >= 0, decoupled, of all parameters except biases, normalizations and those of one dimension.
             Every group gets its own, so ``NLCG``'s would have no effect.
         outside: names of modules or parameters whose matrices get ``"adam"`` in addition to embeddings. None: the
-            output layer. That is the last module with a matrix, either of all or of those in a child of ``module``
-            that is named ``classifier``, ``output``, ``fc_out``, ``head``, ``head_*`` or ``*_head``: the one that is
-            an ``nn.Linear``, or if both are, the one in fewer modules, or else the one in that child.
+            output layer. There are two candidates: the last module with a matrix, and the last one inside a child of
+            ``module`` that is named ``classifier``, ``output``, ``fc_out``, ``head``, ``head_*`` or ``*_head``. If one
+            of them alone is an ``nn.Linear``, it is the output layer. If both are, it is the one nested less deeply;
+            in all other cases it is the one inside that child.
         split: for fused projections: by the end of a parameter's name, the number of parts of equal size, or the rows
             of each part: ``{"qkv.weight": 3}``, ``{"in_proj.weight": (4096, 1024, 1024)}``.
 
