@@ -136,6 +136,8 @@ class DescentTable(ParameterTable):
             course.forget()
         elif self.lacks_diagonal:
             course.updates, course.ratios = 0, []
+        if not self.options.history:
+            course.pairs.drop()
         if not course.updates:
             self.forget()
 

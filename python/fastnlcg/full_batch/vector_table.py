@@ -40,14 +40,23 @@ ROTATED = ("basis_left", "basis_right", "factor_left", "factor_right")
 
 def _only_here(key: str) -> bool:
     """Whether a key of a state is only this table's."""
-    return key == "rotated_direction" or key in ROTATED or key[:2] in ("s_", "y_")
+    return key == "rotated_direction" or key in ROTATED or _is_pair(key)
+
+
+def _is_pair(key: str) -> bool:
+    return key[:2] in ("s_", "y_") and key[2:].isdecimal()
 
 
 def leave_bases(state: Mapping[Any, Any], options: DescentOptions) -> bool:
-    """If the state is in bases that the options do not use, removes what is in them. Returns whether it was."""
+    """If the state is in bases that the options do not use, removes what is in them. Returns whether it was. Without
+    pairs in the options removes those of the state too."""
+    entries = [entry for entry in state.values() if isinstance(entry, dict)]
+    if not options.history:
+        for entry in entries:
+            for key in [key for key in entry if _is_pair(key)]:
+                del entry[key]
     if options.preconditioner == "kronecker":
         return False
-    entries = [entry for entry in state.values() if isinstance(entry, dict)]
     if not any(key in entry for entry in entries for key in ROTATED):
         return False
     for entry in entries:
