@@ -16,6 +16,7 @@ belong to whole sides; neither are the shards of ``process_group=``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,7 +121,7 @@ class VectorTable(DescentTable):
             history=options.history,
             preconditioned=options.preconditioner is not None,
             matrices=matrices_of(shapes, offsets),
-            load=self._load,
+            load=_weakly(self._load),
             owned=owned,
             agree=None if ranks is None else _broadcast(ranks),
         )
@@ -212,8 +213,11 @@ class VectorPasses(OverVectors, TablePasses):
         table = self.table
         assert isinstance(table, VectorTable)
         table.use_stream()
-        table.vectors.total = lambda sums: table.total(sums, self.course.evaluations)
+        table.vectors.total = _weakly(self._total)
         return table.vectors
+
+    def _total(self, sums: list[float]) -> list[float]:
+        return self.table.total(sums, self.course.evaluations)
 
     def slope(self, f: float) -> tuple[float, float, float]:
         self.vectors.fresh = False
@@ -224,6 +228,29 @@ class VectorPasses(OverVectors, TablePasses):
         self.leave(sums[1], sums[2])
         slope, xd, xx = self.table.total(sums, self.course.evaluations)
         return slope, dhd, (xd, xx)
+
+
+def _weakly(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The method, for what its object holds: a cycle would keep both until Python looks for cycles."""
+    reference = weakref.WeakMethod(method)
+
+    def call(argument: Any) -> Any:
+        bound = reference()
+        assert bound is not None
+        return bound(argument)
+
+    return call
+
+
+def _biases(params: list[Tensor], members: list[int]) -> set[tuple[int, int]]:
+    """The matrices among these parameters that have a bias, and their biases."""
+    matrices = matrices_of([_rotatable(params[i]) for i in members], members)
+    return {(matrix.begin, matrix.bias) for matrix in matrices if matrix.bias is not None}
+
+
+def _parted(pairs: set[tuple[int, int]], members: list[int]) -> bool:
+    """Whether one of a matrix and its bias is among these parameters, or both: the state of both is in one basis."""
+    return any(i in members for pair in pairs for i in pair)
 
 
 def _view(buffer: Tensor, like: Tensor, offset: int) -> Tensor:
