@@ -429,11 +429,17 @@ class CGDescent(torch.optim.Optimizer):
         """As torch's optimizers. The numbers of the run, which differ in count from step to step, are one string:
         torch.distributed.checkpoint would take lists and mappings apart, and match their parts to those of the
         reader."""
-        whole = super().state_dict()
-        for group in whole["param_groups"]:  # torch's copies
-            if "course" in group:
-                group["course"] = json.dumps({**group["course"], BASES: basis_keys(self._all(), self.state)})
-        return whole
+
+        def as_text(_: torch.optim.Optimizer, whole: dict[str, Any]) -> None:
+            for group in whole["param_groups"]:  # torch's copies
+                if "course" in group:
+                    group["course"] = json.dumps({**group["course"], BASES: basis_keys(self._all(), self.state)})
+
+        handle = self.register_state_dict_post_hook(as_text, prepend=True)  # the user's own see the result
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of a state dict. A run that continues from it, with the parameters of the same moment, has the
@@ -442,10 +448,25 @@ class CGDescent(torch.optim.Optimizer):
         Raises:
             ValueError: for one that is not of this optimizer over such parameters; it is unchanged then.
         """
-        super().load_state_dict(_checked(state_dict, self.param_groups, self._options))
-        for entry in self.state.values():  # torch takes the file's own tensors if they fit
-            if isinstance(entry, dict):
-                entry.update({key: value.clone() for key, value in entry.items() if isinstance(value, Tensor)})
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            return _checked(given, self.param_groups, self._options)
+
+        def own(_: torch.optim.Optimizer) -> None:
+            for entry in self.state.values():  # torch takes the file's own tensors if they fit
+                if isinstance(entry, dict):
+                    entry.update({key: value.clone() for key, value in entry.items() if isinstance(value, Tensor)})
+
+        # The last of the pre-hooks and the first of the post-hooks: the user's own see what is given, and what results.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(own, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
