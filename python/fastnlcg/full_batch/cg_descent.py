@@ -64,8 +64,9 @@ class CGDescent(torch.optim.Optimizer):
     the last column) is QL^T W QR: QL and QR are the eigenvectors of running means (0.95) of Y DR Y^T / sum(y s) and
     Y^T DL Y / sum(y s), taken again with every tenth pair; DL and DR weight the eigenvectors of the other side by the
     inverse of their eigenvalues. Matrices are parameters of two dimensions, convolutions as out x (in k k), and stacks
-    of matrices (three dimensions); a bias is the vector behind a matrix. A side longer than 512 is not rotated, nor is
-    a matrix whose elements are not row-major in memory, or that is sharded over ranks.
+    of matrices (three dimensions, if the sides are within a factor of 4 of each other); a bias is the vector behind a
+    matrix. A side longer than 512 is not rotated, nor is a matrix whose elements are not row-major in memory, or that
+    is sharded over ranks.
 
     h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
     tenfold in the median of the last eleven iterations. If the identity has predicted the pairs better than P, gamma

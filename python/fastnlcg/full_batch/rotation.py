@@ -146,11 +146,13 @@ def transposed(x: Any) -> Any:
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The matrix, or the stack of matrices, as which a parameter of this shape is rotated; None: it is not. More than
-    three dimensions are a convolution: out x (in k k)."""
+    """The matrix, or the stack of matrices, as which a parameter of this shape is rotated; None: it is not. A
+    convolution is out x (in k k). Three dimensions are a stack if the sides of its matrices are within a factor of 4 of
+    each other, else a convolution: a stack of others would have bases much larger than itself."""
     if len(shape) < 2 or math.prod(shape) == 0:
         return None
-    matrix = tuple(shape) if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+    is_stack = len(shape) == 3 and max(shape[1:]) <= 4 * min(shape[1:])
+    matrix = tuple(shape) if len(shape) == 2 or is_stack else (shape[0], math.prod(shape[1:]))
     return matrix if Matrix(0, matrix).rotated_sides() else None
 
 
