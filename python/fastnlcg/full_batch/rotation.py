@@ -158,14 +158,14 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, ...] | None:
 
 def matrices_of(shapes: Sequence[Sequence[int] | None], places: Sequence[int]) -> list[Matrix]:
     """The matrices among parameters of these shapes, each with the vector behind it if that has the length of its left
-    side. None: a parameter that is not to be rotated."""
+    side and leaves its right side short enough. None: a parameter that is not to be rotated."""
     found: list[Matrix] = []
     for i, shape in enumerate(shapes):
         matrix = None if shape is None else as_matrix(shape)
         if matrix is None:
             continue
         behind = shapes[i + 1] if i + 1 < len(shapes) else None
-        has_bias = len(matrix) == 2 and behind is not None and tuple(behind) == (matrix[0],)
+        has_bias = len(matrix) == 2 and matrix[1] != WIDEST and behind is not None and tuple(behind) == (matrix[0],)
         one = Matrix(places[i], matrix, places[i + 1] if has_bias else None)
         found.append(one)
     return found
