@@ -20,6 +20,7 @@ from gradients; each side weighted by the inverse of the other, as here, by Lin 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
@@ -125,19 +126,27 @@ def _multiply(here: Any, bias: Any, left: Any, right: Any, workspaces: Sequence[
     if right is None:
         for part in (here, bias):
             if part is not None and left is not None:
-                part[...] = left @ part
+                part[...] = _product(left, part)
         return
     library = _library(here)
     work, other = workspaces
     product = here if bias is None else library.concatenate((here, bias), -1, out=work[0])
     if left is not None:
-        product = library.matmul(left, product, out=other[0])
+        product = _product(left, product, other[0])
         work, other = other, work
-    product = library.matmul(product, right, out=other[0])
+    product = _product(product, right, other[0])
     if bias is None:
         here[...] = product
     else:
         here[...], bias[...] = (product[..., :-1], product[..., -1:]) if other[0] is None else other[1:]
+
+
+def _product(a: Any, b: Any, out: Any = None) -> Any:
+    """``a b`` in their own type, also inside torch.autocast."""
+    library = _library(a)
+    casts = library.__name__ == "torch" and library.is_autocast_enabled(a.device.type)
+    with library.autocast(a.device.type, enabled=False) if casts else contextlib.nullcontext():
+        return library.matmul(a, b, out=out)
 
 
 def transposed(x: Any) -> Any:
@@ -272,7 +281,7 @@ def _add_squares(factor: Any, x: Any, keep: float) -> None:
     of_stack = x if factor.ndim == 2 else x.swapaxes(0, 1)
     rows = of_stack.reshape(*factor.shape[:-2], -1, factor.shape[-1])
     factor *= keep
-    factor += transposed(rows) @ rows
+    factor += _product(transposed(rows), rows)
 
 
 def _library(array: Any) -> Any:
@@ -283,8 +292,8 @@ def _library(array: Any) -> Any:
 def _change_bases(matrix: Matrix, eigenvectors: dict[str, Any], h: Any, vectors: Sequence[Any]) -> None:
     for name, v in eigenvectors.items():
         side = matrix.sides[name]
-        side["basis"][...] = side["basis"] @ v
-        side["factor"][...] = transposed(v) @ side["factor"] @ v
+        side["basis"][...] = _product(side["basis"], v)
+        side["factor"][...] = _product(_product(transposed(v), side["factor"]), v)
     left, right = (eigenvectors.get(name) for name in ("left", "right"))
     left = None if left is None else transposed(left)
     for vector in vectors:
