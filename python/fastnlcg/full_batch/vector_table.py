@@ -196,6 +196,9 @@ class VectorTable(DescentTable):
             self.vectors.follow_stream(_native.current_stream(str(self.device)))
 
     def fit(self, course: Course) -> None:
+        before, now = (_biases(self.all, members) for members in (course.active, self.members))
+        if self.vectors.rotates and (_parted(before - now, self.members) or _parted(now - before, course.active)):
+            self.is_broken = True
         super().fit(course)
         pairs, m = course.pairs, self.options.history
         if not self.keeps_pairs or (pairs.count and len(pairs.gram) != m):
