@@ -213,7 +213,8 @@ class CGDescent(torch.optim.Optimizer):
         Args:
             closure: evaluates the loss and calls ``backward()``, after zeroing the gradients; called with gradients
                 enabled, also under ``no_grad`` and ``inference_mode``. Returns the loss.
-            loss: evaluates the loss alone, if that is cheaper. It is called once an iteration.
+            loss: evaluates the loss alone, if that is cheaper. It is called once an iteration without pairs, and never
+                with pairs.
 
         Returns:
             The loss at the parameters before the step, as ``torch.optim.LBFGS`` does: a tensor if the closure returns
