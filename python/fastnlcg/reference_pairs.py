@@ -44,6 +44,11 @@ class Weight:
             found[self.bias : self.bias + self.a] = product[:, -1]
         return found
 
+    def with_floor(self, h: Array) -> Array:
+        """``h``, of this matrix at least 1e-18 of its largest element."""
+        of_matrix = self.multiplied(np.zeros_like(h), np.eye(self.a), np.eye(self.matrix(h).shape[1]))
+        return h + of_matrix
+
     def see(self, pairs: Sequence[tuple[Array, float]]) -> None:
         """The factors of pairs: y in the original basis, and ys."""
         by_left, by_right = (
@@ -178,7 +183,7 @@ class PairPasses(DescentPasses):
                 self.y[k] = w.multiplied(self.y[k], to_left, to_right.T)
             self.g_prev = w.multiplied(self.g_prev, to_left, to_right.T)
             self.d = w.multiplied(self.d, to_left, to_right.T)
-            self.h = w.multiplied(self.h, to_left**2, (to_right**2).T)
+            self.h = w.with_floor(w.multiplied(self.h, to_left**2, (to_right**2).T))
             w.left, w.right = left, right
 
     def gradient_dots(self, count: int) -> list[float]:

@@ -8,7 +8,8 @@ identity::
     SL = rho SL + Y DR Y^T / ys,  SR = rho SR + Y^T DL Y / ys          for each of the ten pairs since the last change
     DL = mean(l) / l,  l = max(diag(SL), 1e-5 max(diag(SL))), before these pairs; DR likewise from SR
     QL' = eigenvectors of SL,  QR' = eigenvectors of SR                                          with every tenth pair
-    H'  = (QL'^T QL)^2 H ((QR'^T QR)^2)^T, squares by element: the diagonal of the old matrix in the new basis
+    H'  = (QL'^T QL)^2 H ((QR'^T QR)^2)^T, squares by element: the diagonal of the old matrix in the new basis; at
+          least 1e-18 of its largest element
 
 The factors are kept in the present basis (QL^T SL QL), so they are formed from vectors that are rotated already, their
 diagonals are their eigenvalues, and QL' is QL times their eigenvectors. A side longer than 512 is not rotated, and a
@@ -36,6 +37,9 @@ EVERY = 10
 """the bases change with every tenth pair"""
 AT_ONCE = 2**18
 """elements: a product of several vectors takes as many at once as have no more"""
+FLOOR = 1e-18
+"""the least h of a matrix when its bases change, relative to its largest: along directions in which the loss is flat to
+its last digits h would fall without end, and weights would grow"""
 WIDEST = 512
 """the longest side that is rotated: an eigendecomposition of 512 x 512 in float64 takes some 0.06 s on one core"""
 
@@ -299,6 +303,10 @@ def _change_bases(matrix: Matrix, eigenvectors: dict[str, Any], h: Any, vectors:
     for vector in vectors:
         matrix.multiply(vector, left, right)
     matrix.multiply(h, None if left is None else left * left, None if right is None else right * right)
+    parts = [part for part in matrix.of(h) if part is not None]
+    least = FLOOR * max(float(part.max()) for part in parts)
+    for part in parts:
+        part[...] = part.clip(min=least)
 
 
 def _eigenvectors(factor: Any) -> Any:
