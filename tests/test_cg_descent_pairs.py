@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import gc
 import io
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -510,3 +512,111 @@ def test_an_interrupt_in_a_change_of_bases_loses_nothing(monkeypatch: pytest.Mon
 def test_arguments(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         CGDescent([nn.Parameter(torch.zeros(3))], **options)
+
+
+# ---- what is kept, and what is not ----------------------------------------------------------------------------------
+
+
+def test_pairs_do_not_survive_a_run_without() -> None:
+    """history 10, 0, and 10 again: what the first left is not the last's."""
+    model, loss = problem()
+    options = {"preconditioner": "bfgs"}
+    first = CGDescent(model.parameters(), **options)
+    closure = closure_of(first, loss)
+    steps(first, closure, 12)
+    second = CGDescent(model.parameters(), history=0, **options)
+    second.load_state_dict(first.state_dict())
+    steps(second, closure, 3)
+    assert second._course().pairs.count == 0
+    assert set(second.state_dict()["state"][0]) == {"direction", "grad_prev", "origin", "hessian_diag"}
+    third = CGDescent(model.parameters(), **options)
+    third.load_state_dict(second.state_dict())
+    steps(third, closure, 1)
+    assert third._course().pairs.count <= 1
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {}])
+def test_nothing_keeps_an_optimizer_or_an_old_table(options: dict[str, Any]) -> None:
+    """Without the search for cycles, which may come late for a GPU's memory."""
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters(), **options)
+    closure = closure_of(optimizer, loss)
+    gc.collect()
+    gc.disable()
+    try:
+        steps(optimizer, closure, 3)
+        table = weakref.ref(optimizer._table)
+        optimizer.restart()
+        steps(optimizer, closure, 2)
+        assert table() is None
+        table, kept = weakref.ref(optimizer._table), weakref.ref(optimizer)
+        del optimizer, closure
+        assert kept() is None
+        assert table() is None
+    finally:
+        gc.enable()
+
+
+def test_load_hooks_see_what_is_given() -> None:
+    model, loss = problem()
+    optimizer = CGDescent(model.parameters())
+    optimizer.register_state_dict_post_hook(lambda _, whole: {"wrapped": whole})
+    closure = closure_of(optimizer, loss)
+    steps(optimizer, closure, 3)
+    saved = optimizer.state_dict()
+    assert isinstance(saved["wrapped"]["param_groups"][0]["course"], str)
+    second = CGDescent(model.parameters())
+    with pytest.raises(ValueError, match="not a state dict"):
+        second.load_state_dict(saved)
+    second.register_load_state_dict_pre_hook(lambda _, given: given["wrapped"])
+    seen = []
+    second.register_load_state_dict_post_hook(lambda one: seen.append(len(one.state)))
+    second.load_state_dict(saved)
+    assert seen == [len(list(model.parameters()))]
+    assert second.step(closure) == optimizer.diagnostics()["loss"]
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (6, 520)])  # of which both sides, or one, are rotated
+def test_autocast_is_the_closures(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data, start = torch.randn(16, shape[1], generator=generator), torch.randn(shape, generator=generator)
+
+    def run(enabled: bool) -> Tensor:
+        p = nn.Parameter(start.clone())
+        optimizer = CGDescent([p])
+
+        def closure() -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                optimizer.zero_grad()
+                loss = ((data @ p.t()).tanh() - 0.5).square().mean()
+                loss.backward()
+            return loss
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            steps(optimizer, closure, 2 * EVERY + 2)
+        return p.detach()
+
+    assert torch.equal(run(enabled=True), run(enabled=False))
+
+
+@pytest.mark.parametrize("frozen", [["bias"], ["weight"], ["weight", "bias"]])
+def test_a_bias_that_is_frozen_without_its_matrix(frozen: list[str]) -> None:
+    """Another vector of the same length is behind it: it must not take the bias's place, whose basis it had not."""
+    linear, other = nn.Linear(4, 8).double(), nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    optimizer = CGDescent([linear.weight, linear.bias, other])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = ((linear(torch.eye(4, dtype=torch.float64)) + other.sin()).tanh() - 0.3).square().sum()
+        loss.backward()
+        return loss
+
+    steps(optimizer, closure, EVERY + 3)
+    kept = optimizer.state[other]["hessian_diag"].clone()
+    for _ in range(2):  # frozen, and thawed
+        for name in frozen:
+            getattr(linear, name).requires_grad_(not getattr(linear, name).requires_grad)
+        steps(optimizer, closure, 1)
+        starts_again = optimizer._course().updates <= 1
+        assert starts_again == (len(frozen) == 1)
+    assert len(frozen) == 1 or not torch.equal(kept, torch.ones_like(kept))

@@ -141,6 +141,10 @@ def test_what_is_rotated() -> None:
     assert Matrix(0, (1, 4)).rotated_sides() == ["right"]
     assert Matrix(0, (4, WIDEST), bias=2048).rotated_sides() == ["left"]
     assert Matrix(0, (4, 1), bias=4).rotated_sides() == ["left", "right"]
+    assert as_matrix((8, 16, 64)) == (8, 16, 64)  # experts
+    assert as_matrix((256, 256, 3)) == (256, 768)  # a convolution of one dimension: out x (in k)
+    (wide,) = matrices_of([(600, WIDEST), (600,)], [0, 307200])  # the bias would make the right side too long
+    assert (wide.bias, wide.rotated_sides()) == (None, ["right"])
     found = matrices_of([(4, 3), (4,), (5, 4), (4,), None, (2, 2)], [0, 16, 32, 64, 80, 96])
     assert [(m.begin, m.shape, m.bias) for m in found] == [(0, (4, 3), 16), (32, (5, 4), None), (96, (2, 2), None)]
 
@@ -187,6 +191,18 @@ def test_products_in_parts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ..
     monkeypatch.setattr(rotation_module, "AT_ONCE", at_once * math.prod(shape))
     for expected, found in zip(whole, run(), strict=True):
         assert np.abs(found) == pytest.approx(np.abs(expected), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_h_has_a_floor_when_bases_change(kind: str) -> None:
+    """1e-18 of the largest of the matrix and its bias; what is outside keeps its value."""
+    make = np.zeros if kind == "numpy" else lambda s: torch.zeros(s, dtype=torch.float64)
+    as_kind = np.array if kind == "numpy" else torch.tensor
+    rotation = Rotation([Matrix(0, (2, 2), 4)], make)
+    rotation.see(as_kind([[1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0]]), [(0, 1.0)])
+    h = as_kind([1e-30, 1e-30, 1e-30, 1e-30, 1e9, 1e9, 1e-40])
+    assert rotation.turn(h, [])
+    assert sorted(np.asarray(h)) == pytest.approx([1e-40, *[1e-9] * 4, 1e9, 1e9], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -45,9 +45,13 @@ class Weight:
         return found
 
     def with_floor(self, h: Array) -> Array:
-        """``h``, of this matrix at least 1e-18 of its largest element."""
-        of_matrix = self.multiplied(np.zeros_like(h), np.eye(self.a), np.eye(self.matrix(h).shape[1]))
-        return h + of_matrix
+        """``h``, at least 1e-18 of its largest element in this matrix."""
+        found, matrix = h.copy(), self.matrix(h)
+        matrix = np.maximum(matrix, 1e-18 * matrix.max())
+        found[self.begin : self.begin + self.a * self.b] = matrix[:, : self.b].ravel()
+        if self.bias is not None:
+            found[self.bias : self.bias + self.a] = matrix[:, -1]
+        return found
 
     def see(self, pairs: Sequence[tuple[Array, float]]) -> None:
         """The factors of pairs: y in the original basis, and ys."""

@@ -94,6 +94,8 @@ class VectorTable(DescentTable):
     """The parameters that take part, and the flat buffers of their vectors."""
 
     vectors: Vectors
+    rotates: bool
+    """whether matrices are rotated, if there are any"""
     keeps_pairs = True
     """whether the state had the pairs of these options"""
 
@@ -102,8 +104,8 @@ class VectorTable(DescentTable):
         offsets, owned, n = flat_offsets(params, stateful, unowned)
         options, on_gpu = self.options, _native.on_gpu(self.device)
         dtype = state_dtype(memory(params[stateful[0]])) if stateful else torch.float32
-        rotates = options.preconditioner == "kronecker" and not self.plain_shards
-        shapes = [_rotatable(params[i]) if rotates else None for i in stateful]
+        self.rotates = options.preconditioner == "kronecker" and not self.plain_shards
+        shapes = [_rotatable(params[i]) if self.rotates else None for i in stateful]
 
         def make(shape: tuple[int, ...]) -> Tensor:
             made = torch.zeros(shape, dtype=dtype, device=self.device)
@@ -196,9 +198,10 @@ class VectorTable(DescentTable):
             self.vectors.follow_stream(_native.current_stream(str(self.device)))
 
     def fit(self, course: Course) -> None:
-        before, now = (_biases(self.all, members) for members in (course.active, self.members))
-        if self.vectors.rotates and (_parted(before - now, self.members) or _parted(now - before, course.active)):
-            self.is_broken = True
+        active = [i for i in course.active if i < len(self.all)]
+        before, now = _biases(self.all, active), _biases(self.all, self.members)
+        if self.rotates and (_parted(before - now, self.members) or _parted(now - before, active)):
+            self.is_broken = True  # their state was in one basis, and is not, or the other way round
         super().fit(course)
         pairs, m = course.pairs, self.options.history
         if not self.keeps_pairs or (pairs.count and len(pairs.gram) != m):
@@ -252,7 +255,7 @@ def _biases(params: list[Tensor], members: list[int]) -> set[tuple[int, int]]:
 
 
 def _parted(pairs: set[tuple[int, int]], members: list[int]) -> bool:
-    """Whether one of a matrix and its bias is among these parameters, or both: the state of both is in one basis."""
+    """Whether a matrix or a bias of these pairs is among the parameters ``members``."""
     return any(i in members for pair in pairs for i in pair)
 
 
