@@ -205,6 +205,18 @@ def test_h_has_a_floor_when_bases_change(kind: str) -> None:
     assert sorted(np.asarray(h)) == pytest.approx([1e-40, *[1e-9] * 4, 1e9, 1e9], rel=1e-6)
 
 
+def test_bases_stay_orthogonal() -> None:
+    """Over four hundred changes, in float32."""
+    rotation = Rotation([Matrix(0, (16, 15), 240)], torch.zeros)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        rotation.see(torch.randn(10, 256, generator=generator), [(k, 1.0) for k in range(10)])
+        assert rotation.turn(torch.ones(256), [])
+    for side in rotation.matrices[0].sides.values():
+        q = side["basis"].double()
+        assert float((q.T @ q - torch.eye(16)).abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ranks_get_contiguous_eigenvectors(dtype: torch.dtype) -> None:
     """NCCL refuses others, and those of torch.linalg.eigh are columns."""

@@ -296,7 +296,9 @@ def _library(array: Any) -> Any:
 def _change_bases(matrix: Matrix, eigenvectors: dict[str, Any], h: Any, vectors: Sequence[Any]) -> None:
     for name, v in eigenvectors.items():
         side = matrix.sides[name]
-        side["basis"][...] = _product(side["basis"], v)
+        basis = _product(side["basis"], v)
+        # One step of Newton and Schulz: rounding would add up from change to change.
+        side["basis"][...] = 1.5 * basis - 0.5 * _product(basis, _product(transposed(basis), basis))
         side["factor"][...] = _product(_product(transposed(v), side["factor"]), v)
     left, right = (eigenvectors.get(name) for name in ("left", "right"))
     left = None if left is None else transposed(left)
