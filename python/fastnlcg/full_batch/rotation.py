@@ -21,7 +21,6 @@ from gradients; each side weighted by the inverse of the other, as here, by Lin 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import sys
@@ -148,9 +147,10 @@ def _multiply(here: Any, bias: Any, left: Any, right: Any, workspaces: Sequence[
 def _product(a: Any, b: Any, out: Any = None) -> Any:
     """``a b`` in their own type, also inside torch.autocast."""
     library = _library(a)
-    casts = library.__name__ == "torch" and library.is_autocast_enabled(a.device.type)
-    with library.autocast(a.device.type, enabled=False) if casts else contextlib.nullcontext():
-        return library.matmul(a, b, out=out)
+    if library.__name__ == "torch" and library.is_autocast_enabled(a.device.type):
+        with library.autocast(a.device.type, enabled=False):
+            return library.matmul(a, b, out=out)
+    return library.matmul(a, b, out=out)
 
 
 def transposed(x: Any) -> Any:

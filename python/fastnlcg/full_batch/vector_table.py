@@ -16,6 +16,7 @@ belong to whole sides; neither are the shards of ``process_group=``.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -219,10 +220,14 @@ class VectorPasses(OverVectors, TablePasses):
         table = self.table
         assert isinstance(table, VectorTable)
         table.use_stream()
-        table.vectors.total = _weakly(self._total)
+        table.vectors.total = self._total
         return table.vectors
 
-    def _total(self, sums: list[float]) -> list[float]:
+    @functools.cached_property
+    def _total(self) -> Callable[[list[float]], list[float]]:
+        return _weakly(self._sums_over_ranks)
+
+    def _sums_over_ranks(self, sums: list[float]) -> list[float]:
         return self.table.total(sums, self.course.evaluations)
 
     def slope(self, f: float) -> tuple[float, float, float]:
