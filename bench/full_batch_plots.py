@@ -20,7 +20,7 @@ COLORS = {
     "CGDescent, no pairs, no preconditioner": "C8",
     "dense SSBroyden": "k",
     "dense SSBFGS": "",
-    "dense BFGS": "0.5",
+    "dense BFGS": "C6",
     "SciPy BFGS": "",
     "optimistix BFGS": "",
     "L-BFGS 10": "C0",
@@ -118,13 +118,13 @@ def network_table(rows: list[Row]) -> str:
     return _markdown(["", "method", "loss", "error", "solved"], body)
 
 
-def _profile(rows: list[Row], methods: list[str], measure: str) -> dict[str, list[float]]:
-    """By method: each problem's ratio to the best method; infinite if it was not solved."""
-    grouped = _grouped(rows, ("cutest",))
+def _profile(rows: list[Row], methods: list[str], suite: str) -> dict[str, list[float]]:
+    """By method: each problem's evaluations over the best method's; infinite if it was not solved."""
+    grouped = _grouped(rows, (suite,))
     ratios: dict[str, list[float]] = {method: [] for method in methods}
     for by_method in grouped.values():
         took = {
-            method: by_method[method][0][measure] if by_method[method] and by_method[method][0]["ended"] == "solved"
+            method: by_method[method][0]["cost"] if by_method[method] and by_method[method][0]["ended"] == "solved"
             else math.inf
             for method in methods
         }  # fmt: skip
@@ -134,15 +134,15 @@ def _profile(rows: list[Row], methods: list[str], measure: str) -> dict[str, lis
     return ratios
 
 
-def cutest_methods(rows: list[Row]) -> list[str]:
+def cutest_methods(rows: list[Row], suite: str = "cutest") -> list[str]:
     """Those that ran on every problem."""
-    grouped = _grouped(rows, ("cutest",))
+    grouped = _grouped(rows, (suite,))
     return [m for m in METHODS if grouped and all(by_method[m] for by_method in grouped.values())]
 
 
-def cutest_table(rows: list[Row]) -> str:
-    methods = cutest_methods(rows)
-    ratios = _profile(rows, methods, "cost")
+def cutest_table(rows: list[Row], suite: str = "cutest") -> str:
+    methods = cutest_methods(rows, suite)
+    ratios = _profile(rows, methods, suite)
     problems = len(ratios[methods[0]])
     body = []
     for method in methods:
@@ -212,6 +212,7 @@ TABLES = {
     "networks": network_table,
     "cost": cost_table,
     "cutest": cutest_table,
+    "large": functools.partial(cutest_table, suite="large"),
 }
 
 
@@ -248,24 +249,23 @@ def plot(rows: list[Row], hessians: list[Row], out: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     _save(figure, out / "pinn.png")
 
-    methods = cutest_methods(rows)
-    if methods:
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, constrained_layout=True)
-        for axis, measure in zip(axes, ("cost", "seconds"), strict=True):
-            for method in methods:
-                r = np.sort(_profile(rows, methods, measure)[method])
-                share = np.arange(1, r.size + 1) / r.size
-                finite = r < math.inf
-                axis.step([*r[finite], 64], [*share[finite], share[finite][-1]], where="post", color=COLORS[method],
-                          label=method)  # fmt: skip
-            axis.set_xscale("log", base=2)
-            axis.set_xlim(1, 64)
-            axis.set_xlabel({"cost": "evaluations", "seconds": "time"}[measure] + ", over the best method's")
-        axes[0].set_ylabel("share of problems solved")
-        axes[0].legend(fontsize=7, loc="lower right")
-        _save(figure, out / "cutest.png")
+    sizes = {"cutest": "about 50 variables", "large": "500 to 123,200 variables"}
+    figure, axes = plt.subplots(1, len(sizes), figsize=(9, 3.4), sharey=True, constrained_layout=True)
+    for axis, (suite, size) in zip(axes, sizes.items(), strict=True):
+        for method, ratios in _profile(rows, cutest_methods(rows, suite), suite).items():
+            r = np.sort(ratios)
+            share = np.arange(1, r.size + 1) / r.size
+            finite = r < math.inf
+            axis.step([*r[finite], 64], [*share[finite], share[finite][-1]], where="post", color=COLORS[method],
+                      label=method)  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(1, 64)
+        axis.set_xlabel("evaluations, over the best method's")
+        axis.set_title(size)
+    axes[0].set_ylabel("share of problems solved")
+    axes[0].legend(fontsize=7, loc="lower right")
+    _save(figure, out / "cutest.png")
     for name, table in TABLES.items():
-        if name != "cutest" or methods:
-            print(f"\n{name}\n\n{table(rows)}")
+        print(f"\n{name}\n\n{table(rows)}")
     if hessians:
         print(f"\nscale\n\n{scale_table(rows, hessians)}")

