@@ -221,6 +221,9 @@ def test_other_optimizers_files_are_refused() -> None:
         nlcg.load_muon_state_dict(torch.optim.SGD(split(net)[0], lr=0.1).state_dict(), adamw.state_dict())
     with pytest.raises(ValueError, match="adamw is needed for groups with another preconditioner"):
         nlcg.load_muon_state_dict(muon.state_dict())
+    other = torch.optim.AdamW([p for part in split(net) for p in part])
+    with pytest.raises(ValueError, match=r"^adamw: param_groups have \[\d+\] parameters, expected \[\d"):
+        nlcg.load_muon_state_dict(muon.state_dict(), other.state_dict())
     with pytest.raises(ValueError, match="expected 'adam'"):
         nlcg.load_adamw_state_dict(adamw.state_dict() | {"param_groups": nlcg.state_dict()["param_groups"]})
     with pytest.raises(ValueError, match="no parameter group has preconditioner='muon'"):

@@ -45,7 +45,10 @@ def from_muon(
     state, saved = _checked(inside, muon)
     others: dict[str, Any] = {"state": {}, "param_groups": []}
     if adamw is not None:
-        others = adamw_state.from_adamw(rest, process_group, adamw)
+        try:
+            others = adamw_state.from_adamw(rest, process_group, adamw)
+        except ValueError as error:
+            raise ValueError(f"adamw: {error}") from error  # there are two files
     scalars = others["param_groups"][0]["scalars"] if rest else groups.new_scalars()
     shared = {key: others["param_groups"][0][key] for key in ("eps", "beta2")} if rest else {}
     at = list(_native.SCALARS).index
