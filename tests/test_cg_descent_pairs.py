@@ -612,11 +612,10 @@ def test_a_bias_that_is_frozen_without_its_matrix(frozen: list[str]) -> None:
         return loss
 
     steps(optimizer, closure, EVERY + 3)
-    kept = optimizer.state[other]["hessian_diag"].clone()
+    assert optimizer._course().updates > EVERY
     for _ in range(2):  # frozen, and thawed
         for name in frozen:
             getattr(linear, name).requires_grad_(not getattr(linear, name).requires_grad)
         steps(optimizer, closure, 1)
         starts_again = optimizer._course().updates <= 1
         assert starts_again == (len(frozen) == 1)
-    assert len(frozen) == 1 or not torch.equal(kept, torch.ones_like(kept))

@@ -69,10 +69,11 @@ class CGDescent(torch.optim.Optimizer):
     is sharded over ranks.
 
     h begins at a thousandth of the first curvature. L is 1, and lowers h if it has overstated the curvature along d
-    tenfold in the median of the last eleven iterations. If the identity has predicted the pairs better than P, gamma
-    times the identity takes the place of gamma P. With pairs the first length of a search is 1, or less if a step of 1
-    at half the initial slope would lower f by more than the last iteration did; without, it comes from a parabola
-    through a tenth of the last length, which takes one more evaluation.
+    tenfold in the median of the last eleven iterations. When bases change, h is at least 1e-18 of the largest of its
+    matrix. If the identity has predicted the pairs better than P, gamma times the identity takes the place of gamma P.
+    With pairs the first length of a search is 1, or less if a step of 1 at half the initial slope would lower f by more
+    than the last iteration did; without, it comes from a parabola through a tenth of the last length, which takes one
+    more evaluation.
 
     State is 4 + 2 ``history`` tensors per parameter in its dtype (one more if the optimizer rotates any matrix), and
     2 (a^2 + b^2) elements for each rotated matrix, made at the first step. Without pairs and rotations it is 16 bytes

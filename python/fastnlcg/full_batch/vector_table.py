@@ -199,10 +199,11 @@ class VectorTable(DescentTable):
             self.vectors.follow_stream(_native.current_stream(str(self.device)))
 
     def fit(self, course: Course) -> None:
-        active = [i for i in course.active if i < len(self.all)]
-        before, now = _biases(self.all, active), _biases(self.all, self.members)
-        if self.rotates and (_parted(before - now, self.members) or _parted(now - before, active)):
-            self.is_broken = True  # their state was in one basis, and is not, or the other way round
+        if self.rotates:
+            active = [i for i in course.active if i < len(self.all)]
+            before, now = _biases(self.all, active), _biases(self.all, self.members)
+            if _parted(before - now, self.members) or _parted(now - before, active):
+                self.is_broken = True  # their state was in one basis, and is not, or the other way round
         super().fit(course)
         pairs, m = course.pairs, self.options.history
         if not self.keeps_pairs or (pairs.count and len(pairs.gram) != m):
